@@ -1,0 +1,1 @@
+//! clutch-log-sim.

@@ -1,0 +1,19 @@
+//! Compiles `clutch/**/*.proto` without protoc; the descriptor set serves gRPC reflection.
+
+use std::{env, fs, path::PathBuf};
+
+use prost::Message as _;
+
+fn main() {
+    let areas = ["types", "session", "registry", "shard", "cdc", "blocks", "state", "admin"];
+    let files: Vec<String> = areas.iter().map(|a| format!("clutch/{a}/v1/{a}.proto")).collect();
+    println!("cargo:rerun-if-changed=clutch");
+    let descriptors = protox::compile(&files, ["."]).unwrap_or_else(|e| panic!("compile protos: {e:?}"));
+    let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
+    fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec()).expect("write descriptor set");
+    tonic_prost_build::configure()
+        .bytes(".")
+        .build_transport(true)
+        .compile_fds(descriptors)
+        .expect("generate code");
+}

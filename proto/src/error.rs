@@ -1,0 +1,143 @@
+//! What refusals mean: each code's sentence, errno, whether a retry can help and whether the request may
+//! have taken effect.
+
+use crate::types::{Code, Error};
+
+/// A request was refused: it certainly had no effect unless [`Refusal::may_have_effect`] says otherwise.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[error("{detail} ({})", code.meaning())]
+pub struct Refusal {
+    /// Which of the closed list.
+    pub code: Code,
+    /// A sentence for a person.
+    pub detail: String,
+}
+
+impl Refusal {
+    /// A refusal with its reason.
+    pub fn new(code: Code, detail: impl Into<String>) -> Refusal {
+        Refusal { code, detail: detail.into() }
+    }
+
+    /// The request or its encoding cannot be understood.
+    pub fn malformed(detail: impl Into<String>) -> Refusal {
+        Refusal::new(Code::Malformed, detail)
+    }
+
+    /// An argument lies outside what is allowed.
+    pub fn invalid(detail: impl Into<String>) -> Refusal {
+        Refusal::new(Code::InvalidArgument, detail)
+    }
+
+    /// Whether the same request may succeed later, unchanged.
+    pub fn is_retryable(&self) -> bool {
+        self.code.is_retryable()
+    }
+
+    /// Whether the request may have taken effect all the same.
+    pub fn may_have_effect(&self) -> bool {
+        self.code.may_have_effect()
+    }
+
+    /// The wire form.
+    pub fn to_wire(&self) -> Error {
+        Error { code: self.code as i32, detail: self.detail.clone() }
+    }
+
+    /// Reads the wire form; a code that this build does not know becomes `Unsupported`.
+    pub fn from_wire(error: Error) -> Refusal {
+        match Code::try_from(error.code) {
+            Ok(code) => Refusal { code, detail: error.detail },
+            Err(_) => Refusal::new(Code::Unsupported, format!("error code {}: {}", error.code, error.detail)),
+        }
+    }
+}
+
+impl Code {
+    /// What the code says, in a few words.
+    pub fn meaning(self) -> &'static str {
+        match self {
+            Code::Ok => "done",
+            Code::NotFound => "no such file or directory",
+            Code::Exists => "exists already",
+            Code::NotEmpty => "directory not empty",
+            Code::IsDirectory => "is a directory",
+            Code::NotDirectory => "not a directory",
+            Code::Loop => "would make a directory its own ancestor",
+            Code::NameTooLong => "name too long",
+            Code::InvalidName => "not a valid name",
+            Code::InvalidArgument => "invalid argument",
+            Code::NoSpace => "no space or too few block services",
+            Code::TooLarge => "larger than the limit",
+            Code::Busy => "held by another operation",
+            Code::Stale => "changed since it was looked up",
+            Code::Permission => "not permitted",
+            Code::Malformed => "malformed message",
+            Code::WrongShard => "sent to the wrong shard",
+            Code::NotLeader => "not the leader",
+            Code::StaleIncarnation => "an older incarnation of the log",
+            Code::ClockAhead => "the sender's clock is too far ahead",
+            Code::Overloaded => "overloaded",
+            Code::NotReady => "not ready yet",
+            Code::Unsupported => "not supported by this build",
+            Code::WrongCluster => "another cluster",
+            Code::WrongService => "another block service",
+            Code::OutcomeUnknown => "outcome unknown",
+            Code::ExpiredUnknown => "too old, outcome unknown",
+            Code::ReplicaFault => "the replica has stopped on a fault",
+            Code::Diverged => "the replica's state differs from its peers'",
+            Code::Acknowledged => "answered before",
+            Code::TransientGone => "the unpublished content is gone",
+            Code::BadCookie => "wrong cookie",
+            Code::BadCertificate => "certificate not valid",
+            Code::CertificateExpired => "certificate expired",
+            Code::BadProof => "proof not valid",
+            Code::CrcMismatch => "checksum mismatch",
+            Code::BlockNotFound => "block not found",
+            Code::BlockCorrupt => "block corrupt",
+            Code::DiskFault => "disk fault",
+            Code::TooEarly => "too early",
+            Code::Unreachable => "unreachable",
+        }
+    }
+
+    /// The POSIX error number (Linux values) that a mount reports.
+    pub fn errno(self) -> i32 {
+        match self {
+            Code::Ok => 0,
+            Code::NotFound | Code::TransientGone => 2,
+            Code::Exists => 17,
+            Code::NotEmpty => 39,
+            Code::IsDirectory => 21,
+            Code::NotDirectory => 20,
+            Code::Loop | Code::InvalidArgument | Code::InvalidName | Code::BadCookie => 22,
+            Code::NameTooLong => 36,
+            Code::NoSpace => 28,
+            Code::TooLarge => 27,
+            Code::Busy | Code::Overloaded | Code::TooEarly => 16,
+            Code::Stale => 116,
+            Code::Permission => 1,
+            Code::Unsupported => 95,
+            _ => 5,
+        }
+    }
+
+    /// Whether the same request, unchanged, may succeed later or elsewhere.
+    pub fn is_retryable(self) -> bool {
+        matches!(
+            self,
+            Code::Busy
+                | Code::NotLeader
+                | Code::Overloaded
+                | Code::NotReady
+                | Code::OutcomeUnknown
+                | Code::Unreachable
+                | Code::ClockAhead
+        )
+    }
+
+    /// Whether a request that was answered so may have taken effect.
+    pub fn may_have_effect(self) -> bool {
+        matches!(self, Code::OutcomeUnknown | Code::ExpiredUnknown | Code::Acknowledged)
+    }
+}

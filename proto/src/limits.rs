@@ -1,0 +1,64 @@
+//! Every limit in one place, with its reason. A request over a limit gets an error that names it.
+
+/// Bytes in a name, as POSIX has it.
+pub const NAME_BYTES_MAX: usize = 255;
+/// Bytes in a symbolic link's target, as Linux has it.
+pub const SYMLINK_BYTES_MAX: usize = 4095;
+/// Directories between a path's end and the root: bounds every ancestor walk.
+pub const PATH_DEPTH_MAX: usize = 4096;
+/// Bytes that are stored in the metadata instead of in blocks.
+pub const INLINE_BYTES_MAX: usize = 255;
+/// Data blocks of a span.
+pub const DATA_BLOCKS_MAX: u32 = 16;
+/// Parity blocks of a span.
+pub const PARITY_BLOCKS_MAX: u32 = 16;
+/// Bytes of user data in a span.
+pub const SPAN_BYTES_MAX: u32 = 100 << 20;
+/// Stripes in a span: bounds the list of cell CRCs.
+pub const STRIPES_MAX: u32 = 255;
+/// A page of a block: the unit that carries a CRC on disk.
+pub const PAGE_BYTES: u32 = 4096;
+/// Bytes of one block: a span of one data block.
+pub const BLOCK_BYTES_MAX: u32 = SPAN_BYTES_MAX + PAGE_BYTES * STRIPES_MAX;
+/// Bytes of a file: offsets stay positive as signed 64-bit numbers.
+pub const FILE_BYTES_MAX: u64 = 1 << 62;
+/// Entries of one page of a listing.
+pub const READDIR_ENTRIES_MAX: usize = 4096;
+/// Extents of one page of a layout.
+pub const LAYOUT_EXTENTS_MAX: usize = 512;
+/// Bytes of one request or answer on the wire; a block with its certificate must fit.
+pub const MESSAGE_BYTES_MAX: usize = BLOCK_BYTES_MAX as usize + (1 << 20);
+/// Bytes of one metadata request; keeps a log record small.
+pub const METADATA_REQUEST_BYTES_MAX: usize = 1 << 20;
+/// Entries in one batch of a log.
+pub const BATCH_ENTRIES_MAX: usize = 1024;
+/// Bytes in one batch of a log.
+pub const BATCH_BYTES_MAX: usize = 4 << 20;
+/// Requests that wait in front of a replica before more are refused as overloaded.
+pub const INBOX_REQUESTS_MAX: usize = 8192;
+/// Bytes that an answer of a scan or a log read carries.
+pub const SCAN_BYTES_MAX: usize = 4 << 20;
+/// Outcomes that are kept for one client above its acknowledged watermark.
+pub const CLIENT_OUTCOMES_MAX: usize = 4096;
+/// How long a client's outcomes are kept after its last request.
+pub const CLIENT_IDLE_LIFETIME_MS: u64 = 60 * 60 * 1000;
+/// How long an unpublished content lives without use.
+pub const TRANSIENT_LIFETIME_MS: u64 = 8 * 60 * 60 * 1000;
+/// How far ahead of the receiver's clock a sender's time may be.
+pub const CLOCK_AHEAD_MS_MAX: u64 = 500;
+/// How long a certificate for a block is good.
+pub const CERTIFICATE_LIFETIME_MS: u64 = 60 * 60 * 1000;
+/// The highest skew between two clocks that certificates tolerate.
+pub const CLOCK_SKEW_MS_MAX: u64 = 60 * 1000;
+/// Services that a client may ask to avoid in one request.
+pub const AVOID_MAX: usize = 256;
+/// Block services of a cluster that the shards' states carry.
+pub const SERVICES_MAX: usize = 1_000_000;
+/// Shards of a cluster.
+pub const SHARDS_MAX: u32 = 256;
+
+const _: () = assert!(BATCH_BYTES_MAX > METADATA_REQUEST_BYTES_MAX);
+const _: () = assert!(
+    STRIPES_MAX as usize * (DATA_BLOCKS_MAX + PARITY_BLOCKS_MAX) as usize * 4 < METADATA_REQUEST_BYTES_MAX
+);
+const _: () = assert!(BLOCK_BYTES_MAX.is_multiple_of(PAGE_BYTES) && MESSAGE_BYTES_MAX < u32::MAX as usize);

@@ -1,0 +1,147 @@
+//! The shape of a span: how user bytes become cells, and what a shard checks before it grants blocks.
+//!
+//! User data, zero-padded, is cut into stripes; a stripe is D consecutive cells of data and P cells of
+//! parity. Block *i* is the concatenation of the *i*-th cells of all stripes. With D = 1 the parity cells
+//! are copies (mirroring).
+
+use crate::{
+    crc,
+    error::Refusal,
+    limits::{DATA_BLOCKS_MAX, PAGE_BYTES, PARITY_BLOCKS_MAX, SPAN_BYTES_MAX, STRIPES_MAX},
+    types::{Code, SpanShape},
+};
+
+impl SpanShape {
+    /// Blocks in all.
+    pub fn blocks(&self) -> u32 {
+        self.data_blocks + self.parity_blocks
+    }
+
+    /// Bytes of one block.
+    pub fn block_bytes(&self) -> u32 {
+        self.stripes * self.cell_size
+    }
+
+    /// Bytes of user data in one stripe, with padding.
+    pub fn stripe_bytes(&self) -> u64 {
+        u64::from(self.data_blocks) * u64::from(self.cell_size)
+    }
+
+    /// The shape for `size` bytes: as few stripes as a target cell size of 1 MiB gives.
+    ///
+    /// # Panics
+    /// When `data_blocks` or `size` is 0; both are checked where they enter.
+    pub fn for_size(size: u32, data_blocks: u32, parity_blocks: u32) -> SpanShape {
+        assert!(size > 0 && data_blocks > 0);
+        const CELL_TARGET: u64 = 1 << 20;
+        let page = u64::from(PAGE_BYTES);
+        let (size, d) = (u64::from(size), u64::from(data_blocks));
+        let stripes = size.div_ceil(d * CELL_TARGET).clamp(1, u64::from(STRIPES_MAX));
+        let cell = size.div_ceil(d * stripes).next_multiple_of(page);
+        // Rounding cells up can leave whole stripes empty; they are dropped.
+        let stripes = size.div_ceil(d * cell);
+        SpanShape { data_blocks, parity_blocks, stripes: stripes as u32, cell_size: cell as u32 }
+    }
+
+    /// Checks a shape that came from outside against the limits and the size that it must hold.
+    pub fn check(&self, size: u32) -> Result<(), Refusal> {
+        let bad = |what: String| Err(Refusal::invalid(what));
+        if size == 0 || size > SPAN_BYTES_MAX {
+            return Err(Refusal::new(
+                Code::TooLarge,
+                format!("a span of {size} bytes; 1 to {SPAN_BYTES_MAX} are allowed"),
+            ));
+        }
+        if self.data_blocks == 0 || self.data_blocks > DATA_BLOCKS_MAX {
+            return bad(format!("{} data blocks; 1 to {DATA_BLOCKS_MAX} are allowed", self.data_blocks));
+        }
+        if self.parity_blocks > PARITY_BLOCKS_MAX {
+            return bad(format!(
+                "{} parity blocks; at most {PARITY_BLOCKS_MAX} are allowed",
+                self.parity_blocks
+            ));
+        }
+        if self.stripes == 0 || self.stripes > STRIPES_MAX {
+            return bad(format!("{} stripes; 1 to {STRIPES_MAX} are allowed", self.stripes));
+        }
+        if self.cell_size == 0
+            || !self.cell_size.is_multiple_of(PAGE_BYTES)
+            || self.cell_size > SPAN_BYTES_MAX + PAGE_BYTES
+        {
+            return bad(format!("cells of {} bytes; multiples of {PAGE_BYTES} are allowed", self.cell_size));
+        }
+        let capacity = self.stripe_bytes() * u64::from(self.stripes);
+        let least = capacity - self.stripe_bytes();
+        if u64::from(size) > capacity || u64::from(size) <= least {
+            return bad(format!("{size} bytes in {} stripes of {} bytes", self.stripes, self.stripe_bytes()));
+        }
+        Ok(())
+    }
+
+    /// The CRC of each block from the CRCs of its cells (block-major).
+    ///
+    /// # Panics
+    /// When `cell_crcs` does not have one CRC for each cell; [`SpanShape::check_crcs`] refuses those.
+    pub fn block_crcs(&self, cell_crcs: &[u32]) -> Vec<u32> {
+        assert_eq!(cell_crcs.len(), (self.blocks() * self.stripes) as usize);
+        let cell = u64::from(self.cell_size);
+        cell_crcs
+            .chunks_exact(self.stripes as usize)
+            .map(|cells| cells.iter().fold(0, |all, &c| crc::concat(all, c, cell)))
+            .collect()
+    }
+
+    /// Checks that the CRCs of the data cells combine to the span's, and that mirrors and the first parity
+    /// (which is not a plain XOR in Reed-Solomon) are as long as the shape says. Mirrors must equal their data.
+    pub fn check_crcs(&self, size: u32, span_crc: u32, cell_crcs: &[u32]) -> Result<(), Refusal> {
+        let cells = (self.blocks() * self.stripes) as usize;
+        if cell_crcs.len() != cells {
+            return Err(Refusal::invalid(format!("{} cell CRCs for {cells} cells", cell_crcs.len())));
+        }
+        let (stripes, cell) = (self.stripes as usize, u64::from(self.cell_size));
+        let mut whole = 0;
+        for stripe in 0..stripes {
+            for block in 0..self.data_blocks as usize {
+                whole = crc::concat(whole, cell_crcs[block * stripes + stripe], cell);
+            }
+        }
+        let padding = self.stripe_bytes() * u64::from(self.stripes) - u64::from(size);
+        if whole != crc::concat(span_crc, crc::zeroes(padding), padding) {
+            return Err(Refusal::new(Code::CrcMismatch, "the cells' CRCs do not combine to the span's CRC"));
+        }
+        if self.data_blocks == 1
+            && cell_crcs.chunks_exact(stripes).any(|mirror| mirror != &cell_crcs[..stripes])
+        {
+            return Err(Refusal::new(Code::CrcMismatch, "a mirror's CRCs differ from its data's"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_size_gets_a_shape_that_passes() {
+        for d in 1..=16 {
+            for size in [
+                1,
+                255,
+                256,
+                4096,
+                4097,
+                65_536,
+                1 << 20,
+                (1 << 20) + 1,
+                10 << 20,
+                SPAN_BYTES_MAX - 1,
+                SPAN_BYTES_MAX,
+            ] {
+                let shape = SpanShape::for_size(size, d, 2);
+                shape.check(size).unwrap_or_else(|e| panic!("{size} in {shape:?}: {e}"));
+                assert!(shape.block_bytes() <= crate::limits::BLOCK_BYTES_MAX);
+            }
+        }
+    }
+}

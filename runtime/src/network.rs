@@ -1,0 +1,78 @@
+//! Requests between named endpoints.
+
+use std::{fmt, sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+
+use crate::BoxFuture;
+
+/// Where a node listens: `HOST:PORT`, or any name in the simulator.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Endpoint(pub Arc<str>);
+
+impl From<&str> for Endpoint {
+    fn from(address: &str) -> Endpoint {
+        Endpoint(address.into())
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Which connection a call takes: large transfers must not delay small requests.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Lane {
+    /// Requests to registry, CDC and shards.
+    Metadata,
+    /// Block data.
+    Bulk,
+}
+
+/// Why a call has no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum CallError {
+    /// The request never left: certainly no effect.
+    #[error("cannot reach {0}: {1}")]
+    NotSent(Endpoint, String),
+    /// The request may have been carried out.
+    #[error("no answer from {0}: {1}")]
+    Unknown(Endpoint, String),
+}
+
+impl CallError {
+    /// Whether the request certainly had no effect.
+    pub fn certainly_no_effect(&self) -> bool {
+        matches!(self, CallError::NotSent(..))
+    }
+}
+
+/// Answers requests. Takes and returns an encoded envelope; every failure is an answer.
+pub trait Handler: Send + Sync {
+    /// Handles one request; many run at a time.
+    fn handle(&self, request: Bytes) -> BoxFuture<Bytes>;
+}
+
+/// Keeps an endpoint open; dropping it stops accepting and ends its sessions.
+pub trait Listening: Send + Sync {
+    /// The address in fact bound, with the port that the system chose for port 0.
+    fn endpoint(&self) -> &Endpoint;
+}
+
+/// Sends requests and serves them.
+#[async_trait]
+pub trait Network: Send + Sync {
+    /// Serves `handler` at an endpoint. Fails when the address is taken or not an address.
+    async fn listen(&self, at: &Endpoint, handler: Arc<dyn Handler>) -> std::io::Result<Box<dyn Listening>>;
+    /// Sends one request and waits for its answer, at most `timeout`.
+    async fn call(
+        &self,
+        to: &Endpoint,
+        lane: Lane,
+        request: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, CallError>;
+}

@@ -1,0 +1,122 @@
+//! Files of the operating system.
+
+use std::{
+    fs, io,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+};
+
+use crate::{Disk, File};
+
+/// The operating system's file system.
+pub struct OsDisk;
+
+struct OsFile {
+    file: fs::File,
+    path: PathBuf,
+}
+
+/// Adds the path to an error of the operating system, which never says it.
+fn at<T>(path: &Path, result: io::Result<T>) -> io::Result<T> {
+    result.map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))
+}
+
+impl File for OsFile {
+    fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        let mut done = 0;
+        while done < buffer.len() {
+            match self.file.read_at(&mut buffer[done..], offset + done as u64) {
+                Ok(0) => break,
+                Ok(read) => done += read,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) => return at(&self.path, Err(e)),
+            }
+        }
+        Ok(done)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        at(&self.path, self.file.write_all_at(bytes, offset))
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        at(&self.path, self.file.sync_data())
+    }
+
+    fn len(&self) -> io::Result<u64> {
+        at(&self.path, self.file.metadata().map(|m| m.len()))
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        at(&self.path, self.file.set_len(len))
+    }
+}
+
+impl Disk for OsDisk {
+    fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn File>> {
+        // Opening for writing fails on read-only media; reading tools still work there.
+        let opened = fs::OpenOptions::new().read(true).write(true).create(create).truncate(false).open(path);
+        let file = match opened {
+            Err(e)
+                if !create
+                    && matches!(
+                        e.kind(),
+                        io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem
+                    ) =>
+            {
+                at(path, fs::File::open(path))?
+            }
+            other => at(path, other)?,
+        };
+        Ok(Box::new(OsFile { file, path: path.to_owned() }))
+    }
+
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        if path.is_dir() {
+            return Ok(());
+        }
+        if let Some(parent) = path.parent().filter(|p| !p.as_os_str().is_empty()) {
+            self.create_dir_all(parent)?;
+        }
+        match fs::create_dir(path) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists && path.is_dir() => Ok(()),
+            Err(e) => at(path, Err(e)),
+            Ok(()) => self.sync_dir(path.parent().unwrap_or(Path::new("."))),
+        }
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let entries = match fs::read_dir(path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            other => at(path, other)?,
+        };
+        let mut names = Vec::new();
+        for entry in entries {
+            names.push(at(path, entry)?.file_name().to_string_lossy().into_owned());
+        }
+        names.sort();
+        Ok(names)
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        at(to, fs::rename(from, to))
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        at(path, fs::remove_file(path))
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+        at(path, fs::File::open(path).and_then(|dir| dir.sync_all()))
+    }
+
+    fn exists(&self, path: &Path) -> bool {
+        path.exists()
+    }
+
+    fn space(&self, path: &Path) -> io::Result<(u64, u64)> {
+        let stat = at(path, rustix::fs::statvfs(path).map_err(io::Error::from))?;
+        Ok((stat.f_blocks.saturating_mul(stat.f_frsize), stat.f_bavail.saturating_mul(stat.f_frsize)))
+    }
+}

@@ -1,0 +1,193 @@
+//! Tasks, wakers and timers on one thread.
+
+use std::{
+    cmp::Reverse,
+    collections::{BTreeMap, BinaryHeap},
+    future::Future,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, Wake, Waker},
+    time::Duration,
+};
+
+use parking_lot::Mutex;
+
+use super::{NodeId, Shared};
+use crate::BoxFuture;
+
+/// Who a task belongs to.
+#[derive(Clone, Copy)]
+pub(super) struct TaskOwner {
+    pub(super) node: NodeId,
+    pub(super) name: &'static str,
+}
+
+struct Task {
+    owner: TaskOwner,
+    /// `None` while it is being polled.
+    future: Option<BoxFuture<()>>,
+    waker: Waker,
+}
+
+type ReadyQueue = Arc<Mutex<Vec<u64>>>;
+
+struct TaskWaker {
+    id: u64,
+    ready: ReadyQueue,
+}
+
+impl Wake for TaskWaker {
+    fn wake(self: Arc<Self>) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        let mut ready = self.ready.lock();
+        if !ready.contains(&self.id) {
+            ready.push(self.id);
+        }
+    }
+}
+
+pub(super) struct Executor {
+    now_ns: u64,
+    next_id: u64,
+    tasks: BTreeMap<u64, Task>,
+    ready: ReadyQueue,
+    timers: BinaryHeap<Reverse<(u64, u64)>>,
+    timer_wakers: BTreeMap<u64, Waker>,
+}
+
+impl Executor {
+    pub(super) fn new() -> Executor {
+        Executor {
+            now_ns: 0,
+            next_id: 1,
+            tasks: BTreeMap::new(),
+            ready: ReadyQueue::default(),
+            timers: BinaryHeap::new(),
+            timer_wakers: BTreeMap::new(),
+        }
+    }
+
+    pub(super) fn now_ns(&self) -> u64 {
+        self.now_ns
+    }
+
+    pub(super) fn spawn(&mut self, owner: TaskOwner, future: BoxFuture<()>) {
+        let id = self.next_id;
+        self.next_id += 1;
+        let waker = Waker::from(Arc::new(TaskWaker { id, ready: self.ready.clone() }));
+        self.tasks.insert(id, Task { owner, future: Some(future), waker });
+        self.ready.lock().push(id);
+    }
+
+    pub(super) fn ready_count(&self) -> usize {
+        self.ready.lock().len()
+    }
+
+    /// Takes the `pick`th ready task out for polling; `None` when it has ended meanwhile.
+    pub(super) fn take_ready(&mut self, pick: usize) -> Option<(u64, TaskOwner, BoxFuture<()>, Waker)> {
+        let id = self.ready.lock().swap_remove(pick);
+        let task = self.tasks.get_mut(&id)?;
+        Some((id, task.owner, task.future.take()?, task.waker.clone()))
+    }
+
+    pub(super) fn put_back(&mut self, id: u64, future: BoxFuture<()>) {
+        // A task that crashed its own node is gone by now and is dropped here.
+        if let Some(task) = self.tasks.get_mut(&id) {
+            task.future = Some(future);
+        }
+    }
+
+    pub(super) fn finish(&mut self, id: u64) {
+        self.tasks.remove(&id);
+    }
+
+    /// Removes a node's tasks. The caller drops them when the executor is no longer locked.
+    pub(super) fn take_tasks(&mut self, node: NodeId) -> Vec<Option<BoxFuture<()>>> {
+        let ids: Vec<u64> =
+            self.tasks.iter().filter(|(_, t)| t.owner.node == node).map(|(id, _)| *id).collect();
+        ids.iter().filter_map(|id| self.tasks.remove(id)).map(|t| t.future).collect()
+    }
+
+    pub(super) fn take_all(&mut self) -> Vec<Option<BoxFuture<()>>> {
+        self.timer_wakers.clear();
+        self.timers.clear();
+        std::mem::take(&mut self.tasks).into_values().map(|t| t.future).collect()
+    }
+
+    /// Moves the clock to the next timer and wakes its task.
+    pub(super) fn advance(&mut self, deadline_ns: u64) -> bool {
+        while let Some(Reverse((at, timer))) = self.timers.pop() {
+            if at > deadline_ns {
+                self.timers.push(Reverse((at, timer)));
+                self.now_ns = deadline_ns.max(self.now_ns);
+                return false;
+            }
+            // Cancelled timers have no waker and do not move the clock.
+            if let Some(waker) = self.timer_wakers.remove(&timer) {
+                self.now_ns = self.now_ns.max(at);
+                waker.wake();
+                return true;
+            }
+        }
+        false
+    }
+}
+
+/// Waits in virtual time.
+pub(super) struct Sleep {
+    shared: Arc<Shared>,
+    duration: Duration,
+    /// Timer id and when it fires, from the first poll on.
+    timer: Option<(u64, u64)>,
+}
+
+impl Sleep {
+    pub(super) fn new(shared: Arc<Shared>, duration: Duration) -> Sleep {
+        Sleep { shared, duration, timer: None }
+    }
+}
+
+impl Future for Sleep {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<()> {
+        let shared = self.shared.clone();
+        let mut executor = shared.executor.lock();
+        match self.timer {
+            None => {
+                let id = executor.next_id;
+                executor.next_id += 1;
+                let at = executor
+                    .now_ns
+                    .saturating_add(u64::try_from(self.duration.as_nanos()).unwrap_or(u64::MAX));
+                executor.timers.push(Reverse((at, id)));
+                executor.timer_wakers.insert(id, context.waker().clone());
+                self.timer = Some((id, at));
+                Poll::Pending
+            }
+            Some((id, at)) => {
+                if executor.timer_wakers.contains_key(&id) {
+                    executor.timer_wakers.insert(id, context.waker().clone());
+                    Poll::Pending
+                } else {
+                    debug_assert!(executor.now_ns >= at);
+                    Poll::Ready(())
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Sleep {
+    fn drop(&mut self) {
+        if let Some((id, _)) = self.timer {
+            // Skipped when the world itself is being torn down with the executor locked.
+            if let Some(mut executor) = self.shared.executor.try_lock() {
+                executor.timer_wakers.remove(&id);
+            }
+        }
+    }
+}

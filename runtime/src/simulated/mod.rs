@@ -1,0 +1,259 @@
+//! The simulated runtime: every node of a cluster on one thread, in virtual time, from one seed.
+//!
+//! [`World`] owns the executor, the virtual clock and the faults; [`World::node`] gives the [`Runtime`] of one
+//! node. Ready tasks run in an order drawn from the seed. Every step is folded into a trace hash: two runs of
+//! one seed that differ anywhere differ there.
+//!
+//! Invariants: nothing in here reads the real clock, the real random source or the order of a hash map; a
+//! crashed node's tasks never run again, and its unsynced writes are lost or torn.
+
+mod disk;
+mod executor;
+mod network;
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use clutch_proto::Time;
+use parking_lot::Mutex;
+use rand::{RngCore as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{BoxFuture, Clock, Random, Runtime, Spawner};
+
+pub use disk::SimDisk;
+use executor::{Executor, TaskOwner};
+pub use network::Faults;
+use network::SimNetwork;
+
+/// A node of the simulated cluster.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NodeId(pub u32);
+
+/// A simulated cluster of nodes.
+pub struct World {
+    shared: Arc<Shared>,
+}
+
+/// What all seams of all nodes share.
+struct Shared {
+    executor: Mutex<Executor>,
+    random: Mutex<ChaCha8Rng>,
+    trace: Mutex<Trace>,
+    network: Mutex<network::Wires>,
+    disks: Mutex<std::collections::BTreeMap<NodeId, Arc<SimDisk>>>,
+    skew_ms: Mutex<std::collections::BTreeMap<NodeId, i64>>,
+}
+
+#[derive(Default)]
+struct Trace {
+    hash: u64,
+    events: u64,
+}
+
+impl Shared {
+    fn record(&self, what: &str, number: u64) {
+        let now = self.executor.lock().now_ns();
+        let mut trace = self.trace.lock();
+        let mut bytes = [0u8; 24];
+        bytes[..8].copy_from_slice(&trace.hash.to_le_bytes());
+        bytes[8..16].copy_from_slice(&now.to_le_bytes());
+        bytes[16..].copy_from_slice(&number.to_le_bytes());
+        trace.hash =
+            xxhash_rust::xxh3::xxh3_64_with_seed(&bytes, xxhash_rust::xxh3::xxh3_64(what.as_bytes()));
+        trace.events += 1;
+    }
+
+    fn below(&self, bound: u64) -> u64 {
+        self.random.lock().next_u64() % bound.max(1)
+    }
+}
+
+/// The virtual start: 2026-01-01T00:00:00Z.
+const START_NS: u64 = 1_767_225_600_000_000_000;
+
+impl World {
+    /// A world without nodes or faults.
+    pub fn new(seed: u64) -> World {
+        World {
+            shared: Arc::new(Shared {
+                executor: Mutex::new(Executor::new()),
+                random: Mutex::new(ChaCha8Rng::seed_from_u64(seed)),
+                trace: Mutex::default(),
+                network: Mutex::default(),
+                disks: Mutex::default(),
+                skew_ms: Mutex::default(),
+            }),
+        }
+    }
+
+    /// The runtime of a node. Asking again gives the same disk: that is how a node restarts.
+    pub fn node(&self, node: NodeId) -> Runtime {
+        let shared = self.shared.clone();
+        let disk = shared.disks.lock().entry(node).or_insert_with(|| Arc::new(SimDisk::new())).clone();
+        Runtime {
+            clock: Arc::new(SimClock { shared: shared.clone(), node }),
+            random: Arc::new(SimRandom { shared: shared.clone() }),
+            spawner: Arc::new(SimSpawner { shared: shared.clone(), node }),
+            network: Arc::new(SimNetwork { shared, node }),
+            disk,
+        }
+    }
+
+    /// A node's disk, for tests that damage it.
+    pub fn disk(&self, node: NodeId) -> Arc<SimDisk> {
+        self.shared.disks.lock().entry(node).or_insert_with(|| Arc::new(SimDisk::new())).clone()
+    }
+
+    /// Stops a node at once: its tasks are dropped, its endpoints closed, its unsynced writes lost or torn.
+    pub fn crash(&self, node: NodeId) {
+        self.shared.record("crash", u64::from(node.0));
+        let dropped = self.shared.executor.lock().take_tasks(node);
+        drop(dropped);
+        self.shared.network.lock().close_all(node);
+        let disk = self.shared.disks.lock().get(&node).cloned();
+        if let Some(disk) = disk {
+            disk.crash(&mut |bound| self.shared.below(bound));
+        }
+    }
+
+    /// What the network does to messages from now on.
+    pub fn set_faults(&self, faults: Faults) {
+        self.shared.network.lock().faults = faults;
+    }
+
+    /// Blocks or unblocks messages in one direction.
+    pub fn set_blocked(&self, from: NodeId, to: NodeId, blocked: bool) {
+        let mut wires = self.shared.network.lock();
+        if blocked {
+            wires.blocked.insert((from, to));
+        } else {
+            wires.blocked.remove(&(from, to));
+        }
+    }
+
+    /// Sets a node's wall clock that far off the virtual time.
+    pub fn set_skew_ms(&self, node: NodeId, skew_ms: i64) {
+        self.shared.skew_ms.lock().insert(node, skew_ms);
+    }
+
+    /// Runs everything until `future`, a task of `node`, completes; `None` when nothing can run any more or
+    /// `limit` of virtual time has passed.
+    pub fn run<T: Send + 'static>(
+        &self,
+        node: NodeId,
+        limit: Duration,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Option<T> {
+        let result = Arc::new(Mutex::new(None));
+        let slot = result.clone();
+        self.shared.executor.lock().spawn(
+            TaskOwner { node, name: "main" },
+            Box::pin(async move {
+                let output = future.await;
+                *slot.lock() = Some(output);
+            }),
+        );
+        let deadline = self.shared.executor.lock().now_ns().saturating_add(limit.as_nanos() as u64);
+        loop {
+            if let Some(output) = result.lock().take() {
+                return Some(output);
+            }
+            if !self.step(deadline) {
+                return None;
+            }
+        }
+    }
+
+    /// Runs one task, or moves the clock to the next timer. False when nothing is left before `deadline_ns`.
+    fn step(&self, deadline_ns: u64) -> bool {
+        let ready = self.shared.executor.lock().ready_count();
+        if ready == 0 {
+            return self.shared.executor.lock().advance(deadline_ns);
+        }
+        let pick = if ready > 1 { self.shared.below(ready as u64) as usize } else { 0 };
+        let taken = self.shared.executor.lock().take_ready(pick);
+        let Some((id, owner, mut task, waker)) = taken else { return true };
+        self.shared.record(owner.name, id);
+        // The executor is not locked here: the task may spawn, wake and set timers.
+        match task.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
+            std::task::Poll::Ready(()) => self.shared.executor.lock().finish(id),
+            std::task::Poll::Pending => self.shared.executor.lock().put_back(id, task),
+        }
+        true
+    }
+
+    /// Hash and number of the events so far.
+    pub fn trace(&self) -> (u64, u64) {
+        let trace = self.shared.trace.lock();
+        (trace.hash, trace.events)
+    }
+
+    /// Virtual time since the start.
+    pub fn elapsed(&self) -> Duration {
+        Duration::from_nanos(self.shared.executor.lock().now_ns())
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        // Tasks hold runtimes, which hold the world: break the circle.
+        let tasks = self.shared.executor.lock().take_all();
+        drop(tasks);
+        self.shared.network.lock().clear();
+    }
+}
+
+struct SimClock {
+    shared: Arc<Shared>,
+    node: NodeId,
+}
+
+impl Clock for SimClock {
+    fn now(&self) -> Time {
+        let skew_ms = self.shared.skew_ms.lock().get(&self.node).copied().unwrap_or(0);
+        Time(
+            (START_NS + self.shared.executor.lock().now_ns())
+                .saturating_add_signed(skew_ms.saturating_mul(1_000_000)),
+        )
+    }
+
+    fn monotonic(&self) -> Duration {
+        Duration::from_nanos(self.shared.executor.lock().now_ns())
+    }
+
+    fn sleep(&self, duration: Duration) -> BoxFuture<()> {
+        Box::pin(executor::Sleep::new(self.shared.clone(), duration))
+    }
+}
+
+struct SimRandom {
+    shared: Arc<Shared>,
+}
+
+impl Random for SimRandom {
+    fn fill(&self, bytes: &mut [u8]) {
+        self.shared.random.lock().fill_bytes(bytes);
+    }
+}
+
+struct SimSpawner {
+    shared: Arc<Shared>,
+    node: NodeId,
+}
+
+impl Spawner for SimSpawner {
+    fn spawn(&self, name: &'static str, task: BoxFuture<()>) {
+        self.shared.executor.lock().spawn(TaskOwner { node: self.node, name }, task);
+    }
+
+    fn spawn_owner(&self, _name: String, task: BoxFuture<()>) {
+        self.spawn("owner", task);
+    }
+
+    fn blocking(&self, work: Box<dyn FnOnce() + Send>) -> BoxFuture<()> {
+        Box::pin(async move { work() })
+    }
+}
+
+#[cfg(test)]
+mod tests;

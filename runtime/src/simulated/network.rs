@@ -1,0 +1,156 @@
+//! Messages between simulated nodes: delayed, lost, doubled, reordered, cut off, as the faults say.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio::sync::oneshot;
+
+use super::{NodeId, Shared, executor::Sleep, executor::TaskOwner};
+use crate::{CallError, Endpoint, Handler, Lane, Listening, Network};
+
+/// What happens to messages. The default is a quick and faithful network.
+#[derive(Clone, Debug)]
+pub struct Faults {
+    /// Lost messages, per mille.
+    pub loss_permille: u32,
+    /// Requests that arrive twice, per mille.
+    pub duplicate_permille: u32,
+    /// Shortest delay of a message in microseconds.
+    pub delay_us_min: u64,
+    /// Longest delay of a message in microseconds; delays are drawn evenly, so messages overtake each other.
+    pub delay_us_max: u64,
+}
+
+impl Default for Faults {
+    fn default() -> Faults {
+        Faults { loss_permille: 0, duplicate_permille: 0, delay_us_min: 50, delay_us_max: 500 }
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Wires {
+    pub(super) faults: Faults,
+    pub(super) blocked: BTreeSet<(NodeId, NodeId)>,
+    listeners: BTreeMap<Endpoint, (NodeId, u64, Arc<dyn Handler>)>,
+    next_listener: u64,
+}
+
+impl Wires {
+    pub(super) fn close_all(&mut self, node: NodeId) {
+        self.listeners.retain(|_, (at, _, _)| *at != node);
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.listeners.clear();
+    }
+}
+
+pub(super) struct SimNetwork {
+    pub(super) shared: Arc<Shared>,
+    pub(super) node: NodeId,
+}
+
+impl SimNetwork {
+    /// How long one message travels; `None` when it is lost.
+    fn travel(shared: &Shared, from: NodeId, to: NodeId) -> Option<Duration> {
+        let wires = shared.network.lock();
+        let faults = wires.faults.clone();
+        let blocked = wires.blocked.contains(&(from, to));
+        drop(wires);
+        let lost = shared.below(1000) < u64::from(faults.loss_permille);
+        let spread = faults.delay_us_max.saturating_sub(faults.delay_us_min) + 1;
+        let delay_us = faults.delay_us_min + shared.below(spread);
+        (!blocked && !lost).then_some(Duration::from_micros(delay_us))
+    }
+
+    /// Carries a request to its handler and the answer back, as a task of the target's node.
+    fn deliver(&self, to: &Endpoint, request: Bytes, answer: oneshot::Sender<Bytes>) {
+        let (shared, from, to) = (self.shared.clone(), self.node, to.clone());
+        let listener =
+            shared.network.lock().listeners.get(&to).map(|(node, _, handler)| (*node, handler.clone()));
+        let Some((target, handler)) = listener else { return };
+        let Some(there) = Self::travel(&shared, from, target) else { return };
+        let task_shared = shared.clone();
+        let task = async move {
+            Sleep::new(task_shared.clone(), there).await;
+            task_shared.record("deliver", request.len() as u64);
+            let reply = handler.handle(request).await;
+            if let Some(back) = Self::travel(&task_shared, target, from) {
+                Sleep::new(task_shared.clone(), back).await;
+                task_shared.record("answer", reply.len() as u64);
+                // The caller may have given up.
+                let _ = answer.send(reply);
+            }
+        };
+        shared.executor.lock().spawn(TaskOwner { node: target, name: "deliver" }, Box::pin(task));
+    }
+}
+
+struct SimListening {
+    shared: Arc<Shared>,
+    endpoint: Endpoint,
+    id: u64,
+}
+
+impl Listening for SimListening {
+    fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+}
+
+impl Drop for SimListening {
+    fn drop(&mut self) {
+        // A crash drops tasks outside all locks; a torn-down world has no listeners left.
+        if let Some(mut wires) = self.shared.network.try_lock()
+            && wires.listeners.get(&self.endpoint).is_some_and(|(_, id, _)| *id == self.id)
+        {
+            wires.listeners.remove(&self.endpoint);
+        }
+    }
+}
+
+#[async_trait]
+impl Network for SimNetwork {
+    async fn listen(&self, at: &Endpoint, handler: Arc<dyn Handler>) -> io::Result<Box<dyn Listening>> {
+        let mut wires = self.shared.network.lock();
+        if wires.listeners.contains_key(at) {
+            return Err(io::Error::new(io::ErrorKind::AddrInUse, format!("listen on {at}: in use")));
+        }
+        wires.next_listener += 1;
+        let id = wires.next_listener;
+        wires.listeners.insert(at.clone(), (self.node, id, handler));
+        Ok(Box::new(SimListening { shared: self.shared.clone(), endpoint: at.clone(), id }))
+    }
+
+    async fn call(
+        &self,
+        to: &Endpoint,
+        _lane: Lane,
+        request: Bytes,
+        timeout: Duration,
+    ) -> Result<Bytes, CallError> {
+        if !self.shared.network.lock().listeners.contains_key(to) {
+            Sleep::new(self.shared.clone(), Duration::from_micros(200)).await;
+            return Err(CallError::NotSent(to.clone(), "connection refused".into()));
+        }
+        let (answer, answered) = oneshot::channel();
+        let duplicate_permille = self.shared.network.lock().faults.duplicate_permille;
+        if self.shared.below(1000) < u64::from(duplicate_permille) {
+            let (ignored, _) = oneshot::channel();
+            self.deliver(to, request.clone(), ignored);
+        }
+        self.deliver(to, request, answer);
+        let limit = Sleep::new(self.shared.clone(), timeout);
+        tokio::select! {
+            biased;
+            Ok(reply) = answered => Ok(reply),
+            () = limit => Err(CallError::Unknown(to.clone(), format!("nothing within {timeout:?}"))),
+        }
+    }
+}

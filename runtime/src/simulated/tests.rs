@@ -1,0 +1,83 @@
+//! The simulated runtime against itself: determinism, crashes, faults.
+
+use std::{path::Path, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+
+use super::*;
+use crate::{Disk as _, Endpoint, Handler, Lane};
+
+struct Echo(Runtime);
+
+impl Handler for Echo {
+    fn handle(&self, request: Bytes) -> BoxFuture<Bytes> {
+        let runtime = self.0.clone();
+        Box::pin(async move {
+            runtime.clock.sleep(Duration::from_micros(runtime.random.below(100))).await;
+            request
+        })
+    }
+}
+
+fn busy_world(seed: u64) -> (u64, u64) {
+    let world = World::new(seed);
+    world.set_faults(Faults { loss_permille: 100, duplicate_permille: 200, ..Faults::default() });
+    let (server, client) = (world.node(NodeId(1)), world.node(NodeId(2)));
+    let answered = world.run(NodeId(2), Duration::from_secs(60), async move {
+        let at = Endpoint::from("echo");
+        let _listening = server.network.listen(&at, Arc::new(Echo(server.clone()))).await.expect("free name");
+        let mut answered = 0;
+        for i in 0..200u64 {
+            let request = Bytes::copy_from_slice(&i.to_le_bytes());
+            if let Ok(reply) =
+                client.network.call(&at, Lane::Metadata, request.clone(), Duration::from_millis(50)).await
+            {
+                assert_eq!(reply, request);
+                answered += 1;
+            }
+        }
+        answered
+    });
+    assert!((120..200).contains(&answered.expect("ends")));
+    world.trace()
+}
+
+#[test]
+fn one_seed_one_trace() {
+    assert_eq!(busy_world(7), busy_world(7));
+    assert_ne!(busy_world(7), busy_world(8));
+}
+
+#[test]
+fn unsynced_bytes_and_names_are_lost_in_a_crash() {
+    let world = World::new(1);
+    let disk = world.disk(NodeId(0));
+    let (kept, lost) = (Path::new("d/kept"), Path::new("d/lost"));
+    let file = disk.open(kept, true).expect("create");
+    file.write_at(b"synced", 0).expect("write");
+    file.sync().expect("sync");
+    disk.sync_dir(Path::new("d")).expect("sync names");
+    file.write_at(&[b'x'; 4096], 6).expect("write");
+    disk.open(lost, true).expect("create").sync().expect("sync");
+    world.crash(NodeId(0));
+    assert!(!disk.exists(lost));
+    assert_eq!(&disk.read(kept).expect("read")[..6], b"synced");
+}
+
+#[test]
+fn a_crashed_node_answers_nothing() {
+    let world = World::new(3);
+    let (server, client) = (world.node(NodeId(1)), world.node(NodeId(2)));
+    let at = Endpoint::from("echo");
+    let listen_at = at.clone();
+    world.run(NodeId(1), Duration::from_secs(1), async move {
+        let listening =
+            server.network.listen(&listen_at, Arc::new(Echo(server.clone()))).await.expect("free");
+        std::mem::forget(listening);
+    });
+    world.crash(NodeId(1));
+    let result = world.run(NodeId(2), Duration::from_secs(5), async move {
+        client.network.call(&at, Lane::Metadata, Bytes::new(), Duration::from_secs(1)).await
+    });
+    assert!(result.expect("ends").expect_err("refused").certainly_no_effect());
+}

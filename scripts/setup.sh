@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Installs what a build needs and this machine lacks: a C++ compiler and libclang (for RocksDB), and checks
+# for the Rust toolchain. Changes nothing where all is there.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+need=()
+command -v c++ >/dev/null || need+=(build-essential)
+command -v clang >/dev/null || need+=(clang)
+ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || need+=(libclang-dev)
+if [ ${#need[@]} -gt 0 ]; then
+  if ! command -v apt-get >/dev/null; then
+    echo "setup: please install a C++ compiler, clang and libclang's development files, then try again" >&2
+    exit 1
+  fi
+  as_root=""
+  [ "$(id -u)" = 0 ] || as_root=sudo
+  echo "setup: installing ${need[*]}" >&2
+  $as_root apt-get update -qq >&2
+  $as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq "${need[@]}" >&2
+fi
+if ! command -v cargo >/dev/null; then
+  echo "setup: please install Rust (rustup) first: the version is in rust-toolchain.toml" >&2
+  exit 1
+fi

@@ -1,1 +1,425 @@
-//! clutch-log-local.
+//! The `local` log engine: all logs of a node in one sequence of segment files, one writer, one sync for all.
+//!
+//! Invariants:
+//! * A batch is acknowledged only after the sync that covers it.
+//! * A failed sync is final: everything waiting becomes unknown and the engine stops.
+//! * What lies before the durable mark was synced; damage there is an error with a position, never dropped.
+//!   What lies after it was never acknowledged; damage there is a torn tail and is cut off.
+//! * Every opening of a log begins a new epoch with a record of its own.
+
+mod format;
+mod reader;
+mod recovery;
+mod writer;
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use clutch_log::{
+    Batch, Bounds, Commit, Epoch, Event, Events, Log, LogFault, LogId, Outcome, Position, ReadLevel,
+    Rejected, SnapshotRef, check_batch,
+};
+use clutch_runtime::{Disk, Runtime};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot, watch};
+
+pub use format::{RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES};
+pub use reader::{Record, RecordKind, SegmentReader};
+pub use recovery::{Summary, open_read_only};
+
+/// How an engine behaves.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// A segment file is closed when it is larger than this.
+    pub segment_bytes_max: u64,
+    /// Bytes of recent batches that each log keeps in memory for its readers.
+    pub tail_bytes_max: usize,
+    /// Bytes that may wait for the writer before proposals are refused as overloaded.
+    pub queued_bytes_max: usize,
+}
+
+impl Default for Options {
+    fn default() -> Options {
+        Options { segment_bytes_max: 64 << 20, tail_bytes_max: 8 << 20, queued_bytes_max: 64 << 20 }
+    }
+}
+
+/// All logs of a node.
+///
+/// The writer ends when the engine and every log of it are dropped.
+pub struct LocalEngine {
+    handle: Handle,
+}
+
+/// What a log's user holds: the writer has [`Shared`] alone, so that it ends with the last handle.
+#[derive(Clone)]
+struct Handle {
+    shared: Arc<Shared>,
+    commands: mpsc::Sender<Command>,
+}
+
+struct Shared {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    options: Options,
+    queued_bytes: AtomicUsize,
+    groups: Mutex<BTreeMap<LogId, Arc<Group>>>,
+    /// Segments on disk, oldest first, with what each holds.
+    segments: Mutex<Vec<Segment>>,
+    failed: Mutex<Option<String>>,
+}
+
+/// A segment file and, for every log, the first and last position in it.
+#[derive(Clone, Debug, Default)]
+struct Segment {
+    number: u64,
+    spans: BTreeMap<LogId, (Position, Position)>,
+}
+
+/// One log.
+struct Group {
+    id: LogId,
+    state: Mutex<GroupState>,
+    /// Last durable position; readers wait on it.
+    last: watch::Sender<Position>,
+}
+
+#[derive(Default)]
+struct GroupState {
+    epoch: Epoch,
+    epoch_position: Position,
+    /// The position that the writer gives out next.
+    next: Position,
+    sealed: Option<Position>,
+    /// Up to here the replica needs nothing.
+    floor: Position,
+    /// Recent records, oldest first, without holes up to the last durable one.
+    tail: VecDeque<TailRecord>,
+    tail_bytes: usize,
+}
+
+#[derive(Clone)]
+struct TailRecord {
+    kind: RecordKind,
+    batch: Batch,
+}
+
+enum Command {
+    Append {
+        group: Arc<Group>,
+        epoch: Epoch,
+        entries: Vec<Bytes>,
+        bytes: usize,
+        decided: oneshot::Sender<Outcome>,
+    },
+    BeginEpoch {
+        group: Arc<Group>,
+        done: oneshot::Sender<Result<(), LogFault>>,
+    },
+    Seal {
+        group: Arc<Group>,
+        done: oneshot::Sender<Result<Position, LogFault>>,
+    },
+    Trim {
+        done: oneshot::Sender<Result<(), LogFault>>,
+    },
+}
+
+impl LocalEngine {
+    /// Opens the engine on a directory and recovers what is there. Blocks on the disk.
+    ///
+    /// # Errors
+    /// [`LogFault::Corrupt`] when a synced record is damaged in the segment that recovery reads.
+    pub fn open(runtime: &Runtime, dir: PathBuf, options: Options) -> Result<LocalEngine, LogFault> {
+        let recovered = recovery::recover(&*runtime.disk, &dir)?;
+        let (commands, receiver) = mpsc::channel(4096);
+        let groups = recovered.groups.into_iter().map(|(id, state)| {
+            let last = Position(state.next.0 - 1);
+            (id, Arc::new(Group { id, state: Mutex::new(state), last: watch::Sender::new(last) }))
+        });
+        let shared = Arc::new(Shared {
+            disk: runtime.disk.clone(),
+            dir,
+            options,
+            queued_bytes: AtomicUsize::new(0),
+            groups: Mutex::new(groups.collect()),
+            segments: Mutex::new(recovered.segments),
+            failed: Mutex::new(None),
+        });
+        let writer = writer::Writer::new(&shared, recovered.current, recovered.mark);
+        runtime.spawner.spawn_owner("log-writer".into(), Box::pin(writer.run(receiver)));
+        Ok(LocalEngine { handle: Handle { shared, commands } })
+    }
+
+    /// Opens one log and begins a new epoch in it; the log is made if there is none of that id.
+    pub async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
+        let group = self
+            .handle
+            .shared
+            .groups
+            .lock()
+            .entry(id)
+            .or_insert_with(|| {
+                let state = GroupState { next: Position(1), ..GroupState::default() };
+                Arc::new(Group { id, state: Mutex::new(state), last: watch::Sender::new(Position(0)) })
+            })
+            .clone();
+        let (done, answer) = oneshot::channel();
+        self.handle.command(Command::BeginEpoch { group: group.clone(), done }).await?;
+        self.handle.answer(answer).await??;
+        Ok(Arc::new(LocalLog { handle: self.handle.clone(), group }))
+    }
+}
+
+impl Handle {
+    async fn command(&self, command: Command) -> Result<(), LogFault> {
+        self.commands.send(command).await.map_err(|_| self.shared.stopped())
+    }
+
+    async fn answer<T>(&self, answer: oneshot::Receiver<T>) -> Result<T, LogFault> {
+        answer.await.map_err(|_| self.shared.stopped())
+    }
+}
+
+impl Shared {
+    fn stopped(&self) -> LogFault {
+        LogFault::Storage(self.failed.lock().clone().unwrap_or_else(|| "the writer has ended".into()))
+    }
+
+    fn first_position(&self, id: LogId) -> Position {
+        let segments = self.segments.lock();
+        segments
+            .iter()
+            .filter_map(|s| s.spans.get(&id))
+            .map(|(first, _)| *first)
+            .next()
+            .unwrap_or(Position(1))
+    }
+}
+
+struct LocalLog {
+    handle: Handle,
+    group: Arc<Group>,
+}
+
+#[async_trait]
+impl Log for LocalLog {
+    fn propose(&self, epoch: Epoch, batch: Vec<Bytes>) -> Result<Commit, Rejected> {
+        let bytes = check_batch(&batch)?;
+        if let Some(reason) = self.handle.shared.failed.lock().clone() {
+            return Err(Rejected::Stopped(reason));
+        }
+        {
+            let state = self.group.state.lock();
+            if state.sealed.is_some() {
+                return Err(Rejected::Sealed);
+            }
+            if state.epoch != epoch {
+                return Err(Rejected::NotLeader(epoch));
+            }
+        }
+        if self.handle.shared.queued_bytes.load(Ordering::Relaxed) + bytes
+            > self.handle.shared.options.queued_bytes_max
+        {
+            return Err(Rejected::Overloaded);
+        }
+        let (decided, commit) = Commit::pair();
+        let command = Command::Append { group: self.group.clone(), epoch, entries: batch, bytes, decided };
+        // Counted before it is sent, so that the writer never subtracts first.
+        self.handle.shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.handle.commands.try_send(command).map_err(|error| {
+            self.handle.shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
+            match error {
+                mpsc::error::TrySendError::Full(_) => Rejected::Overloaded,
+                mpsc::error::TrySendError::Closed(_) => Rejected::Stopped("the writer has ended".into()),
+            }
+        })?;
+        Ok(commit)
+    }
+
+    fn events(&self, from: Position) -> Box<dyn Events> {
+        Box::new(LocalEvents {
+            shared: self.handle.shared.clone(),
+            group: self.group.clone(),
+            last: self.group.last.subscribe(),
+            next: from.max(Position(1)),
+            leader_told: Epoch(0),
+            sealed_told: false,
+            disk: None,
+            queued: None,
+        })
+    }
+
+    async fn read_barrier(&self, level: ReadLevel) -> Result<Position, LogFault> {
+        match level {
+            ReadLevel::AtLeast(position) => {
+                let mut last = self.group.last.subscribe();
+                let reached =
+                    last.wait_for(|l| *l >= position).await.map_err(|_| self.handle.shared.stopped())?;
+                Ok(*reached)
+            }
+            ReadLevel::Local | ReadLevel::Linearizable => Ok(*self.group.last.borrow()),
+        }
+    }
+
+    async fn seal(&self) -> Result<Position, LogFault> {
+        let (done, answer) = oneshot::channel();
+        self.handle.command(Command::Seal { group: self.group.clone(), done }).await?;
+        self.handle.answer(answer).await?
+    }
+
+    async fn trim(&self, upto: Position) -> Result<(), LogFault> {
+        {
+            let mut state = self.group.state.lock();
+            state.floor = state.floor.max(upto);
+        }
+        let (done, answer) = oneshot::channel();
+        self.handle.command(Command::Trim { done }).await?;
+        self.handle.answer(answer).await?
+    }
+
+    async fn snapshot_ready(&self, _snapshot: SnapshotRef) {}
+
+    async fn transfer_leader(&self, _to: u64) -> Result<(), LogFault> {
+        Err(LogFault::Unsupported(
+            "the local engine has one node; there is nobody to hand leadership to".into(),
+        ))
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds { first: self.handle.shared.first_position(self.group.id), last: *self.group.last.borrow() }
+    }
+}
+
+/// A reader: recent records from memory, older ones from the segments.
+struct LocalEvents {
+    shared: Arc<Shared>,
+    group: Arc<Group>,
+    last: watch::Receiver<Position>,
+    next: Position,
+    leader_told: Epoch,
+    sealed_told: bool,
+    disk: Option<reader::GroupReader>,
+    /// Was read together with a gap before it.
+    queued: Option<Event>,
+}
+
+impl LocalEvents {
+    /// What follows without waiting; `None` at the end of the log.
+    fn ready(&mut self) -> Result<Option<Event>, LogFault> {
+        if let Some(event) = self.queued.take() {
+            return Ok(Some(event));
+        }
+        let durable = *self.last.borrow_and_update();
+        let (record, epoch, epoch_position, sealed) = {
+            let state = self.group.state.lock();
+            // The tail has no holes, so the place of a position in it is known.
+            let found = state.tail.front().filter(|f| f.batch.position <= self.next).and_then(|f| {
+                state
+                    .tail
+                    .get((self.next.0 - f.batch.position.0) as usize)
+                    .filter(|r| r.batch.position <= durable)
+            });
+            (found.cloned(), state.epoch, state.epoch_position, state.sealed)
+        };
+        if self.next > durable {
+            if self.leader_told < epoch && self.next > epoch_position && durable >= epoch_position {
+                self.leader_told = epoch;
+                return Ok(Some(Event::Leader { epoch, is_self: true }));
+            }
+            return Ok(match sealed {
+                Some(tail) if !self.sealed_told && durable >= tail => {
+                    self.sealed_told = true;
+                    Some(Event::Sealed { tail })
+                }
+                _ => None,
+            });
+        }
+        let record = match record {
+            Some(record) => {
+                self.disk = None;
+                record
+            }
+            None => match self.read_disk()? {
+                Some(record) => record,
+                // The segment was removed between the look and the read, or the tail moved on: look again.
+                None => return self.ready(),
+            },
+        };
+        let position = record.batch.position;
+        let skipped = position > self.next;
+        let before = Position(position.0 - 1);
+        self.next = position.next();
+        let event = match record.kind {
+            RecordKind::Batch => Event::Committed(record.batch),
+            RecordKind::Epoch if record.batch.epoch == epoch => {
+                self.leader_told = epoch;
+                self.queued = Some(Event::Leader { epoch, is_self: true });
+                return Ok(Some(Event::Gap { to: position }));
+            }
+            RecordKind::Epoch | RecordKind::Seal | RecordKind::Groups => Event::Gap { to: position },
+        };
+        if skipped {
+            self.queued = Some(event);
+            return Ok(Some(Event::Gap { to: before }));
+        }
+        Ok(Some(event))
+    }
+
+    fn read_disk(&mut self) -> Result<Option<TailRecord>, LogFault> {
+        let first = self.shared.first_position(self.group.id);
+        if self.next < first {
+            return Err(LogFault::Trimmed { asked: self.next, first });
+        }
+        if self.disk.is_none() {
+            let segments = self.shared.segments.lock();
+            let numbers: Vec<u64> = segments
+                .iter()
+                .filter(|s| s.spans.get(&self.group.id).is_some_and(|(_, last)| *last >= self.next))
+                .map(|s| s.number)
+                .collect();
+            drop(segments);
+            self.disk = Some(reader::GroupReader::new(
+                self.shared.disk.clone(),
+                self.shared.dir.clone(),
+                self.group.id,
+                numbers,
+            ));
+        }
+        let Some(disk) = &mut self.disk else { return Ok(None) };
+        let record = disk.next_from(self.next)?;
+        if record.is_none() {
+            // The list of segments has grown since.
+            self.disk = None;
+        }
+        Ok(record.map(|r| TailRecord { kind: r.kind, batch: r.into_batch() }))
+    }
+}
+
+#[async_trait]
+impl Events for LocalEvents {
+    async fn next(&mut self) -> Result<Event, LogFault> {
+        loop {
+            if let Some(event) = self.ready()? {
+                return Ok(event);
+            }
+            if let Some(reason) = self.shared.failed.lock().clone() {
+                return Err(LogFault::Storage(reason));
+            }
+            if self.last.changed().await.is_err() {
+                return Err(self.shared.stopped());
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,243 @@
+//! The bytes of a segment file and of the mark. All numbers are little-endian.
+//!
+//! Segment file `<number, 16 hex digits>.log`: a header of 32 bytes, then records without space between.
+//!
+//! | header offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 8 | `CLUTLOG1` |
+//! | 8 | 8 | number of the segment |
+//! | 16 | 12 | zero |
+//! | 28 | 4 | CRC-32 of bytes 0..28 |
+//!
+//! | record offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 4 | `CREC` |
+//! | 4 | 4 | CRC-32 of bytes 8..48 |
+//! | 8 | 4 | length of the payload |
+//! | 12 | 4 | CRC-32 of the payload |
+//! | 16 | 8 | log: role in the high 32 bits, number in the low |
+//! | 24 | 8 | position |
+//! | 32 | 8 | epoch |
+//! | 40 | 4 | kind: 1 batch, 2 epoch, 3 seal, 4 groups |
+//! | 44 | 4 | entries in the payload |
+//!
+//! A batch's payload is, per entry, its length (4 bytes) and its bytes. The first record of every segment is of
+//! kind `groups`; its payload has 32 bytes per log: log, last position, epoch, position of the seal or 0. So
+//! recovery reads one segment, however long the logs are.
+//!
+//! The mark, file `synced`: two slots of 40 bytes at offsets 0 and 4096, written in turn: `CLUTMRK1`, sequence,
+//! segment, offset, 4 zero bytes, CRC-32 of bytes 0..36. The valid slot with the higher sequence says: every byte
+//! before this offset of this segment, and of all segments before, was synced.
+
+use bytes::Bytes;
+use clutch_log::{Epoch, LogId, Position};
+
+use crate::reader::{Record, RecordKind};
+
+/// Bytes in front of the first record.
+pub const SEGMENT_HEADER_BYTES: u64 = 32;
+/// Bytes in front of a record's payload.
+pub const RECORD_HEADER_BYTES: usize = 48;
+/// Offset of the mark's second slot.
+pub(crate) const MARK_SLOT_STRIDE: u64 = 4096;
+pub(crate) const MARK_BYTES: usize = 40;
+const SEGMENT_MAGIC: &[u8; 8] = b"CLUTLOG1";
+const RECORD_MAGIC: &[u8; 4] = b"CREC";
+const MARK_MAGIC: &[u8; 8] = b"CLUTMRK1";
+/// Larger than any batch with its framing; a longer length is damage.
+const PAYLOAD_BYTES_MAX: u32 = 64 << 20;
+
+pub(crate) fn segment_name(number: u64) -> String {
+    format!("{number:016x}.log")
+}
+
+pub(crate) fn segment_number(name: &str) -> Option<u64> {
+    let digits = name.strip_suffix(".log")?;
+    (digits.len() == 16).then(|| u64::from_str_radix(digits, 16).ok())?
+}
+
+pub(crate) fn segment_header(number: u64) -> [u8; SEGMENT_HEADER_BYTES as usize] {
+    let mut header = [0; SEGMENT_HEADER_BYTES as usize];
+    header[..8].copy_from_slice(SEGMENT_MAGIC);
+    header[8..16].copy_from_slice(&number.to_le_bytes());
+    let crc = crc32fast::hash(&header[..28]);
+    header[28..].copy_from_slice(&crc.to_le_bytes());
+    header
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
+}
+
+pub(crate) fn check_segment_header(bytes: &[u8], number: u64) -> Result<(), String> {
+    if bytes.len() < SEGMENT_HEADER_BYTES as usize {
+        return Err("the segment header is cut short".into());
+    }
+    if bytes[..SEGMENT_HEADER_BYTES as usize] != segment_header(number) {
+        return Err("the segment header is damaged or of another segment".into());
+    }
+    Ok(())
+}
+
+pub(crate) fn log_key(id: LogId) -> u64 {
+    u64::from(id.role) << 32 | u64::from(id.number)
+}
+
+pub(crate) fn log_id(key: u64) -> LogId {
+    LogId { role: (key >> 32) as u8, number: key as u32 }
+}
+
+/// Appends a record to `out`.
+pub(crate) fn encode_record(
+    out: &mut Vec<u8>,
+    kind: RecordKind,
+    id: LogId,
+    position: Position,
+    epoch: Epoch,
+    entries: &[Bytes],
+) {
+    let start = out.len();
+    out.resize(start + RECORD_HEADER_BYTES, 0);
+    for entry in entries {
+        // Checked against the batch limit before it came here, so it fits.
+        out.extend_from_slice(&(entry.len() as u32).to_le_bytes());
+        out.extend_from_slice(entry);
+    }
+    let payload = start + RECORD_HEADER_BYTES;
+    let payload_len = (out.len() - payload) as u32;
+    let payload_crc = crc32fast::hash(&out[payload..]);
+    let header = &mut out[start..payload];
+    header[..4].copy_from_slice(RECORD_MAGIC);
+    header[8..12].copy_from_slice(&payload_len.to_le_bytes());
+    header[12..16].copy_from_slice(&payload_crc.to_le_bytes());
+    header[16..24].copy_from_slice(&log_key(id).to_le_bytes());
+    header[24..32].copy_from_slice(&position.0.to_le_bytes());
+    header[32..40].copy_from_slice(&epoch.0.to_le_bytes());
+    header[40..44].copy_from_slice(&(kind as u32).to_le_bytes());
+    header[44..48].copy_from_slice(&(entries.len() as u32).to_le_bytes());
+    let crc = crc32fast::hash(&header[8..]);
+    header[4..8].copy_from_slice(&crc.to_le_bytes());
+}
+
+/// A record's header, checked.
+pub(crate) struct RecordHeader {
+    pub(crate) kind: RecordKind,
+    pub(crate) log: LogId,
+    pub(crate) position: Position,
+    pub(crate) epoch: Epoch,
+    pub(crate) payload_len: u32,
+    payload_crc: u32,
+    entries: u32,
+}
+
+pub(crate) fn decode_header(bytes: &[u8]) -> Result<RecordHeader, String> {
+    if bytes.len() < RECORD_HEADER_BYTES {
+        return Err("the record's header is cut short".into());
+    }
+    if &bytes[..4] != RECORD_MAGIC {
+        return Err("no record begins here".into());
+    }
+    if crc32fast::hash(&bytes[8..RECORD_HEADER_BYTES]) != u32_at(bytes, 4) {
+        return Err("the header's checksum does not match".into());
+    }
+    let payload_len = u32_at(bytes, 8);
+    if payload_len > PAYLOAD_BYTES_MAX {
+        return Err(format!("a payload of {payload_len} bytes is over the limit"));
+    }
+    let kind = u32_at(bytes, 40);
+    Ok(RecordHeader {
+        kind: RecordKind::from_number(kind).ok_or_else(|| format!("unknown record kind {kind}"))?,
+        log: log_id(u64_at(bytes, 16)),
+        position: Position(u64_at(bytes, 24)),
+        epoch: Epoch(u64_at(bytes, 32)),
+        payload_len,
+        payload_crc: u32_at(bytes, 12),
+        entries: u32_at(bytes, 44),
+    })
+}
+
+pub(crate) fn decode_payload(header: &RecordHeader, payload: Bytes) -> Result<Record, String> {
+    if payload.len() != header.payload_len as usize {
+        return Err("the payload is cut short".into());
+    }
+    if crc32fast::hash(&payload) != header.payload_crc {
+        return Err("the payload's checksum does not match".into());
+    }
+    let mut entries = Vec::with_capacity(header.entries.min(4096) as usize);
+    let mut at = 0;
+    for _ in 0..header.entries {
+        let end = at + 4;
+        if end > payload.len() {
+            return Err("an entry's length is cut short".into());
+        }
+        let len = u32_at(&payload, at) as usize;
+        if payload.len() - end < len {
+            return Err("an entry is longer than its record".into());
+        }
+        entries.push(payload.slice(end..end + len));
+        at = end + len;
+    }
+    if at != payload.len() {
+        return Err("bytes are left over after the last entry".into());
+    }
+    let RecordHeader { kind, log, position, epoch, .. } = *header;
+    Ok(Record { kind, log, position, epoch, entries })
+}
+
+/// One line of a `groups` record.
+pub(crate) struct GroupLine {
+    pub(crate) log: LogId,
+    pub(crate) last: Position,
+    pub(crate) epoch: Epoch,
+    pub(crate) sealed: Option<Position>,
+}
+
+pub(crate) fn encode_group(line: &GroupLine) -> Bytes {
+    let mut bytes = Vec::with_capacity(32);
+    for number in [log_key(line.log), line.last.0, line.epoch.0, line.sealed.map_or(0, |p| p.0)] {
+        bytes.extend_from_slice(&number.to_le_bytes());
+    }
+    bytes.into()
+}
+
+pub(crate) fn decode_group(bytes: &[u8]) -> Result<GroupLine, String> {
+    if bytes.len() != 32 {
+        return Err("a line of the groups record is not 32 bytes long".into());
+    }
+    Ok(GroupLine {
+        log: log_id(u64_at(bytes, 0)),
+        last: Position(u64_at(bytes, 8)),
+        epoch: Epoch(u64_at(bytes, 16)),
+        sealed: Some(Position(u64_at(bytes, 24))).filter(|p| p.0 != 0),
+    })
+}
+
+/// Everything before `offset` of `segment` was synced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub(crate) struct Mark {
+    pub(crate) sequence: u64,
+    pub(crate) segment: u64,
+    pub(crate) offset: u64,
+}
+
+pub(crate) fn encode_mark(mark: Mark) -> [u8; MARK_BYTES] {
+    let mut bytes = [0; MARK_BYTES];
+    bytes[..8].copy_from_slice(MARK_MAGIC);
+    bytes[8..16].copy_from_slice(&mark.sequence.to_le_bytes());
+    bytes[16..24].copy_from_slice(&mark.segment.to_le_bytes());
+    bytes[24..32].copy_from_slice(&mark.offset.to_le_bytes());
+    let crc = crc32fast::hash(&bytes[..36]);
+    bytes[36..].copy_from_slice(&crc.to_le_bytes());
+    bytes
+}
+
+pub(crate) fn decode_mark(bytes: &[u8]) -> Option<Mark> {
+    (bytes.len() == MARK_BYTES
+        && &bytes[..8] == MARK_MAGIC
+        && crc32fast::hash(&bytes[..36]) == u32_at(bytes, 36))
+    .then(|| Mark { sequence: u64_at(bytes, 8), segment: u64_at(bytes, 16), offset: u64_at(bytes, 24) })
+}

@@ -1,0 +1,192 @@
+//! Reads records back from segment files, checking every byte that it passes.
+
+use std::{path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+use clutch_log::{Batch, Epoch, LogFault, LogId, Position};
+use clutch_runtime::{Disk, File};
+
+use crate::format::{
+    RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, check_segment_header, decode_header,
+    decode_payload, segment_name,
+};
+
+/// What a record is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RecordKind {
+    /// Entries of a log.
+    Batch = 1,
+    /// A new reign.
+    Epoch = 2,
+    /// The end of a log.
+    Seal = 3,
+    /// Where every log stands when the segment begins.
+    Groups = 4,
+}
+
+impl RecordKind {
+    pub(crate) fn from_number(number: u32) -> Option<RecordKind> {
+        [RecordKind::Batch, RecordKind::Epoch, RecordKind::Seal, RecordKind::Groups]
+            .into_iter()
+            .find(|k| *k as u32 == number)
+    }
+}
+
+/// One record.
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// What it is for.
+    pub kind: RecordKind,
+    /// The log it belongs to; of no meaning for `Groups`.
+    pub log: LogId,
+    /// Its place.
+    pub position: Position,
+    /// The reign.
+    pub epoch: Epoch,
+    /// Its entries.
+    pub entries: Vec<Bytes>,
+}
+
+impl Record {
+    pub(crate) fn into_batch(self) -> Batch {
+        Batch { position: self.position, epoch: self.epoch, entries: self.entries }
+    }
+}
+
+/// How many bytes are read ahead: many small records cost one read.
+const READ_AHEAD: usize = 256 << 10;
+
+/// Reads one segment from its first record on.
+pub struct SegmentReader {
+    file: Box<dyn File>,
+    name: String,
+    /// Where the next record begins.
+    offset: u64,
+    len: u64,
+    buffer: Bytes,
+    buffer_offset: u64,
+    /// The last position of the log of interest that was read, for messages.
+    last_position: Position,
+}
+
+impl SegmentReader {
+    /// Opens a segment and checks its header.
+    pub fn open(disk: &dyn Disk, dir: &std::path::Path, number: u64) -> Result<SegmentReader, LogFault> {
+        let name = segment_name(number);
+        let file = disk
+            .open(&dir.join(&name), false)
+            .map_err(|e| LogFault::Storage(format!("open segment {name}: {e}")))?;
+        let len = file.len().map_err(|e| LogFault::Storage(format!("size of segment {name}: {e}")))?;
+        let mut reader = SegmentReader {
+            file,
+            name,
+            offset: SEGMENT_HEADER_BYTES,
+            len,
+            buffer: Bytes::new(),
+            buffer_offset: 0,
+            last_position: Position(0),
+        };
+        let header = reader.bytes(0, SEGMENT_HEADER_BYTES as usize)?;
+        check_segment_header(&header, number).map_err(|what| reader.corrupt(0, Position(0), what))?;
+        Ok(reader)
+    }
+
+    /// Where the next record begins.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    fn corrupt(&self, offset: u64, position: Position, what: String) -> LogFault {
+        LogFault::Corrupt { position, file: self.name.clone(), offset, what }
+    }
+
+    /// Up to `len` bytes from `offset`; fewer only at the end of the file.
+    fn bytes(&mut self, offset: u64, len: usize) -> Result<Bytes, LogFault> {
+        let inside = offset
+            .checked_sub(self.buffer_offset)
+            .filter(|start| start + len as u64 <= self.buffer.len() as u64);
+        if let Some(start) = inside {
+            return Ok(self.buffer.slice(start as usize..start as usize + len));
+        }
+        let mut buffer = vec![0; len.max(READ_AHEAD)];
+        let read = self
+            .file
+            .read_at(&mut buffer, offset)
+            .map_err(|e| LogFault::Storage(format!("read segment {}: {e}", self.name)))?;
+        buffer.truncate(read);
+        self.buffer = buffer.into();
+        self.buffer_offset = offset;
+        Ok(self.buffer.slice(..len.min(read)))
+    }
+
+    /// The next record, its header alone when `wanted` says no; `None` at the end of the file.
+    pub(crate) fn next(
+        &mut self,
+        wanted: impl Fn(&RecordHeader) -> bool,
+    ) -> Result<Option<(RecordHeader, Option<Record>)>, LogFault> {
+        let at = self.offset;
+        let bytes = self.bytes(at, RECORD_HEADER_BYTES)?;
+        if bytes.is_empty() {
+            // The file may have grown since it was opened; at its true end there is nothing.
+            return Ok(None);
+        }
+        let expected = self.last_position.next();
+        let header = decode_header(&bytes).map_err(|what| self.corrupt(at, expected, what))?;
+        let payload_at = at + RECORD_HEADER_BYTES as u64;
+        let record = if wanted(&header) {
+            let payload = self.bytes(payload_at, header.payload_len as usize)?;
+            let record =
+                decode_payload(&header, payload).map_err(|what| self.corrupt(at, header.position, what))?;
+            self.last_position = record.position;
+            Some(record)
+        } else {
+            None
+        };
+        self.offset = payload_at + u64::from(header.payload_len);
+        self.len = self.len.max(self.offset);
+        Ok(Some((header, record)))
+    }
+
+    /// The next record of any log; `None` at the end of the file.
+    pub fn next_record(&mut self) -> Result<Option<Record>, LogFault> {
+        Ok(self.next(|_| true)?.and_then(|(_, record)| record))
+    }
+}
+
+/// Reads one log through the segments that hold it.
+pub(crate) struct GroupReader {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    log: LogId,
+    /// Segments still to read, next one last.
+    numbers: Vec<u64>,
+    segment: Option<SegmentReader>,
+}
+
+impl GroupReader {
+    pub(crate) fn new(disk: Arc<dyn Disk>, dir: PathBuf, log: LogId, mut numbers: Vec<u64>) -> GroupReader {
+        numbers.reverse();
+        GroupReader { disk, dir, log, numbers, segment: None }
+    }
+
+    /// The first record of the log at or after `from`; `None` after the last segment.
+    pub(crate) fn next_from(&mut self, from: Position) -> Result<Option<Record>, LogFault> {
+        loop {
+            if self.segment.is_none() {
+                let Some(number) = self.numbers.pop() else { return Ok(None) };
+                let mut segment = SegmentReader::open(&*self.disk, &self.dir, number)?;
+                segment.last_position = Position(from.0.saturating_sub(1));
+                self.segment = Some(segment);
+            }
+            let Some(segment) = &mut self.segment else { continue };
+            let log = self.log;
+            let wanted =
+                |h: &RecordHeader| h.kind != RecordKind::Groups && h.log == log && h.position >= from;
+            match segment.next(wanted)? {
+                Some((_, Some(record))) => return Ok(Some(record)),
+                Some((_, None)) => {}
+                None => self.segment = None,
+            }
+        }
+    }
+}

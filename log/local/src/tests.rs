@@ -1,0 +1,196 @@
+//! The local engine: the conformance suite on a simulated and on a real disk, and what damage does.
+
+use std::{path::Path, time::Duration};
+
+use clutch_log::conformance::{self, Harness};
+use clutch_runtime::simulated::{NodeId, World};
+
+use super::*;
+
+struct LocalHarness {
+    runtime: Runtime,
+    dir: PathBuf,
+    open: tokio::sync::Mutex<Option<(LocalEngine, Arc<dyn Log>)>>,
+}
+
+const NODE: NodeId = NodeId(0);
+
+fn small() -> Options {
+    Options { segment_bytes_max: 64 << 10, tail_bytes_max: 4 << 10, ..Options::default() }
+}
+
+#[async_trait]
+impl Harness for LocalHarness {
+    fn runtime(&self) -> Runtime {
+        self.runtime.clone()
+    }
+
+    async fn leader(&self) -> Arc<dyn Log> {
+        let mut open = self.open.lock().await;
+        if open.is_none() {
+            let engine = LocalEngine::open(&self.runtime, self.dir.clone(), small()).expect("opens");
+            let log = engine.log(LogId::CDC).await.expect("opens a log");
+            // A second log in the same segments: its records must not show in the first.
+            let other = engine.log(LogId::shard(7)).await.expect("opens a log");
+            drop(other.propose(Epoch(1), vec![Bytes::from_static(b"other log")]));
+            *open = Some((engine, log));
+        }
+        open.as_ref().expect("just opened").1.clone()
+    }
+
+    async fn all(&self) -> Vec<Arc<dyn Log>> {
+        vec![self.leader().await]
+    }
+
+    async fn change_leader(&self) {
+        // The engine has one node: opening the log again begins a new reign.
+        let mut open = self.open.lock().await;
+        if let Some((engine, log)) = &mut *open {
+            *log = engine.log(LogId::CDC).await.expect("opens again");
+        }
+    }
+
+    async fn restart(&self) -> bool {
+        *self.open.lock().await = None;
+        // The old writer ends when it notices that its handles are gone.
+        self.runtime.clock.sleep(Duration::from_millis(50)).await;
+        true
+    }
+
+    async fn make_next_unknown(&self, _committed: bool) -> bool {
+        false
+    }
+}
+
+#[test]
+fn conforms_on_a_simulated_disk() {
+    for seed in 0..20 {
+        let world = World::new(seed);
+        let harness = LocalHarness { runtime: world.node(NODE), dir: "log".into(), open: Default::default() };
+        let done =
+            world.run(NODE, Duration::from_secs(600), async move { conformance::full(&harness).await });
+        assert!(done.is_some(), "seed {seed} got stuck");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn conforms_on_a_real_disk() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let harness = LocalHarness {
+        runtime: clutch_runtime::production::runtime(),
+        dir: dir.path().join("log"),
+        open: Default::default(),
+    };
+    conformance::full(&harness).await;
+}
+
+/// Appends `count` batches and returns how many were acknowledged before `limit` of virtual time.
+fn append_until(world: &World, limit: Duration, count: u32, acknowledged: &Arc<Mutex<Vec<(Position, u32)>>>) {
+    let runtime = world.node(NODE);
+    let acknowledged = acknowledged.clone();
+    world.run(NODE, limit, async move {
+        let engine = LocalEngine::open(&runtime, "log".into(), small()).expect("opens");
+        let log = engine.log(LogId::CDC).await.expect("opens");
+        let mut events = log.events(log.bounds().last);
+        let epoch = loop {
+            if let Event::Leader { epoch, .. } = events.next().await.expect("events") {
+                break epoch;
+            }
+        };
+        let start = acknowledged.lock().len() as u32;
+        for i in start..start + count {
+            let text = Bytes::from(format!("{i} {}", "x".repeat((i % 700) as usize)));
+            let commit = log.propose(epoch, vec![text]).expect("leads");
+            runtime.clock.sleep(Duration::from_micros(runtime.random.below(300))).await;
+            if let Outcome::Committed(position) = commit.await {
+                acknowledged.lock().push((position, i));
+            }
+        }
+    });
+}
+
+fn read_all(world: &World) -> Result<BTreeMap<Position, Bytes>, LogFault> {
+    let runtime = world.node(NODE);
+    world
+        .run(NODE, Duration::from_secs(60), async move {
+            let engine = LocalEngine::open(&runtime, "log".into(), small())?;
+            let log = engine.log(LogId::CDC).await?;
+            let mut events = log.events(Position(1));
+            let mut seen = BTreeMap::new();
+            loop {
+                match events.next().await? {
+                    Event::Committed(batch) => drop(seen.insert(batch.position, batch.entries[0].clone())),
+                    Event::Leader { .. } => return Ok(seen),
+                    _ => {}
+                }
+            }
+        })
+        .expect("ends")
+}
+
+#[test]
+fn crashes_lose_nothing_acknowledged_and_never_look_like_damage() {
+    for seed in 0..60 {
+        let world = World::new(seed);
+        let acknowledged = Arc::new(Mutex::new(Vec::new()));
+        for round in 0..4 {
+            append_until(&world, Duration::from_micros(3_000 + 700 * (seed + round)), 200, &acknowledged);
+            world.crash(NODE);
+            let seen = read_all(&world).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            world.crash(NODE);
+            for (position, i) in &*acknowledged.lock() {
+                let entry = seen.get(position).unwrap_or_else(|| panic!("seed {seed}: {position} is lost"));
+                assert!(entry.starts_with(format!("{i} ").as_bytes()));
+            }
+        }
+    }
+}
+
+#[test]
+fn every_flipped_byte_of_a_synced_segment_is_an_error_or_harmless() {
+    let world = World::new(5);
+    let acknowledged = Arc::new(Mutex::new(Vec::new()));
+    append_until(&world, Duration::from_secs(60), 30, &acknowledged);
+    world.crash(NODE);
+    let whole = read_all(&world).expect("undamaged");
+    world.crash(NODE);
+    let disk = world.disk(NODE);
+    let path = Path::new("log/0000000000000001.log");
+    let len = disk.read(path).expect("reads").len() as u64;
+    let mut refused = 0;
+    for offset in 0..len {
+        assert!(disk.corrupt(path, offset, 0x40));
+        match recovery::recover(&*disk, Path::new("log")) {
+            Err(LogFault::Corrupt { .. }) => refused += 1,
+            Ok(_) => panic!("the flip at {offset} of {len} was not seen"),
+            Err(other) => panic!("the flip at {offset}: {other}"),
+        }
+        disk.corrupt(path, offset, 0x40);
+    }
+    assert_eq!(refused, len);
+    assert_eq!(read_all(&world).expect("undamaged again").len(), whole.len());
+}
+
+#[test]
+fn a_failed_sync_stops_the_engine() {
+    let world = World::new(9);
+    let runtime = world.node(NODE);
+    let disk = world.disk(NODE);
+    let outcome = world.run(NODE, Duration::from_secs(60), async move {
+        let engine = LocalEngine::open(&runtime, "log".into(), small()).expect("opens");
+        let log = engine.log(LogId::CDC).await.expect("opens");
+        disk.fail_writes_after(1);
+        let commit = log.propose(Epoch(1), vec![Bytes::from_static(b"never synced")]).expect("leads");
+        assert_eq!(commit.await, Outcome::Unknown);
+        assert!(matches!(log.propose(Epoch(1), vec![Bytes::from_static(b"x")]), Err(Rejected::Stopped(_))));
+        let mut events = log.events(log.bounds().last.next());
+        loop {
+            match events.next().await {
+                Ok(Event::Committed(batch)) => panic!("committed after a failed sync: {batch:?}"),
+                Ok(_) => {}
+                Err(fault) => return fault,
+            }
+        }
+    });
+    assert!(matches!(outcome, Some(LogFault::Storage(_))));
+}

@@ -1,0 +1,340 @@
+//! The one writer of a node: merges what all logs append into one write and one sync.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, atomic::Ordering},
+};
+
+use bytes::Bytes;
+use clutch_log::{Batch, Epoch, LogFault, LogId, Outcome, Position};
+use clutch_runtime::File;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    Command, Group, Segment, Shared, TailRecord,
+    format::{
+        GroupLine, MARK_SLOT_STRIDE, Mark, encode_group, encode_mark, encode_record, segment_header,
+        segment_name,
+    },
+    reader::RecordKind,
+    recovery::{MARK_FILE, encode_index, index_path},
+};
+
+/// Commands that one write takes along.
+const COMMANDS_MAX: usize = 1024;
+
+pub(crate) struct Writer {
+    shared: Arc<Shared>,
+    /// Open segment and where the next byte goes.
+    current: Option<OpenSegment>,
+    resume: Option<(u64, u64)>,
+    mark: Mark,
+    mark_file: Option<Box<dyn File>>,
+    /// The mark was written after the last sync and is not durable yet.
+    mark_unsynced: bool,
+}
+
+struct OpenSegment {
+    number: u64,
+    file: Box<dyn File>,
+    offset: u64,
+}
+
+/// A record that was encoded and waits for the sync.
+struct Staged {
+    group: Arc<Group>,
+    record: TailRecord,
+    answer: Answer,
+}
+
+enum Answer {
+    Append(oneshot::Sender<Outcome>),
+    Epoch(oneshot::Sender<Result<(), LogFault>>),
+    Seal(oneshot::Sender<Result<Position, LogFault>>),
+}
+
+impl Writer {
+    pub(crate) fn new(shared: &Arc<Shared>, resume: Option<(u64, u64)>, mark: Mark) -> Writer {
+        Writer { shared: shared.clone(), current: None, resume, mark, mark_file: None, mark_unsynced: false }
+    }
+
+    /// Runs until every handle is gone or the disk fails.
+    pub(crate) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        let mut batch = Vec::new();
+        loop {
+            if commands.is_empty() && self.mark_unsynced {
+                // Nothing waits, so making the mark durable delays nobody.
+                if let Err(reason) = self.sync_mark() {
+                    return self.fail(reason, commands).await;
+                }
+            }
+            if commands.recv_many(&mut batch, COMMANDS_MAX).await == 0 {
+                return;
+            }
+            if let Err(reason) = self.write(&mut batch) {
+                return self.fail(reason, commands).await;
+            }
+        }
+    }
+
+    /// The disk failed: nothing that waits is known to be durable, and nothing new is taken.
+    async fn fail(&mut self, reason: String, mut commands: mpsc::Receiver<Command>) {
+        tracing::error!(%reason, "the log stops");
+        *self.shared.failed.lock() = Some(reason);
+        for group in self.shared.groups.lock().values() {
+            // Wakes the readers, which then see the failure.
+            group.last.send_modify(|_| {});
+        }
+        commands.close();
+        while commands.recv().await.is_some() {
+            // Dropping a command's sender answers unknown.
+        }
+    }
+
+    fn write(&mut self, commands: &mut Vec<Command>) -> Result<(), String> {
+        let mut staged: Vec<Staged> = Vec::new();
+        let mut bytes = Vec::new();
+        let mut trims = Vec::new();
+        let mut released = 0;
+        for command in commands.drain(..) {
+            match command {
+                Command::Append { group, epoch, entries, bytes: size, decided } => {
+                    released += size;
+                    let (sealed, current) = {
+                        let state = group.state.lock();
+                        (state.sealed.is_some(), state.epoch)
+                    };
+                    if sealed {
+                        // The caller may be gone.
+                        let _ = decided.send(Outcome::Sealed);
+                    } else if current == epoch {
+                        staged.push(stage(
+                            &mut bytes,
+                            group,
+                            RecordKind::Batch,
+                            epoch,
+                            entries,
+                            Answer::Append(decided),
+                        ));
+                    }
+                    // Else the epoch ended while it waited; its dropped sender answers unknown.
+                }
+                Command::BeginEpoch { group, done } => {
+                    let epoch = {
+                        let mut state = group.state.lock();
+                        state.epoch = Epoch(state.epoch.0 + 1);
+                        state.epoch_position = state.next;
+                        state.epoch
+                    };
+                    if group.state.lock().sealed.is_some() {
+                        let _ = done.send(Ok(()));
+                    } else {
+                        staged.push(stage(
+                            &mut bytes,
+                            group,
+                            RecordKind::Epoch,
+                            epoch,
+                            vec![],
+                            Answer::Epoch(done),
+                        ));
+                    }
+                }
+                Command::Seal { group, done } => {
+                    let (sealed, epoch, next) = {
+                        let state = group.state.lock();
+                        (state.sealed, state.epoch, state.next)
+                    };
+                    if let Some(tail) = sealed {
+                        let _ = done.send(Ok(tail));
+                    } else {
+                        group.state.lock().sealed = Some(next);
+                        staged.push(stage(
+                            &mut bytes,
+                            group,
+                            RecordKind::Seal,
+                            epoch,
+                            vec![],
+                            Answer::Seal(done),
+                        ));
+                    }
+                }
+                Command::Trim { done } => trims.push(done),
+            }
+        }
+        if !staged.is_empty() {
+            self.append(&bytes, &staged)?;
+        }
+        self.publish(staged);
+        self.shared.queued_bytes.fetch_sub(released, Ordering::Relaxed);
+        for done in trims {
+            let trimmed = self.trim().map_err(LogFault::Storage);
+            let _ = done.send(trimmed);
+        }
+        Ok(())
+    }
+
+    /// Writes and syncs; a segment that is full is closed first, so a record never spans two.
+    fn append(&mut self, bytes: &[u8], staged: &[Staged]) -> Result<(), String> {
+        let limit = self.shared.options.segment_bytes_max;
+        if self.current.is_none()
+            && let Some((number, offset)) = self.resume.take()
+        {
+            let path = self.shared.dir.join(segment_name(number));
+            let file = self.shared.disk.open(&path, false).map_err(|e| e.to_string())?;
+            self.current = Some(OpenSegment { number, file, offset });
+        }
+        if self.current.as_ref().is_none_or(|c| c.offset + bytes.len() as u64 > limit && c.offset > 4096) {
+            self.begin_segment(staged)?;
+        }
+        let current = self.current.as_mut().ok_or("no open segment")?;
+        current.file.write_at(bytes, current.offset).map_err(|e| e.to_string())?;
+        current.file.sync().map_err(|e| e.to_string())?;
+        current.offset += bytes.len() as u64;
+        let (segment, offset) = (current.number, current.offset);
+        self.write_mark(segment, offset)
+    }
+
+    fn begin_segment(&mut self, staged: &[Staged]) -> Result<(), String> {
+        let number = self.current.as_ref().map_or(1, |c| c.number + 1);
+        if self.current.is_some() {
+            let closed = self.shared.segments.lock().last().cloned().unwrap_or_default();
+            let path = index_path(&self.shared.dir, closed.number);
+            self.shared.disk.replace(&path, &encode_index(&closed)).map_err(|e| e.to_string())?;
+        }
+        // Where every log stood before the records that are about to be written.
+        let mut before: BTreeMap<LogId, GroupLine> = BTreeMap::new();
+        for (id, group) in &*self.shared.groups.lock() {
+            let last = *group.last.borrow();
+            let state = group.state.lock();
+            let sealed = state.sealed.filter(|s| *s <= last);
+            before.insert(*id, GroupLine { log: *id, last, epoch: state.epoch, sealed });
+        }
+        for record in staged {
+            if record.record.kind == RecordKind::Epoch
+                && let Some(line) = before.get_mut(&record.group.id)
+            {
+                line.epoch = Epoch(record.record.batch.epoch.0 - 1);
+            }
+        }
+        let lines: Vec<Bytes> = before.values().map(encode_group).collect();
+        let mut bytes = segment_header(number).to_vec();
+        encode_record(
+            &mut bytes,
+            RecordKind::Groups,
+            LogId { role: 0, number: 0 },
+            Position(0),
+            Epoch(0),
+            &lines,
+        );
+        let path = self.shared.dir.join(segment_name(number));
+        let file = self.shared.disk.open(&path, true).map_err(|e| e.to_string())?;
+        file.set_len(0).map_err(|e| e.to_string())?;
+        file.write_at(&bytes, 0).map_err(|e| e.to_string())?;
+        file.sync().map_err(|e| e.to_string())?;
+        self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
+        self.current = Some(OpenSegment { number, file, offset: bytes.len() as u64 });
+        self.shared.segments.lock().push(Segment { number, ..Segment::default() });
+        Ok(())
+    }
+
+    fn write_mark(&mut self, segment: u64, offset: u64) -> Result<(), String> {
+        if self.mark_file.is_none() {
+            let file =
+                self.shared.disk.open(&self.shared.dir.join(MARK_FILE), true).map_err(|e| e.to_string())?;
+            self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
+            self.mark_file = Some(file);
+        }
+        self.mark = Mark { sequence: self.mark.sequence + 1, segment, offset };
+        let file = self.mark_file.as_ref().ok_or("no mark file")?;
+        file.write_at(&encode_mark(self.mark), self.mark.sequence % 2 * MARK_SLOT_STRIDE)
+            .map_err(|e| e.to_string())?;
+        self.mark_unsynced = true;
+        Ok(())
+    }
+
+    fn sync_mark(&mut self) -> Result<(), String> {
+        self.mark_unsynced = false;
+        self.mark_file.as_ref().map_or(Ok(()), |f| f.sync().map_err(|e| e.to_string()))
+    }
+
+    /// Tells readers and proposers what is durable now.
+    fn publish(&self, staged: Vec<Staged>) {
+        {
+            let mut segments = self.shared.segments.lock();
+            if let Some(segment) = segments.last_mut() {
+                for Staged { group, record, .. } in &staged {
+                    let position = record.batch.position;
+                    segment.spans.entry(group.id).or_insert((position, position)).1 = position;
+                }
+            }
+        }
+        for Staged { group, record, answer } in staged {
+            let position = record.batch.position;
+            {
+                let mut state = group.state.lock();
+                state.tail_bytes += weight(&record.batch);
+                state.tail.push_back(record);
+                while state.tail_bytes > self.shared.options.tail_bytes_max && state.tail.len() > 1 {
+                    let dropped = state.tail.pop_front().map_or(0, |r| weight(&r.batch));
+                    state.tail_bytes -= dropped;
+                }
+            }
+            group.last.send_replace(position);
+            // A caller that gave up does not want the answer.
+            match answer {
+                Answer::Append(sender) => drop(sender.send(Outcome::Committed(position))),
+                Answer::Epoch(sender) => drop(sender.send(Ok(()))),
+                Answer::Seal(sender) => drop(sender.send(Ok(position))),
+            }
+        }
+    }
+
+    /// Removes the oldest segments that no log needs any more; the open one stays.
+    fn trim(&self) -> Result<(), String> {
+        let floors: BTreeMap<LogId, Position> =
+            self.shared.groups.lock().iter().map(|(id, g)| (*id, g.state.lock().floor)).collect();
+        loop {
+            let removable = {
+                let segments = self.shared.segments.lock();
+                let needed = |s: &Segment| {
+                    s.spans.iter().any(|(id, (_, last))| floors.get(id).is_none_or(|floor| floor < last))
+                };
+                segments.first().filter(|s| segments.len() > 1 && !needed(s)).map(|s| s.number)
+            };
+            let Some(number) = removable else { return Ok(()) };
+            // Readers must not look for it any more before it goes.
+            self.shared.segments.lock().remove(0);
+            self.shared
+                .disk
+                .remove(&self.shared.dir.join(segment_name(number)))
+                .map_err(|e| e.to_string())?;
+            let index = index_path(&self.shared.dir, number);
+            if self.shared.disk.exists(&index) {
+                self.shared.disk.remove(&index).map_err(|e| e.to_string())?;
+            }
+            self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
+        }
+    }
+}
+
+fn weight(batch: &Batch) -> usize {
+    64 + batch.entries.iter().map(|e| e.len() + 32).sum::<usize>()
+}
+
+fn stage(
+    bytes: &mut Vec<u8>,
+    group: Arc<Group>,
+    kind: RecordKind,
+    epoch: Epoch,
+    entries: Vec<Bytes>,
+    answer: Answer,
+) -> Staged {
+    let position = {
+        let mut state = group.state.lock();
+        let position = state.next;
+        state.next = position.next();
+        position
+    };
+    encode_record(bytes, kind, group.id, position, epoch, &entries);
+    Staged { group, record: TailRecord { kind, batch: Batch { position, epoch, entries } }, answer }
+}

@@ -1,0 +1,306 @@
+//! The suite that every log engine must pass. An engine brings a [`Harness`]; a failed check panics with what
+//! was expected.
+
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use clutch_proto::limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX};
+use clutch_runtime::Runtime;
+
+use crate::{Batch, Epoch, Event, Events, Log, LogFault, Outcome, Position, ReadLevel, Rejected};
+
+/// How the suite handles an engine.
+#[async_trait]
+pub trait Harness: Send + Sync {
+    /// What the suite waits with.
+    fn runtime(&self) -> Runtime;
+    /// The log as the node sees it that leads, or will soon.
+    async fn leader(&self) -> Arc<dyn Log>;
+    /// Every log handle of the group; the leader's among them.
+    async fn all(&self) -> Vec<Arc<dyn Log>>;
+    /// Ends the present reign: another node leads after, or the same one in a new epoch. Old handles of the
+    /// engine stay usable where the engine allows it.
+    async fn change_leader(&self);
+    /// Stops every node and starts it again from what is durable. False where the engine keeps nothing.
+    async fn restart(&self) -> bool;
+    /// Makes the next proposal's outcome unknown; `committed` says whether it takes effect. False where the
+    /// engine cannot be made to.
+    async fn make_next_unknown(&self, committed: bool) -> bool;
+}
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn entry(text: &str) -> Bytes {
+    Bytes::copy_from_slice(text.as_bytes())
+}
+
+/// A reader that keeps what it saw.
+struct Reader {
+    events: Box<dyn Events>,
+    runtime: Runtime,
+    seen: Vec<Batch>,
+    last: Position,
+    epoch: Epoch,
+    leads: bool,
+}
+
+impl Reader {
+    fn new(log: &Arc<dyn Log>, runtime: &Runtime, from: Position) -> Reader {
+        let last = Position(from.0.saturating_sub(1));
+        let events = log.events(from);
+        Reader { events, runtime: runtime.clone(), seen: Vec::new(), last, epoch: Epoch(0), leads: false }
+    }
+
+    /// Reads until `done`, checking order on the way.
+    async fn until(&mut self, what: &str, mut done: impl FnMut(&Reader, &Event) -> bool) {
+        loop {
+            let next = self.runtime.timeout(PATIENCE, self.events.next()).await;
+            let event =
+                next.unwrap_or_else(|| panic!("nothing more while waiting for {what}")).expect("events");
+            match &event {
+                Event::Committed(batch) => {
+                    assert!(
+                        batch.position > self.last,
+                        "positions increase: {} after {}",
+                        batch.position,
+                        self.last
+                    );
+                    self.last = batch.position;
+                    self.seen.push(batch.clone());
+                }
+                Event::Gap { to } => {
+                    assert!(*to > self.last, "a gap moves on: {to} after {}", self.last);
+                    self.last = *to;
+                }
+                Event::Leader { epoch, is_self } => {
+                    assert!(*epoch >= self.epoch, "epochs never go back");
+                    (self.epoch, self.leads) = (*epoch, *is_self);
+                }
+                Event::Restore(snapshot) => self.last = snapshot.position,
+                Event::Sealed { tail } => assert!(*tail >= self.last),
+            }
+            if done(self, &event) {
+                return;
+            }
+        }
+    }
+
+    async fn until_leading(&mut self) -> Epoch {
+        if !self.leads {
+            self.until("leadership", |_, e| matches!(e, Event::Leader { is_self: true, .. })).await;
+        }
+        self.epoch
+    }
+
+    async fn until_position(&mut self, position: Position) {
+        if self.last < position {
+            self.until("a position", |r, _| r.last >= position).await;
+        }
+    }
+}
+
+/// Proposes until the engine takes it: leaders may come and go for reasons of their own.
+async fn committed(harness: &dyn Harness, text: &str) -> Position {
+    for _ in 0..200 {
+        let log = harness.leader().await;
+        let mut reader = Reader::new(&log, &harness.runtime(), log.bounds().last.next());
+        let epoch = reader.until_leading().await;
+        match log.propose(epoch, vec![entry(text)]) {
+            Ok(commit) => match commit.await {
+                Outcome::Committed(position) => return position,
+                other => panic!("nobody asked for {other:?}"),
+            },
+            Err(Rejected::NotLeader(_) | Rejected::Overloaded) => {
+                harness.runtime().clock.sleep(Duration::from_millis(20)).await;
+            }
+            Err(other) => panic!("rejected: {other}"),
+        }
+    }
+    panic!("no leader takes {text}");
+}
+
+/// What an engine must do to be called a log: order, epochs, outcomes, barriers, leader change.
+pub async fn core(harness: &dyn Harness) {
+    proposals_appear_once_in_order_everywhere(harness).await;
+    wrong_sizes_and_epochs_are_rejected(harness).await;
+    a_read_barrier_covers_what_was_acknowledged(harness).await;
+    an_old_epoch_is_fenced_after_a_leader_change(harness).await;
+    unknown_means_maybe_once(harness).await;
+}
+
+/// The whole suite: [`core`], then restart and sealing. Leaves the log sealed.
+pub async fn full(harness: &dyn Harness) {
+    core(harness).await;
+    a_restart_keeps_what_was_acknowledged(harness).await;
+    trimming_is_a_request(harness).await;
+    sealing_ends_the_log(harness).await;
+}
+
+async fn proposals_appear_once_in_order_everywhere(harness: &dyn Harness) {
+    let runtime = harness.runtime();
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &runtime, log.bounds().last.next());
+    let epoch = reader.until_leading().await;
+    let batches: Vec<Vec<Bytes>> =
+        (0..50).map(|i| (0..1 + i % 3).map(|j| entry(&format!("batch {i} entry {j}"))).collect()).collect();
+    let commits: Vec<_> =
+        batches.iter().map(|b| log.propose(epoch, b.clone()).expect("this node leads")).collect();
+    let mut positions = Vec::new();
+    for commit in commits {
+        match commit.await {
+            Outcome::Committed(position) => positions.push(position),
+            other => panic!("a calm log commits, but: {other:?}"),
+        }
+    }
+    assert!(
+        positions.is_sorted() && positions.windows(2).all(|w| w[0] < w[1]),
+        "positions in order: {positions:?}"
+    );
+    for log in harness.all().await {
+        let mut reader = Reader::new(&log, &runtime, positions[0]);
+        reader.until_position(*positions.last().expect("fifty")).await;
+        let seen: Vec<_> = reader.seen.iter().filter(|b| positions.contains(&b.position)).collect();
+        assert_eq!(seen.len(), batches.len());
+        for ((batch, position), seen) in batches.iter().zip(&positions).zip(seen) {
+            assert_eq!((&seen.entries, seen.position), (batch, *position));
+        }
+    }
+}
+
+async fn wrong_sizes_and_epochs_are_rejected(harness: &dyn Harness) {
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &harness.runtime(), log.bounds().last.next());
+    let epoch = reader.until_leading().await;
+    let rejected = |epoch, batch| log.propose(epoch, batch).err();
+    assert!(matches!(rejected(epoch, vec![]), Some(Rejected::Size { .. })));
+    assert!(matches!(rejected(epoch, vec![entry("x"); BATCH_ENTRIES_MAX + 1]), Some(Rejected::Size { .. })));
+    assert!(matches!(
+        rejected(epoch, vec![Bytes::from(vec![0; BATCH_BYTES_MAX + 1])]),
+        Some(Rejected::Size { .. })
+    ));
+    assert!(matches!(rejected(Epoch(epoch.0 + 1000), vec![entry("x")]), Some(Rejected::NotLeader(_))));
+    let largest =
+        log.propose(epoch, vec![Bytes::from(vec![7; BATCH_BYTES_MAX])]).expect("the largest batch").await;
+    assert!(matches!(largest, Outcome::Committed(_)), "{largest:?}");
+}
+
+async fn a_read_barrier_covers_what_was_acknowledged(harness: &dyn Harness) {
+    let position = committed(harness, "before the barrier").await;
+    let log = harness.leader().await;
+    let barrier = log.read_barrier(ReadLevel::Linearizable).await.expect("the leader answers");
+    assert!(barrier >= position, "barrier {barrier} below {position}");
+    let asked = Position(position.0.saturating_sub(1));
+    let at_least = log.read_barrier(ReadLevel::AtLeast(asked)).await.expect("answers");
+    assert!(at_least >= asked);
+    log.read_barrier(ReadLevel::Local).await.expect("always answers");
+}
+
+async fn an_old_epoch_is_fenced_after_a_leader_change(harness: &dyn Harness) {
+    let runtime = harness.runtime();
+    let before = committed(harness, "before the change").await;
+    let old = harness.leader().await;
+    let mut reader = Reader::new(&old, &runtime, old.bounds().last.next());
+    let old_epoch = reader.until_leading().await;
+    harness.change_leader().await;
+    let after = committed(harness, "after the change").await;
+    assert!(after > before);
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &runtime, before);
+    let epoch = reader.until_leading().await;
+    assert!(epoch > old_epoch, "a new reign has a greater epoch: {epoch:?} after {old_epoch:?}");
+    assert!(reader.last > before, "leadership comes after what the earlier reign committed");
+    match old.propose(old_epoch, vec![entry("from the grave")]) {
+        Err(Rejected::NotLeader(_) | Rejected::Stopped(_)) => {}
+        Err(other) => panic!("rejected for another reason: {other}"),
+        // An engine that learns of the change late may take it, but must never commit it.
+        Ok(commit) => {
+            let outcome = runtime.timeout(PATIENCE, commit).await;
+            assert!(
+                matches!(outcome, None | Some(Outcome::Unknown)),
+                "a fenced proposal committed: {outcome:?}"
+            );
+        }
+    }
+    let end = committed(harness, "the end").await;
+    let mut reader = Reader::new(&log, &runtime, before);
+    reader.until_position(end).await;
+    assert!(!reader.seen.iter().any(|b| b.entries.contains(&entry("from the grave"))));
+}
+
+async fn unknown_means_maybe_once(harness: &dyn Harness) {
+    for takes_effect in [true, false] {
+        if !harness.make_next_unknown(takes_effect).await {
+            continue;
+        }
+        let runtime = harness.runtime();
+        let log = harness.leader().await;
+        let start = log.bounds().last.next();
+        let mut reader = Reader::new(&log, &runtime, start);
+        let epoch = reader.until_leading().await;
+        let text = format!("unknown, takes effect: {takes_effect}");
+        let commit = log.propose(epoch, vec![entry(&text)]).expect("this node leads");
+        let outcome = runtime.timeout(PATIENCE, commit).await;
+        assert!(matches!(outcome, None | Some(Outcome::Unknown)), "expected unknown, got {outcome:?}");
+        let end = committed(harness, "after the unknown").await;
+        let log = harness.leader().await;
+        let mut reader = Reader::new(&log, &runtime, start);
+        reader.until_position(end).await;
+        let times = reader.seen.iter().filter(|b| b.entries.contains(&entry(&text))).count();
+        assert_eq!(times, usize::from(takes_effect), "{text}");
+    }
+}
+
+async fn a_restart_keeps_what_was_acknowledged(harness: &dyn Harness) {
+    let mut positions = Vec::new();
+    for i in 0..10 {
+        positions.push((committed(harness, &format!("kept {i}")).await, entry(&format!("kept {i}"))));
+    }
+    let log = harness.leader().await;
+    let old_epoch = Reader::new(&log, &harness.runtime(), log.bounds().last.next()).until_leading().await;
+    drop(log);
+    if !harness.restart().await {
+        return;
+    }
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &harness.runtime(), positions[0].0);
+    let epoch = reader.until_leading().await;
+    assert!(epoch > old_epoch, "a restart begins a new reign");
+    for (position, text) in positions {
+        let batch = reader.seen.iter().find(|b| b.position == position).expect("acknowledged, so there");
+        assert_eq!(batch.entries, vec![text]);
+    }
+}
+
+async fn trimming_is_a_request(harness: &dyn Harness) {
+    let log = harness.leader().await;
+    let last = committed(harness, "before the trim").await;
+    log.trim(last).await.expect("a request is taken");
+    let bounds = log.bounds();
+    assert!(bounds.last >= last);
+    if bounds.first.0 > 1 {
+        let mut events = log.events(Position(1));
+        let answer = events.next().await;
+        assert!(matches!(answer, Err(LogFault::Trimmed { .. }) | Ok(Event::Restore(_))), "{answer:?}");
+    }
+    committed(harness, "after the trim").await;
+}
+
+async fn sealing_ends_the_log(harness: &dyn Harness) {
+    let runtime = harness.runtime();
+    let last = committed(harness, "the last").await;
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &runtime, log.bounds().last.next());
+    let epoch = reader.until_leading().await;
+    let tail = log.seal().await.expect("seals");
+    assert!(tail >= last);
+    assert_eq!(log.seal().await.expect("seals again"), tail);
+    let refused = log.propose(epoch, vec![entry("too late")]).err();
+    assert!(matches!(refused, Some(Rejected::Sealed | Rejected::NotLeader(_))), "{refused:?}");
+    let mut reader = Reader::new(&log, &runtime, last);
+    reader.until("the seal", |_, e| matches!(e, Event::Sealed { .. })).await;
+    if harness.restart().await {
+        let log = harness.leader().await;
+        assert_eq!(log.seal().await.expect("still sealed"), tail);
+    }
+}

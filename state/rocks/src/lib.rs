@@ -1,1 +1,227 @@
-//! clutch-state-rocks.
+//! The store on RocksDB: one database for each replica, without its write-ahead log.
+//!
+//! The replicated log is the write-ahead log; a crash loses what was not flushed and the replica replays it. All
+//! tables live in one column family, keyed by table number first: one memtable, so one flush is one moment of all
+//! tables and no flush can tear a batch apart. The databases of a process share block cache and write buffers.
+
+use std::{path::Path, sync::Arc};
+
+use bytes::Bytes;
+use clutch_state::store::{Rows, Store, StoreError, Table, View, WriteBatch, key_after};
+use rocksdb::{
+    BlockBasedOptions, Cache, DB, DBCompressionType, FlushOptions, Options, ReadOptions, ReadTier,
+    WriteBufferManager, WriteOptions, checkpoint::Checkpoint,
+};
+
+/// What all databases of a process share.
+#[derive(Clone)]
+pub struct SharedMemory {
+    cache: Cache,
+    write_buffers: WriteBufferManager,
+}
+
+impl SharedMemory {
+    /// Block cache and write buffers of these sizes, in bytes, for all databases together.
+    pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> SharedMemory {
+        let cache = Cache::new_lru_cache(cache_bytes);
+        let write_buffers =
+            WriteBufferManager::new_write_buffer_manager_with_cache(write_buffer_bytes, false, cache.clone());
+        SharedMemory { cache, write_buffers }
+    }
+}
+
+/// A database.
+pub struct RocksStore {
+    db: Arc<DB>,
+}
+
+fn engine(error: rocksdb::Error) -> StoreError {
+    StoreError::Engine(error.into_string())
+}
+
+fn options(memory: &SharedMemory) -> Options {
+    let mut table = BlockBasedOptions::default();
+    table.set_block_cache(&memory.cache);
+    table.set_bloom_filter(10.0, false);
+    table.set_cache_index_and_filter_blocks(true);
+    table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    table.set_format_version(6);
+    table.set_block_size(16 << 10);
+    let mut options = Options::default();
+    options.create_if_missing(true);
+    options.set_block_based_table_factory(&table);
+    options.set_write_buffer_manager(&memory.write_buffers);
+    options.set_write_buffer_size(64 << 20);
+    options.set_arena_block_size(256 << 10);
+    options.set_compression_type(DBCompressionType::Lz4);
+    options.set_max_open_files(256);
+    options.set_keep_log_file_num(2);
+    options.set_max_log_file_size(4 << 20);
+    options.set_paranoid_checks(true);
+    options.set_max_background_jobs(2);
+    options.set_bytes_per_sync(1 << 20);
+    options
+}
+
+impl RocksStore {
+    /// Opens a database, or makes it.
+    pub fn open(path: &Path, memory: &SharedMemory) -> Result<RocksStore, StoreError> {
+        let db = DB::open(&options(memory), path).map_err(engine)?;
+        Ok(RocksStore { db: Arc::new(db) })
+    }
+
+    /// Opens a database that may belong to a running process, to read what is flushed.
+    pub fn open_read_only(path: &Path, memory: &SharedMemory) -> Result<RocksStore, StoreError> {
+        let db = DB::open_for_read_only(&options(memory), path, false).map_err(engine)?;
+        Ok(RocksStore { db: Arc::new(db) })
+    }
+}
+
+fn scan(
+    db: &DB,
+    mut options: ReadOptions,
+    table: Table,
+    from: &[u8],
+    until: &[u8],
+    limit: usize,
+) -> Result<Rows, StoreError> {
+    let start = table.stored_key(from);
+    let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
+    let mut rows = Rows::new();
+    if limit == 0 || !end.is_empty() && start >= end {
+        return Ok(rows);
+    }
+    if !end.is_empty() {
+        options.set_iterate_upper_bound(end);
+    }
+    let mut iterator = db.raw_iterator_opt(options);
+    iterator.seek(&start);
+    while rows.len() < limit
+        && let Some((key, value)) = iterator.item()
+    {
+        rows.push((Bytes::copy_from_slice(&key[1..]), Bytes::copy_from_slice(value)));
+        iterator.next();
+    }
+    iterator.status().map_err(engine)?;
+    Ok(rows)
+}
+
+impl View for RocksStore {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.db.get(table.stored_key(key)).map_err(engine)?.map(Bytes::from))
+    }
+
+    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
+        scan(&self.db, ReadOptions::default(), table, from, until, limit)
+    }
+}
+
+impl Store for RocksStore {
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        let mut writes = rocksdb::WriteBatch::default();
+        for (key, value) in batch {
+            match value {
+                Some(value) => writes.put(key, value),
+                None => writes.delete(key),
+            }
+        }
+        let mut options = WriteOptions::default();
+        options.disable_wal(true);
+        self.db.write_opt(writes, &options).map_err(engine)
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        let mut options = FlushOptions::default();
+        options.set_wait(true);
+        self.db.flush_opt(&options).map_err(engine)
+    }
+
+    fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        let mut options = ReadOptions::default();
+        options.set_read_tier(ReadTier::Persisted);
+        Ok(self.db.get_opt(table.stored_key(key), &options).map_err(engine)?.map(Bytes::from))
+    }
+
+    fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
+        Ok(Arc::new(RocksSnapshot::new(self.db.clone())))
+    }
+
+    fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
+        Checkpoint::new(&*self.db).map_err(engine)?.create_checkpoint(to).map_err(engine)
+    }
+}
+
+/// A moment of a database. The snapshot borrows the database that it keeps alive.
+///
+/// The order of the fields matters: the snapshot is released before the database.
+struct RocksSnapshot {
+    snapshot: rocksdb::SnapshotWithThreadMode<'static, DB>,
+    db: Arc<DB>,
+}
+
+#[allow(unsafe_code)]
+impl RocksSnapshot {
+    fn new(db: Arc<DB>) -> RocksSnapshot {
+        // SAFETY: the reference points into the Arc that this value keeps, and fields are dropped in the
+        // order of their declaration: the snapshot before the Arc.
+        let borrowed: &'static DB = unsafe { &*Arc::as_ptr(&db) };
+        RocksSnapshot { snapshot: borrowed.snapshot(), db }
+    }
+}
+
+impl View for RocksSnapshot {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.snapshot.get(table.stored_key(key)).map_err(engine)?.map(Bytes::from))
+    }
+
+    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
+        let mut options = ReadOptions::default();
+        options.set_snapshot(&self.snapshot);
+        scan(&self.db, options, table, from, until, limit)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory() -> SharedMemory {
+        SharedMemory::new(8 << 20, 8 << 20)
+    }
+
+    #[test]
+    fn conforms() {
+        let mut dirs = Vec::new();
+        clutch_state::conformance::check(&mut || {
+            let dir = tempfile::tempdir().expect("temporary directory");
+            let store = RocksStore::open(dir.path(), &memory()).expect("opens");
+            dirs.push(dir);
+            Arc::new(store)
+        });
+    }
+
+    #[test]
+    fn only_what_was_flushed_counts_as_flushed_and_survives() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let table = Table(64);
+        let put = |store: &RocksStore, value: &'static [u8]| {
+            store.write(vec![(table.stored_key(b"k"), Some(Bytes::from_static(value)))]).expect("writes");
+        };
+        {
+            let store = RocksStore::open(dir.path(), &memory()).expect("opens");
+            put(&store, b"flushed");
+            assert_eq!(store.get_flushed(table, b"k").expect("reads"), None);
+            store.flush().expect("flushes");
+            put(&store, b"not flushed");
+            assert_eq!(store.get(table, b"k").expect("reads").as_deref(), Some(&b"not flushed"[..]));
+            assert_eq!(store.get_flushed(table, b"k").expect("reads").as_deref(), Some(&b"flushed"[..]));
+        }
+        let copy = dir.path().join("copy");
+        let store = RocksStore::open(dir.path(), &memory()).expect("opens");
+        put(&store, b"in the copy");
+        store.checkpoint(&copy).expect("checkpoint");
+        put(&store, b"after the copy");
+        let copied = RocksStore::open_read_only(&copy, &memory()).expect("opens");
+        assert_eq!(copied.get(table, b"k").expect("reads").as_deref(), Some(&b"in the copy"[..]));
+    }
+}

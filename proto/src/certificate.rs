@@ -1,0 +1,250 @@
+//! Certificates for blocks: what the metadata grants, and the proofs that services give back.
+//!
+//! A grant names one operation on one block of one service and is signed with that service's key (keyed BLAKE3,
+//! 128-bit tag). It is checked before anything else is looked at. A proof is signed with the same key and binds
+//! size and CRC, so that only the service can have made it, and only for those bytes.
+//!
+//! A certificate is 74 bytes, little-endian:
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 1 | version: 1 |
+//! | 1 | 1 | operation: 1 write, 2 read, 3 erase, 4 check, 17 proof of write, 19 proof of erase |
+//! | 2 | 4 | epoch of the key |
+//! | 6 | 8 | cluster |
+//! | 14 | 8 | service |
+//! | 22 | 8 | block |
+//! | 30 | 4 | size of the block in bytes |
+//! | 34 | 4 | CRC-32 of the block |
+//! | 38 | 8 | time of signing |
+//! | 46 | 8 | expiry; 0 in a proof |
+//! | 54 | 4 | zero |
+//! | 58 | 16 | tag over bytes 0..58 |
+
+use bytes::Bytes;
+
+use crate::{
+    error::Refusal,
+    ids::{BlockId, ServiceId, Time},
+    limits::CLOCK_SKEW_MS_MAX,
+    types::Code,
+};
+
+/// Bytes of a certificate.
+pub const CERTIFICATE_BYTES: usize = 74;
+const SIGNED_BYTES: usize = 58;
+const VERSION: u8 = 1;
+
+/// What a certificate allows or proves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// Write the block.
+    Write = 1,
+    /// Read any part of it.
+    Read = 2,
+    /// Erase it.
+    Erase = 3,
+    /// Read and verify it at the service.
+    Check = 4,
+    /// It was written and is durable.
+    Written = 17,
+    /// It is gone.
+    Erased = 19,
+}
+
+/// A service's key in one epoch. Never logged, never sent to clients.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Key {
+    /// Which epoch it signs in.
+    pub epoch: u32,
+    /// 32 secret bytes.
+    pub secret: [u8; 32],
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Key(epoch {})", self.epoch)
+    }
+}
+
+/// What a certificate says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Claims {
+    /// Allowed or proven.
+    pub operation: Operation,
+    /// The cluster.
+    pub cluster: u64,
+    /// The service.
+    pub service: ServiceId,
+    /// The block.
+    pub block: BlockId,
+    /// Its size in bytes.
+    pub size: u32,
+    /// Its CRC.
+    pub crc: u32,
+    /// When it was signed.
+    pub time: Time,
+    /// Until when it is good; 0 in a proof.
+    pub expiry: Time,
+}
+
+impl Claims {
+    /// Signs the claims.
+    pub fn sign(&self, key: &Key) -> Bytes {
+        let mut bytes = Vec::with_capacity(CERTIFICATE_BYTES);
+        bytes.extend_from_slice(&[VERSION, self.operation as u8]);
+        bytes.extend_from_slice(&key.epoch.to_le_bytes());
+        for number in [self.cluster, self.service.0, self.block.0] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+        bytes.extend_from_slice(&self.size.to_le_bytes());
+        bytes.extend_from_slice(&self.crc.to_le_bytes());
+        bytes.extend_from_slice(&self.time.0.to_le_bytes());
+        bytes.extend_from_slice(&self.expiry.0.to_le_bytes());
+        bytes.extend_from_slice(&[0; 4]);
+        let tag = blake3::keyed_hash(&key.secret, &bytes);
+        bytes.extend_from_slice(&tag.as_bytes()[..16]);
+        bytes.into()
+    }
+
+    /// The proof that answers a grant.
+    pub fn proof(&self, operation: Operation, time: Time) -> Claims {
+        Claims { operation, time, expiry: Time(0), ..*self }
+    }
+
+    /// Checks the tag, in constant time, and then reads the claims.
+    pub fn verify(certificate: &[u8], keys: &[Key]) -> Result<Claims, Refusal> {
+        let bad = |what: &str| Refusal::new(Code::BadCertificate, what);
+        if certificate.len() != CERTIFICATE_BYTES {
+            return Err(bad(&format!(
+                "a certificate has {CERTIFICATE_BYTES} bytes, this one {}",
+                certificate.len()
+            )));
+        }
+        let (signed, tag) = certificate.split_at(SIGNED_BYTES);
+        let u32_at = |at: usize| u32::from_le_bytes(signed[at..at + 4].try_into().expect("four bytes"));
+        let u64_at = |at: usize| u64::from_le_bytes(signed[at..at + 8].try_into().expect("eight bytes"));
+        let epoch = u32_at(2);
+        let key = keys
+            .iter()
+            .find(|k| k.epoch == epoch)
+            .ok_or_else(|| bad("signed with a key that is not live"))?;
+        let expected = blake3::keyed_hash(&key.secret, signed);
+        // Every byte is compared, whatever the first difference is.
+        let difference = expected.as_bytes()[..16].iter().zip(tag).fold(0u8, |all, (a, b)| all | (a ^ b));
+        if std::hint::black_box(difference) != 0 {
+            return Err(bad("the signature does not match"));
+        }
+        if signed[0] != VERSION {
+            return Err(bad("a version that this build does not know"));
+        }
+        use Operation::{Check, Erase, Erased, Read, Write, Written};
+        let operation =
+            [Write, Read, Erase, Check, Written, Erased].into_iter().find(|o| *o as u8 == signed[1]);
+        Ok(Claims {
+            operation: operation.ok_or_else(|| bad("an unknown operation"))?,
+            cluster: u64_at(6),
+            service: ServiceId(u64_at(14)),
+            block: BlockId(u64_at(22)),
+            size: u32_at(30),
+            crc: u32_at(34),
+            time: Time(u64_at(38)),
+            expiry: Time(u64_at(46)),
+        })
+    }
+
+    /// What a service checks of a grant beside its tag: that it is for this cluster, service and operation and
+    /// that its time has come and not passed. An erase is refused until writes granted before are over.
+    pub fn check_grant(
+        &self,
+        operation: Operation,
+        cluster: u64,
+        service: ServiceId,
+        now: Time,
+    ) -> Result<(), Refusal> {
+        if self.operation != operation {
+            return Err(Refusal::new(
+                Code::BadCertificate,
+                format!("grants {:?}, not {operation:?}", self.operation),
+            ));
+        }
+        if self.cluster != cluster {
+            return Err(Refusal::new(Code::WrongCluster, "the certificate is for another cluster"));
+        }
+        if self.service != service {
+            return Err(Refusal::new(Code::WrongService, "the certificate is for another block service"));
+        }
+        if operation == Operation::Erase {
+            let earliest = self.expiry.plus_ms(2 * CLOCK_SKEW_MS_MAX);
+            if now < earliest {
+                return Err(Refusal::new(
+                    Code::TooEarly,
+                    "a write of this block may still be granted; erase it later",
+                ));
+            }
+        } else if now > self.expiry {
+            return Err(Refusal::new(Code::CertificateExpired, "ask the shard for a new certificate"));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_flipped_bit_and_every_cut_is_refused() {
+        let key = Key { epoch: 3, secret: [7; 32] };
+        let claims = Claims {
+            operation: Operation::Write,
+            cluster: 1,
+            service: ServiceId(2),
+            block: BlockId(3),
+            size: 4096,
+            crc: 5,
+            time: Time(6),
+            expiry: Time(7),
+        };
+        let good = claims.sign(&key);
+        assert_eq!(Claims::verify(&good, &[Key { epoch: 2, secret: [1; 32] }, key.clone()]), Ok(claims));
+        for bit in 0..good.len() * 8 {
+            let mut flipped = good.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(
+                Claims::verify(&flipped, std::slice::from_ref(&key)).expect_err("refused").code,
+                Code::BadCertificate
+            );
+        }
+        for len in 0..good.len() {
+            assert!(Claims::verify(&good[..len], std::slice::from_ref(&key)).is_err());
+        }
+        assert!(Claims::verify(&good, &[Key { epoch: 3, secret: [8; 32] }]).is_err());
+    }
+
+    #[test]
+    fn grants_are_for_one_operation_one_service_and_a_while() {
+        let claims = Claims {
+            operation: Operation::Read,
+            cluster: 1,
+            service: ServiceId(2),
+            block: BlockId(3),
+            size: 1,
+            crc: 0,
+            time: Time(0),
+            expiry: Time(1000),
+        };
+        let code = |claims: Claims, operation, cluster, service, now| {
+            claims.check_grant(operation, cluster, ServiceId(service), Time(now)).err().map(|r| r.code)
+        };
+        assert_eq!(code(claims, Operation::Read, 1, 2, 1000), None);
+        assert_eq!(code(claims, Operation::Read, 1, 2, 1001), Some(Code::CertificateExpired));
+        assert_eq!(code(claims, Operation::Write, 1, 2, 0), Some(Code::BadCertificate));
+        assert_eq!(code(claims, Operation::Read, 9, 2, 0), Some(Code::WrongCluster));
+        assert_eq!(code(claims, Operation::Read, 1, 9, 0), Some(Code::WrongService));
+        let erase = Claims { operation: Operation::Erase, ..claims };
+        assert_eq!(code(erase, Operation::Erase, 1, 2, 1001), Some(Code::TooEarly));
+        let late = 1001 + 2 * CLOCK_SKEW_MS_MAX * 1_000_000;
+        assert_eq!(code(erase, Operation::Erase, 1, 2, late), None);
+    }
+}

@@ -1,0 +1,372 @@
+//! Runs a machine over a store: one batch in, one atomic write and the outcomes out.
+
+use std::{collections::VecDeque, sync::Arc};
+
+use bytes::Bytes;
+use clutch_log::{Batch, Position};
+use clutch_proto::{
+    Refusal, Time,
+    state::{AppliedRow, ClientRow, Entry, OutcomeRow, entry::Kind},
+    types::ClientTag,
+};
+use prost::Message as _;
+
+use crate::{
+    client_table::{ClientTable, Known, outcome_row},
+    hash::{StateHash, Sums, row_hash},
+    machine::{Applied, Effects, Machine, Stop},
+    overlay::{Overlay, Tx},
+    store::{Store, StoreError, Table, View, get_row},
+};
+
+/// The format of the rows that this build writes.
+pub const FORMAT: u32 = 1;
+/// Positions whose hash is kept for comparison.
+pub const RECENT_HASHES_MAX: usize = 65_536;
+const APPLIED_KEY: &[u8] = b"";
+
+/// Why a replica must stop.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Fault {
+    /// The store failed.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// A committed entry cannot be decoded by this build.
+    #[error("entry {position}.{ordinal} cannot be decoded ({what}); a newer version may have written it")]
+    Entry {
+        /// The batch.
+        position: Position,
+        /// The entry within it.
+        ordinal: usize,
+        /// The decoder's words.
+        what: String,
+    },
+    /// The log delivered something out of order.
+    #[error("the log delivered position {got} after {applied}")]
+    Order {
+        /// What was applied last.
+        applied: Position,
+        /// What came.
+        got: Position,
+    },
+    /// Another replica had another hash at the same position.
+    #[error(
+        "state differs at position {position}: {ours} here, {theirs} in the check; keep this replica's files as evidence and restore it from a peer"
+    )]
+    Diverged {
+        /// Where.
+        position: Position,
+        /// Our hash.
+        ours: StateHash,
+        /// The check's hash.
+        theirs: StateHash,
+    },
+    /// The rows were written by a newer build.
+    #[error("the state has format {0}, this build knows up to {FORMAT}; use the newer build")]
+    Format(u32),
+}
+
+/// What one entry gave.
+#[derive(Clone, Debug, PartialEq)]
+pub enum EntryOutcome<R> {
+    /// Its answer.
+    Done(Result<R, Refusal>),
+    /// Answered when the transaction that it began ends.
+    Pending,
+    /// Nobody asked: a check or a time mark.
+    Internal,
+}
+
+/// What a batch gave.
+pub struct AppliedBatch<M: Machine> {
+    /// Where.
+    pub position: Position,
+    /// The time of its last entry.
+    pub time: Time,
+    /// For each entry: its time and outcome.
+    pub outcomes: Vec<(Time, EntryOutcome<M::Reply>)>,
+    /// Actions for the leader's shell.
+    pub actions: Vec<M::Effect>,
+    /// Answers to requests that were pending.
+    pub resolved: Vec<(ClientTag, Result<M::Reply, Refusal>)>,
+}
+
+/// How checks went so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CheckCounts {
+    /// Compared and equal.
+    pub compared: u64,
+    /// The position asked for was not among the recent ones.
+    pub not_compared: u64,
+}
+
+/// A machine's state and how far it has come.
+pub struct Applier<M: Machine> {
+    store: Arc<dyn Store>,
+    position: Position,
+    time: Time,
+    sums: Sums,
+    clients: ClientTable,
+    recent: VecDeque<(Position, StateHash)>,
+    checks: CheckCounts,
+    machine: std::marker::PhantomData<fn() -> M>,
+}
+
+impl<M: Machine> Applier<M> {
+    /// Opens a state where it stands; an empty store stands before the first position.
+    pub fn open(store: Arc<dyn Store>) -> Result<Applier<M>, Fault> {
+        let applied: AppliedRow = get_row(&*store, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
+        if applied.format > FORMAT {
+            return Err(Fault::Format(applied.format));
+        }
+        let mut sums = Sums::default();
+        for (key, value) in store.scan(Table::SUMS, &[], &[], 256)? {
+            match (key.first(), StateHash::from_bytes(&value)) {
+                (Some(&lane), Some(sum)) => sums.load(lane, sum.0),
+                _ => return Err(StoreError::Broken("a hash sum has the wrong length".into()).into()),
+            }
+        }
+        let mut applier = Applier {
+            store,
+            position: Position(applied.position),
+            time: Time(applied.time),
+            sums,
+            clients: ClientTable::default(),
+            recent: VecDeque::new(),
+            checks: CheckCounts::default(),
+            machine: std::marker::PhantomData,
+        };
+        applier.remember_hash();
+        Ok(applier)
+    }
+
+    /// The last position applied.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// The time of the last entry applied.
+    pub fn time(&self) -> Time {
+        self.time
+    }
+
+    /// The hash of the state now.
+    pub fn hash(&self) -> StateHash {
+        self.sums.total()
+    }
+
+    /// The hash after `position`; `None` when it lies too far back or ahead. Gaps keep the hash before them.
+    pub fn hash_at(&self, position: Position) -> Option<StateHash> {
+        if position > self.position {
+            return None;
+        }
+        let after = self.recent.partition_point(|(p, _)| *p <= position);
+        self.recent.get(after.checked_sub(1)?).map(|(_, hash)| *hash)
+    }
+
+    /// How checks went.
+    pub fn checks(&self) -> CheckCounts {
+        self.checks
+    }
+
+    /// The state, readable.
+    pub fn store(&self) -> &Arc<dyn Store> {
+        &self.store
+    }
+
+    /// The applied position that a crash now would leave behind.
+    pub fn flushed(&self) -> Result<Position, StoreError> {
+        let row = self.store.get_flushed(Table::APPLIED, APPLIED_KEY)?;
+        let row = row
+            .map(|v| crate::store::decode_row::<AppliedRow>(Table::APPLIED, APPLIED_KEY, v))
+            .transpose()?;
+        Ok(Position(row.unwrap_or_default().position))
+    }
+
+    fn remember_hash(&mut self) {
+        self.recent.push_back((self.position, self.sums.total()));
+        if self.recent.len() > RECENT_HASHES_MAX {
+            self.recent.pop_front();
+        }
+    }
+
+    /// Takes note that nothing up to `to` is for the state. Persisted with the next batch.
+    pub fn skip(&mut self, to: Position) {
+        self.position = self.position.max(to);
+    }
+
+    /// Applies one batch and writes it.
+    pub fn apply(&mut self, batch: &Batch) -> Result<AppliedBatch<M>, Fault> {
+        if batch.position <= self.position {
+            return Err(Fault::Order { applied: self.position, got: batch.position });
+        }
+        let store = self.store.clone();
+        let mut overlay = Overlay::default();
+        let mut effects = Effects::default();
+        let mut outcomes = Vec::with_capacity(batch.entries.len());
+        let mut time = self.time;
+        for (ordinal, bytes) in batch.entries.iter().enumerate() {
+            let undecodable = |what: String| Fault::Entry { position: batch.position, ordinal, what };
+            let entry = Entry::decode(bytes.clone()).map_err(|e| undecodable(e.to_string()))?;
+            time = Time(entry.stamp.max(time.0 + 1));
+            let outcome = match entry.kind {
+                Some(Kind::Body(body)) => {
+                    let body = M::Entry::decode(body).map_err(|e| undecodable(e.to_string()))?;
+                    overlay.begin_entry();
+                    let mut tx = Tx::new(&mut overlay, &*store);
+                    self.apply_entry(&mut tx, batch.position, time, body, &mut effects)?
+                }
+                Some(Kind::Check(check)) => {
+                    let theirs = StateHash::from_bytes(&check.hash)
+                        .ok_or_else(|| undecodable("a check's hash".into()))?;
+                    self.check(Position(check.position), theirs)?;
+                    EntryOutcome::Internal
+                }
+                Some(Kind::TimeMark(_)) => EntryOutcome::Internal,
+                None => return Err(undecodable("it has no kind".into())),
+            };
+            outcomes.push((time, outcome));
+        }
+        let mut tx = Tx::new(&mut overlay, &*store);
+        self.clients.finish(&mut tx, time)?;
+        let applied = AppliedRow { position: batch.position.0, time: time.0, format: FORMAT };
+        tx.put_row(Table::APPLIED, APPLIED_KEY, &applied);
+        let mut rows = overlay.finish(&*store, &mut self.sums)?;
+        for (lane, sum) in self.sums.take_dirty() {
+            rows.push((Table::SUMS.stored_key(&[lane]), Some(Bytes::copy_from_slice(&sum.to_le_bytes()))));
+        }
+        store.write(rows)?;
+        assert!(time >= self.time, "time never goes backwards");
+        (self.position, self.time) = (batch.position, time);
+        self.remember_hash();
+        let Effects { actions, resolved } = effects;
+        Ok(AppliedBatch { position: batch.position, time, outcomes, actions, resolved })
+    }
+
+    fn apply_entry(
+        &mut self,
+        tx: &mut Tx<'_>,
+        position: Position,
+        time: Time,
+        entry: M::Entry,
+        effects: &mut Effects<M>,
+    ) -> Result<EntryOutcome<M::Reply>, Fault> {
+        let tag = M::tag(&entry).cloned();
+        if let Some(tag) = &tag {
+            match self.clients.admit(tx, tag, time)? {
+                Ok(Known::New) => {}
+                Ok(Known::Pending) => return Ok(EntryOutcome::Pending),
+                Ok(Known::Done(outcome)) => return Ok(EntryOutcome::Done(recorded::<M>(outcome)?)),
+                Err(refusal) => return Ok(EntryOutcome::Done(Err(refusal))),
+            }
+        }
+        let before = (effects.actions.len(), effects.resolved.len());
+        let outcome = match M::apply(tx, position, time, entry, effects) {
+            Ok(Applied::Reply(reply)) => EntryOutcome::Done(Ok(reply)),
+            Ok(Applied::Pending) => EntryOutcome::Pending,
+            Err(Stop::Refused(refusal)) => {
+                tx.undo_entry();
+                effects.actions.truncate(before.0);
+                effects.resolved.truncate(before.1);
+                EntryOutcome::Done(Err(refusal))
+            }
+            Err(Stop::Fault(fault)) => return Err(fault.into()),
+        };
+        if let Some(tag) = &tag {
+            match &outcome {
+                EntryOutcome::Done(Err(refusal)) if refusal.is_retryable() => {}
+                EntryOutcome::Done(result) => {
+                    let result = result.as_ref().map(|reply| Bytes::from(reply.encode_to_vec()));
+                    self.clients.record(tx, tag, outcome_row(tag, result, position, time))?;
+                }
+                EntryOutcome::Pending => {
+                    let row = OutcomeRow { sequence: tag.sequence, pending: true, ..OutcomeRow::default() };
+                    self.clients.record(tx, tag, row)?;
+                }
+                EntryOutcome::Internal => {}
+            }
+        }
+        for (tag, result) in &effects.resolved[before.1..] {
+            match result {
+                Err(refusal) if refusal.is_retryable() => self.clients.forget(tx, tag)?,
+                _ => {
+                    let result = result.as_ref().map(|reply| Bytes::from(reply.encode_to_vec()));
+                    self.clients.record(tx, tag, outcome_row(tag, result, position, time))?;
+                }
+            }
+        }
+        Ok(outcome)
+    }
+
+    fn check(&mut self, position: Position, theirs: StateHash) -> Result<(), Fault> {
+        match self.hash_at(position) {
+            None => self.checks.not_compared += 1,
+            Some(ours) if ours == theirs => self.checks.compared += 1,
+            Some(ours) => return Err(Fault::Diverged { position, ours, theirs }),
+        }
+        Ok(())
+    }
+}
+
+/// A recorded outcome as an answer.
+pub fn recorded<M: Machine>(outcome: OutcomeRow) -> Result<Result<M::Reply, Refusal>, StoreError> {
+    match outcome.error {
+        Some(error) => Ok(Err(Refusal::from_wire(error))),
+        None => M::Reply::decode(outcome.reply).map(Ok).map_err(|e| StoreError::Row {
+            table: Table::CLIENTS.0,
+            key: outcome.sequence.to_string(),
+            what: e.to_string(),
+        }),
+    }
+}
+
+/// What [`rescan`] found.
+#[derive(Debug, Default)]
+pub struct Rescan {
+    /// Rows read.
+    pub rows: u64,
+    /// Where the rows do not give the stored hash, and rows that cannot be read.
+    pub differences: Vec<String>,
+    /// The position of the state.
+    pub position: Position,
+}
+
+/// Reads every row and compares with the stored sums: finds rows that changed behind our back.
+pub fn rescan(view: &dyn View) -> Result<Rescan, StoreError> {
+    let applied: AppliedRow = get_row(view, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
+    let mut found = Rescan { position: Position(applied.position), ..Rescan::default() };
+    let mut sums = vec![0u128; 256];
+    for table in 0..=255u8 {
+        let table = Table(table);
+        if !table.is_hashed() {
+            continue;
+        }
+        let mut from: Vec<u8> = Vec::new();
+        loop {
+            let rows = view.scan(table, &from, &[], 4096)?;
+            let Some((last, _)) = rows.last() else { break };
+            from = [last, &[0][..]].concat();
+            for (key, value) in &rows {
+                found.rows += 1;
+                let lane = usize::from(table.lane(key));
+                sums[lane] = sums[lane].wrapping_add(row_hash(table, key, value));
+                if table == Table::CLIENTS && ClientRow::decode(value.clone()).is_err() {
+                    found
+                        .differences
+                        .push(format!("client row {} cannot be decoded", crate::store::hex(key)));
+                }
+            }
+        }
+    }
+    for (lane, sum) in sums.into_iter().enumerate() {
+        let stored = view.get(Table::SUMS, &[lane as u8])?;
+        let stored = stored.and_then(|v| StateHash::from_bytes(&v)).unwrap_or_default();
+        if stored.0 != sum {
+            found.differences.push(format!(
+                "slot {lane}: the rows give {}, the stored hash is {stored}; a row was changed on disk",
+                StateHash(sum)
+            ));
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,228 @@
+//! Recognises repeated requests: one row for each client with the outcomes that it has not acknowledged.
+//!
+//! Invariants: a tag takes effect at most once; its outcome is kept until the client acknowledges it or has been
+//! idle for [`CLIENT_IDLE_LIFETIME_MS`] of logged time; a request issued before that is refused as expired,
+//! because its outcome may have been forgotten.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use clutch_log::Position;
+use clutch_proto::{
+    Refusal, Time,
+    limits::{CLIENT_IDLE_LIFETIME_MS, CLIENT_OUTCOMES_MAX},
+    state::{ClientRow, OutcomeRow},
+    types::{ClientTag, Code},
+};
+
+use crate::{
+    overlay::Tx,
+    store::{StoreError, Table, View, get_row},
+};
+
+/// Clients below this id are parts of the cluster itself (the CDC's driver): their outcomes never expire.
+pub const SYSTEM_CLIENTS: u64 = 16;
+/// Decoded rows that are kept in memory between batches.
+const CACHED_CLIENTS_MAX: usize = 4096;
+/// Idle clients forgotten by one batch at most.
+const FORGOTTEN_PER_BATCH_MAX: usize = 64;
+const NS_PER_MINUTE: u64 = 60_000_000_000;
+
+/// What is known of a tag.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Known {
+    /// Nothing: it may be applied.
+    New,
+    /// It was applied; its answer comes later.
+    Pending,
+    /// It was applied with this outcome.
+    Done(OutcomeRow),
+}
+
+/// The table, with decoded rows in memory.
+#[derive(Default)]
+pub struct ClientTable {
+    cached: BTreeMap<u64, Client>,
+}
+
+#[derive(Clone, Default)]
+struct Client {
+    acknowledged: u64,
+    outcomes: BTreeMap<u64, OutcomeRow>,
+    used_minute: u64,
+    /// The minute in the stored row, whose index row must go when it changes.
+    stored_minute: Option<u64>,
+    dirty: bool,
+}
+
+impl Client {
+    fn from_row(row: ClientRow) -> Client {
+        Client {
+            acknowledged: row.acknowledged,
+            outcomes: row.outcomes.into_iter().map(|o| (o.sequence, o)).collect(),
+            used_minute: row.used_minute,
+            stored_minute: Some(row.used_minute),
+            dirty: false,
+        }
+    }
+
+    fn check(&self, tag: &ClientTag) -> Result<Known, Refusal> {
+        match self.outcomes.get(&tag.sequence) {
+            Some(outcome) if outcome.pending => Ok(Known::Pending),
+            Some(outcome) => Ok(Known::Done(outcome.clone())),
+            None if tag.sequence <= self.acknowledged => Err(Refusal::new(
+                Code::Acknowledged,
+                format!("request {} was answered and acknowledged before", tag.sequence),
+            )),
+            None => Ok(Known::New),
+        }
+    }
+}
+
+fn check_age(tag: &ClientTag, last_time: Time) -> Result<(), Refusal> {
+    let lifetime_ns = CLIENT_IDLE_LIFETIME_MS * 1_000_000;
+    if tag.client >= SYSTEM_CLIENTS && tag.issued_at < last_time.0.saturating_sub(lifetime_ns) {
+        return Err(Refusal::new(
+            Code::ExpiredUnknown,
+            "the request was issued too long ago; whether it took effect is not known any more",
+        ));
+    }
+    Ok(())
+}
+
+/// What a producer can tell from the rows, before anything is logged.
+pub fn peek(view: &dyn View, tag: &ClientTag, last_time: Time) -> Result<Result<Known, Refusal>, StoreError> {
+    if tag.client == 0 || tag.sequence == 0 {
+        return Ok(Err(Refusal::malformed("a client tag needs a client and a sequence above 0")));
+    }
+    if let Err(refusal) = check_age(tag, last_time) {
+        return Ok(Err(refusal));
+    }
+    let row: Option<ClientRow> = get_row(view, Table::CLIENTS, &tag.client.to_be_bytes())?;
+    Ok(row.map_or(Ok(Known::New), |row| Client::from_row(row).check(tag)))
+}
+
+impl ClientTable {
+    fn client(&mut self, tx: &mut Tx<'_>, id: u64) -> Result<&mut Client, StoreError> {
+        if !self.cached.contains_key(&id) {
+            let row: Option<ClientRow> = tx.get_row(Table::CLIENTS, &id.to_be_bytes())?;
+            self.cached.insert(id, row.map(Client::from_row).unwrap_or_default());
+        }
+        self.cached
+            .get_mut(&id)
+            .ok_or_else(|| StoreError::Broken("a client that was just read is gone".into()))
+    }
+
+    /// What is known of a tag, and takes note of what the client acknowledges.
+    pub fn admit(
+        &mut self,
+        tx: &mut Tx<'_>,
+        tag: &ClientTag,
+        time: Time,
+    ) -> Result<Result<Known, Refusal>, StoreError> {
+        if tag.client == 0 || tag.sequence == 0 {
+            return Ok(Err(Refusal::malformed("a client tag needs a client and a sequence above 0")));
+        }
+        if let Err(refusal) = check_age(tag, time) {
+            return Ok(Err(refusal));
+        }
+        let client = self.client(tx, tag.client)?;
+        if tag.acknowledged > client.acknowledged {
+            client.acknowledged = tag.acknowledged;
+            client.outcomes = client.outcomes.split_off(&(tag.acknowledged + 1));
+            client.dirty = true;
+        }
+        let known = client.check(tag);
+        if known == Ok(Known::New)
+            && tag.client >= SYSTEM_CLIENTS
+            && client.outcomes.len() >= CLIENT_OUTCOMES_MAX
+        {
+            return Ok(Err(Refusal::new(
+                Code::Overloaded,
+                format!("{CLIENT_OUTCOMES_MAX} answers of this client are not acknowledged yet"),
+            )));
+        }
+        Ok(known)
+    }
+
+    /// Keeps an outcome. One that may be retried unchanged is not kept: the retry is to be tried.
+    pub fn record(
+        &mut self,
+        tx: &mut Tx<'_>,
+        tag: &ClientTag,
+        outcome: OutcomeRow,
+    ) -> Result<(), StoreError> {
+        let client = self.client(tx, tag.client)?;
+        if tag.sequence > client.acknowledged {
+            client.outcomes.insert(tag.sequence, outcome);
+        }
+        client.dirty = true;
+        Ok(())
+    }
+
+    /// Forgets a pending outcome whose transaction ended with a refusal that may be retried.
+    pub fn forget(&mut self, tx: &mut Tx<'_>, tag: &ClientTag) -> Result<(), StoreError> {
+        let client = self.client(tx, tag.client)?;
+        client.dirty |= client.outcomes.remove(&tag.sequence).is_some();
+        Ok(())
+    }
+
+    /// Ends a batch: writes the rows that changed and forgets clients that have been idle too long.
+    pub fn finish(&mut self, tx: &mut Tx<'_>, time: Time) -> Result<(), StoreError> {
+        let minute = time.0 / NS_PER_MINUTE;
+        for (id, client) in &mut self.cached {
+            if !std::mem::take(&mut client.dirty) {
+                continue;
+            }
+            client.used_minute = minute;
+            if client.stored_minute != Some(minute) && *id >= SYSTEM_CLIENTS {
+                if let Some(old) = client.stored_minute {
+                    tx.delete(Table::CLIENTS_BY_MINUTE, &index_key(old, *id));
+                }
+                tx.put(Table::CLIENTS_BY_MINUTE, &index_key(minute, *id), Bytes::new());
+                client.stored_minute = Some(minute);
+            }
+            let row = ClientRow {
+                acknowledged: client.acknowledged,
+                outcomes: client.outcomes.values().cloned().collect(),
+                used_minute: minute,
+            };
+            tx.put_row(Table::CLIENTS, &id.to_be_bytes(), &row);
+        }
+        let oldest = minute.saturating_sub(CLIENT_IDLE_LIFETIME_MS / 60_000 + 1);
+        let idle = tx.scan(Table::CLIENTS_BY_MINUTE, &[], &oldest.to_be_bytes(), FORGOTTEN_PER_BATCH_MAX)?;
+        for (key, _) in idle {
+            tx.delete(Table::CLIENTS_BY_MINUTE, &key);
+            tx.delete(Table::CLIENTS, &key[8..]);
+            if let Ok(id) = key[8..].try_into() {
+                self.cached.remove(&u64::from_be_bytes(id));
+            }
+        }
+        // What is cached must not matter: dropping it only costs reading it again.
+        if self.cached.len() > CACHED_CLIENTS_MAX {
+            self.cached.clear();
+        }
+        Ok(())
+    }
+}
+
+fn index_key(minute: u64, client: u64) -> [u8; 16] {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&minute.to_be_bytes());
+    key[8..].copy_from_slice(&client.to_be_bytes());
+    key
+}
+
+/// An outcome as it is kept.
+pub fn outcome_row(
+    tag: &ClientTag,
+    result: Result<Bytes, &Refusal>,
+    position: Position,
+    time: Time,
+) -> OutcomeRow {
+    let (error, reply) = match result {
+        Ok(reply) => (None, reply),
+        Err(refusal) => (Some(refusal.to_wire()), Bytes::new()),
+    };
+    OutcomeRow { sequence: tag.sequence, pending: false, error, reply, position: position.0, time: time.0 }
+}

@@ -1,0 +1,126 @@
+//! What shard, CDC and registry must be: a producer and an applier over rows.
+
+use bytes::Bytes;
+use clutch_log::Position;
+use clutch_proto::{
+    Refusal, Time,
+    types::{ClientTag, Code},
+};
+use prost::Message;
+
+use crate::{
+    overlay::Tx,
+    store::{StoreError, View},
+};
+
+/// Why producing or applying stopped.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Stop {
+    /// The request is refused. Its writes are undone; the position advances.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The storage failed. The replica stops.
+    #[error(transparent)]
+    Fault(#[from] StoreError),
+}
+
+impl Stop {
+    /// Shorthand for a refusal with its reason.
+    pub fn refuse(code: Code, detail: impl Into<String>) -> Stop {
+        Stop::Refused(Refusal::new(code, detail))
+    }
+}
+
+/// What a producer may use to decide: the time and randomness that end up in the entry.
+pub struct ProduceContext<'a> {
+    /// The stamp that the entry will carry.
+    pub now: Time,
+    /// 64 random bits for each call.
+    pub random: &'a mut dyn FnMut() -> u64,
+}
+
+/// What applying an entry gave.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Applied<R> {
+    /// The answer for whoever proposed it.
+    Reply(R),
+    /// The answer comes with a later entry, through [`Effects::resolve`].
+    Pending,
+}
+
+/// What an entry causes beside rows and its reply. Data; the leader's shell acts on it.
+pub struct Effects<M: Machine> {
+    /// Actions for the leader's shell.
+    pub actions: Vec<M::Effect>,
+    /// Answers to requests that were pending.
+    pub resolved: Vec<(ClientTag, Result<M::Reply, Refusal>)>,
+}
+
+impl<M: Machine> Default for Effects<M> {
+    fn default() -> Effects<M> {
+        Effects { actions: Vec::new(), resolved: Vec::new() }
+    }
+}
+
+impl<M: Machine> Effects<M> {
+    /// Answers a request whose entry was [`Applied::Pending`].
+    pub fn resolve(&mut self, tag: ClientTag, result: Result<M::Reply, Refusal>) {
+        self.resolved.push((tag, result));
+    }
+}
+
+/// A replicated machine.
+pub trait Machine: Sized + Send + Sync + 'static {
+    /// A word for messages and thread names.
+    const NAME: &'static str;
+    /// What clients ask.
+    type Request: Message + Default + Clone;
+    /// What they get.
+    type Reply: Message + Default + Clone + PartialEq;
+    /// What is logged.
+    type Entry: Message + Default;
+    /// What the leader's shell is asked to do.
+    type Effect: Send + 'static;
+    /// What the leader's shell knows and the log does not: keys, addresses.
+    type Facts: Send + Sync + 'static;
+
+    /// Whether the request only reads.
+    fn is_read(request: &Self::Request) -> bool;
+
+    /// Answers a read.
+    fn read(view: &dyn View, request: &Self::Request, facts: &Self::Facts) -> Result<Self::Reply, Stop>;
+
+    /// Turns a request into an entry. May see slightly stale rows; decides everything that is not deterministic.
+    fn produce(
+        view: &dyn View,
+        request: Self::Request,
+        tag: Option<ClientTag>,
+        context: &mut ProduceContext<'_>,
+        facts: &Self::Facts,
+    ) -> Result<Self::Entry, Stop>;
+
+    /// The client's tag in an entry.
+    fn tag(entry: &Self::Entry) -> Option<&ClientTag>;
+
+    /// Executes an entry. Total: every entry that decodes is applied or refused.
+    fn apply(
+        tx: &mut Tx<'_>,
+        position: Position,
+        time: Time,
+        entry: Self::Entry,
+        effects: &mut Effects<Self>,
+    ) -> Result<Applied<Self::Reply>, Stop>;
+
+    /// Adds what only the leader's shell can: signatures and addresses.
+    fn finish(_reply: &mut Self::Reply, _now: Time, _facts: &Self::Facts) {}
+
+    /// The actions that a new leader must start again.
+    fn recover(_view: &dyn View) -> Result<Vec<Self::Effect>, StoreError> {
+        Ok(Vec::new())
+    }
+}
+
+/// Decodes a request.
+pub fn decode<M: Message + Default>(what: &str, bytes: Bytes) -> Result<M, Refusal> {
+    M::decode(bytes).map_err(|e| Refusal::malformed(format!("decode {what}: {e}")))
+}

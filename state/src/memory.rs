@@ -1,0 +1,104 @@
+//! The store in memory: for simulation, replay and tests. A crash loses all of it, as the log allows.
+
+use std::{collections::BTreeMap, path::Path, sync::Arc};
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+
+use crate::store::{Rows, Store, StoreError, Table, View, WriteBatch, key_after};
+
+type Map = BTreeMap<Vec<u8>, Bytes>;
+
+/// A sorted map behind a lock.
+#[derive(Default)]
+pub struct MemoryStore {
+    rows: RwLock<Arc<Map>>,
+}
+
+impl MemoryStore {
+    /// An empty store.
+    pub fn new() -> MemoryStore {
+        MemoryStore::default()
+    }
+
+    /// Number of rows, of all tables.
+    pub fn len(&self) -> usize {
+        self.rows.read().len()
+    }
+
+    /// Whether there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+fn scan(map: &Map, table: Table, from: &[u8], until: &[u8], limit: usize) -> Rows {
+    let start = table.stored_key(from);
+    let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
+    if start >= end {
+        return Rows::new();
+    }
+    map.range(start..end).take(limit).map(|(k, v)| (Bytes::copy_from_slice(&k[1..]), v.clone())).collect()
+}
+
+impl View for Map {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        Ok(BTreeMap::get(self, &table.stored_key(key)).cloned())
+    }
+
+    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
+        Ok(scan(self, table, from, until, limit))
+    }
+}
+
+impl View for MemoryStore {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.rows.read().get(&table.stored_key(key)).cloned())
+    }
+
+    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
+        Ok(scan(&self.rows.read(), table, from, until, limit))
+    }
+}
+
+impl Store for MemoryStore {
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        let mut rows = self.rows.write();
+        // Copies the map only while a snapshot still looks at it.
+        let map = Arc::make_mut(&mut rows);
+        for (key, value) in batch {
+            match value {
+                Some(value) => map.insert(key, value),
+                None => map.remove(&key),
+            };
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn get_flushed(&self, _table: Table, _key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        // Nothing survives a crash.
+        Ok(None)
+    }
+
+    fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
+        Ok(self.rows.read().clone())
+    }
+
+    fn checkpoint(&self, _to: &Path) -> Result<(), StoreError> {
+        Err(StoreError::Engine("the memory store writes no checkpoints".into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conforms() {
+        crate::conformance::check(&mut || Arc::new(MemoryStore::new()));
+    }
+}

@@ -1,0 +1,202 @@
+//! The rows of one batch in the making: reads see earlier writes of the batch, an entry can be undone.
+
+use std::{
+    collections::{BTreeMap, btree_map},
+    ops::Bound,
+};
+
+use bytes::Bytes;
+use prost::Message;
+
+use crate::{
+    hash::Sums,
+    store::{Rows, StoreError, Table, View, WriteBatch, decode_row, key_after},
+};
+
+struct Row {
+    /// What the store has; `None` while nobody has looked.
+    base: Option<Option<Bytes>>,
+    current: Option<Bytes>,
+    dirty: bool,
+}
+
+/// Rows read and written since the batch began.
+#[derive(Default)]
+pub struct Overlay {
+    rows: BTreeMap<Vec<u8>, Row>,
+    /// What the current entry overwrote: value and dirtiness before.
+    undo: Vec<(Vec<u8>, Option<Bytes>, bool)>,
+}
+
+impl Overlay {
+    /// An entry begins; what follows can be undone as a whole.
+    pub fn begin_entry(&mut self) {
+        self.undo.clear();
+    }
+
+    /// Takes back everything since [`Overlay::begin_entry`].
+    pub fn undo_entry(&mut self) {
+        for (key, value, dirty) in self.undo.drain(..).rev() {
+            if let btree_map::Entry::Occupied(mut row) = self.rows.entry(key) {
+                if row.get().base.is_none() && !dirty {
+                    // Nobody had looked at it before: what the store has is still unknown.
+                    row.remove();
+                } else {
+                    (row.get_mut().current, row.get_mut().dirty) = (value, dirty);
+                }
+            }
+        }
+    }
+
+    fn get(&mut self, store: &dyn View, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        match self.rows.entry(table.stored_key(key)) {
+            btree_map::Entry::Occupied(row) => Ok(row.get().current.clone()),
+            btree_map::Entry::Vacant(vacant) => {
+                let value = store.get(table, key)?;
+                vacant.insert(Row { base: Some(value.clone()), current: value.clone(), dirty: false });
+                Ok(value)
+            }
+        }
+    }
+
+    fn set(&mut self, table: Table, key: &[u8], value: Option<Bytes>) {
+        let stored = table.stored_key(key);
+        match self.rows.entry(stored.clone()) {
+            btree_map::Entry::Occupied(mut row) => {
+                let row = row.get_mut();
+                self.undo.push((stored, std::mem::replace(&mut row.current, value), row.dirty));
+                row.dirty = true;
+            }
+            btree_map::Entry::Vacant(vacant) => {
+                vacant.insert(Row { base: None, current: value, dirty: true });
+                self.undo.push((stored, None, false));
+            }
+        }
+    }
+
+    fn scan(
+        &self,
+        store: &dyn View,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        limit: usize,
+    ) -> Result<Rows, StoreError> {
+        let start = table.stored_key(from);
+        let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
+        if start >= end {
+            return Ok(Rows::new());
+        }
+        let range = (Bound::Included(start), Bound::Excluded(end));
+        let written: Vec<(&[u8], &Option<Bytes>)> =
+            self.rows.range(range).filter(|(_, r)| r.dirty).map(|(k, r)| (&k[1..], &r.current)).collect();
+        // Every written row can hide at most one stored row.
+        let stored = store.scan(table, from, until, limit.saturating_add(written.len()))?;
+        let mut merged = Rows::new();
+        let mut written = written.into_iter().peekable();
+        let mut stored = stored.into_iter().peekable();
+        while merged.len() < limit {
+            let take_written = match (written.peek(), stored.peek()) {
+                (Some((w, _)), Some((s, _))) => {
+                    if *w == &s[..] {
+                        stored.next();
+                        true
+                    } else {
+                        *w < &s[..]
+                    }
+                }
+                (Some(_), None) => true,
+                (None, Some(_)) => false,
+                (None, None) => break,
+            };
+            if take_written {
+                if let Some((key, Some(value))) = written.next() {
+                    merged.push((Bytes::copy_from_slice(key), value.clone()));
+                }
+            } else if let Some(row) = stored.next() {
+                merged.push(row);
+            }
+        }
+        Ok(merged)
+    }
+
+    /// Ends the batch: brings the hash up to date and returns what must be written.
+    pub fn finish(&mut self, store: &dyn View, sums: &mut Sums) -> Result<WriteBatch, StoreError> {
+        let mut batch = WriteBatch::new();
+        for (stored, row) in std::mem::take(&mut self.rows) {
+            if !row.dirty {
+                continue;
+            }
+            let (table, key) = (Table(stored[0]), &stored[1..]);
+            let old = match row.base {
+                Some(base) => base,
+                None => store.get(table, key)?,
+            };
+            if old == row.current {
+                continue;
+            }
+            sums.replace(table, key, old.as_deref(), row.current.as_deref());
+            batch.push((stored, row.current));
+        }
+        self.undo.clear();
+        Ok(batch)
+    }
+}
+
+/// What `apply` may touch: the rows of its machine.
+pub struct Tx<'a> {
+    overlay: &'a mut Overlay,
+    store: &'a dyn View,
+}
+
+impl<'a> Tx<'a> {
+    /// A transaction over a store.
+    pub fn new(overlay: &'a mut Overlay, store: &'a dyn View) -> Tx<'a> {
+        Tx { overlay, store }
+    }
+
+    /// Takes back what the current entry wrote.
+    pub(crate) fn undo_entry(&mut self) {
+        self.overlay.undo_entry();
+    }
+
+    /// One row, as the earlier writes of the batch left it.
+    pub fn get(&mut self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.overlay.get(self.store, table, key)
+    }
+
+    /// One row, decoded.
+    pub fn get_row<M: Message + Default>(
+        &mut self,
+        table: Table,
+        key: &[u8],
+    ) -> Result<Option<M>, StoreError> {
+        self.get(table, key)?.map(|value| decode_row(table, key, value)).transpose()
+    }
+
+    /// Writes a row.
+    pub fn put(&mut self, table: Table, key: &[u8], value: impl Into<Bytes>) {
+        self.overlay.set(table, key, Some(value.into()));
+    }
+
+    /// Encodes and writes a row.
+    pub fn put_row<M: Message>(&mut self, table: Table, key: &[u8], row: &M) {
+        self.put(table, key, row.encode_to_vec());
+    }
+
+    /// Removes a row; nothing happens when there is none.
+    pub fn delete(&mut self, table: Table, key: &[u8]) {
+        self.overlay.set(table, key, None);
+    }
+
+    /// Up to `limit` rows with `from <= key < until`; an empty `until` means to the table's end.
+    pub fn scan(
+        &mut self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        limit: usize,
+    ) -> Result<Rows, StoreError> {
+        self.overlay.scan(self.store, table, from, until, limit)
+    }
+}

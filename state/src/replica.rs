@@ -1,0 +1,632 @@
+//! Drives an applier from a log and serves requests: the one owner of a replica's state.
+//!
+//! Each turn of the loop waits for one event (a commit decided, something in the log, requests, a tick) and then
+//! acts without waiting. A batch of requests becomes one log record; several records may be in flight.
+//!
+//! Invariants: a mutation is answered only after its batch is committed and applied; a read sees everything
+//! acknowledged before it; a leader serves only after it has applied all earlier epochs; after a fault nothing is
+//! served.
+
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clutch_log::{Batch, Commit, Epoch, Event, Log, LogFault, Outcome, Position, ReadLevel, Rejected};
+use clutch_proto::{
+    Refusal, Time,
+    admin::{AdminReply, AdminRequest},
+    limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX, INBOX_REQUESTS_MAX, METADATA_REQUEST_BYTES_MAX},
+    state::{Check, Entry, entry::Kind},
+    types::{ClientTag, Code},
+};
+use clutch_runtime::{BoxFuture, HybridClock, Runtime};
+use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use prost::Message as _;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::{
+    applier::{AppliedBatch, Applier, EntryOutcome, Fault, recorded},
+    client_table::{Known, peek},
+    machine::{Machine, ProduceContext, Stop, decode},
+    store::StoreError,
+};
+
+mod admin;
+
+/// Log records of one replica that may be in flight.
+const PIPELINE_MAX: usize = 8;
+/// The state is flushed at least every so many bytes of log, which bounds the replay after a crash.
+const FLUSH_BYTES: u64 = 256 << 20;
+const TICK: Duration = Duration::from_millis(250);
+/// A check is proposed after so many batches, or after so many ticks if there was any.
+const CHECK_BATCHES: u64 = 256;
+const CHECK_TICKS: u64 = 40;
+/// How long a log may stay behind the times of its node's other logs.
+const MARK_LAG_NS: u64 = 1_000_000_000;
+
+/// What an answer is, before it is put into an envelope.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The encoded reply, or why there is none.
+    pub result: Result<Bytes, Refusal>,
+    /// Where the mutation took effect, or up to where the read saw the log.
+    pub position: Position,
+    /// The log's time at that position.
+    pub time: Time,
+}
+
+impl Answer {
+    fn refused(refusal: Refusal) -> Answer {
+        Answer { result: Err(refusal), position: Position(0), time: Time(0) }
+    }
+}
+
+/// What the leader's shell is told.
+pub enum LeaderEvent<E> {
+    /// This node leads from now on; these actions are in flight.
+    Began(Vec<E>),
+    /// An entry caused this action.
+    Action(E),
+    /// This node does not lead any more; drop all actions.
+    Ended,
+}
+
+/// How a replica is set up.
+pub struct ReplicaConfig<M: Machine> {
+    /// For messages and threads.
+    pub name: String,
+    /// Where it runs.
+    pub runtime: Runtime,
+    /// Its node's clock.
+    pub clock: Arc<HybridClock>,
+    /// Highest time of a real entry in any log of the node; idle logs follow it with time marks.
+    pub activity: Arc<AtomicU64>,
+    /// Its log.
+    pub log: Arc<dyn Log>,
+    /// What the leader knows.
+    pub facts: Arc<M::Facts>,
+    /// The body of the entry that begins an empty state.
+    pub genesis: Bytes,
+    /// Where the leader's actions go.
+    pub leader_events: mpsc::UnboundedSender<LeaderEvent<M::Effect>>,
+    /// Where checkpoints are kept; `None` where the store cannot make any.
+    pub checkpoints: Option<PathBuf>,
+}
+
+type Reply = oneshot::Sender<Answer>;
+
+enum Input {
+    Request { body: Bytes, tag: Option<ClientTag>, reply: Reply },
+    Entry { body: Bytes, reply: Reply },
+    Admin { request: AdminRequest, reply: oneshot::Sender<Result<AdminReply, Refusal>> },
+    Stop { done: oneshot::Sender<()> },
+}
+
+/// Sends requests to a replica; cheap to clone.
+#[derive(Clone)]
+pub struct ReplicaHandle {
+    sender: mpsc::Sender<Input>,
+}
+
+impl ReplicaHandle {
+    /// Asks the machine; every failure is an answer.
+    pub async fn call(&self, body: Bytes, tag: Option<ClientTag>) -> Answer {
+        if body.len() > METADATA_REQUEST_BYTES_MAX {
+            let text = format!(
+                "a request of {} bytes; at most {METADATA_REQUEST_BYTES_MAX} are allowed",
+                body.len()
+            );
+            return Answer::refused(Refusal::new(Code::TooLarge, text));
+        }
+        let (reply, answer) = oneshot::channel();
+        self.exchange(Input::Request { body, tag, reply }, answer).await
+    }
+
+    /// Proposes an entry of the shell's own.
+    pub async fn propose(&self, body: Bytes) -> Answer {
+        let (reply, answer) = oneshot::channel();
+        self.exchange(Input::Entry { body, reply }, answer).await
+    }
+
+    async fn exchange(&self, input: Input, answer: oneshot::Receiver<Answer>) -> Answer {
+        match self.sender.try_send(input) {
+            Ok(()) => answer.await.unwrap_or_else(|_| {
+                Answer::refused(Refusal::new(Code::OutcomeUnknown, "the replica stopped before it answered"))
+            }),
+            Err(mpsc::error::TrySendError::Full(_)) => Answer::refused(Refusal::new(
+                Code::Overloaded,
+                format!("{INBOX_REQUESTS_MAX} requests are waiting"),
+            )),
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                Answer::refused(Refusal::new(Code::NotReady, "the replica is not running"))
+            }
+        }
+    }
+
+    /// Asks for something that is not the machine's: status, rows, log.
+    pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, Refusal> {
+        let gone = || Refusal::new(Code::NotReady, "the replica is not running");
+        let (reply, answer) = oneshot::channel();
+        self.sender.send(Input::Admin { request, reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Flushes the state and ends the replica.
+    pub async fn stop(&self) {
+        let (done, stopped) = oneshot::channel();
+        if self.sender.send(Input::Stop { done }).await.is_ok() {
+            // A replica that ended by itself has nothing left to stop.
+            let _ = stopped.await;
+        }
+    }
+}
+
+/// Someone who waits for an entry's outcome.
+enum Waiter {
+    Caller { tag: Option<ClientTag>, reply: Reply },
+    Nobody,
+}
+
+struct PendingRead<M: Machine> {
+    request: M::Request,
+    reply: Reply,
+}
+
+type Outcomes<M> = Vec<(Time, EntryOutcome<<M as Machine>::Reply>)>;
+
+/// The owner of a replica's state.
+pub struct Replica<M: Machine> {
+    config: ReplicaConfig<M>,
+    applier: Applier<M>,
+    leading: Option<Epoch>,
+    fault: Option<String>,
+    in_flight: FuturesUnordered<BoxFuture<(u64, Outcome)>>,
+    next_proposal: u64,
+    proposals: BTreeMap<u64, Vec<Waiter>>,
+    /// Decided, not yet delivered.
+    by_position: BTreeMap<Position, Vec<Waiter>>,
+    /// Delivered while some proposal was not yet decided.
+    unclaimed: BTreeMap<Position, Outcomes<M>>,
+    /// Callers whose entry was pending.
+    deferred: BTreeMap<(u64, u64), Vec<Reply>>,
+    barriers: FuturesUnordered<BoxFuture<(Result<Position, LogFault>, Vec<PendingRead<M>>)>>,
+    /// Reads whose barrier is known but not yet applied.
+    waiting_reads: VecDeque<(Position, Vec<PendingRead<M>>)>,
+    flushed_bytes: u64,
+    batches_since_check: u64,
+    ticks_since_check: u64,
+    snapshots: admin::Snapshots,
+}
+
+impl<M: Machine> Replica<M> {
+    /// Starts a replica on a thread of its own.
+    pub fn start(applier: Applier<M>, config: ReplicaConfig<M>) -> ReplicaHandle {
+        let (sender, receiver) = mpsc::channel(INBOX_REQUESTS_MAX);
+        let runtime = config.runtime.clone();
+        let name = config.name.clone();
+        let replica = Replica {
+            config,
+            applier,
+            leading: None,
+            fault: None,
+            in_flight: FuturesUnordered::new(),
+            next_proposal: 1,
+            proposals: BTreeMap::new(),
+            by_position: BTreeMap::new(),
+            unclaimed: BTreeMap::new(),
+            deferred: BTreeMap::new(),
+            barriers: FuturesUnordered::new(),
+            waiting_reads: VecDeque::new(),
+            flushed_bytes: 0,
+            batches_since_check: 0,
+            ticks_since_check: 0,
+            snapshots: admin::Snapshots::default(),
+        };
+        runtime.spawner.spawn_owner(name, Box::pin(replica.run(receiver)));
+        ReplicaHandle { sender }
+    }
+
+    async fn run(mut self, mut inbox: mpsc::Receiver<Input>) {
+        let mut events = self.config.log.events(self.applier.position().next());
+        let clock = self.config.runtime.clock.clone();
+        let mut tick = clock.sleep(TICK);
+        let mut inputs = Vec::new();
+        loop {
+            tokio::select! {
+                biased;
+                Some((id, outcome)) = self.in_flight.next(), if !self.in_flight.is_empty() => self.decided(id, outcome),
+                event = events.next(), if self.fault.is_none() => {
+                    let result = match event {
+                        Ok(event) => self.step(event).map_err(|fault| fault.to_string()),
+                        Err(fault) => Err(fault.to_string()),
+                    };
+                    if let Err(fault) = result {
+                        self.fail(fault);
+                    }
+                }
+                Some((barrier, reads)) = self.barriers.next(), if !self.barriers.is_empty() => self.passed(barrier, reads),
+                count = inbox.recv_many(&mut inputs, BATCH_ENTRIES_MAX), if self.in_flight.len() < PIPELINE_MAX => {
+                    if count == 0 {
+                        return;
+                    }
+                    if let Some(stopped) = self.accept(&mut inputs) {
+                        let flushed = self.applier.store().flush();
+                        if let Err(error) = flushed {
+                            tracing::error!(replica = %self.config.name, %error, "flush at stop");
+                        }
+                        // The asker may be gone.
+                        let _ = stopped.send(());
+                        return;
+                    }
+                }
+                () = &mut tick => {
+                    tick = clock.sleep(TICK);
+                    self.tick();
+                }
+            }
+        }
+    }
+
+    /// Takes one event of the log.
+    fn step(&mut self, event: Event) -> Result<(), Fault> {
+        match event {
+            Event::Committed(batch) => self.apply(&batch)?,
+            Event::Gap { to } => self.applier.skip(to),
+            Event::Restore(snapshot) => {
+                return Err(StoreError::Engine(format!(
+                    "the log asks to restore the snapshot at {}; restart the replica on it",
+                    snapshot.location
+                ))
+                .into());
+            }
+            Event::Leader { epoch, is_self: true } => self.begin_leading(epoch)?,
+            Event::Leader { is_self: false, .. } | Event::Sealed { .. } => self.end_leading(),
+        }
+        self.serve_waiting_reads();
+        Ok(())
+    }
+
+    fn apply(&mut self, batch: &Batch) -> Result<(), Fault> {
+        let applied = self.applier.apply(batch)?;
+        self.config.clock.advance(applied.time);
+        if applied.outcomes.iter().any(|(_, o)| *o != EntryOutcome::Internal) {
+            self.batches_since_check += 1;
+            self.config.activity.fetch_max(applied.time.0, Ordering::Relaxed);
+        }
+        self.flushed_bytes += batch.entries.iter().map(|e| e.len() as u64 + 64).sum::<u64>();
+        if self.flushed_bytes >= FLUSH_BYTES {
+            self.applier.store().flush()?;
+            self.flushed_bytes = 0;
+        }
+        let AppliedBatch { position, outcomes, actions, resolved, time } = applied;
+        if let Some(waiters) = self.by_position.remove(&position) {
+            self.answer(position, waiters, outcomes);
+        } else if !self.proposals.is_empty() {
+            self.unclaimed.insert(position, outcomes);
+        }
+        for (tag, result) in resolved {
+            for reply in self.deferred.remove(&(tag.client, tag.sequence)).unwrap_or_default() {
+                self.send(reply, position, time, result.clone());
+            }
+        }
+        if self.leading.is_some() {
+            for action in actions {
+                // The shell ends with its node.
+                let _ = self.config.leader_events.send(LeaderEvent::Action(action));
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_leading(&mut self, epoch: Epoch) -> Result<(), Fault> {
+        self.leading = Some(epoch);
+        if self.applier.time() == Time(0) {
+            let genesis = self.config.genesis.clone();
+            self.propose(vec![(self.stamped(Kind::Body(genesis)), Waiter::Nobody)]);
+        }
+        let actions = M::recover(&**self.applier.store())?;
+        let _ = self.config.leader_events.send(LeaderEvent::Began(actions));
+        Ok(())
+    }
+
+    fn end_leading(&mut self) {
+        if self.leading.take().is_some() {
+            let _ = self.config.leader_events.send(LeaderEvent::Ended);
+        }
+        let unknown =
+            || Refusal::new(Code::OutcomeUnknown, "leadership moved while the request was in flight");
+        for (_, replies) in std::mem::take(&mut self.deferred) {
+            for reply in replies {
+                let _ = reply.send(Answer::refused(unknown()));
+            }
+        }
+    }
+
+    fn fail(&mut self, fault: String) {
+        tracing::error!(replica = %self.config.name, %fault, "the replica stops");
+        self.end_leading();
+        self.fault = Some(fault);
+        for waiter in std::mem::take(&mut self.proposals)
+            .into_values()
+            .chain(std::mem::take(&mut self.by_position).into_values())
+            .flatten()
+        {
+            if let Waiter::Caller { reply, .. } = waiter {
+                let _ = reply.send(Answer::refused(Refusal::new(
+                    Code::OutcomeUnknown,
+                    "the replica stopped on a fault",
+                )));
+            }
+        }
+        self.unclaimed.clear();
+    }
+
+    fn stamped(&self, kind: Kind) -> Bytes {
+        Entry { stamp: self.config.clock.stamp().0, kind: Some(kind) }.encode_to_vec().into()
+    }
+
+    /// Proposes entries as few records as the limits allow, and keeps who waits.
+    fn propose(&mut self, entries: Vec<(Bytes, Waiter)>) {
+        let mut batch = Vec::new();
+        let mut waiters = Vec::new();
+        let mut bytes = 0;
+        for (entry, waiter) in entries {
+            if !batch.is_empty()
+                && (batch.len() >= BATCH_ENTRIES_MAX || bytes + entry.len() > BATCH_BYTES_MAX)
+            {
+                self.propose_batch(std::mem::take(&mut batch), std::mem::take(&mut waiters));
+                bytes = 0;
+            }
+            bytes += entry.len();
+            batch.push(entry);
+            waiters.push(waiter);
+        }
+        if !batch.is_empty() {
+            self.propose_batch(batch, waiters);
+        }
+    }
+
+    fn propose_batch(&mut self, batch: Vec<Bytes>, waiters: Vec<Waiter>) {
+        let proposed = match self.leading {
+            Some(epoch) => self.config.log.propose(epoch, batch),
+            None => Err(Rejected::NotLeader(Epoch(0))),
+        };
+        match proposed {
+            Ok(commit) => self.watch(commit, waiters),
+            Err(rejected) => {
+                let code = match rejected {
+                    Rejected::NotLeader(_) | Rejected::Sealed => Code::NotLeader,
+                    Rejected::Overloaded => Code::Overloaded,
+                    Rejected::Size { .. } => Code::TooLarge,
+                    Rejected::Stopped(_) => Code::ReplicaFault,
+                };
+                for waiter in waiters {
+                    if let Waiter::Caller { reply, .. } = waiter {
+                        let _ = reply.send(Answer::refused(Refusal::new(code, rejected.to_string())));
+                    }
+                }
+            }
+        }
+    }
+
+    fn watch(&mut self, commit: Commit, waiters: Vec<Waiter>) {
+        let id = self.next_proposal;
+        self.next_proposal += 1;
+        self.proposals.insert(id, waiters);
+        self.in_flight.push(Box::pin(async move { (id, commit.await) }));
+    }
+
+    /// A proposal's fate is known.
+    fn decided(&mut self, id: u64, outcome: Outcome) {
+        let Some(waiters) = self.proposals.remove(&id) else { return };
+        match outcome {
+            Outcome::Committed(position) => match self.unclaimed.remove(&position) {
+                Some(outcomes) => self.answer(position, waiters, outcomes),
+                None => drop(self.by_position.insert(position, waiters)),
+            },
+            Outcome::Unknown | Outcome::Sealed => {
+                let (code, text) = match outcome {
+                    Outcome::Sealed => (Code::NotLeader, "the log was sealed"),
+                    _ => (Code::OutcomeUnknown, "the log does not say whether the request was committed"),
+                };
+                for waiter in waiters {
+                    if let Waiter::Caller { reply, .. } = waiter {
+                        let _ = reply.send(Answer::refused(Refusal::new(code, text)));
+                    }
+                }
+            }
+        }
+        if self.proposals.is_empty() {
+            self.unclaimed.clear();
+        }
+    }
+
+    fn answer(&mut self, position: Position, waiters: Vec<Waiter>, outcomes: Outcomes<M>) {
+        for (waiter, (time, outcome)) in waiters.into_iter().zip(outcomes) {
+            let Waiter::Caller { tag, reply } = waiter else { continue };
+            match outcome {
+                EntryOutcome::Done(result) => self.send(reply, position, time, result),
+                EntryOutcome::Pending => match tag {
+                    Some(tag) => self.defer(&tag, reply),
+                    None => self.send(
+                        reply,
+                        position,
+                        time,
+                        Err(Refusal::malformed("this request needs a client tag")),
+                    ),
+                },
+                EntryOutcome::Internal => self.send(reply, position, time, Ok(M::Reply::default())),
+            }
+        }
+    }
+
+    fn defer(&mut self, tag: &ClientTag, reply: Reply) {
+        let waiting = self.deferred.entry((tag.client, tag.sequence)).or_default();
+        // Retries of callers that gave up must not pile up.
+        waiting.retain(|w| !w.is_closed());
+        waiting.push(reply);
+    }
+
+    fn send(&self, reply: Reply, position: Position, time: Time, result: Result<M::Reply, Refusal>) {
+        let result = result.map(|mut reply| {
+            M::finish(&mut reply, self.config.clock.stamp(), &self.config.facts);
+            reply.encode_to_vec().into()
+        });
+        // The caller may have given up.
+        let _ = reply.send(Answer { result, position, time });
+    }
+
+    fn unready(&self) -> Option<Refusal> {
+        if let Some(fault) = &self.fault {
+            return Some(Refusal::new(Code::ReplicaFault, format!("{}: {fault}", self.config.name)));
+        }
+        if self.leading.is_none() {
+            return Some(Refusal::new(
+                Code::NotLeader,
+                format!("this node does not lead {}", self.config.name),
+            ));
+        }
+        if self.applier.time() == Time(0) {
+            return Some(Refusal::new(Code::NotReady, format!("{} is being started", self.config.name)));
+        }
+        None
+    }
+
+    /// Takes requests from the inbox; returns who asked to stop.
+    fn accept(&mut self, inputs: &mut Vec<Input>) -> Option<oneshot::Sender<()>> {
+        let mut entries = Vec::new();
+        let mut reads = Vec::new();
+        let mut stop = None;
+        for input in inputs.drain(..) {
+            match input {
+                Input::Request { body, tag, reply } => match self.unready() {
+                    Some(refusal) => drop(reply.send(Answer::refused(refusal))),
+                    None => self.accept_request(body, tag, reply, &mut entries, &mut reads),
+                },
+                Input::Entry { body, reply } => match self.unready() {
+                    Some(refusal) => drop(reply.send(Answer::refused(refusal))),
+                    None => {
+                        entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag: None, reply }))
+                    }
+                },
+                Input::Admin { request, reply } => self.admin(request, reply),
+                Input::Stop { done } => stop = Some(done),
+            }
+        }
+        self.propose(entries);
+        if !reads.is_empty() {
+            let log = self.config.log.clone();
+            self.barriers
+                .push(Box::pin(async move { (log.read_barrier(ReadLevel::Linearizable).await, reads) }));
+        }
+        stop
+    }
+
+    fn accept_request(
+        &mut self,
+        body: Bytes,
+        tag: Option<ClientTag>,
+        reply: Reply,
+        entries: &mut Vec<(Bytes, Waiter)>,
+        reads: &mut Vec<PendingRead<M>>,
+    ) {
+        let request: M::Request = match decode("request", body) {
+            Ok(request) => request,
+            Err(refusal) => return drop(reply.send(Answer::refused(refusal))),
+        };
+        if M::is_read(&request) {
+            reads.push(PendingRead { request, reply });
+            return;
+        }
+        let store = self.applier.store().clone();
+        if let Some(tag) = &tag {
+            match peek(&*store, tag, self.applier.time()) {
+                Ok(Ok(Known::New)) => {}
+                Ok(Ok(Known::Pending)) => return self.defer(tag, reply),
+                Ok(Ok(Known::Done(outcome))) => {
+                    let (position, time) = (Position(outcome.position), Time(outcome.time));
+                    return match recorded::<M>(outcome) {
+                        Ok(result) => self.send(reply, position, time, result),
+                        Err(fault) => self.fail(fault.to_string()),
+                    };
+                }
+                Ok(Err(refusal)) => return drop(reply.send(Answer::refused(refusal))),
+                Err(fault) => return self.fail(fault.to_string()),
+            }
+        }
+        let random = self.config.runtime.random.clone();
+        let mut draw = || random.u64();
+        let mut context = ProduceContext { now: self.config.clock.stamp(), random: &mut draw };
+        match M::produce(&*store, request, tag.clone(), &mut context, &self.config.facts) {
+            Ok(entry) => {
+                let body = Bytes::from(entry.encode_to_vec());
+                entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag, reply }));
+            }
+            Err(Stop::Refused(refusal)) => drop(reply.send(Answer::refused(refusal))),
+            Err(Stop::Fault(fault)) => self.fail(fault.to_string()),
+        }
+    }
+
+    /// A read barrier was answered.
+    fn passed(&mut self, barrier: Result<Position, LogFault>, reads: Vec<PendingRead<M>>) {
+        match barrier {
+            Ok(position) => {
+                self.waiting_reads.push_back((position, reads));
+                self.serve_waiting_reads();
+            }
+            Err(fault) => {
+                for read in reads {
+                    let _ =
+                        read.reply.send(Answer::refused(Refusal::new(Code::NotLeader, fault.to_string())));
+                }
+            }
+        }
+    }
+
+    fn serve_waiting_reads(&mut self) {
+        let applied = self.applier.position();
+        while self.waiting_reads.front().is_some_and(|(position, _)| *position <= applied) {
+            let Some((_, reads)) = self.waiting_reads.pop_front() else { return };
+            for PendingRead { request, reply } in reads {
+                match M::read(&**self.applier.store(), &request, &self.config.facts) {
+                    Ok(answer) => self.send(reply, applied, self.applier.time(), Ok(answer)),
+                    Err(Stop::Refused(refusal)) => {
+                        self.send(reply, applied, self.applier.time(), Err(refusal))
+                    }
+                    Err(Stop::Fault(fault)) => return self.fail(fault.to_string()),
+                }
+            }
+        }
+    }
+
+    /// What happens by time: checks and time marks. Nothing else waits for it.
+    fn tick(&mut self) {
+        self.snapshots.expire(self.config.runtime.clock.monotonic());
+        if self.leading.is_none() || self.fault.is_some() || self.applier.time() == Time(0) {
+            return;
+        }
+        self.ticks_since_check += 1;
+        let due = self.batches_since_check >= CHECK_BATCHES || self.ticks_since_check >= CHECK_TICKS;
+        if self.batches_since_check > 0 && due {
+            (self.batches_since_check, self.ticks_since_check) = (0, 0);
+            let check = Check {
+                position: self.applier.position().0,
+                hash: Bytes::copy_from_slice(&self.applier.hash().to_bytes()),
+            };
+            self.propose(vec![(self.stamped(Kind::Check(check)), Waiter::Nobody)]);
+        }
+        let now = self.config.runtime.clock.now().0;
+        let last = self.applier.time().0;
+        let others = self.config.activity.load(Ordering::Relaxed);
+        if others > last && now.saturating_sub(last) > MARK_LAG_NS && self.proposals.is_empty() {
+            self.propose(vec![(self.stamped(Kind::TimeMark(true)), Waiter::Nobody)]);
+        }
+    }
+}

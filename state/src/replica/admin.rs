@@ -1,0 +1,255 @@
+//! What operators' tools ask a replica: status, rows of one moment, log, hashes, checkpoints.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use clutch_log::{Event, Log, LogFault, Position};
+use clutch_proto::{
+    Refusal,
+    admin::{
+        AdminReply, AdminRequest, HashReply, LogBatch, LogReply, RescanReply, Row, ScanReply, ScanRows,
+        StatusReply, admin_request::Op,
+    },
+    limits::SCAN_BYTES_MAX,
+    types::Code,
+};
+use tokio::sync::oneshot;
+
+use super::Replica;
+use crate::{
+    applier::rescan,
+    machine::Machine,
+    store::{StoreError, Table, View},
+};
+
+/// Moments of the state that a scan may hold open.
+const SNAPSHOTS_MAX: usize = 8;
+const SNAPSHOT_IDLE: Duration = Duration::from_secs(60);
+
+#[derive(Default)]
+pub(super) struct Snapshots {
+    next: u64,
+    open: BTreeMap<u64, Snapshot>,
+}
+
+struct Snapshot {
+    view: Arc<dyn View>,
+    position: Position,
+    used: Duration,
+}
+
+impl Snapshots {
+    pub(super) fn expire(&mut self, now: Duration) {
+        self.open.retain(|_, s| now.saturating_sub(s.used) < SNAPSHOT_IDLE);
+    }
+}
+
+type AdminResult = Result<AdminReply, Refusal>;
+
+fn fault(error: impl std::fmt::Display) -> Refusal {
+    Refusal::new(Code::ReplicaFault, error.to_string())
+}
+
+impl<M: Machine> Replica<M> {
+    pub(super) fn admin(&mut self, request: AdminRequest, reply: oneshot::Sender<AdminResult>) {
+        let runtime = self.config.runtime.clone();
+        let answer = match request.op {
+            None => Err(Refusal::malformed("an admin request without an operation")),
+            Some(Op::Status(_)) => self.status(),
+            Some(Op::HashAt(at)) => {
+                let hash = self
+                    .applier
+                    .hash_at(Position(at.position))
+                    .map(|h| Bytes::copy_from_slice(&h.to_bytes()));
+                let hash = HashReply { hash: hash.unwrap_or_default(), position: self.applier.position().0 };
+                Ok(AdminReply { hash: Some(hash), ..AdminReply::default() })
+            }
+            Some(Op::ScanRows(scan)) => self.scan(&scan),
+            Some(Op::TakeCheckpoint(_)) => self.take_checkpoint().and_then(|()| self.status()),
+            Some(Op::TrimLog(trim)) => match self.trim_floor(Position(trim.upto)) {
+                Ok(upto) => {
+                    let log = self.config.log.clone();
+                    runtime.spawn("trim", async move {
+                        let trimmed = log.trim(upto).await.map_err(fault).map(|()| AdminReply {
+                            log: Some(LogReply { first: log.bounds().first.0, ..LogReply::default() }),
+                            ..AdminReply::default()
+                        });
+                        let _ = reply.send(trimmed);
+                    });
+                    return;
+                }
+                Err(refusal) => Err(refusal),
+            },
+            Some(Op::ReadLog(read)) => {
+                let log = self.config.log.clone();
+                runtime.spawn("read log", async move {
+                    let limit = (read.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
+                    // The asker may be gone.
+                    let _ = reply.send(read_log(&*log, Position(read.from.max(1)), limit).await);
+                });
+                return;
+            }
+            Some(Op::Rescan(_)) => {
+                let snapshot = self.applier.store().snapshot();
+                let seam = runtime.clone();
+                runtime.spawn("rescan", async move {
+                    let scanned = match snapshot {
+                        Ok(view) => seam.blocking(move || rescan(&*view)).await,
+                        Err(error) => Some(Err(error)),
+                    };
+                    let _ = reply.send(rescan_reply(scanned));
+                });
+                return;
+            }
+        };
+        let _ = reply.send(answer);
+    }
+
+    fn status(&self) -> AdminResult {
+        let bounds = self.config.log.bounds();
+        let checks = self.applier.checks();
+        let status = StatusReply {
+            name: self.config.name.clone(),
+            leading: self.leading.is_some() && self.fault.is_none() && self.applier.time().0 != 0,
+            epoch: self.leading.map_or(0, |e| e.0),
+            applied_position: self.applier.position().0,
+            applied_time: self.applier.time().0,
+            hash: Bytes::copy_from_slice(&self.applier.hash().to_bytes()),
+            flushed_position: self.applier.flushed().map_err(fault)?.0,
+            log_first: bounds.first.0,
+            log_last: bounds.last.0,
+            checks_compared: checks.compared,
+            checks_not_compared: checks.not_compared,
+            fault: self.fault.clone().unwrap_or_default(),
+            checkpoints: self.checkpoints()?.iter().map(|p| p.0).collect(),
+            ..StatusReply::default()
+        };
+        Ok(AdminReply { status: Some(status), ..AdminReply::default() })
+    }
+
+    fn checkpoints(&self) -> Result<Vec<Position>, Refusal> {
+        let Some(dir) = &self.config.checkpoints else { return Ok(Vec::new()) };
+        let names = self.config.runtime.disk.list(dir).map_err(fault)?;
+        Ok(names.iter().filter_map(|n| n.parse().ok()).map(Position).collect())
+    }
+
+    /// Copies the state into `<checkpoints>/<position, 20 digits>`.
+    fn take_checkpoint(&mut self) -> Result<(), Refusal> {
+        let Some(dir) = self.config.checkpoints.clone() else {
+            return Err(Refusal::new(
+                Code::Unsupported,
+                "this replica keeps its state in memory: no checkpoints",
+            ));
+        };
+        self.config.runtime.disk.create_dir_all(&dir).map_err(fault)?;
+        let path: PathBuf = dir.join(format!("{:020}", self.applier.position().0));
+        if self.config.runtime.disk.exists(&path) {
+            return Ok(());
+        }
+        self.applier.store().checkpoint(&path).map_err(fault)?;
+        self.config.runtime.disk.sync_dir(&dir).map_err(fault)
+    }
+
+    /// What may be trimmed: nothing that a restart or a replay from the newest checkpoint needs.
+    fn trim_floor(&self, asked: Position) -> Result<Position, Refusal> {
+        let flushed = self.applier.flushed().map_err(fault)?;
+        let Some(newest) = self.checkpoints()?.into_iter().max() else {
+            return Err(Refusal::invalid(
+                "there is no checkpoint to replay from; take one first (clutch log checkpoint)",
+            ));
+        };
+        Ok(asked.min(flushed).min(newest))
+    }
+
+    fn scan(&mut self, scan: &ScanRows) -> AdminResult {
+        let now = self.config.runtime.clock.monotonic();
+        let id = if scan.snapshot == 0 {
+            if self.snapshots.open.len() >= SNAPSHOTS_MAX {
+                return Err(Refusal::new(
+                    Code::Overloaded,
+                    format!("{SNAPSHOTS_MAX} scans are open already"),
+                ));
+            }
+            self.snapshots.next += 1;
+            let view = self.applier.store().snapshot().map_err(fault)?;
+            let snapshot = Snapshot { view, position: self.applier.position(), used: now };
+            self.snapshots.open.insert(self.snapshots.next, snapshot);
+            self.snapshots.next
+        } else {
+            scan.snapshot
+        };
+        let Some(snapshot) = self.snapshots.open.get_mut(&id) else {
+            return Err(Refusal::new(
+                Code::NotFound,
+                "that scan was idle for too long or has ended; begin a new one",
+            ));
+        };
+        snapshot.used = now;
+        let limit = (scan.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
+        let (rows, last) = page(&*snapshot.view, &scan.after, limit).map_err(fault)?;
+        let position = snapshot.position.0;
+        if last {
+            self.snapshots.open.remove(&id);
+        }
+        Ok(AdminReply {
+            scan: Some(ScanReply { snapshot: id, rows, last, position }),
+            ..AdminReply::default()
+        })
+    }
+}
+
+/// Rows of all tables after the stored key `after`.
+fn page(view: &dyn View, after: &[u8], limit: usize) -> Result<(Vec<Row>, bool), StoreError> {
+    let mut rows = Vec::new();
+    let mut bytes = 0;
+    let first = after.first().copied().unwrap_or(0);
+    for table in first..=255 {
+        let mut from =
+            if table == first && !after.is_empty() { [&after[1..], &[0]].concat() } else { Vec::new() };
+        loop {
+            let found = view.scan(Table(table), &from, &[], 512)?;
+            let Some((last, _)) = found.last() else { break };
+            from = [last, &[0][..]].concat();
+            for (key, value) in found {
+                bytes += key.len() + value.len() + 16;
+                rows.push(Row { key: Table(table).stored_key(&key).into(), value });
+                if bytes >= limit {
+                    return Ok((rows, false));
+                }
+            }
+        }
+    }
+    Ok((rows, true))
+}
+
+/// Batches from `from` on, without waiting at the end.
+async fn read_log(log: &dyn Log, from: Position, limit: usize) -> AdminResult {
+    let bounds = log.bounds();
+    let mut reply = LogReply { batches: Vec::new(), next: from.0, first: bounds.first.0 };
+    let mut events = log.events(from);
+    let mut bytes = 0;
+    while reply.next <= bounds.last.0 && bytes < limit {
+        match events.next().await {
+            Ok(Event::Committed(batch)) => {
+                bytes += batch.entries.iter().map(Bytes::len).sum::<usize>() + 32;
+                reply.next = batch.position.next().0;
+                reply.batches.push(LogBatch { position: batch.position.0, entries: batch.entries });
+            }
+            Ok(Event::Gap { to }) => reply.next = to.next().0,
+            Ok(Event::Sealed { .. }) => break,
+            Ok(Event::Leader { .. } | Event::Restore(_)) => {}
+            Err(LogFault::Trimmed { asked, first }) => {
+                let text = format!("position {asked} was trimmed; the log begins at {first}");
+                return Err(Refusal::new(Code::NotFound, text));
+            }
+            Err(error) => return Err(fault(error)),
+        }
+    }
+    Ok(AdminReply { log: Some(reply), ..AdminReply::default() })
+}
+
+fn rescan_reply(scanned: Option<Result<crate::applier::Rescan, StoreError>>) -> AdminResult {
+    let found = scanned.ok_or_else(|| fault("the rescan did not finish"))?.map_err(fault)?;
+    let rescan = RescanReply { rows: found.rows, differences: found.differences, position: found.position.0 };
+    Ok(AdminReply { rescan: Some(rescan), ..AdminReply::default() })
+}

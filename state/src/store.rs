@@ -1,0 +1,122 @@
+//! Ordered key-value storage as the machines see it: named tables, points and ranges.
+
+use std::{path::Path, sync::Arc};
+
+use bytes::Bytes;
+use prost::Message;
+
+/// A table. Its number is the first byte of every key on disk, so numbers are never reused.
+///
+/// 0..16 belong to this crate. 16..64 are for rows that belong to a whole machine. From 64 on the first byte of
+/// every key is a slot, and the hash is kept for each slot by itself.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Table(pub u8);
+
+impl Table {
+    /// Applied position and time. Not hashed: replicas flush at different moments.
+    pub const APPLIED: Table = Table(0);
+    /// Hash sums. Not hashed.
+    pub const SUMS: Table = Table(1);
+    /// One row for each client with its recent outcomes.
+    pub const CLIENTS: Table = Table(2);
+    /// Clients by the minute of their last use.
+    pub const CLIENTS_BY_MINUTE: Table = Table(3);
+
+    /// Whether rows must match on every replica.
+    pub fn is_hashed(self) -> bool {
+        self != Table::APPLIED && self != Table::SUMS
+    }
+
+    /// The hash sum that a row counts in.
+    pub fn lane(self, key: &[u8]) -> u8 {
+        if self.0 >= 64 { key.first().copied().unwrap_or(0) } else { 0 }
+    }
+
+    /// The key as stored.
+    pub fn stored_key(self, key: &[u8]) -> Vec<u8> {
+        let mut stored = Vec::with_capacity(1 + key.len());
+        stored.push(self.0);
+        stored.extend_from_slice(key);
+        stored
+    }
+}
+
+/// Reading or writing the store failed, or a row is not what it must be. Fatal to the replica.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The storage engine's words.
+    #[error("store: {0}")]
+    Engine(String),
+    /// A row cannot be decoded.
+    #[error("row of table {table} cannot be decoded (key {key}): {what}")]
+    Row {
+        /// The table's number.
+        table: u8,
+        /// The key in hexadecimal.
+        key: String,
+        /// The decoder's words.
+        what: String,
+    },
+    /// An invariant that every earlier apply has kept does not hold.
+    #[error("invariant broken: {0}")]
+    Broken(String),
+}
+
+/// Rows of one table in the order of their keys.
+pub type Rows = Vec<(Bytes, Bytes)>;
+
+/// A moment of the state, readable.
+pub trait View: Send + Sync {
+    /// One row.
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
+    /// Up to `limit` rows with `from <= key < until`, ascending; an empty `until` means to the table's end.
+    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError>;
+}
+
+/// Rows to write: the key as stored, and the value or `None` to delete.
+pub type WriteBatch = Vec<(Vec<u8>, Option<Bytes>)>;
+
+/// A store of one replica.
+pub trait Store: View {
+    /// Writes all rows or none. Durable only from the next [`Store::flush`] on.
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError>;
+    /// Makes everything written so far durable.
+    fn flush(&self) -> Result<(), StoreError>;
+    /// One row as it would be found after a crash now.
+    fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
+    /// The present moment, kept readable while the store moves on.
+    fn snapshot(&self) -> Result<Arc<dyn View>, StoreError>;
+    /// Writes a copy of the present state into a new directory.
+    fn checkpoint(&self, to: &Path) -> Result<(), StoreError>;
+}
+
+/// Reads and decodes one row.
+pub fn get_row<M: Message + Default>(
+    view: &dyn View,
+    table: Table,
+    key: &[u8],
+) -> Result<Option<M>, StoreError> {
+    view.get(table, key)?.map(|value| decode_row(table, key, value)).transpose()
+}
+
+/// Decodes a row that was read.
+pub fn decode_row<M: Message + Default>(table: Table, key: &[u8], value: Bytes) -> Result<M, StoreError> {
+    M::decode(value).map_err(|e| StoreError::Row { table: table.0, key: hex(key), what: e.to_string() })
+}
+
+/// Bytes in hexadecimal, for messages.
+pub fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// The smallest key above all keys that begin with `prefix`; empty (the table's end) when there is none.
+pub fn key_after(prefix: &[u8]) -> Vec<u8> {
+    let mut key = prefix.to_vec();
+    while let Some(last) = key.pop() {
+        if last < 0xff {
+            key.push(last + 1);
+            return key;
+        }
+    }
+    key
+}

@@ -1,1 +1,359 @@
-//! clutch-cdc.
+//! The cross-directory coordinator: transactions over shards, as step machines. Pure.
+//!
+//! A transaction is a row. Each step is one request to one shard; its answer comes back as an entry and moves the
+//! row on. The steps of all kinds, and how they roll back, are in [`steps`].
+//!
+//! Invariants:
+//! * A transaction takes all its directories in one entry and runs when it heads every queue: first in, first
+//!   out, so no deadlock and no starvation.
+//! * Before the point of no return a refused step rolls the transaction back; after it, it only goes forward.
+//! * A step is sent with (transaction, step) as its tag, so a shard executes it once, however often it is sent.
+//! * A directory move whose ancestor walk meets a directory that an earlier move has in flight waits for that
+//!   move and walks again: two moves cannot make a loop together.
+
+mod locks;
+pub mod steps;
+pub mod tables;
+
+use clutch_log::Position;
+use clutch_proto::{
+    InodeId, Refusal, Time,
+    cdc::{
+        Begin, CdcEntry, CdcReply, CdcRequest, CountersRow, StepDone, TransactionRow, TransactionSummary,
+        begin, cdc_entry::Body, cdc_request::Op,
+    },
+    name,
+    shard::ShardRequest,
+    types::{ClientTag, Code},
+};
+use clutch_state::{
+    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, machine::Effects, store::decode_row,
+};
+
+use steps::{Next, State};
+
+/// The client id under which the CDC sends its steps to shards.
+pub const STEP_CLIENT: u64 = 1;
+/// Transactions in flight at a time; more are refused as overloaded.
+pub const TRANSACTIONS_MAX: u64 = 10_000;
+/// Bits of a step's number within a tag's sequence. Walks have the most steps, one for each ancestor and retry.
+const STEP_BITS: u32 = 24;
+
+/// The CDC's machine.
+pub struct Cdc;
+
+/// A request that the leader's shell sends until it is answered for good, and whose answer it proposes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct SendStep {
+    /// The transaction.
+    pub transaction: u64,
+    /// Its step.
+    pub step: u32,
+    /// The slot whose shard gets it.
+    pub slot: u8,
+    /// What to send.
+    pub request: ShardRequest,
+    /// `None` for reads.
+    pub tag: Option<ClientTag>,
+}
+
+impl Machine for Cdc {
+    const NAME: &'static str = "cdc";
+    type Request = CdcRequest;
+    type Reply = CdcReply;
+    type Entry = CdcEntry;
+    type Effect = SendStep;
+    type Facts = ();
+
+    fn is_read(request: &CdcRequest) -> bool {
+        matches!(request.op, None | Some(Op::ListTransactions(_)))
+    }
+
+    fn read(view: &dyn View, request: &CdcRequest, _facts: &()) -> Result<CdcReply, Stop> {
+        let Some(Op::ListTransactions(_)) = request.op else {
+            return Err(Refusal::malformed("a request without an operation that this build knows").into());
+        };
+        let transactions = live(view)?.into_iter().map(|(id, row)| TransactionSummary {
+            transaction: id,
+            kind: steps::kind_name(&row).to_owned(),
+            state: steps::state_name(&row),
+            started_at: row.started_at,
+        });
+        Ok(CdcReply { transactions: transactions.collect(), ..CdcReply::default() })
+    }
+
+    fn produce(
+        _view: &dyn View,
+        request: CdcRequest,
+        tag: Option<ClientTag>,
+        context: &mut ProduceContext<'_>,
+        _facts: &(),
+    ) -> Result<CdcEntry, Stop> {
+        let tag = tag.ok_or_else(|| Refusal::malformed("a transaction needs a client tag"))?;
+        let op = match request.op {
+            Some(Op::MakeDirectory(op)) => begin::Op::MakeDirectory(op),
+            Some(Op::RemoveDirectory(op)) => begin::Op::RemoveDirectory(op),
+            Some(Op::RenameFile(op)) => begin::Op::RenameFile(op),
+            Some(Op::RenameDirectory(op)) => begin::Op::RenameDirectory(op),
+            Some(Op::ListTransactions(_)) | None => {
+                return Err(Refusal::malformed("not a transaction").into());
+            }
+        };
+        check(&op)?;
+        let slot = ((context.random)() & 0xff) as u32;
+        Ok(CdcEntry { tag: Some(tag), body: Some(Body::Begin(Begin { op: Some(op), slot })) })
+    }
+
+    fn tag(entry: &CdcEntry) -> Option<&ClientTag> {
+        entry.tag.as_ref()
+    }
+
+    fn apply(
+        tx: &mut Tx<'_>,
+        _position: Position,
+        time: Time,
+        entry: CdcEntry,
+        effects: &mut Effects<Cdc>,
+    ) -> Result<Applied<CdcReply>, Stop> {
+        match entry.body {
+            Some(Body::Genesis(genesis)) => {
+                if tx.get(tables::GENESIS, &[])?.is_some() {
+                    return Err(Stop::refuse(Code::Exists, "the CDC has begun already"));
+                }
+                tx.put_row(tables::GENESIS, &[], &genesis);
+                Ok(Applied::Reply(CdcReply::default()))
+            }
+            Some(Body::Begin(begin)) => {
+                let tag = entry
+                    .tag
+                    .ok_or_else(|| Stop::refuse(Code::Malformed, "a transaction needs a client tag"))?;
+                apply_begin(tx, time, begin, tag, effects)?;
+                Ok(Applied::Pending)
+            }
+            Some(Body::StepDone(done)) => {
+                apply_step_done(tx, done, effects)?;
+                Ok(Applied::Reply(CdcReply::default()))
+            }
+            None => Err(Stop::refuse(Code::Malformed, "an entry without a body")),
+        }
+    }
+
+    fn recover(view: &dyn View) -> Result<Vec<SendStep>, StoreError> {
+        let live = live(view)?;
+        let oldest = live.first().map_or(0, |(id, _)| *id);
+        let running = live.iter().filter(|(_, row)| row.run_order != 0 && row.walk_blocked_by == 0);
+        Ok(running.map(|(id, row)| send(*id, row, oldest)).collect())
+    }
+}
+
+fn live(view: &dyn View) -> Result<Vec<(u64, TransactionRow)>, StoreError> {
+    let rows = view.scan(tables::TRANSACTION, &[], &[], usize::MAX)?;
+    rows.into_iter()
+        .map(|(key, value)| Ok((tables::parse(&key)?, decode_row(tables::TRANSACTION, &key, value)?)))
+        .collect()
+}
+
+/// Refuses what can never work, before it is logged.
+fn check(op: &begin::Op) -> Result<(), Refusal> {
+    let directory = |raw: u64| match InodeId::from_wire(raw) {
+        None => Err(Refusal::invalid(format!("{raw:x} is not an inode id"))),
+        Some(id) if !id.is_directory() => {
+            Err(Refusal::new(Code::NotDirectory, format!("{id} is not a directory")))
+        }
+        Some(_) => Ok(()),
+    };
+    match op {
+        begin::Op::MakeDirectory(op) => {
+            directory(op.owner)?;
+            name::check(&op.name)
+        }
+        begin::Op::RemoveDirectory(op) => {
+            directory(op.owner)?;
+            directory(op.target)?;
+            name::check(&op.name)
+        }
+        begin::Op::RenameFile(op) => {
+            directory(op.old_owner)?;
+            directory(op.new_owner)?;
+            if op.old_owner == op.new_owner {
+                return Err(Refusal::invalid("a rename within one directory goes to its shard"));
+            }
+            match InodeId::from_wire(op.target) {
+                Some(target) if !target.is_directory() => {}
+                _ => {
+                    return Err(Refusal::new(
+                        Code::IsDirectory,
+                        format!("{:x} is not a file or link", op.target),
+                    ));
+                }
+            }
+            name::check(&op.old_name)?;
+            name::check(&op.new_name)
+        }
+        begin::Op::RenameDirectory(op) => {
+            directory(op.old_owner)?;
+            directory(op.new_owner)?;
+            directory(op.target)?;
+            if op.old_owner == op.new_owner {
+                return Err(Refusal::invalid("a rename within one directory goes to its shard"));
+            }
+            if op.target == op.new_owner {
+                return Err(Refusal::new(Code::Loop, "a directory cannot be moved into itself"));
+            }
+            name::check(&op.old_name)?;
+            name::check(&op.new_name)
+        }
+    }
+}
+
+fn counters(tx: &mut Tx<'_>) -> Result<CountersRow, StoreError> {
+    Ok(tx.get_row(tables::COUNTERS, &[])?.unwrap_or_default())
+}
+
+fn put(tx: &mut Tx<'_>, id: u64, row: &TransactionRow) {
+    tx.put_row(tables::TRANSACTION, &tables::key(id), row);
+}
+
+fn get(tx: &mut Tx<'_>, id: u64) -> Result<TransactionRow, StoreError> {
+    tx.get_row(tables::TRANSACTION, &tables::key(id))?
+        .ok_or_else(|| StoreError::Broken(format!("transaction {id} is queued but does not exist")))
+}
+
+fn apply_begin(
+    tx: &mut Tx<'_>,
+    time: Time,
+    begin: Begin,
+    tag: ClientTag,
+    effects: &mut Effects<Cdc>,
+) -> Result<(), Stop> {
+    let op = begin
+        .op
+        .as_ref()
+        .ok_or_else(|| Stop::refuse(Code::Malformed, "a transaction without an operation"))?;
+    check(op)?;
+    let mut counters = counters(tx)?;
+    if counters.live >= TRANSACTIONS_MAX {
+        return Err(Stop::refuse(Code::Overloaded, format!("{TRANSACTIONS_MAX} transactions are in flight")));
+    }
+    counters.transaction += 1;
+    counters.live += 1;
+    tx.put_row(tables::COUNTERS, &[], &counters);
+    let id = counters.transaction;
+    let row = TransactionRow {
+        begin: Some(begin),
+        tag: Some(tag),
+        started_at: time.0,
+        ..TransactionRow::default()
+    };
+    let runs = locks::enqueue(tx, id, &steps::directories(&row))?;
+    put(tx, id, &row);
+    if runs {
+        run(tx, id, row, effects)?;
+    }
+    Ok(())
+}
+
+/// The transaction has its directories: its first step.
+fn run(tx: &mut Tx<'_>, id: u64, mut row: TransactionRow, effects: &mut Effects<Cdc>) -> Result<(), Stop> {
+    let mut counters = counters(tx)?;
+    counters.run_order += 1;
+    tx.put_row(tables::COUNTERS, &[], &counters);
+    row.run_order = counters.run_order;
+    if let Some(moved) = steps::moved_directory(&row) {
+        tx.put(tables::MOVING, &tables::key(moved), tables::key(id).to_vec());
+    }
+    issue(tx, id, row, State::First, effects)
+}
+
+/// Enters a state and sends its request.
+fn issue(
+    tx: &mut Tx<'_>,
+    id: u64,
+    mut row: TransactionRow,
+    state: State,
+    effects: &mut Effects<Cdc>,
+) -> Result<(), Stop> {
+    row.state = state as u32;
+    row.step += 1;
+    row.walk_blocked_by = 0;
+    if state == State::Walk
+        && let Some(blocker) = walk_blocker(tx, &row)?
+    {
+        row.walk_blocked_by = blocker;
+        put(tx, id, &row);
+        return Ok(());
+    }
+    put(tx, id, &row);
+    let oldest = tx.scan(tables::TRANSACTION, &[], &[], 1)?;
+    let oldest = oldest.first().map(|(key, _)| tables::parse(key)).transpose()?.unwrap_or(id);
+    effects.actions.push(send(id, &row, oldest));
+    Ok(())
+}
+
+/// The earlier move that has the directory in flight where the walk stands.
+fn walk_blocker(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<Option<u64>, Stop> {
+    let Some(mover) = tx.get(tables::MOVING, &tables::key(row.walk_at))? else { return Ok(None) };
+    let mover = tables::parse(&mover)?;
+    let earlier = get(tx, mover)?.run_order < row.run_order;
+    Ok(earlier.then_some(mover))
+}
+
+fn send(id: u64, row: &TransactionRow, oldest: u64) -> SendStep {
+    let (slot, request) = steps::request(row);
+    let tag = (row.state != State::Walk as u32).then(|| ClientTag {
+        client: STEP_CLIENT,
+        sequence: id << STEP_BITS | u64::from(row.step),
+        // All steps of transactions before the oldest in flight have been answered.
+        acknowledged: (oldest << STEP_BITS) - 1,
+        issued_at: row.started_at,
+    });
+    SendStep { transaction: id, step: row.step, slot, request, tag }
+}
+
+fn apply_step_done(tx: &mut Tx<'_>, done: StepDone, effects: &mut Effects<Cdc>) -> Result<(), Stop> {
+    let id = done.transaction;
+    let row: Option<TransactionRow> = tx.get_row(tables::TRANSACTION, &tables::key(id))?;
+    // A late duplicate: the step was answered before.
+    let Some(mut row) = row.filter(|r| r.step == done.step && r.run_order != 0) else { return Ok(()) };
+    let result = match done.error {
+        Some(error) => Err(Refusal::from_wire(error)),
+        None => Ok(done.reply.unwrap_or_default()),
+    };
+    match steps::next(&mut row, result) {
+        Next::Enter(state) => issue(tx, id, row, state, effects),
+        Next::Finish(result) => finish(tx, id, &row, result, effects),
+    }
+}
+
+fn finish(
+    tx: &mut Tx<'_>,
+    id: u64,
+    row: &TransactionRow,
+    result: Result<CdcReply, Refusal>,
+    effects: &mut Effects<Cdc>,
+) -> Result<(), Stop> {
+    tx.delete(tables::TRANSACTION, &tables::key(id));
+    let mut counters = counters(tx)?;
+    counters.live -= 1;
+    tx.put_row(tables::COUNTERS, &[], &counters);
+    if let Some(tag) = &row.tag {
+        effects.resolve(tag.clone(), result);
+    }
+    if let Some(moved) = steps::moved_directory(row) {
+        tx.delete(tables::MOVING, &tables::key(moved));
+        // Walks that met this move begin again from their start.
+        let waiting = tx.scan(tables::TRANSACTION, &[], &[], usize::MAX)?;
+        for (key, value) in waiting {
+            let mut other: TransactionRow = decode_row(tables::TRANSACTION, &key, value)?;
+            if other.walk_blocked_by == id {
+                steps::begin_walk(&mut other);
+                issue(tx, tables::parse(&key)?, other, State::Walk, effects)?;
+            }
+        }
+    }
+    for ready in locks::release(tx, id, &steps::directories(row))? {
+        let row = get(tx, ready)?;
+        run(tx, ready, row, effects)?;
+    }
+    Ok(())
+}

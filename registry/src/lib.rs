@@ -1,1 +1,275 @@
-//! clutch-registry.
+//! The registry: who is where. Shard placement, block services, the chain of every log. Pure.
+//!
+//! Invariants: a chain only grows, and only by whoever names its newest incarnation; a service keeps its id for
+//! good; `services_version` grows with every change that placement or routing must know.
+
+use clutch_log::Position;
+use clutch_proto::{
+    Refusal, Time,
+    limits::{SERVICES_MAX, SHARDS_MAX},
+    registry::{
+        Chain, ClusterRow, Map, RegistryEntry, RegistryReply, RegistryRequest, Segment, SwapChain,
+        registry_entry::Body, registry_request::Op,
+    },
+    types::{BlockService, ClientTag, Code, ShardPlacement},
+};
+use clutch_state::{
+    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, get_row, machine::Effects,
+    store::decode_row,
+};
+
+/// The registry's tables.
+pub mod tables {
+    use clutch_state::Table;
+
+    /// One row: `ClusterRow`.
+    pub const CLUSTER: Table = Table(16);
+    /// Service → `BlockService`.
+    pub const SERVICE: Table = Table(17);
+    /// Shard → `ShardPlacement`.
+    pub const SHARD: Table = Table(18);
+    /// Role, number → `Chain`.
+    pub const CHAIN: Table = Table(19);
+
+    /// Key of a chain.
+    pub fn chain_key(role: u32, number: u64) -> [u8; 12] {
+        let mut key = [0; 12];
+        key[..4].copy_from_slice(&role.to_be_bytes());
+        key[4..].copy_from_slice(&number.to_be_bytes());
+        key
+    }
+}
+
+/// The registry's machine.
+pub struct Registry;
+
+/// The registry causes nothing outside itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoEffect {}
+
+impl Machine for Registry {
+    const NAME: &'static str = "registry";
+    type Request = RegistryRequest;
+    type Reply = RegistryReply;
+    type Entry = RegistryEntry;
+    type Effect = NoEffect;
+    type Facts = ();
+
+    fn is_read(request: &RegistryRequest) -> bool {
+        matches!(request.op, None | Some(Op::GetMap(_) | Op::GetChain(_)))
+    }
+
+    fn read(view: &dyn View, request: &RegistryRequest, _facts: &()) -> Result<RegistryReply, Stop> {
+        match &request.op {
+            Some(Op::GetMap(op)) => {
+                Ok(RegistryReply { map: Some(map(view, op.services_version)?), ..RegistryReply::default() })
+            }
+            Some(Op::GetChain(op)) => {
+                let chain: Option<Chain> =
+                    get_row(view, tables::CHAIN, &tables::chain_key(op.role, op.number))?;
+                let chain = chain.ok_or_else(|| Stop::refuse(Code::NotFound, "no such log"))?;
+                Ok(RegistryReply { chain: Some(chain), ..RegistryReply::default() })
+            }
+            _ => Err(Refusal::malformed("a request without an operation that this build knows").into()),
+        }
+    }
+
+    fn produce(
+        _view: &dyn View,
+        request: RegistryRequest,
+        tag: Option<ClientTag>,
+        _context: &mut ProduceContext<'_>,
+        _facts: &(),
+    ) -> Result<RegistryEntry, Stop> {
+        let body = match request.op {
+            Some(Op::RegisterServices(op)) => Body::RegisterServices(op),
+            Some(Op::PlaceShard(op)) => Body::PlaceShard(op),
+            Some(Op::PlaceCdc(op)) => Body::PlaceCdc(op),
+            Some(Op::SwapChain(op)) => Body::SwapChain(op),
+            Some(Op::SetServiceFlags(op)) => Body::SetServiceFlags(op),
+            Some(Op::GetMap(_) | Op::GetChain(_)) | None => {
+                return Err(Refusal::malformed("not a change").into());
+            }
+        };
+        Ok(RegistryEntry { tag, body: Some(body) })
+    }
+
+    fn tag(entry: &RegistryEntry) -> Option<&ClientTag> {
+        entry.tag.as_ref()
+    }
+
+    fn apply(
+        tx: &mut Tx<'_>,
+        _position: Position,
+        time: Time,
+        entry: RegistryEntry,
+        _effects: &mut Effects<Registry>,
+    ) -> Result<Applied<RegistryReply>, Stop> {
+        let reply = match entry.body {
+            Some(Body::Genesis(genesis)) => {
+                if tx.get(tables::CLUSTER, &[])?.is_some() {
+                    return Err(Stop::refuse(Code::Exists, "the registry has begun already"));
+                }
+                if genesis.shards == 0 || genesis.shards > SHARDS_MAX || !genesis.shards.is_power_of_two() {
+                    let text =
+                        format!("{} shards; a power of two up to {SHARDS_MAX} is allowed", genesis.shards);
+                    return Err(Stop::refuse(Code::InvalidArgument, text));
+                }
+                let row = ClusterRow {
+                    cluster: genesis.cluster,
+                    shards: genesis.shards,
+                    default_policy: genesis.default_policy,
+                    ..ClusterRow::default()
+                };
+                tx.put_row(tables::CLUSTER, &[], &row);
+                RegistryReply::default()
+            }
+            Some(Body::RegisterServices(op)) => register(tx, time, op.services)?,
+            Some(Body::SetServiceFlags(op)) => {
+                let key = op.service_id.to_be_bytes();
+                let mut service: BlockService = tx.get_row(tables::SERVICE, &key)?.ok_or_else(|| {
+                    Stop::refuse(Code::NotFound, format!("block service {:x} is not known", op.service_id))
+                })?;
+                service.flags = op.flags;
+                tx.put_row(tables::SERVICE, &key, &service);
+                bump_services(tx)?;
+                RegistryReply::default()
+            }
+            Some(Body::PlaceShard(op)) => {
+                let placement = op.placement.ok_or_else(|| Stop::refuse(Code::Malformed, "no placement"))?;
+                place(tx, &placement)?;
+                RegistryReply::default()
+            }
+            Some(Body::PlaceCdc(op)) => {
+                let mut row = cluster(tx)?;
+                row.cdc_address = op.address;
+                tx.put_row(tables::CLUSTER, &[], &row);
+                RegistryReply::default()
+            }
+            Some(Body::SwapChain(op)) => swap_chain(tx, op)?,
+            None => return Err(Stop::refuse(Code::Malformed, "an entry without a body")),
+        };
+        Ok(Applied::Reply(reply))
+    }
+}
+
+/// The slots of a shard: the 256 slots in equal ranges.
+pub fn slots(shard: u32, shards: u32) -> (u32, u32) {
+    let each = 256 / shards;
+    (shard * each, (shard + 1) * each - 1)
+}
+
+fn cluster(tx: &mut Tx<'_>) -> Result<ClusterRow, Stop> {
+    tx.get_row(tables::CLUSTER, &[])?
+        .ok_or_else(|| Stop::refuse(Code::NotReady, "the registry has not begun yet"))
+}
+
+fn bump_services(tx: &mut Tx<'_>) -> Result<(), Stop> {
+    let mut row = cluster(tx)?;
+    row.services_version += 1;
+    tx.put_row(tables::CLUSTER, &[], &row);
+    Ok(())
+}
+
+fn register(tx: &mut Tx<'_>, time: Time, services: Vec<BlockService>) -> Result<RegistryReply, Stop> {
+    cluster(tx)?;
+    let mut changed = false;
+    for mut service in services {
+        if service.service_id == 0 || service.address.is_empty() || service.failure_domain.is_empty() {
+            return Err(Stop::refuse(
+                Code::InvalidArgument,
+                "a block service needs an id, an address and a failure domain",
+            ));
+        }
+        let key = service.service_id.to_be_bytes();
+        let known: Option<BlockService> = tx.get_row(tables::SERVICE, &key)?;
+        service.seen_at = time.0;
+        match known {
+            None => {
+                if tx.scan(tables::SERVICE, &[], &[], SERVICES_MAX)?.len() == SERVICES_MAX {
+                    return Err(Stop::refuse(
+                        Code::TooLarge,
+                        format!("a cluster has at most {SERVICES_MAX} block services"),
+                    ));
+                }
+                changed = true;
+            }
+            Some(known) => {
+                // Flags are the operator's: registering again must not take them back.
+                service.flags = known.flags;
+                let moved =
+                    known.available_bytes.abs_diff(service.available_bytes) > service.capacity_bytes / 16;
+                let same = BlockService {
+                    available_bytes: known.available_bytes,
+                    blocks: known.blocks,
+                    seen_at: known.seen_at,
+                    ..service.clone()
+                } == known;
+                changed |= moved || !same;
+            }
+        }
+        tx.put_row(tables::SERVICE, &key, &service);
+    }
+    if changed {
+        bump_services(tx)?;
+    }
+    Ok(RegistryReply::default())
+}
+
+fn place(tx: &mut Tx<'_>, placement: &ShardPlacement) -> Result<(), Stop> {
+    let row = cluster(tx)?;
+    if placement.shard >= row.shards
+        || (placement.slot_first, placement.slot_last) != slots(placement.shard, row.shards)
+    {
+        let text = format!(
+            "shard {} with slots {} to {}",
+            placement.shard, placement.slot_first, placement.slot_last
+        );
+        return Err(Stop::refuse(Code::InvalidArgument, text));
+    }
+    tx.put_row(tables::SHARD, &placement.shard.to_be_bytes(), placement);
+    Ok(())
+}
+
+fn swap_chain(tx: &mut Tx<'_>, op: SwapChain) -> Result<RegistryReply, Stop> {
+    let append = op.append.ok_or_else(|| Stop::refuse(Code::Malformed, "no segment to append"))?;
+    let key = tables::chain_key(op.role, op.number);
+    let mut chain: Chain = tx.get_row(tables::CHAIN, &key)?.unwrap_or_default();
+    let newest = chain.segments.last().cloned().unwrap_or_default();
+    if newest.incarnation != op.expect_incarnation {
+        let text = format!("the newest segment has incarnation {}", newest.incarnation);
+        return Err(Stop::refuse(Code::StaleIncarnation, text));
+    }
+    if append.incarnation <= newest.incarnation || append.base_position < newest.base_position {
+        return Err(Stop::refuse(
+            Code::InvalidArgument,
+            "a new segment needs a higher incarnation and may not begin earlier",
+        ));
+    }
+    chain.segments.push(Segment { ..append });
+    tx.put_row(tables::CHAIN, &key, &chain);
+    Ok(RegistryReply { chain: Some(chain), ..RegistryReply::default() })
+}
+
+fn map(view: &dyn View, known_version: u64) -> Result<Map, Stop> {
+    let row: ClusterRow = get_row(view, tables::CLUSTER, &[])?
+        .ok_or_else(|| Stop::refuse(Code::NotReady, "the registry has not begun yet"))?;
+    fn all<M: prost::Message + Default>(
+        view: &dyn View,
+        table: clutch_state::Table,
+    ) -> Result<Vec<M>, StoreError> {
+        view.scan(table, &[], &[], usize::MAX)?.into_iter().map(|(k, v)| decode_row(table, &k, v)).collect()
+    }
+    let services = match known_version != 0 && known_version == row.services_version {
+        true => Vec::new(),
+        false => all(view, tables::SERVICE)?,
+    };
+    Ok(Map {
+        cluster: row.cluster,
+        shards: all(view, tables::SHARD)?,
+        cdc_address: row.cdc_address,
+        services_version: row.services_version,
+        services,
+        default_policy: row.default_policy,
+    })
+}

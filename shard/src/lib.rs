@@ -1,1 +1,210 @@
-//! clutch-shard.
+//! A metadata shard: inodes, directory entries, contents and spans of a range of slots. Pure.
+//!
+//! `produce` freezes time, cookies, placement and verdicts on proofs into the entry; `apply` does the rest from
+//! rows alone. Ids come from the slots' counters in `apply`, so they are the same on every replica.
+//!
+//! Invariants are listed and checked in [`invariants`].
+
+mod content;
+mod directory;
+mod edge;
+mod facts;
+mod inode;
+//I
+mod placement;
+mod produce;
+mod read;
+pub mod tables;
+
+use clutch_log::Position;
+use clutch_proto::{
+    InodeId, Slot, Time,
+    shard::{
+        Genesis, InodeRow, ServicesChanged, ShardEntry, ShardReply, ShardRequest, shard_entry::Body,
+        shard_reply::Reply, shard_request::Op,
+    },
+    types::{ClientTag, Code},
+};
+use clutch_state::{Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, machine::Effects};
+
+pub use facts::{Keyring, ShardFacts};
+pub use placement::{FLAG_GONE, FLAG_NO_WRITE};
+
+/// The shard's machine.
+pub struct Shard;
+
+/// A shard causes nothing outside itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NoEffect {}
+
+type Reapplied = Result<Reply, Stop>;
+
+impl Machine for Shard {
+    const NAME: &'static str = "shard";
+    type Request = ShardRequest;
+    type Reply = ShardReply;
+    type Entry = ShardEntry;
+    type Effect = NoEffect;
+    type Facts = ShardFacts;
+
+    fn is_read(request: &ShardRequest) -> bool {
+        matches!(
+            request.op,
+            None | Some(Op::Lookup(_) | Op::Stat(_) | Op::ReadDir(_) | Op::Layout(_) | Op::History(_))
+        )
+    }
+
+    fn read(view: &dyn View, request: &ShardRequest, _facts: &ShardFacts) -> Result<ShardReply, Stop> {
+        read::read(view, request).map(|reply| ShardReply { reply: Some(reply) })
+    }
+
+    fn produce(
+        view: &dyn View,
+        request: ShardRequest,
+        tag: Option<ClientTag>,
+        context: &mut ProduceContext<'_>,
+        facts: &ShardFacts,
+    ) -> Result<ShardEntry, Stop> {
+        produce::produce(view, request, tag, context, facts)
+    }
+
+    fn tag(entry: &ShardEntry) -> Option<&ClientTag> {
+        entry.tag.as_ref()
+    }
+
+    fn apply(
+        tx: &mut Tx<'_>,
+        _position: Position,
+        time: Time,
+        entry: ShardEntry,
+        _effects: &mut Effects<Shard>,
+    ) -> Result<Applied<ShardReply>, Stop> {
+        let body = entry.body.ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without a body"))?;
+        let reply = apply_body(tx, time, body)?;
+        Ok(Applied::Reply(ShardReply { reply: Some(reply) }))
+    }
+
+    fn finish(reply: &mut ShardReply, now: Time, facts: &ShardFacts) {
+        facts.sign(reply, now);
+    }
+}
+
+fn apply_body(tx: &mut Tx<'_>, time: Time, body: Body) -> Reapplied {
+    match body {
+        Body::Genesis(genesis) => apply_genesis(tx, time, &genesis),
+        Body::ServicesChanged(changed) => apply_services(tx, changed),
+        Body::CreateFile(op) => edge::create_file(tx, time, op),
+        Body::CreateSymlink(op) => edge::create_symlink(tx, time, op),
+        Body::LinkFile(op) => edge::link_file(tx, time, op),
+        Body::RenameInDirectory(op) => edge::rename(tx, time, op),
+        Body::Unlink(op) => edge::unlink(tx, time, &op),
+        Body::Undelete(op) => edge::undelete(tx, time, op),
+        Body::SetAttributes(op) => inode::set_attributes(tx, time, &op),
+        Body::StartContent(op) => content::start(tx, time, op),
+        Body::InitiateSpan(op) => content::initiate(tx, time, op),
+        Body::CertifySpan(op) => content::certify(tx, time, &op),
+        Body::AddInline(op) => content::add_inline(tx, time, op),
+        Body::AddHole(op) => content::add_hole(tx, time, &op),
+        Body::CreateDirectoryInode(op) => directory::create_inode(tx, time, &op),
+        Body::InsertEdge(op) => directory::insert_edge(tx, time, &op),
+        Body::LockEdge(op) => directory::lock_edge(tx, &op),
+        Body::UnlockEdge(op) => directory::unlock_edge(tx, &op),
+        Body::RemoveLockedEdge(op) => directory::remove_locked_edge(tx, time, &op),
+        Body::SetOwner(op) => directory::set_owner(tx, time, &op),
+        Body::OrphanDirectory(op) => directory::orphan(tx, time, &op),
+        Body::RemoveDirectoryInode(op) => directory::remove_inode(tx, &op),
+    }
+}
+
+/// The first entry of a shard: its slots and, in slot 0, the root directory.
+fn apply_genesis(tx: &mut Tx<'_>, time: Time, genesis: &Genesis) -> Reapplied {
+    if tx.get(tables::SHARD, &[])?.is_some() {
+        return Err(Stop::refuse(Code::Exists, "the shard has begun already"));
+    }
+    tx.put_row(tables::SHARD, &[], genesis);
+    if genesis.slot_first == 0 {
+        let row = InodeRow {
+            mode: genesis.root_mode,
+            mtime: time.0,
+            ctime: time.0,
+            atime: time.0,
+            nlink: 2,
+            owner: InodeId::ROOT.raw(),
+            edge_time: time.0,
+            ..InodeRow::default()
+        };
+        tx.put_row(tables::INODE, &tables::inode_key(InodeId::ROOT), &row);
+    }
+    Ok(Reply::Done(clutch_proto::shard::Done {}))
+}
+
+/// What the registry knows of block services, frozen into the log by the producer's shell.
+fn apply_services(tx: &mut Tx<'_>, changed: ServicesChanged) -> Reapplied {
+    for service in changed.services {
+        tx.put_row(tables::SERVICE, &service.service_id.to_be_bytes(), &service);
+    }
+    Ok(Reply::Done(clutch_proto::shard::Done {}))
+}
+
+/// Reads either from a view or from a transaction.
+trait Rows {
+    fn row<M: prost::Message + Default>(
+        &mut self,
+        table: clutch_state::Table,
+        key: &[u8],
+    ) -> Result<Option<M>, StoreError>;
+}
+
+impl Rows for Tx<'_> {
+    fn row<M: prost::Message + Default>(
+        &mut self,
+        table: clutch_state::Table,
+        key: &[u8],
+    ) -> Result<Option<M>, StoreError> {
+        self.get_row(table, key)
+    }
+}
+
+impl Rows for &dyn View {
+    fn row<M: prost::Message + Default>(
+        &mut self,
+        table: clutch_state::Table,
+        key: &[u8],
+    ) -> Result<Option<M>, StoreError> {
+        clutch_state::get_row(*self, table, key)
+    }
+}
+
+/// Refuses what belongs to another shard.
+fn check_slot(rows: &mut impl Rows, slot: Slot) -> Result<(), Stop> {
+    let shard: Genesis = rows
+        .row(tables::SHARD, &[])?
+        .ok_or_else(|| Stop::refuse(Code::NotReady, "the shard has not begun yet"))?;
+    let slot = u32::from(slot.0);
+    if slot < shard.slot_first || slot > shard.slot_last {
+        return Err(Stop::refuse(
+            Code::WrongShard,
+            format!(
+                "slot {slot} is not of shard {} (slots {} to {})",
+                shard.shard, shard.slot_first, shard.slot_last
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// Reads an inode id that came from outside.
+fn parse_inode(raw: u64) -> Result<InodeId, Stop> {
+    InodeId::from_wire(raw)
+        .ok_or_else(|| Stop::refuse(Code::InvalidArgument, format!("{raw:x} is not an inode id")))
+}
+
+/// Reads a directory's id that came from outside and checks that it is this shard's.
+fn parse_directory(rows: &mut impl Rows, raw: u64) -> Result<InodeId, Stop> {
+    let id = parse_inode(raw)?;
+    if !id.is_directory() {
+        return Err(Stop::refuse(Code::NotDirectory, format!("{id} is not a directory")));
+    }
+    check_slot(rows, id.slot())?;
+    Ok(id)
+}

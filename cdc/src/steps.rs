@@ -1,0 +1,269 @@
+//! The steps of every kind of transaction.
+//!
+//! | kind | First | Walk | Insert | SetOwner | Remove | back |
+//! |---|---|---|---|---|---|---|
+//! | make directory | make the inode | | insert the edge* | | | remove the inode |
+//! | remove directory | lock the edge | | orphan the directory* | | end the edge | unlock the edge |
+//! | move file | lock the old edge | | insert the new edge* | | end the old edge | unlock the old edge |
+//! | move directory | lock the old edge | ancestors of the new parent | insert the new edge* | set the owner | end the old edge | unlock the old edge |
+//!
+//! `*` is the point of no return: when it is done, the transaction only goes forward.
+
+use clutch_proto::{
+    InodeId, Refusal,
+    cdc::{CdcReply, RenameDirectory, TransactionRow, begin::Op},
+    limits::PATH_DEPTH_MAX,
+    shard::{
+        CreateDirectoryInode, InsertEdge, LockEdge, OrphanDirectory, RemoveDirectoryInode, RemoveLockedEdge,
+        SetOwner, ShardReply, ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
+    },
+    types::Code,
+};
+
+/// Where a transaction stands. The numbers are in the rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// Waits for its directories.
+    Waiting = 0,
+    /// Makes the inode, or locks the edge.
+    First = 1,
+    /// Reads the ancestors of the new parent, one by one.
+    Walk = 2,
+    /// The point of no return.
+    Insert = 3,
+    /// Tells the moved directory of its new parent.
+    SetOwner = 4,
+    /// Ends the old edge.
+    Remove = 5,
+    /// Takes the first step back.
+    Back = 6,
+}
+
+impl State {
+    fn of(row: &TransactionRow) -> State {
+        use State::{Back, First, Insert, Remove, SetOwner, Waiting, Walk};
+        [First, Walk, Insert, SetOwner, Remove, Back]
+            .into_iter()
+            .find(|s| *s as u32 == row.state)
+            .unwrap_or(Waiting)
+    }
+}
+
+/// What follows a step.
+pub(crate) enum Next {
+    Enter(State),
+    Finish(Result<CdcReply, Refusal>),
+}
+
+fn op(row: &TransactionRow) -> Option<&Op> {
+    row.begin.as_ref().and_then(|b| b.op.as_ref())
+}
+
+/// A word for people.
+pub fn kind_name(row: &TransactionRow) -> &'static str {
+    match op(row) {
+        Some(Op::MakeDirectory(_)) => "make directory",
+        Some(Op::RemoveDirectory(_)) => "remove directory",
+        Some(Op::RenameFile(_)) => "move file",
+        Some(Op::RenameDirectory(_)) => "move directory",
+        None => "nothing",
+    }
+}
+
+/// A few words for people.
+pub fn state_name(row: &TransactionRow) -> String {
+    match row.walk_blocked_by {
+        0 => format!("{:?}", State::of(row)).to_lowercase(),
+        other => format!("waits for transaction {other}"),
+    }
+}
+
+/// The directories that a transaction holds while it runs, each once. Making a directory holds none: the edge
+/// itself decides who is first.
+pub(crate) fn directories(row: &TransactionRow) -> Vec<u64> {
+    let mut dirs = match op(row) {
+        Some(Op::MakeDirectory(_)) | None => vec![],
+        Some(Op::RemoveDirectory(op)) => vec![op.owner, op.target],
+        Some(Op::RenameFile(op)) => vec![op.old_owner, op.new_owner],
+        Some(Op::RenameDirectory(op)) => vec![op.old_owner, op.new_owner, op.target],
+    };
+    dirs.sort_unstable();
+    dirs.dedup();
+    dirs
+}
+
+/// The directory that a move takes with it.
+pub(crate) fn moved_directory(row: &TransactionRow) -> Option<u64> {
+    match op(row) {
+        Some(Op::RenameDirectory(op)) => Some(op.target),
+        _ => None,
+    }
+}
+
+/// Puts the walk at its beginning: the new parent itself.
+pub(crate) fn begin_walk(row: &mut TransactionRow) {
+    if let Some(Op::RenameDirectory(op)) = op(row) {
+        row.walk_at = op.new_owner;
+        row.walk_depth = 0;
+    }
+}
+
+/// The old edge of a transaction that locks one.
+fn old_edge(op: &Op) -> Option<(u64, bytes::Bytes, u64, u64)> {
+    match op {
+        Op::MakeDirectory(_) => None,
+        Op::RemoveDirectory(op) => Some((op.owner, op.name.clone(), op.target, op.created_at)),
+        Op::RenameFile(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
+        Op::RenameDirectory(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
+    }
+}
+
+/// The request of the state that a transaction is in, and the slot whose shard gets it.
+pub(crate) fn request(row: &TransactionRow) -> (u8, ShardRequest) {
+    let made = row.made;
+    let (to, op) = match (State::of(row), op(row)) {
+        (State::First, Some(Op::MakeDirectory(op))) => {
+            let slot = row.begin.as_ref().map_or(0, |b| b.slot);
+            let create = CreateDirectoryInode {
+                slot,
+                owner: op.owner,
+                mode: op.mode,
+                uid: op.uid,
+                gid: op.gid,
+                mtime: op.mtime,
+            };
+            (u64::from(slot), shard_request::Op::CreateDirectoryInode(create))
+        }
+        (State::Insert, Some(Op::MakeDirectory(op))) => {
+            let insert = InsertEdge { dir: op.owner, name: op.name.clone(), target: made, replace: false };
+            (op.owner, shard_request::Op::InsertEdge(insert))
+        }
+        (State::Back, Some(Op::MakeDirectory(_))) => {
+            (made, shard_request::Op::RemoveDirectoryInode(RemoveDirectoryInode { dir: made }))
+        }
+        (State::Insert, Some(Op::RemoveDirectory(op))) => (
+            op.target,
+            shard_request::Op::OrphanDirectory(OrphanDirectory { dir: op.target, owner: op.owner }),
+        ),
+        (State::Insert, Some(Op::RenameFile(op))) => {
+            let insert =
+                InsertEdge { dir: op.new_owner, name: op.new_name.clone(), target: op.target, replace: true };
+            (op.new_owner, shard_request::Op::InsertEdge(insert))
+        }
+        (State::Insert, Some(Op::RenameDirectory(op))) => {
+            let insert = InsertEdge {
+                dir: op.new_owner,
+                name: op.new_name.clone(),
+                target: op.target,
+                replace: false,
+            };
+            (op.new_owner, shard_request::Op::InsertEdge(insert))
+        }
+        (State::Walk, _) => (row.walk_at, shard_request::Op::Stat(Stat { id: row.walk_at })),
+        (State::SetOwner, Some(Op::RenameDirectory(op))) => {
+            (op.target, shard_request::Op::SetOwner(SetOwner { dir: op.target, owner: op.new_owner }))
+        }
+        (state, other) => {
+            let (dir, name, target, created_at) = other.and_then(old_edge).unwrap_or_default();
+            let op = match state {
+                State::Remove => {
+                    shard_request::Op::RemoveLockedEdge(RemoveLockedEdge { dir, name, target, created_at })
+                }
+                State::Back => shard_request::Op::UnlockEdge(UnlockEdge { dir, name, target, created_at }),
+                _ => shard_request::Op::LockEdge(LockEdge { dir, name, target, created_at }),
+            };
+            (dir, op)
+        }
+    };
+    // The slot is the low byte of every id.
+    (to as u8, ShardRequest { op: Some(op) })
+}
+
+fn roll_back(row: &mut TransactionRow, cause: &Refusal) -> Next {
+    row.cause = Some(cause.to_wire());
+    Next::Enter(State::Back)
+}
+
+fn done(row: &TransactionRow) -> Next {
+    let id = match op(row) {
+        Some(Op::MakeDirectory(_)) | None => row.made,
+        Some(Op::RemoveDirectory(op)) => op.target,
+        Some(Op::RenameFile(op)) => op.target,
+        Some(Op::RenameDirectory(op)) => op.target,
+    };
+    Next::Finish(Ok(CdcReply { id, created_at: row.created_at, ..CdcReply::default() }))
+}
+
+/// Moves a transaction on by the answer to its current step.
+pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>) -> Next {
+    let is_move_of_directory = matches!(op(row), Some(Op::RenameDirectory(_)));
+    let is_make = matches!(op(row), Some(Op::MakeDirectory(_)));
+    match (State::of(row), result) {
+        (State::First, Err(refusal)) => Next::Finish(Err(refusal)),
+        (State::First, Ok(reply)) => {
+            if is_make && let Some(Reply::Edge(edge)) = reply.reply {
+                row.made = edge.target;
+            }
+            if is_move_of_directory {
+                begin_walk(row);
+                return Next::Enter(State::Walk);
+            }
+            Next::Enter(State::Insert)
+        }
+        (State::Walk, Err(refusal)) => roll_back(row, &refusal),
+        (State::Walk, Ok(reply)) => walked(row, reply),
+        (State::Insert, Err(refusal)) => roll_back(row, &refusal),
+        (State::Insert, Ok(reply)) => {
+            if let Some(Reply::Edge(edge)) = reply.reply {
+                row.created_at = edge.created_at;
+            }
+            if is_make {
+                done(row)
+            } else if is_move_of_directory {
+                Next::Enter(State::SetOwner)
+            } else {
+                Next::Enter(State::Remove)
+            }
+        }
+        // Only forward from here: what holds these rows is locked by this transaction, so a refusal can only mean
+        // that they are already as they should be.
+        (State::SetOwner, _) => Next::Enter(State::Remove),
+        (State::Remove, _) => done(row),
+        (State::Back | State::Waiting, _) => {
+            let cause = row.cause.take().map(Refusal::from_wire);
+            Next::Finish(Err(cause.unwrap_or_else(|| Refusal::new(Code::Stale, "rolled back"))))
+        }
+    }
+}
+
+/// One ancestor is known: go on to its parent, or decide.
+fn walked(row: &mut TransactionRow, reply: ShardReply) -> Next {
+    let Some(Op::RenameDirectory(RenameDirectory { target, .. })) = op(row) else {
+        return Next::Enter(State::Insert);
+    };
+    let target = *target;
+    let Some(Reply::Attributes(attributes)) = reply.reply else {
+        return roll_back(row, &Refusal::malformed("a stat without attributes"));
+    };
+    if attributes.owner == 0 {
+        return roll_back(row, &Refusal::new(Code::NotFound, "the new parent was removed"));
+    }
+    if row.walk_at == target || attributes.owner == target {
+        return roll_back(
+            row,
+            &Refusal::new(Code::Loop, "the new parent lies below the directory that moves"),
+        );
+    }
+    if row.walk_at == InodeId::ROOT.raw() {
+        return Next::Enter(State::Insert);
+    }
+    row.walk_depth += 1;
+    if row.walk_depth as usize > PATH_DEPTH_MAX {
+        return roll_back(
+            row,
+            &Refusal::new(Code::TooLarge, format!("deeper than {PATH_DEPTH_MAX} directories")),
+        );
+    }
+    row.walk_at = attributes.owner;
+    Next::Enter(State::Walk)
+}

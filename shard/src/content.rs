@@ -1,0 +1,206 @@
+//! Contents and spans: from the first cookie to the last certified block.
+//!
+//! Invariants: a content's extents are contiguous from 0 and sum to its size; a span's `uses` is the number of
+//! extents that name it; every block of every span row is in the block index, also of spans that were given up,
+//! so that nothing on the disks is unknown here.
+
+use clutch_proto::{
+    BlockId, ContentId, ServiceId, Slot, SpanId, Time,
+    limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS},
+    shard::{
+        AddHole, AddInline, CertifySpanEntry, ContentReply, ContentRow, ExtentRow, InitiateSpanEntry,
+        StartContentEntry, extent_row::Source, shard_reply::Reply,
+    },
+    types::{Block, BlockService, Code, Span, SpanRange},
+};
+use clutch_state::{Stop, StoreError, Tx};
+
+use crate::{FLAG_GONE, FLAG_NO_WRITE, Reapplied, Rows, check_slot, inode, parse_directory, tables};
+
+fn from_counter(sequence: u64, slot: Slot) -> u64 {
+    sequence << 8 | u64::from(slot.0)
+}
+
+pub(crate) fn next_id(tx: &mut Tx<'_>, slot: Slot) -> Result<ContentId, Stop> {
+    let sequence = inode::with_counters(tx, slot, |c| {
+        c.content += 1;
+        c.content
+    })?;
+    Ok(ContentId(from_counter(sequence, slot)))
+}
+
+fn bumped(time: Time) -> u64 {
+    time.plus_ms(TRANSIENT_LIFETIME_MS).0
+}
+
+/// An unpublished content that the caller may write to.
+pub(crate) fn transient(
+    rows: &mut impl Rows,
+    time: Time,
+    id: ContentId,
+    cookie: &[u8],
+) -> Result<ContentRow, Stop> {
+    check_slot(rows, id.slot())?;
+    let row: Option<ContentRow> = rows.row(tables::CONTENT, &tables::content_key(id))?;
+    let row = row.filter(|r| r.file == 0 && time.0 <= r.deadline);
+    let row = row.ok_or_else(|| {
+        Stop::refuse(Code::TransientGone, format!("content {id} was published or has expired"))
+    })?;
+    if row.cookie != cookie {
+        return Err(Stop::refuse(Code::BadCookie, "the cookie is of another content"));
+    }
+    Ok(row)
+}
+
+fn put_transient(tx: &mut Tx<'_>, time: Time, id: ContentId, mut row: ContentRow) {
+    tx.delete(tables::TRANSIENT, &tables::transient_key(row.deadline, id));
+    row.deadline = bumped(time);
+    tx.put(tables::TRANSIENT, &tables::transient_key(row.deadline, id), Vec::new());
+    tx.put_row(tables::CONTENT, &tables::content_key(id), &row);
+}
+
+pub(crate) fn start(tx: &mut Tx<'_>, time: Time, entry: StartContentEntry) -> Reapplied {
+    let op = entry.op.ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
+    let dir = parse_directory(tx, op.dir)?;
+    inode::live_directory(tx, dir)?;
+    let id = next_id(tx, dir.slot())?;
+    let row =
+        ContentRow { cookie: entry.cookie, deadline: bumped(time), dir: dir.raw(), ..ContentRow::default() };
+    let reply = ContentReply { content: id.0, cookie: row.cookie.clone(), deadline: row.deadline };
+    put_transient(tx, time, id, row);
+    Ok(Reply::Content(reply))
+}
+
+/// The row as long as `offset` is where it ends and `length` more fits.
+fn extended(row: &ContentRow, offset: u64, length: u64) -> Result<u64, Stop> {
+    if offset != row.size {
+        let text = format!("offset {offset}, but the content has {} bytes so far", row.size);
+        return Err(Stop::refuse(Code::InvalidArgument, text));
+    }
+    if length == 0 {
+        return Err(Stop::refuse(Code::InvalidArgument, "an extent of 0 bytes"));
+    }
+    offset
+        .checked_add(length)
+        .filter(|size| *size <= FILE_BYTES_MAX)
+        .ok_or_else(|| Stop::refuse(Code::TooLarge, format!("files have at most {FILE_BYTES_MAX} bytes")))
+}
+
+fn append(
+    tx: &mut Tx<'_>,
+    time: Time,
+    id: ContentId,
+    mut row: ContentRow,
+    length: u64,
+    source: Source,
+) -> Result<(), Stop> {
+    let size = extended(&row, row.size, length)?;
+    let extent = ExtentRow { length, source: Some(source) };
+    tx.put_row(tables::EXTENT, &tables::extent_key(id, row.size), &extent);
+    row.size = size;
+    put_transient(tx, time, id, row);
+    Ok(())
+}
+
+fn progress(tx: &mut Tx<'_>, id: ContentId) -> Reapplied {
+    let row: ContentRow = tx
+        .get_row(tables::CONTENT, &tables::content_key(id))?
+        .ok_or_else(|| StoreError::Broken(format!("content {id} vanished")))?;
+    Ok(Reply::Content(ContentReply { content: id.0, cookie: row.cookie, deadline: row.deadline }))
+}
+
+pub(crate) fn add_inline(tx: &mut Tx<'_>, time: Time, op: AddInline) -> Reapplied {
+    let id = ContentId(op.content);
+    let row = transient(tx, time, id, &op.cookie)?;
+    extended(&row, op.offset, op.data.len() as u64)?;
+    if op.data.len() > INLINE_BYTES_MAX {
+        let text = format!("{} inline bytes; at most {INLINE_BYTES_MAX} are allowed", op.data.len());
+        return Err(Stop::refuse(Code::TooLarge, text));
+    }
+    append(tx, time, id, row, op.data.len() as u64, Source::Inline(op.data))?;
+    progress(tx, id)
+}
+
+pub(crate) fn add_hole(tx: &mut Tx<'_>, time: Time, op: &AddHole) -> Reapplied {
+    let id = ContentId(op.content);
+    let row = transient(tx, time, id, &op.cookie)?;
+    extended(&row, op.offset, op.length)?;
+    append(tx, time, id, row, op.length, Source::Hole(true))?;
+    progress(tx, id)
+}
+
+pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) -> Reapplied {
+    let op = entry.op.ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
+    let id = ContentId(op.content);
+    let mut row = transient(tx, time, id, &op.cookie)?;
+    extended(&row, op.offset, u64::from(op.size))?;
+    let shape = op.shape.ok_or_else(|| Stop::refuse(Code::Malformed, "a span without a shape"))?;
+    shape.check(op.size)?;
+    let blocks = shape.blocks() as usize;
+    if op.cell_crcs.len() != blocks * shape.stripes as usize || entry.services.len() != blocks {
+        return Err(Stop::refuse(Code::Malformed, "as many CRCs as cells and services as blocks are needed"));
+    }
+    let slot = id.slot();
+    let (span, first_block) = inode::with_counters(tx, slot, |c| {
+        c.span += 1;
+        c.block += blocks as u64;
+        (SpanId(from_counter(c.span, slot)), c.block - blocks as u64 + 1)
+    })?;
+    let mut span_row = Span {
+        span_id: span.0,
+        shape: Some(shape),
+        size: op.size,
+        crc: op.crc,
+        storage_class: op.storage_class,
+        ..Span::default()
+    };
+    let crcs = shape.block_crcs(&op.cell_crcs);
+    for (i, (service, crc)) in entry.services.iter().zip(crcs).enumerate() {
+        if entry.services[..i].contains(service) {
+            return Err(Stop::refuse(Code::Malformed, "two blocks of a span on one service"));
+        }
+        let known: Option<BlockService> = tx.get_row(tables::SERVICE, &service.to_be_bytes())?;
+        if known.is_none_or(|s| s.flags & (FLAG_NO_WRITE | FLAG_GONE) != 0) {
+            return Err(Stop::refuse(
+                Code::NotReady,
+                format!("block service {service:x} takes no blocks now; try again"),
+            ));
+        }
+        let block = BlockId(from_counter(first_block + i as u64, slot));
+        span_row.blocks.push(Block { block_id: block.0, service_id: *service, crc, ..Block::default() });
+        let index = tables::block_key(slot, ServiceId(*service), block.0);
+        tx.put(tables::BLOCK, &index, span.0.to_be_bytes().to_vec());
+    }
+    span_row.cell_crcs = op.cell_crcs;
+    tx.put_row(tables::SPAN, &tables::span_key(span), &span_row);
+    // A span that was pending before stays behind with no use: it was given up, and collection finds it.
+    row.pending_span = span.0;
+    put_transient(tx, time, id, row);
+    Ok(Reply::Span(span_row))
+}
+
+pub(crate) fn certify(tx: &mut Tx<'_>, time: Time, entry: &CertifySpanEntry) -> Reapplied {
+    let op =
+        entry.op.as_ref().ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
+    let id = ContentId(op.content);
+    let mut row = transient(tx, time, id, &op.cookie)?;
+    if row.pending_span == 0 || row.pending_span != op.span_id {
+        return Err(Stop::refuse(Code::Stale, "the span is not the one that the content waits for"));
+    }
+    if entry.first_bad != 0 {
+        return Err(Stop::refuse(
+            Code::BadProof,
+            format!("the proof of block {} is not valid", entry.first_bad - 1),
+        ));
+    }
+    let key = tables::span_key(SpanId(op.span_id));
+    let mut span: Span = tx
+        .get_row(tables::SPAN, &key)?
+        .ok_or_else(|| StoreError::Broken(format!("span {:x} vanished", op.span_id)))?;
+    (span.certified, span.uses) = (true, 1);
+    tx.put_row(tables::SPAN, &key, &span);
+    row.pending_span = 0;
+    let source = Source::Span(SpanRange { span_id: op.span_id, offset: 0 });
+    append(tx, time, id, row, u64::from(span.size), source)?;
+    progress(tx, id)
+}

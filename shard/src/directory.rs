@@ -1,0 +1,120 @@
+//! The steps of the CDC's transactions. Each is executed once: the CDC tags it with transaction and step.
+
+use clutch_proto::{
+    InodeKind, Slot, Time,
+    shard::{
+        CreateDirectoryInode, Done, EdgeReply, EdgeRow, InodeRow, InsertEdge, LockEdge, OrphanDirectory,
+        RemoveDirectoryInode, RemoveLockedEdge, SetOwner, UnlockEdge, shard_reply::Reply,
+    },
+    types::Code,
+};
+use clutch_state::{Stop, Tx, key_after};
+
+use crate::{Reapplied, check_slot, edge, inode, parse_directory, parse_inode, tables};
+
+const DONE: Reply = Reply::Done(Done {});
+
+/// Makes a directory that nothing points to yet.
+pub(crate) fn create_inode(tx: &mut Tx<'_>, time: Time, op: &CreateDirectoryInode) -> Reapplied {
+    let slot =
+        u8::try_from(op.slot).map_err(|_| Stop::refuse(Code::InvalidArgument, "slots go from 0 to 255"))?;
+    check_slot(tx, Slot(slot))?;
+    let owner = parse_inode(op.owner)?;
+    if !owner.is_directory() {
+        return Err(Stop::refuse(Code::NotDirectory, format!("{owner} is not a directory")));
+    }
+    let id = inode::next_inode(tx, InodeKind::Directory, Slot(slot))?;
+    let mut row = inode::new_row(time, op.mode, op.uid, op.gid, op.mtime);
+    (row.owner, row.edge_time, row.nlink) = (owner.raw(), time.0, 2);
+    inode::put(tx, id, &row);
+    Ok(Reply::Edge(EdgeReply { target: id.raw(), ..EdgeReply::default() }))
+}
+
+pub(crate) fn insert_edge(tx: &mut Tx<'_>, time: Time, op: &InsertEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let row = inode::live_directory(tx, dir)?;
+    let target = parse_inode(op.target)?;
+    let replaced = edge::insert(tx, time, dir, &op.name, target, op.replace)?;
+    edge::touch(tx, time, dir, row);
+    Ok(Reply::Edge(EdgeReply { target: op.target, created_at: time.0, locked: false, replaced }))
+}
+
+/// Keeps an edge as it is until it is unlocked or removed.
+pub(crate) fn lock_edge(tx: &mut Tx<'_>, op: &LockEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let edge = edge::expect(tx, dir, &op.name, op.target, op.created_at)?;
+    if edge.locked {
+        return Err(Stop::refuse(Code::Busy, "another transaction holds the edge"));
+    }
+    tx.put_row(tables::EDGE, &tables::edge_key(dir, &op.name), &EdgeRow { locked: true, ..edge });
+    Ok(DONE)
+}
+
+fn locked_edge(
+    tx: &mut Tx<'_>,
+    dir: clutch_proto::InodeId,
+    name: &[u8],
+    target: u64,
+    created_at: u64,
+) -> Result<EdgeRow, Stop> {
+    let edge = edge::expect(tx, dir, name, target, created_at)?;
+    if !edge.locked {
+        return Err(Stop::refuse(Code::Stale, "the edge is not locked"));
+    }
+    Ok(edge)
+}
+
+pub(crate) fn unlock_edge(tx: &mut Tx<'_>, op: &UnlockEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let edge = locked_edge(tx, dir, &op.name, op.target, op.created_at)?;
+    tx.put_row(tables::EDGE, &tables::edge_key(dir, &op.name), &EdgeRow { locked: false, ..edge });
+    Ok(DONE)
+}
+
+/// Ends a locked edge whose target lives elsewhere now, or is gone.
+pub(crate) fn remove_locked_edge(tx: &mut Tx<'_>, time: Time, op: &RemoveLockedEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let row = inode::get(tx, dir)?;
+    let edge = locked_edge(tx, dir, &op.name, op.target, op.created_at)?;
+    edge::end(tx, time, dir, &op.name, &edge, false);
+    edge::touch(tx, time, dir, row);
+    Ok(DONE)
+}
+
+pub(crate) fn set_owner(tx: &mut Tx<'_>, time: Time, op: &SetOwner) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let owner = parse_inode(op.owner)?;
+    let row = inode::get(tx, dir)?;
+    inode::put(tx, dir, &InodeRow { owner: owner.raw(), ctime: time.0, ..row });
+    Ok(DONE)
+}
+
+fn has_rows(tx: &mut Tx<'_>, table: clutch_state::Table, dir: clutch_proto::InodeId) -> Result<bool, Stop> {
+    let prefix = tables::directory_prefix(dir);
+    Ok(!tx.scan(table, &prefix, &key_after(&prefix), 1)?.is_empty())
+}
+
+/// Takes an empty directory out of the tree: from here on nothing can be made in it.
+pub(crate) fn orphan(tx: &mut Tx<'_>, time: Time, op: &OrphanDirectory) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let row = inode::live_directory(tx, dir)?;
+    if row.owner != op.owner {
+        return Err(Stop::refuse(Code::Stale, "the directory has another parent now"));
+    }
+    if has_rows(tx, tables::EDGE, dir)? {
+        return Err(Stop::refuse(Code::NotEmpty, "the directory is not empty"));
+    }
+    inode::put(tx, dir, &InodeRow { owner: 0, ctime: time.0, nlink: 0, ..row });
+    Ok(DONE)
+}
+
+/// Takes back [`create_inode`].
+pub(crate) fn remove_inode(tx: &mut Tx<'_>, op: &RemoveDirectoryInode) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    inode::get(tx, dir)?;
+    if has_rows(tx, tables::EDGE, dir)? || has_rows(tx, tables::PAST_EDGE, dir)? {
+        return Err(Stop::refuse(Code::NotEmpty, "the directory is in use"));
+    }
+    tx.delete(tables::INODE, &tables::inode_key(dir));
+    Ok(DONE)
+}

@@ -1,0 +1,104 @@
+//! What a shard's shell knows and its log does not: the services' keys and addresses.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, RwLock},
+};
+
+use clutch_proto::{
+    BlockId, ServiceId, Time,
+    certificate::{Claims, Key, Operation},
+    limits::CERTIFICATE_LIFETIME_MS,
+    shard::{ShardReply, shard_reply::Reply},
+    types::{Block, BlockService, Span},
+};
+
+/// The keys of block services. Two epochs of a service may be live at a time; the newest signs.
+#[derive(Clone, Debug, Default)]
+pub struct Keyring {
+    keys: BTreeMap<ServiceId, Vec<Key>>,
+}
+
+impl Keyring {
+    /// Adds a key.
+    pub fn add(&mut self, service: ServiceId, key: Key) {
+        let keys = self.keys.entry(service).or_default();
+        keys.retain(|k| k.epoch != key.epoch);
+        keys.push(key);
+        keys.sort_by_key(|k| std::cmp::Reverse(k.epoch));
+        keys.truncate(2);
+    }
+
+    /// The live keys of a service, newest first.
+    pub fn of(&self, service: ServiceId) -> &[Key] {
+        self.keys.get(&service).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// Shared by the shards of a node; the shell keeps it up to date.
+#[derive(Default)]
+pub struct ShardFacts {
+    /// The cluster that certificates name.
+    pub cluster: u64,
+    /// What signs certificates.
+    pub keyring: RwLock<Keyring>,
+    /// The registry's newest list; placement and addresses come from it.
+    pub services: RwLock<Arc<Vec<BlockService>>>,
+}
+
+impl ShardFacts {
+    pub(crate) fn services(&self) -> Arc<Vec<BlockService>> {
+        // A writer that panicked left a whole list: it is replaced in one assignment.
+        self.services.read().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Whether a proof says that a block was written as its span wants it.
+    pub(crate) fn proves_written(&self, proof: &[u8], block: &Block, size: u32) -> bool {
+        let keyring = self.keyring.read().unwrap_or_else(|e| e.into_inner());
+        let service = ServiceId(block.service_id);
+        Claims::verify(proof, keyring.of(service)).is_ok_and(|claims| {
+            claims.operation == Operation::Written
+                && claims.cluster == self.cluster
+                && claims.service == service
+                && claims.block == BlockId(block.block_id)
+                && (claims.size, claims.crc) == (size, block.crc)
+        })
+    }
+
+    /// Adds certificates and addresses to the blocks of a reply.
+    pub(crate) fn sign(&self, reply: &mut ShardReply, now: Time) {
+        match &mut reply.reply {
+            Some(Reply::Span(span)) if !span.certified => self.grant(span, Operation::Write, now),
+            Some(Reply::Layout(layout)) => {
+                layout.spans.iter_mut().for_each(|s| self.grant(s, Operation::Read, now))
+            }
+            _ => {}
+        }
+    }
+
+    fn grant(&self, span: &mut Span, operation: Operation, now: Time) {
+        let services = self.services();
+        let keyring = self.keyring.read().unwrap_or_else(|e| e.into_inner());
+        let size = span.shape.map_or(0, |s| s.block_bytes());
+        for block in &mut span.blocks {
+            let service = ServiceId(block.service_id);
+            if let Some(known) = services.iter().find(|s| s.service_id == service.0) {
+                block.address = known.address.clone();
+            }
+            // A service whose key is not here cannot be reached by clients until it is.
+            if let Some(key) = keyring.of(service).first() {
+                let claims = Claims {
+                    operation,
+                    cluster: self.cluster,
+                    service,
+                    block: BlockId(block.block_id),
+                    size,
+                    crc: block.crc,
+                    time: now,
+                    expiry: now.plus_ms(CERTIFICATE_LIFETIME_MS),
+                };
+                block.certificate = claims.sign(key);
+            }
+        }
+    }
+}

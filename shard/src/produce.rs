@@ -1,0 +1,130 @@
+//! From request to entry: everything that is not deterministic is decided here.
+
+use bytes::Bytes;
+use clutch_proto::{
+    ContentId, Refusal, SpanId, Time,
+    limits::AVOID_MAX,
+    shard::{
+        CertifySpan, CertifySpanEntry, InitiateSpan, InitiateSpanEntry, ShardEntry, ShardRequest,
+        StartContentEntry, shard_entry::Body, shard_request::Op,
+    },
+    types::{ClientTag, Code, Span},
+};
+use clutch_state::{ProduceContext, Stop, View, client_table::SYSTEM_CLIENTS, get_row};
+
+use crate::{ShardFacts, check_slot, content, parse_inode, placement, tables};
+
+pub(crate) fn produce(
+    mut view: &dyn View,
+    request: ShardRequest,
+    tag: Option<ClientTag>,
+    context: &mut ProduceContext<'_>,
+    facts: &ShardFacts,
+) -> Result<ShardEntry, Stop> {
+    let op = request.op.ok_or_else(|| Refusal::malformed("a request without an operation"))?;
+    if let Some(id) = slot_of(&op) {
+        check_slot(&mut view, parse_inode(id)?.slot())?;
+    }
+    let from_cdc = tag.as_ref().is_some_and(|t| t.client < SYSTEM_CLIENTS);
+    let body = match op {
+        Op::Lookup(_) | Op::Stat(_) | Op::ReadDir(_) | Op::Layout(_) | Op::History(_) => {
+            return Err(Refusal::malformed("a read is not logged").into());
+        }
+        Op::CreateFile(op) => Body::CreateFile(op),
+        Op::CreateSymlink(op) => Body::CreateSymlink(op),
+        Op::LinkFile(op) => Body::LinkFile(op),
+        Op::RenameInDirectory(op) => Body::RenameInDirectory(op),
+        Op::Unlink(op) => Body::Unlink(op),
+        Op::SetAttributes(op) => Body::SetAttributes(op),
+        Op::Undelete(op) => Body::Undelete(op),
+        Op::AddInline(op) => Body::AddInline(op),
+        Op::AddHole(op) => Body::AddHole(op),
+        Op::StartContent(op) => {
+            let mut cookie = Vec::with_capacity(16);
+            cookie.extend_from_slice(&(context.random)().to_le_bytes());
+            cookie.extend_from_slice(&(context.random)().to_le_bytes());
+            Body::StartContent(StartContentEntry { op: Some(op), cookie: cookie.into() })
+        }
+        Op::InitiateSpan(op) => Body::InitiateSpan(initiate(view, op, context, facts)?),
+        Op::CertifySpan(op) => Body::CertifySpan(certify(view, op, context.now, facts)?),
+        _ if !from_cdc => {
+            return Err(Stop::refuse(
+                Code::Permission,
+                "directories are made, moved and removed through the CDC",
+            ));
+        }
+        Op::CreateDirectoryInode(op) => Body::CreateDirectoryInode(op),
+        Op::InsertEdge(op) => Body::InsertEdge(op),
+        Op::LockEdge(op) => Body::LockEdge(op),
+        Op::UnlockEdge(op) => Body::UnlockEdge(op),
+        Op::RemoveLockedEdge(op) => Body::RemoveLockedEdge(op),
+        Op::SetOwner(op) => Body::SetOwner(op),
+        Op::OrphanDirectory(op) => Body::OrphanDirectory(op),
+        Op::RemoveDirectoryInode(op) => Body::RemoveDirectoryInode(op),
+    };
+    Ok(ShardEntry { tag, body: Some(body) })
+}
+
+/// The inode whose slot the operation is for, where it names one.
+fn slot_of(op: &Op) -> Option<u64> {
+    match op {
+        Op::CreateFile(op) => Some(op.dir),
+        Op::CreateSymlink(op) => Some(op.dir),
+        Op::StartContent(op) => Some(op.dir),
+        Op::LinkFile(op) => Some(op.dir),
+        Op::RenameInDirectory(op) => Some(op.dir),
+        Op::Unlink(op) => Some(op.dir),
+        Op::Undelete(op) => Some(op.dir),
+        Op::SetAttributes(op) => Some(op.id),
+        _ => None,
+    }
+}
+
+fn initiate(
+    mut view: &dyn View,
+    op: InitiateSpan,
+    context: &mut ProduceContext<'_>,
+    facts: &ShardFacts,
+) -> Result<InitiateSpanEntry, Stop> {
+    // Refused here and not only in apply, so that nobody can fill the log with what cannot work.
+    content::transient(&mut view, context.now, ContentId(op.content), &op.cookie)?;
+    let shape = op.shape.ok_or_else(|| Refusal::malformed("a span without a shape"))?;
+    shape.check(op.size)?;
+    shape.check_crcs(op.size, op.crc, &op.cell_crcs)?;
+    if op.avoid_services.len() > AVOID_MAX || op.avoid_failure_domains.len() > AVOID_MAX {
+        return Err(Stop::refuse(
+            Code::TooLarge,
+            format!("at most {AVOID_MAX} services or domains can be avoided"),
+        ));
+    }
+    let blocks = shape.blocks() as usize;
+    let services = placement::place(&facts.services(), &op, blocks, shape.block_bytes(), context.random)?;
+    // What was to be avoided has done its work and need not be in the log.
+    let op = InitiateSpan { avoid_services: Vec::new(), avoid_failure_domains: Vec::new(), ..op };
+    Ok(InitiateSpanEntry { op: Some(op), services })
+}
+
+fn certify(
+    mut view: &dyn View,
+    op: CertifySpan,
+    now: Time,
+    facts: &ShardFacts,
+) -> Result<CertifySpanEntry, Stop> {
+    content::transient(&mut view, now, ContentId(op.content), &op.cookie)?;
+    let span: Span = get_row(view, tables::SPAN, &tables::span_key(SpanId(op.span_id)))?
+        .ok_or_else(|| Stop::refuse(Code::NotFound, format!("span {:x} does not exist", op.span_id)))?;
+    if op.proofs.len() != span.blocks.len() {
+        let text = format!("{} proofs for {} blocks", op.proofs.len(), span.blocks.len());
+        return Err(Stop::refuse(Code::InvalidArgument, text));
+    }
+    let size = span.shape.map_or(0, |s| s.block_bytes());
+    let bad = op
+        .proofs
+        .iter()
+        .zip(&span.blocks)
+        .position(|(proof, block)| !facts.proves_written(proof, block, size));
+    let first_bad = bad.map_or(0, |i| i as u32 + 1);
+    // The verdict is what counts from here on.
+    let op = CertifySpan { proofs: Vec::<Bytes>::new(), ..op };
+    Ok(CertifySpanEntry { op: Some(op), first_bad })
+}

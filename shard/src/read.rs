@@ -1,0 +1,195 @@
+//! Requests that only read.
+
+use clutch_proto::{
+    ContentId, InodeKind, Refusal, SpanId,
+    limits::{LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX},
+    name,
+    shard::{
+        ContentRow, DirEntry, EdgeReply, EdgeRow, ExtentRow, History, HistoryReply, Layout, LayoutReply,
+        Lookup, PastEdge, PastEdgeRow, ReadDir, ReadDirReply, ShardRequest, Stat, extent_row,
+        shard_reply::Reply, shard_request::Op,
+    },
+    types::{Code, Extent, Span, extent::Source},
+};
+use clutch_state::{Stop, StoreError, View, get_row, key_after, store::decode_row};
+
+use crate::{check_slot, inode, parse_directory, parse_inode, tables};
+
+pub(crate) fn read(view: &dyn View, request: &ShardRequest) -> Result<Reply, Stop> {
+    match &request.op {
+        Some(Op::Lookup(op)) => lookup(view, op),
+        Some(Op::Stat(op)) => stat(view, op),
+        Some(Op::ReadDir(op)) => read_dir(view, op),
+        Some(Op::Layout(op)) => layout(view, op),
+        Some(Op::History(op)) => history(view, op),
+        _ => Err(Refusal::malformed("a request without an operation that this build knows").into()),
+    }
+}
+
+fn lookup(mut view: &dyn View, op: &Lookup) -> Result<Reply, Stop> {
+    let dir = parse_directory(&mut view, op.dir)?;
+    name::check(&op.name)?;
+    let Some(edge) = get_row::<EdgeRow>(view, tables::EDGE, &tables::edge_key(dir, &op.name))? else {
+        inode::get(&mut view, dir)?;
+        return Err(Stop::refuse(
+            Code::NotFound,
+            format!("{:?} does not exist", String::from_utf8_lossy(&op.name)),
+        ));
+    };
+    let EdgeRow { target, created_at, locked } = edge;
+    Ok(Reply::Edge(EdgeReply { target, created_at, locked, replaced: 0 }))
+}
+
+fn stat(mut view: &dyn View, op: &Stat) -> Result<Reply, Stop> {
+    let id = parse_inode(op.id)?;
+    check_slot(&mut view, id.slot())?;
+    let row = inode::get(&mut view, id)?;
+    Ok(Reply::Attributes(inode::attributes(id, row)))
+}
+
+/// A page of a listing. Names of one hash are never split between two pages, so the cursor can be a hash.
+fn read_dir(mut view: &dyn View, op: &ReadDir) -> Result<Reply, Stop> {
+    let dir = parse_directory(&mut view, op.dir)?;
+    inode::get(&mut view, dir)?;
+    if op.cursor >> 63 != 0 {
+        return Err(Stop::refuse(Code::InvalidArgument, "a cursor has 63 bits"));
+    }
+    let limit = match op.limit as usize {
+        0 => READDIR_ENTRIES_MAX,
+        asked => asked.min(READDIR_ENTRIES_MAX),
+    };
+    let until = key_after(&tables::directory_prefix(dir));
+    let mut fetch = limit + 1;
+    loop {
+        let rows = view.scan(tables::EDGE, &tables::edge_from(dir, op.cursor), &until, fetch)?;
+        let hash_of = |key: &[u8]| tables::parse_edge_key(key).map(|(_, hash, _)| hash);
+        let (page, next_cursor) = if rows.len() < fetch {
+            (&rows[..], 0)
+        } else {
+            let next = hash_of(&rows[rows.len() - 1].0).unwrap_or(0);
+            let end = rows.partition_point(|(key, _)| hash_of(key).unwrap_or(0) < next);
+            if end == 0 {
+                // More names of one hash than a page holds: the page grows.
+                fetch *= 2;
+                continue;
+            }
+            (&rows[..end], next)
+        };
+        let mut reply = ReadDirReply { entries: Vec::with_capacity(page.len()), next_cursor };
+        for (key, value) in page {
+            let edge: EdgeRow = decode_row(tables::EDGE, key, value.clone())?;
+            reply.entries.push(DirEntry {
+                name: key.slice(17..),
+                target: edge.target,
+                created_at: edge.created_at,
+            });
+        }
+        return Ok(Reply::ReadDir(reply));
+    }
+}
+
+fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {
+    let id = parse_inode(op.id)?;
+    check_slot(&mut view, id.slot())?;
+    match id.kind() {
+        InodeKind::File => {}
+        InodeKind::Directory => return Err(Stop::refuse(Code::IsDirectory, format!("{id} is a directory"))),
+        InodeKind::Symlink => {
+            return Err(Stop::refuse(Code::InvalidArgument, format!("{id} is a symbolic link")));
+        }
+    }
+    let row = inode::get(&mut view, id)?;
+    let content = ContentId(if op.content == 0 { row.content } else { op.content });
+    let mut reply = LayoutReply { content: content.0, ..LayoutReply::default() };
+    if content.0 == 0 {
+        return Ok(Reply::Layout(reply));
+    }
+    check_slot(&mut view, content.slot())?;
+    let found: Option<ContentRow> = get_row(view, tables::CONTENT, &tables::content_key(content))?;
+    let found = found.filter(|c| c.file == id.raw());
+    let found = found.ok_or_else(|| Stop::refuse(Code::NotFound, "the file has no such content"))?;
+    reply.size = found.size;
+    let until = key_after(&tables::extent_key(content, 0)[..9]);
+    let from = start_of(view, content, op.offset)?;
+    let rows =
+        view.scan(tables::EXTENT, &tables::extent_key(content, from), &until, LAYOUT_EXTENTS_MAX + 1)?;
+    for (key, value) in rows {
+        let (_, offset) =
+            tables::parse_pair(&key).ok_or_else(|| StoreError::Broken("an extent's key".into()))?;
+        if reply.extents.len() == LAYOUT_EXTENTS_MAX {
+            reply.next_offset = offset;
+            break;
+        }
+        let row: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
+        let source = match row.source {
+            Some(extent_row::Source::Inline(data)) => Source::Inline(data),
+            Some(extent_row::Source::Hole(_)) | None => Source::Hole(true),
+            Some(extent_row::Source::Span(range)) => {
+                let key = tables::span_key(SpanId(range.span_id));
+                let span: Span = get_row(view, tables::SPAN, &key)?.ok_or_else(|| {
+                    StoreError::Broken(format!("span {:x} of a content does not exist", range.span_id))
+                })?;
+                if !reply.spans.iter().any(|s| s.span_id == span.span_id) {
+                    reply.spans.push(span);
+                }
+                Source::Span(range)
+            }
+        };
+        reply.extents.push(Extent { offset, length: row.length, source: Some(source) });
+    }
+    Ok(Reply::Layout(reply))
+}
+
+/// The offset of the extent that holds `offset`. Extents are contiguous, so the last one that begins at or below.
+fn start_of(view: &dyn View, content: ContentId, offset: u64) -> Result<u64, Stop> {
+    if offset == 0
+        || get_row::<ExtentRow>(view, tables::EXTENT, &tables::extent_key(content, offset))?.is_some()
+    {
+        return Ok(offset);
+    }
+    // Spans are at most 100 MiB, so a window below the offset holds the start unless a hole is longer.
+    let mut window = u64::from(clutch_proto::limits::SPAN_BYTES_MAX);
+    loop {
+        let from = offset.saturating_sub(window);
+        let (low, high) = (tables::extent_key(content, from), tables::extent_key(content, offset));
+        if let Some((key, _)) = view.scan(tables::EXTENT, &low, &high, usize::MAX)?.last() {
+            return Ok(tables::parse_pair(key).map_or(0, |(_, offset)| offset));
+        }
+        if from == 0 {
+            return Ok(0);
+        }
+        window = window.saturating_mul(16);
+    }
+}
+
+fn history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
+    let dir = parse_directory(&mut view, op.dir)?;
+    inode::get(&mut view, dir)?;
+    let prefix = if op.name.is_empty() {
+        tables::directory_prefix(dir)
+    } else {
+        name::check(&op.name)?;
+        tables::past_edge_prefix(dir, &op.name)
+    };
+    let from = if op.after.is_empty() { prefix.clone() } else { [&op.after[..], &[0]].concat() };
+    if !from.starts_with(&prefix) {
+        return Err(Stop::refuse(Code::InvalidArgument, "`after` is not from a page of this listing"));
+    }
+    let rows = view.scan(tables::PAST_EDGE, &from, &key_after(&prefix), READDIR_ENTRIES_MAX)?;
+    let next = if rows.len() == READDIR_ENTRIES_MAX { rows.last().map(|(k, _)| k.clone()) } else { None };
+    let mut reply = HistoryReply { past: Vec::with_capacity(rows.len()), next: next.unwrap_or_default() };
+    for (key, value) in rows {
+        let broken = || StoreError::Broken("a past edge's key".into());
+        let (_, _, name, ended_at) = tables::parse_past_edge_key(&key).ok_or_else(broken)?;
+        let row: PastEdgeRow = decode_row(tables::PAST_EDGE, &key, value)?;
+        let PastEdgeRow { target, created_at, owned } = row;
+        reply.past.push(PastEdge {
+            name: bytes::Bytes::copy_from_slice(name),
+            target,
+            created_at,
+            ended_at,
+            owned,
+        });
+    }
+    Ok(Reply::History(reply))
+}

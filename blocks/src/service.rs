@@ -1,0 +1,84 @@
+//! Answers requests for blocks: certificate first, then the disk.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use clutch_proto::{
+    Refusal, Time,
+    blocks::{BlocksReply, BlocksRequest, blocks_request::Op},
+    certificate::{Claims, Key, Operation},
+    types::Code,
+};
+use clutch_runtime::Runtime;
+use prost::Message as _;
+
+use crate::store::{BlockStore, Expected};
+
+/// One block service.
+pub struct BlockService {
+    runtime: Runtime,
+    store: Arc<BlockStore>,
+    cluster: u64,
+    /// Live keys, newest first.
+    keys: Vec<Key>,
+}
+
+impl BlockService {
+    /// A service over a disk's blocks.
+    pub fn new(runtime: Runtime, store: BlockStore, cluster: u64, keys: Vec<Key>) -> BlockService {
+        BlockService { runtime, store: Arc::new(store), cluster, keys }
+    }
+
+    /// The disk's blocks.
+    pub fn store(&self) -> &Arc<BlockStore> {
+        &self.store
+    }
+
+    fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
+        let claims = Claims::verify(certificate, &self.keys)?;
+        claims.check_grant(operation, self.cluster, self.store.service(), self.runtime.clock.now())?;
+        let expected =
+            Expected { block: claims.block, size: claims.size, crc: claims.crc, time: claims.time.0 };
+        Ok((claims, expected))
+    }
+
+    /// Handles one request.
+    pub async fn handle(&self, body: Bytes) -> Result<BlocksReply, Refusal> {
+        let request = BlocksRequest::decode(body)
+            .map_err(|e| Refusal::malformed(format!("decode blocks request: {e}")))?;
+        let store = self.store.clone();
+        let gone = || Refusal::new(Code::DiskFault, "the disk's work did not finish");
+        match request.op {
+            None => Err(Refusal::malformed("a request without an operation that this build knows")),
+            Some(Op::Write(op)) => {
+                let (claims, expected) = self.admit(&op.certificate, Operation::Write)?;
+                self.runtime.blocking(move || store.write(&expected, &op.data)).await.ok_or_else(gone)??;
+                Ok(self.proof(&claims, Operation::Written))
+            }
+            Some(Op::Read(op)) => {
+                let (_, expected) = self.admit(&op.certificate, Operation::Read)?;
+                let read = self.runtime.blocking(move || store.read(&expected, op.offset, op.length));
+                Ok(BlocksReply { data: read.await.ok_or_else(gone)??, ..BlocksReply::default() })
+            }
+            Some(Op::Check(op)) => {
+                let (_, expected) = self.admit(&op.certificate, Operation::Check)?;
+                self.runtime.blocking(move || store.read_whole(&expected)).await.ok_or_else(gone)??;
+                Ok(BlocksReply::default())
+            }
+            Some(Op::Erase(op)) => {
+                let (claims, expected) = self.admit(&op.certificate, Operation::Erase)?;
+                self.runtime.blocking(move || store.erase(expected.block)).await.ok_or_else(gone)??;
+                Ok(self.proof(&claims, Operation::Erased))
+            }
+        }
+    }
+
+    fn proof(&self, claims: &Claims, operation: Operation) -> BlocksReply {
+        let now: Time = self.runtime.clock.now();
+        let proof = self.keys.first().map(|key| claims.proof(operation, now).sign(key)).unwrap_or_default();
+        BlocksReply { proof, ..BlocksReply::default() }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,137 @@
+//! The service on a simulated disk: certificates, flips, losses.
+
+use std::path::PathBuf;
+
+use clutch_proto::{BlockId, ServiceId, blocks::*, limits::PAGE_BYTES};
+use clutch_runtime::simulated::{NodeId, World};
+
+use super::*;
+
+const NODE: NodeId = NodeId(0);
+const SERVICE: ServiceId = ServiceId(5);
+
+fn key() -> Key {
+    Key { epoch: 1, secret: [9; 32] }
+}
+
+fn data() -> Vec<u8> {
+    (0..3 * PAGE_BYTES).map(|i| (i * 31 % 251) as u8).collect()
+}
+
+fn claims(operation: Operation, now: Time) -> Claims {
+    let data = data();
+    Claims {
+        operation,
+        cluster: 1,
+        service: SERVICE,
+        block: BlockId(0x1234),
+        size: data.len() as u32,
+        crc: crc32fast::hash(&data),
+        time: now,
+        expiry: now.plus_ms(1000),
+    }
+}
+
+fn call(world: &World, op: Op) -> Result<BlocksReply, Refusal> {
+    let runtime = world.node(NODE);
+    world
+        .run(NODE, std::time::Duration::from_secs(5), async move {
+            let store =
+                BlockStore::open(runtime.disk.clone(), PathBuf::from("d"), 1, SERVICE).expect("opens");
+            let service = BlockService::new(runtime, store, 1, vec![key()]);
+            service.handle(BlocksRequest { op: Some(op) }.encode_to_vec().into()).await
+        })
+        .expect("answers")
+}
+
+fn write(world: &World) -> Result<BlocksReply, Refusal> {
+    let certificate = claims(Operation::Write, world.node(NODE).clock.now()).sign(&key());
+    call(world, Op::Write(WriteBlock { certificate, data: data().into() }))
+}
+
+fn read(world: &World, offset: u32, length: u32) -> Result<Bytes, Refusal> {
+    let certificate = claims(Operation::Read, world.node(NODE).clock.now()).sign(&key());
+    call(world, Op::Read(ReadBlock { certificate, offset, length })).map(|r| r.data)
+}
+
+#[test]
+fn a_block_is_proven_read_back_and_survives_a_crash() {
+    let world = World::new(1);
+    let proof = write(&world).expect("writes").proof;
+    let proven = Claims::verify(&proof, &[key()]).expect("a good proof");
+    assert_eq!((proven.operation, proven.block), (Operation::Written, BlockId(0x1234)));
+    assert!(write(&world).is_ok(), "the same block again is fine");
+    world.crash(NODE);
+    assert_eq!(read(&world, 0, 3 * PAGE_BYTES).expect("reads"), data());
+    assert_eq!(read(&world, 4000, 200).expect("reads"), data()[4000..4200]);
+    for (offset, length) in [(0, 0), (0, 3 * PAGE_BYTES + 1), (u32::MAX, 1), (3 * PAGE_BYTES, 1)] {
+        assert_eq!(read(&world, offset, length).expect_err("refused").code, Code::InvalidArgument);
+    }
+}
+
+#[test]
+fn nothing_happens_without_the_right_certificate() {
+    let world = World::new(2);
+    let now = world.node(NODE).clock.now();
+    let good = claims(Operation::Write, now);
+    let mut refused = vec![
+        (good.sign(&Key { epoch: 1, secret: [8; 32] }), Code::BadCertificate),
+        (claims(Operation::Read, now).sign(&key()), Code::BadCertificate),
+        (Claims { cluster: 2, ..good }.sign(&key()), Code::WrongCluster),
+        (Claims { service: ServiceId(6), ..good }.sign(&key()), Code::WrongService),
+        (Claims { expiry: Time(1), ..good }.sign(&key()), Code::CertificateExpired),
+        (Claims { crc: 1, ..good }.sign(&key()), Code::CrcMismatch),
+        (Claims { size: 4096, ..good }.sign(&key()), Code::InvalidArgument),
+        (Bytes::new(), Code::BadCertificate),
+    ];
+    let signed = good.sign(&key());
+    for i in 0..signed.len() {
+        let mut flipped = signed.to_vec();
+        flipped[i] ^= 0x10;
+        refused.push((flipped.into(), Code::BadCertificate));
+    }
+    for (certificate, code) in refused {
+        let write = WriteBlock { certificate, data: data().into() };
+        assert_eq!(call(&world, Op::Write(write)).expect_err("refused").code, code);
+    }
+    assert!(world.disk(NODE).files().is_empty(), "nothing was written");
+    assert_eq!(read(&world, 0, 1).expect_err("nothing there").code, Code::BlockNotFound);
+}
+
+#[test]
+fn every_flipped_byte_is_an_error_or_the_right_bytes() {
+    let world = World::new(3);
+    write(&world).expect("writes");
+    let disk = world.disk(NODE);
+    let (path, len) = disk.files().pop().expect("one file");
+    let mut errors = 0;
+    for offset in (0..len).step_by(7).chain(0..64).chain(4096..4112) {
+        assert!(disk.corrupt(&path, offset, 0x04));
+        match read(&world, 0, 3 * PAGE_BYTES) {
+            Ok(bytes) => assert_eq!(bytes, data(), "flip at {offset}"),
+            Err(refusal) => {
+                assert_eq!(refusal.code, Code::BlockCorrupt);
+                errors += 1;
+            }
+        }
+        disk.corrupt(&path, offset, 0x04);
+    }
+    assert!(errors as u64 > 3 * u64::from(PAGE_BYTES) / 7);
+}
+
+#[test]
+fn an_erase_waits_until_no_write_can_be_granted() {
+    let world = World::new(4);
+    write(&world).expect("writes");
+    let certificate = claims(Operation::Erase, world.node(NODE).clock.now()).sign(&key());
+    let erase = || Op::Erase(EraseBlock { certificate: certificate.clone() });
+    assert_eq!(call(&world, erase()).expect_err("too early").code, Code::TooEarly);
+    let clock = world.node(NODE).clock;
+    world.run(NODE, std::time::Duration::from_secs(600), async move {
+        clock.sleep(std::time::Duration::from_secs(130)).await;
+    });
+    let proof = call(&world, erase()).expect("erases").proof;
+    assert_eq!(Claims::verify(&proof, &[key()]).expect("good").operation, Operation::Erased);
+    assert_eq!(read(&world, 0, 1).expect_err("gone").code, Code::BlockNotFound);
+    assert!(call(&world, erase()).is_ok(), "again is fine");
+}

@@ -1,0 +1,221 @@
+//! One disk's blocks: files in 256 directories, written under a temporary name first.
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use clutch_proto::{BlockId, Refusal, ServiceId, limits::PAGE_BYTES, types::Code};
+use clutch_runtime::Disk;
+
+use crate::format::{HEADER_BYTES, Header, data_offset, page_table, pages};
+
+/// The blocks of one service. Its calls block on the disk.
+pub struct BlockStore {
+    disk: Arc<dyn Disk>,
+    dir: PathBuf,
+    cluster: u64,
+    service: ServiceId,
+    next_temporary: AtomicU64,
+}
+
+/// What a write is to leave behind.
+#[derive(Clone, Copy, Debug)]
+pub struct Expected {
+    /// The block.
+    pub block: BlockId,
+    /// Its size.
+    pub size: u32,
+    /// Its CRC.
+    pub crc: u32,
+    /// When it was granted.
+    pub time: u64,
+}
+
+fn disk_fault(what: &str, error: &io::Error) -> Refusal {
+    let code = if error.kind() == io::ErrorKind::StorageFull { Code::NoSpace } else { Code::DiskFault };
+    Refusal::new(code, format!("{what}: {error}"))
+}
+
+impl BlockStore {
+    /// Opens a disk's directory and removes what writes that never finished left behind.
+    pub fn open(
+        disk: Arc<dyn Disk>,
+        dir: PathBuf,
+        cluster: u64,
+        service: ServiceId,
+    ) -> io::Result<BlockStore> {
+        let store = BlockStore { disk, dir, cluster, service, next_temporary: AtomicU64::new(1) };
+        let temporary = store.dir.join("tmp");
+        store.disk.create_dir_all(&temporary)?;
+        for name in store.disk.list(&temporary)? {
+            store.disk.remove(&temporary.join(name))?;
+        }
+        Ok(store)
+    }
+
+    /// Which service this is.
+    pub fn service(&self) -> ServiceId {
+        self.service
+    }
+
+    /// Total and available bytes of the disk.
+    pub fn space(&self) -> io::Result<(u64, u64)> {
+        self.disk.space(&self.dir)
+    }
+
+    fn path(&self, block: BlockId) -> PathBuf {
+        // The bits above the slot spread one shard's blocks over all directories.
+        self.dir.join(format!("{:02x}", block.0 >> 8 & 0xff)).join(format!("{:016x}", block.0))
+    }
+
+    /// Writes a block durably. The same block again is fine; another one under its id is refused.
+    pub fn write(&self, expected: &Expected, data: &[u8]) -> Result<(), Refusal> {
+        if data.len() != expected.size as usize {
+            let text = format!("{} bytes for a block of {}", data.len(), expected.size);
+            return Err(Refusal::invalid(text));
+        }
+        if crc32fast::hash(data) != expected.crc {
+            return Err(Refusal::new(Code::CrcMismatch, "the data do not have the CRC that was granted"));
+        }
+        let path = self.path(expected.block);
+        if self.disk.exists(&path) {
+            match self.read_whole(expected) {
+                Ok(_) => return Ok(()),
+                Err(refusal) if refusal.code == Code::BlockCorrupt => {}
+                Err(refusal) => return Err(refusal),
+            }
+        }
+        let table = page_table(data);
+        let header = Header {
+            cluster: self.cluster,
+            service: self.service,
+            block: expected.block,
+            size: expected.size,
+            crc: expected.crc,
+            time: expected.time,
+            table_crc: crc32fast::hash(&table),
+        };
+        self.write_file(&path, &header.encode(), &table, data, data_offset(expected.size))
+            .map_err(|e| disk_fault("write block", &e))
+    }
+
+    fn write_file(&self, path: &Path, header: &[u8], table: &[u8], data: &[u8], at: u64) -> io::Result<()> {
+        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
+        let dir = path.parent().unwrap_or(&self.dir);
+        self.disk.create_dir_all(dir)?;
+        let temporary_dir = self.dir.join("tmp");
+        let temporary = temporary_dir.join(format!("{number:016x}"));
+        let written = (|| {
+            // The directory may have been emptied by hand.
+            self.disk.create_dir_all(&temporary_dir)?;
+            let file = self.disk.open(&temporary, true)?;
+            let mut head = header.to_vec();
+            head.extend_from_slice(table);
+            head.resize(at as usize, 0);
+            file.write_at(&head, 0)?;
+            file.write_at(data, at)?;
+            file.sync()?;
+            self.disk.rename(&temporary, path)?;
+            self.disk.sync_dir(dir)
+        })();
+        if written.is_err() && self.disk.exists(&temporary) {
+            // The write has failed already; what stays behind is removed at the next start.
+            let _ = self.disk.remove(&temporary);
+        }
+        written
+    }
+
+    /// Reads part of a block and verifies every page of it.
+    pub fn read(&self, expected: &Expected, offset: u32, length: u32) -> Result<Bytes, Refusal> {
+        let end = offset.checked_add(length).filter(|end| *end <= expected.size && length > 0);
+        let Some(end) = end else {
+            let text = format!("{length} bytes at {offset} of a block of {}", expected.size);
+            return Err(Refusal::invalid(text));
+        };
+        let path = self.path(expected.block);
+        let block = expected.block;
+        let corrupt = |what: String| {
+            Refusal::new(Code::BlockCorrupt, format!("block {block} on service {}: {what}", self.service))
+        };
+        let missing =
+            || Refusal::new(Code::BlockNotFound, format!("block {block} is not on service {}", self.service));
+        let file = match self.disk.open(&path, false) {
+            Ok(file) => file,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(missing()),
+            Err(e) => return Err(disk_fault("open block", &e)),
+        };
+        let exact = |offset: u64, length: u64| -> Result<Vec<u8>, Refusal> {
+            let mut bytes = vec![0; length as usize];
+            let read = file.read_at(&mut bytes, offset).map_err(|e| disk_fault("read block", &e))?;
+            if read < bytes.len() {
+                return Err(corrupt(format!("the file ends at {}", offset + read as u64)));
+            }
+            Ok(bytes)
+        };
+        let header = Header::decode(&exact(0, HEADER_BYTES)?).map_err(corrupt)?;
+        let is_expected = header.cluster == self.cluster
+            && header.service == self.service
+            && header.block == block
+            && (header.size, header.crc) == (expected.size, expected.crc);
+        if !is_expected {
+            return Err(corrupt("the file is of another block".into()));
+        }
+        let table = exact(HEADER_BYTES, pages(header.size) * 4)?;
+        if crc32fast::hash(&table) != header.table_crc {
+            return Err(corrupt("the page table's checksum does not match".into()));
+        }
+        let first = offset / PAGE_BYTES;
+        let last = end.div_ceil(PAGE_BYTES);
+        let from = u64::from(first * PAGE_BYTES);
+        let data = exact(data_offset(header.size) + from, u64::from(last - first) * u64::from(PAGE_BYTES))?;
+        for (i, page) in data.chunks(PAGE_BYTES as usize).enumerate() {
+            let at = (first as usize + i) * 4;
+            if table[at..at + 4] != crc32fast::hash(page).to_le_bytes() {
+                return Err(corrupt(format!("page {} does not match its checksum", first as usize + i)));
+            }
+        }
+        let start = (u64::from(offset) - from) as usize;
+        Ok(Bytes::from(data).slice(start..start + length as usize))
+    }
+
+    /// Reads a whole block and checks its own CRC too.
+    pub fn read_whole(&self, expected: &Expected) -> Result<Bytes, Refusal> {
+        let data = self.read(expected, 0, expected.size)?;
+        if crc32fast::hash(&data) != expected.crc {
+            return Err(Refusal::new(
+                Code::BlockCorrupt,
+                format!("block {} does not have its CRC", expected.block),
+            ));
+        }
+        Ok(data)
+    }
+
+    /// Removes a block durably; one that is not there is fine.
+    pub fn erase(&self, block: BlockId) -> Result<(), Refusal> {
+        let path = self.path(block);
+        match self.disk.remove(&path) {
+            Ok(()) => self
+                .disk
+                .sync_dir(path.parent().unwrap_or(&self.dir))
+                .map_err(|e| disk_fault("erase block", &e)),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            Err(e) => Err(disk_fault("erase block", &e)),
+        }
+    }
+
+    /// Ids of all blocks, for comparison with the metadata.
+    pub fn list(&self) -> io::Result<Vec<BlockId>> {
+        let mut blocks = Vec::new();
+        for dir in self.disk.list(&self.dir)?.iter().filter(|d| d.len() == 2) {
+            let names = self.disk.list(&self.dir.join(dir))?;
+            blocks.extend(names.iter().filter_map(|n| u64::from_str_radix(n, 16).ok()).map(BlockId));
+        }
+        Ok(blocks)
+    }
+}

@@ -1,1 +1,21 @@
-//! clutch-client.
+//! The client library: paths in, three outcomes out.
+//!
+//! [`Client`] finds the cluster through the registry, sends each request to the shard of its slot, retries what
+//! may be retried under one tag, cuts files into spans and writes and reads their blocks in parallel.
+//!
+//! Invariants: a mutation that was not answered is reported as unknown, never as failed; bytes that do not match
+//! their checksums are never returned; caches are bounded in entries and in time.
+
+mod error;
+mod files;
+mod path;
+mod read;
+mod rpc;
+mod span;
+mod write;
+
+pub use error::ClientError;
+pub use files::{Created, FileAttributes};
+pub use path::Resolved;
+pub use rpc::{Client, ClientOptions};
+pub use write::ContentSource;

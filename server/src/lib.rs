@@ -1,1 +1,18 @@
-//! clutch-server.
+//! The composition root: turns crates into nodes. The only shipped crate that names a concrete log engine or
+//! store.
+//!
+//! [`node`] starts roles over whatever runtime, logs and stores it is given; [`up`] gives it the embedded
+//! defaults: the `local` log engine and RocksDB under one directory. [`replay`] runs logs again, offline or from a
+//! running cluster.
+
+pub mod cdc_driver;
+pub mod cluster_file;
+mod handler;
+pub mod keys;
+pub mod node;
+//R
+pub mod stores;
+pub mod up;
+
+pub use cluster_file::ClusterFile;
+pub use node::{Node, NodeConfig, Roles};

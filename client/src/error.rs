@@ -1,0 +1,44 @@
+//! What can go wrong for a caller.
+
+use clutch_proto::{Refusal, types::Code};
+
+/// Done is `Ok`; these are the other two outcomes.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Certainly no effect.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// Nobody could be asked: certainly no effect.
+    #[error("{0}")]
+    Unreachable(String),
+    /// The request was sent, and whether it took effect is not known.
+    #[error("outcome unknown: {0}")]
+    Unknown(String),
+    /// Too few blocks of a span can be read. Names the span and what each service said.
+    #[error("{0}")]
+    DataLost(String),
+    /// Reading the caller's bytes, or writing them for it, failed.
+    #[error("local file: {0}")]
+    Local(String),
+}
+
+impl ClientError {
+    /// The code of a refusal.
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            ClientError::Refused(refusal) => Some(refusal.code),
+            _ => None,
+        }
+    }
+
+    /// Whether something does not exist.
+    pub fn is_not_found(&self) -> bool {
+        self.code() == Some(Code::NotFound)
+    }
+
+    pub(crate) fn unexpected(what: &str) -> ClientError {
+        ClientError::Refused(Refusal::malformed(format!(
+            "an answer without {what}; client and server do not fit"
+        )))
+    }
+}

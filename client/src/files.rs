@@ -1,0 +1,232 @@
+//! Directories, links, attributes and history.
+
+use bytes::Bytes;
+use clutch_proto::{
+    InodeId, Refusal,
+    cdc::{MakeDirectory, RemoveDirectory, RenameDirectory, RenameFile, cdc_request},
+    shard::{
+        CreateSymlink, DirEntry, EdgeReply, History, PastEdge, ReadDir, RenameInDirectory, SetAttributes,
+        Stat, Undelete, Unlink, shard_reply::Reply, shard_request::Op,
+    },
+    types::{Attributes, Code},
+};
+
+use crate::{error::ClientError, path::Resolved, rpc::Client};
+
+/// What a new file or directory gets.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FileAttributes {
+    /// Permission bits.
+    pub mode: u32,
+    /// Owner.
+    pub uid: u32,
+    /// Group.
+    pub gid: u32,
+    /// Modification time in nanoseconds; 0 takes the time of the creation.
+    pub mtime: u64,
+}
+
+/// What was made.
+#[derive(Clone, Copy, Debug)]
+pub struct Created {
+    /// The inode.
+    pub id: InodeId,
+    /// When its entry was made.
+    pub created_at: u64,
+}
+
+pub(crate) fn created(reply: Reply) -> Result<Created, ClientError> {
+    match reply {
+        Reply::Edge(EdgeReply { target, created_at, .. }) => {
+            let id = InodeId::from_wire(target).ok_or_else(|| ClientError::unexpected("an inode id"))?;
+            Ok(Created { id, created_at })
+        }
+        _ => Err(ClientError::unexpected("an edge")),
+    }
+}
+
+impl Client {
+    /// An inode's attributes.
+    pub async fn stat(&self, id: InodeId) -> Result<Attributes, ClientError> {
+        match self.shard_read(id.slot(), Op::Stat(Stat { id: id.raw() })).await? {
+            Reply::Attributes(attributes) => Ok(attributes),
+            _ => Err(ClientError::unexpected("attributes")),
+        }
+    }
+
+    /// One page of a directory: entries, and the cursor of the next page or 0.
+    pub async fn read_dir_page(
+        &self,
+        dir: InodeId,
+        cursor: u64,
+    ) -> Result<(Vec<DirEntry>, u64), ClientError> {
+        let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor, limit: 0 });
+        match self.shard_read(dir.slot(), op).await? {
+            Reply::ReadDir(page) => Ok((page.entries, page.next_cursor)),
+            _ => Err(ClientError::unexpected("a page")),
+        }
+    }
+
+    /// All entries of a directory, in the order of their names.
+    pub async fn read_dir(&self, dir: InodeId) -> Result<Vec<DirEntry>, ClientError> {
+        let mut entries = Vec::new();
+        let mut cursor = 0;
+        loop {
+            let (page, next) = self.read_dir_page(dir, cursor).await?;
+            entries.extend(page);
+            if next == 0 {
+                break;
+            }
+            cursor = next;
+        }
+        entries.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// Makes a directory.
+    pub async fn make_directory(
+        &self,
+        owner: InodeId,
+        name: &Bytes,
+        attributes: FileAttributes,
+    ) -> Result<Created, ClientError> {
+        let FileAttributes { mode, uid, gid, mtime } = attributes;
+        let op = MakeDirectory { owner: owner.raw(), name: name.clone(), mode, uid, gid, mtime };
+        let reply = self.cdc(cdc_request::Op::MakeDirectory(op)).await?;
+        let id = InodeId::from_wire(reply.id).ok_or_else(|| ClientError::unexpected("an inode id"))?;
+        Ok(Created { id, created_at: reply.created_at })
+    }
+
+    /// Removes an empty directory.
+    pub async fn remove_directory(&self, at: &Resolved) -> Result<(), ClientError> {
+        self.inner.edges.forget(at.parent, &at.name);
+        let op = RemoveDirectory {
+            owner: at.parent.raw(),
+            name: at.name.clone(),
+            target: at.id.raw(),
+            created_at: at.created_at,
+        };
+        self.cdc(cdc_request::Op::RemoveDirectory(op)).await.map(drop)
+    }
+
+    /// Removes a file or symbolic link; it stays in the history until the policy says otherwise.
+    pub async fn unlink(&self, at: &Resolved) -> Result<(), ClientError> {
+        let op = Unlink {
+            dir: at.parent.raw(),
+            name: at.name.clone(),
+            target: at.id.raw(),
+            created_at: at.created_at,
+        };
+        self.shard_write(at.parent.slot(), Op::Unlink(op)).await.map(drop)
+    }
+
+    /// Gives a file or directory another name or place. A file of the new name is replaced.
+    pub async fn rename(
+        &self,
+        at: &Resolved,
+        new_owner: InodeId,
+        new_name: &Bytes,
+    ) -> Result<(), ClientError> {
+        if at.name.is_empty() {
+            return Err(Refusal::new(Code::InvalidArgument, "the root directory cannot be moved").into());
+        }
+        self.inner.edges.forget(at.parent, &at.name);
+        self.inner.edges.forget(new_owner, new_name);
+        let (target, old_owner, old_name, created_at) =
+            (at.id.raw(), at.parent.raw(), at.name.clone(), at.created_at);
+        if new_owner == at.parent {
+            let op = RenameInDirectory {
+                dir: old_owner,
+                old_name,
+                target,
+                created_at,
+                new_name: new_name.clone(),
+            };
+            return self.shard_write(new_owner.slot(), Op::RenameInDirectory(op)).await.map(drop);
+        }
+        let (new_owner, new_name) = (new_owner.raw(), new_name.clone());
+        let op = if at.id.is_directory() {
+            cdc_request::Op::RenameDirectory(RenameDirectory {
+                target,
+                old_owner,
+                old_name,
+                created_at,
+                new_owner,
+                new_name,
+            })
+        } else {
+            cdc_request::Op::RenameFile(RenameFile {
+                target,
+                old_owner,
+                old_name,
+                created_at,
+                new_owner,
+                new_name,
+            })
+        };
+        self.cdc(op).await.map(drop)
+    }
+
+    /// Makes a symbolic link.
+    pub async fn symlink(
+        &self,
+        dir: InodeId,
+        name: &Bytes,
+        target: Bytes,
+        attributes: FileAttributes,
+        replace: bool,
+    ) -> Result<Created, ClientError> {
+        let FileAttributes { uid, gid, mtime, .. } = attributes;
+        let op = CreateSymlink { dir: dir.raw(), name: name.clone(), target, uid, gid, mtime, replace };
+        created(self.shard_write(dir.slot(), Op::CreateSymlink(op)).await?)
+    }
+
+    /// Changes what is set in the request, and nothing else.
+    pub async fn set_attributes(
+        &self,
+        id: InodeId,
+        change: SetAttributes,
+    ) -> Result<Attributes, ClientError> {
+        let op = Op::SetAttributes(SetAttributes { id: id.raw(), ..change });
+        match self.shard_write(id.slot(), op).await? {
+            Reply::Attributes(attributes) => Ok(attributes),
+            _ => Err(ClientError::unexpected("attributes")),
+        }
+    }
+
+    /// What a directory, or one name in it, held before; oldest first.
+    pub async fn history(&self, dir: InodeId, name: Option<&Bytes>) -> Result<Vec<PastEdge>, ClientError> {
+        let mut past = Vec::new();
+        let mut after = Bytes::new();
+        loop {
+            let op = History { dir: dir.raw(), name: name.cloned().unwrap_or_default(), after };
+            let Reply::History(page) = self.shard_read(dir.slot(), Op::History(op)).await? else {
+                return Err(ClientError::unexpected("a history"));
+            };
+            past.extend(page.past);
+            if page.next.is_empty() {
+                break;
+            }
+            after = page.next;
+        }
+        past.sort_by_key(|p| p.ended_at);
+        Ok(past)
+    }
+
+    /// Brings a deleted or replaced file back under a name that is free.
+    pub async fn undelete(
+        &self,
+        dir: InodeId,
+        past: &PastEdge,
+        new_name: &Bytes,
+    ) -> Result<Created, ClientError> {
+        let op = Undelete {
+            dir: dir.raw(),
+            name: past.name.clone(),
+            target: past.target,
+            ended_at: past.ended_at,
+            new_name: new_name.clone(),
+        };
+        created(self.shard_write(dir.slot(), Op::Undelete(op)).await?)
+    }
+}

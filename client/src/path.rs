@@ -1,0 +1,182 @@
+//! From paths to inodes. Remote paths are absolute; `.` and `..` are resolved in the path itself.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use clutch_proto::{
+    InodeId, Refusal, name,
+    shard::{EdgeReply, Lookup, shard_reply::Reply, shard_request::Op},
+    types::Code,
+};
+use quick_cache::sync::Cache;
+
+use crate::{error::ClientError, rpc::Client};
+
+/// Directory entries that were looked up lately: bounded in number and age.
+pub(crate) struct EdgeCache {
+    cache: Cache<(InodeId, Bytes), (EdgeReply, Duration)>,
+    lifetime: Duration,
+}
+
+impl EdgeCache {
+    pub(crate) fn new(entries_max: usize, lifetime: Duration) -> EdgeCache {
+        EdgeCache { cache: Cache::new(entries_max.max(1)), lifetime }
+    }
+
+    fn get(&self, dir: InodeId, name: &Bytes, now: Duration) -> Option<EdgeReply> {
+        let (edge, since) = self.cache.get(&(dir, name.clone()))?;
+        (now.saturating_sub(since) < self.lifetime).then_some(edge)
+    }
+
+    fn put(&self, dir: InodeId, name: &Bytes, edge: &EdgeReply, now: Duration) {
+        if !self.lifetime.is_zero() {
+            self.cache.insert((dir, name.clone()), (edge.clone(), now));
+        }
+    }
+
+    pub(crate) fn forget(&self, dir: InodeId, name: &Bytes) {
+        self.cache.remove(&(dir, name.clone()));
+    }
+}
+
+/// Where a path leads.
+#[derive(Clone, Debug)]
+pub struct Resolved {
+    /// The inode.
+    pub id: InodeId,
+    /// The directory that holds it; the root's is the root.
+    pub parent: InodeId,
+    /// Its name there; empty for the root.
+    pub name: Bytes,
+    /// When the entry was made; what later requests must name.
+    pub created_at: u64,
+}
+
+/// The names of an absolute path, `.` and `..` resolved.
+pub(crate) fn components(path: &str) -> Result<Vec<Bytes>, ClientError> {
+    if !path.starts_with('/') {
+        return Err(Refusal::invalid(format!("{path:?} is not absolute; remote paths begin with /")).into());
+    }
+    let mut names: Vec<Bytes> = Vec::new();
+    for part in path.split('/') {
+        match part {
+            "" | "." => {}
+            ".." => drop(names.pop()),
+            part => {
+                name::check(part.as_bytes())?;
+                names.push(Bytes::copy_from_slice(part.as_bytes()));
+            }
+        }
+    }
+    if names.len() > clutch_proto::limits::PATH_DEPTH_MAX {
+        let text = format!(
+            "a path of {} names; at most {} are allowed",
+            names.len(),
+            clutch_proto::limits::PATH_DEPTH_MAX
+        );
+        return Err(Refusal::new(Code::NameTooLong, text).into());
+    }
+    Ok(names)
+}
+
+fn in_path(error: ClientError, path: &str) -> ClientError {
+    match error {
+        ClientError::Refused(refusal) if refusal.code == Code::NotFound => {
+            Refusal::new(Code::NotFound, format!("{path}: not found")).into()
+        }
+        other => other,
+    }
+}
+
+impl Client {
+    /// Looks up one name, at the shard.
+    pub async fn lookup(&self, dir: InodeId, name: &Bytes) -> Result<EdgeReply, ClientError> {
+        let op = Op::Lookup(Lookup { dir: dir.raw(), name: name.clone() });
+        match self.shard_read(dir.slot(), op).await? {
+            Reply::Edge(edge) => Ok(edge),
+            _ => Err(ClientError::unexpected("an edge")),
+        }
+    }
+
+    /// Looks up a directory on the way, believing what was found a moment ago.
+    async fn lookup_cached(&self, dir: InodeId, name: &Bytes) -> Result<EdgeReply, ClientError> {
+        let now = self.inner.runtime.clock.monotonic();
+        if let Some(edge) = self.inner.edges.get(dir, name, now) {
+            return Ok(edge);
+        }
+        let edge = self.lookup(dir, name).await?;
+        self.inner.edges.put(dir, name, &edge, now);
+        Ok(edge)
+    }
+
+    /// Resolves a path; the last name is always asked for anew. Symbolic links are not followed.
+    pub async fn resolve(&self, path: &str) -> Result<Resolved, ClientError> {
+        let names = components(path)?;
+        let mut at = Resolved { id: InodeId::ROOT, parent: InodeId::ROOT, name: Bytes::new(), created_at: 0 };
+        for (i, name) in names.iter().enumerate() {
+            if !at.id.is_directory() {
+                return Err(Refusal::new(
+                    Code::NotDirectory,
+                    format!("{path}: a part of it is not a directory"),
+                )
+                .into());
+            }
+            let found = match i + 1 == names.len() {
+                true => self.lookup(at.id, name).await,
+                false => self.lookup_cached(at.id, name).await,
+            };
+            let edge = found.map_err(|e| in_path(e, path))?;
+            let id = InodeId::from_wire(edge.target).ok_or_else(|| ClientError::unexpected("an inode id"))?;
+            at = Resolved { id, parent: at.id, name: name.clone(), created_at: edge.created_at };
+        }
+        Ok(at)
+    }
+
+    /// Resolves a path that must lead to a directory.
+    pub async fn resolve_directory(&self, path: &str) -> Result<InodeId, ClientError> {
+        let found = self.resolve(path).await?;
+        if !found.id.is_directory() {
+            return Err(Refusal::new(Code::NotDirectory, format!("{path}: not a directory")).into());
+        }
+        Ok(found.id)
+    }
+
+    /// The directory of a path's last name, and that name; the name itself need not exist.
+    pub async fn resolve_parent(&self, path: &str) -> Result<(InodeId, Bytes), ClientError> {
+        let mut names = components(path)?;
+        let Some(last) = names.pop() else {
+            return Err(Refusal::new(Code::InvalidArgument, "the root directory cannot be the target").into());
+        };
+        let mut at = InodeId::ROOT;
+        for name in &names {
+            let edge = self.lookup_cached(at, name).await.map_err(|e| in_path(e, path))?;
+            at = InodeId::from_wire(edge.target).ok_or_else(|| ClientError::unexpected("an inode id"))?;
+            if !at.is_directory() {
+                return Err(Refusal::new(
+                    Code::NotDirectory,
+                    format!("{path}: a part of it is not a directory"),
+                )
+                .into());
+            }
+        }
+        Ok((at, last))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::components;
+
+    #[test]
+    fn paths_are_taken_apart() {
+        let names = |path: &str| {
+            components(path)
+                .map(|n| n.iter().map(|n| String::from_utf8_lossy(n).into_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(names("/").expect("ok"), Vec::<String>::new());
+        assert_eq!(names("//a/./b/../c/").expect("ok"), ["a", "c"]);
+        assert_eq!(names("/../..").expect("ok"), Vec::<String>::new());
+        assert!(names("a").is_err() && names("").is_err());
+        assert!(names(&format!("/{}", "x".repeat(256))).is_err() && names("/a\0b").is_err());
+    }
+}

@@ -1,0 +1,265 @@
+//! Reading files: every cell is checked; what is missing or wrong is computed from the other blocks.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use clutch_proto::{
+    InodeId,
+    blocks::{ReadBlock, blocks_request},
+    crc,
+    shard::{Layout, LayoutReply, shard_reply::Reply, shard_request::Op},
+    types::{Block, Code, Extent, Span, extent::Source},
+};
+use futures_util::future::join_all;
+
+use crate::{
+    error::ClientError,
+    rpc::{Client, lock},
+    span::{Cells, recover},
+};
+
+/// How long a service that failed is tried only after the others.
+const SUSPICION: Duration = Duration::from_secs(10);
+/// A hole is handed out in pieces of this size.
+const ZEROS_MAX: u64 = 1 << 20;
+
+impl Client {
+    /// A page of a file's extents, from the one that holds `offset` on.
+    pub async fn layout(&self, id: InodeId, content: u64, offset: u64) -> Result<LayoutReply, ClientError> {
+        match self.shard_read(id.slot(), Op::Layout(Layout { id: id.raw(), offset, content })).await? {
+            Reply::Layout(layout) => Ok(layout),
+            _ => Err(ClientError::unexpected("a layout")),
+        }
+    }
+
+    /// Reads a whole file and hands its bytes to `sink` in order. All bytes are of one version of the file.
+    pub async fn read_file(
+        &self,
+        id: InodeId,
+        sink: &mut (dyn FnMut(Bytes) -> std::io::Result<()> + Send),
+    ) -> Result<u64, ClientError> {
+        let local = |e: std::io::Error| ClientError::Local(e.to_string());
+        let mut page = self.layout(id, 0, 0).await?;
+        let mut done = 0u64;
+        loop {
+            for extent in &page.extents {
+                if extent.offset != done {
+                    return Err(ClientError::unexpected("contiguous extents"));
+                }
+                match self.read_extent(&page, extent, 0, extent.length).await? {
+                    Some(bytes) => sink(bytes).map_err(local)?,
+                    None => {
+                        let mut left = extent.length;
+                        while left > 0 {
+                            let piece = left.min(ZEROS_MAX);
+                            sink(Bytes::from(vec![0; piece as usize])).map_err(local)?;
+                            left -= piece;
+                        }
+                    }
+                }
+                done += extent.length;
+            }
+            if page.next_offset == 0 {
+                break;
+            }
+            page = self.layout(id, page.content, page.next_offset).await?;
+        }
+        if done != page.size {
+            return Err(ClientError::unexpected("all of the file's extents"));
+        }
+        Ok(done)
+    }
+
+    /// Reads up to `length` bytes from `offset`; fewer only at the end of the file.
+    pub async fn read_range(&self, id: InodeId, offset: u64, length: usize) -> Result<Vec<u8>, ClientError> {
+        let mut out = Vec::new();
+        let (mut at, mut content) = (offset, 0);
+        let end = offset.saturating_add(length as u64);
+        loop {
+            let page = self.layout(id, content, at).await?;
+            content = page.content;
+            for extent in &page.extents {
+                let extent_end = extent.offset + extent.length;
+                if extent_end <= at || extent.offset >= end {
+                    continue;
+                }
+                let from = at - extent.offset;
+                let count = end.min(extent_end) - at;
+                match self.read_extent(&page, extent, from, count).await? {
+                    Some(bytes) => out.extend_from_slice(&bytes),
+                    None => out.resize(out.len() + count as usize, 0),
+                }
+                at += count;
+            }
+            if page.next_offset == 0 || at >= end || content == 0 {
+                return Ok(out);
+            }
+        }
+    }
+
+    /// Part of an extent; `None` for a hole.
+    async fn read_extent(
+        &self,
+        page: &LayoutReply,
+        extent: &Extent,
+        from: u64,
+        count: u64,
+    ) -> Result<Option<Bytes>, ClientError> {
+        let out_of = || ClientError::unexpected("a range inside its extent");
+        if from.checked_add(count).is_none_or(|end| end > extent.length) {
+            return Err(out_of());
+        }
+        match &extent.source {
+            Some(Source::Inline(data)) => {
+                if (from + count) as usize > data.len() {
+                    return Err(out_of());
+                }
+                Ok(Some(data.slice(from as usize..(from + count) as usize)))
+            }
+            Some(Source::Hole(_)) | None => Ok(None),
+            Some(Source::Span(range)) => {
+                let span = page.spans.iter().find(|s| s.span_id == range.span_id).ok_or_else(out_of)?;
+                let start = u64::from(range.offset) + from;
+                if start + count > u64::from(span.size) {
+                    return Err(out_of());
+                }
+                Ok(Some(self.read_span(span, start as usize, count as usize).await?))
+            }
+        }
+    }
+
+    /// Bytes `start..start + count` of a span.
+    async fn read_span(&self, span: &Span, start: usize, count: usize) -> Result<Bytes, ClientError> {
+        let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
+        // What comes from the network is checked before it is divided by.
+        shape.check(span.size)?;
+        let cells_all = (shape.blocks() * shape.stripes) as usize;
+        if span.blocks.len() != shape.blocks() as usize || span.cell_crcs.len() != cells_all || count == 0 {
+            return Err(ClientError::unexpected("a whole span"));
+        }
+        let (cell, stripe) = (shape.cell_size as usize, shape.stripe_bytes() as usize);
+        let (first, last) = (start / stripe, (start + count - 1) / stripe);
+        let data = shape.data_blocks as usize;
+        // Within one stripe only the blocks that hold the range are read at first.
+        let wanted = if first == last {
+            (start % stripe) / cell..=((start + count - 1) % stripe) / cell
+        } else {
+            0..=data - 1
+        };
+        let wanted: Vec<usize> = wanted.collect();
+        let mut blocks: Vec<Option<Cells>> = vec![None; shape.blocks() as usize];
+        let mut failures: Vec<String> = Vec::new();
+        let mut tried: Vec<usize> = Vec::new();
+        let mut next = wanted.clone();
+        while !next.is_empty() {
+            let reads = next.iter().map(|i| self.read_cells(span, &span.blocks[*i], *i, first, last));
+            for (i, read) in next.iter().zip(join_all(reads).await) {
+                tried.push(*i);
+                match read {
+                    Ok(cells) => blocks[*i] = Some(cells),
+                    Err(error) => {
+                        let block = &span.blocks[*i];
+                        failures.push(format!(
+                            "block {:x} on service {:x}: {error}",
+                            block.block_id, block.service_id
+                        ));
+                        if error.code() != Some(Code::BlockNotFound)
+                            && error.code() != Some(Code::BlockCorrupt)
+                        {
+                            self.suspect(block.service_id);
+                        }
+                    }
+                }
+            }
+            if wanted.iter().all(|i| blocks[*i].is_some()) {
+                break;
+            }
+            let have = blocks.iter().flatten().count();
+            let left = (0..blocks.len()).filter(|i| !tried.contains(i));
+            next = self.trusted_first(left, span).into_iter().take(data.saturating_sub(have)).collect();
+        }
+        let have = blocks.iter().flatten().count();
+        if wanted.iter().any(|i| blocks[*i].is_none()) {
+            if have < data {
+                return Err(ClientError::DataLost(format!(
+                    "span {:x} cannot be read: {have} of the {data} blocks that are needed are left ({})",
+                    span.span_id,
+                    failures.join("; ")
+                )));
+            }
+            let codec = self.codec(shape.data_blocks, shape.parity_blocks)?;
+            let work =
+                self.inner.runtime.blocking(move || recover(&codec, shape, &mut blocks).map(|()| blocks));
+            let recovered = work.await.ok_or_else(|| ClientError::Local("recovery did not finish".into()))?;
+            blocks = recovered.map_err(|e| ClientError::DataLost(format!("span {:x}: {e}", span.span_id)))?;
+            for i in &wanted {
+                if let Some(cells) = &blocks[*i]
+                    && !cells_match(span, *i, first, cells)
+                {
+                    return Err(ClientError::DataLost(format!(
+                        "span {:x}: block {i} came out wrong",
+                        span.span_id
+                    )));
+                }
+            }
+        }
+        let mut out = Vec::with_capacity(count);
+        let mut at = start;
+        while at < start + count {
+            let (row, column, inside) = (at / stripe - first, at % stripe / cell, at % cell);
+            let piece = (cell - inside).min(start + count - at);
+            let cells =
+                blocks[column].as_ref().ok_or_else(|| ClientError::unexpected("a block that was read"))?;
+            out.extend_from_slice(&cells[row * cell + inside..row * cell + inside + piece]);
+            at += piece;
+        }
+        Ok(out.into())
+    }
+
+    /// Cells `first..=last` of one block, each checked.
+    async fn read_cells(
+        &self,
+        span: &Span,
+        block: &Block,
+        index: usize,
+        first: usize,
+        last: usize,
+    ) -> Result<Cells, ClientError> {
+        let cell = span.shape.map_or(0, |s| s.cell_size);
+        let (offset, length) = (first as u32 * cell, (last - first + 1) as u32 * cell);
+        let op =
+            blocks_request::Op::Read(ReadBlock { certificate: block.certificate.clone(), offset, length });
+        let data = self.blocks(&block.address, block.service_id, op).await?.data;
+        if data.len() != length as usize || !cells_match(span, index, first, &data) {
+            let text = "the service sent other bytes than were written";
+            return Err(clutch_proto::Refusal::new(Code::BlockCorrupt, text).into());
+        }
+        Ok(data)
+    }
+
+    fn trusted_first(&self, blocks: impl Iterator<Item = usize>, span: &Span) -> Vec<usize> {
+        let suspects = self.suspects();
+        let mut blocks: Vec<usize> = blocks.collect();
+        blocks.sort_by_key(|i| suspects.contains(&span.blocks[*i].service_id));
+        blocks
+    }
+
+    /// Services that failed lately.
+    pub(crate) fn suspects(&self) -> Vec<u64> {
+        let now = self.inner.runtime.clock.monotonic();
+        let mut suspects = lock(&self.inner.suspects);
+        suspects.retain(|_, until| *until > now);
+        suspects.keys().copied().collect()
+    }
+
+    pub(crate) fn suspect(&self, service: u64) {
+        let until = self.inner.runtime.clock.monotonic() + SUSPICION;
+        lock(&self.inner.suspects).insert(service, until);
+    }
+}
+
+fn cells_match(span: &Span, block: usize, first: usize, cells: &[u8]) -> bool {
+    let Some(shape) = span.shape else { return false };
+    let crcs = &span.cell_crcs[block * shape.stripes as usize + first..];
+    cells.chunks(shape.cell_size as usize).zip(crcs).all(|(cell, expected)| crc::of(cell) == *expected)
+}

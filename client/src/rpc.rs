@@ -1,0 +1,415 @@
+//! Finding who serves what, and asking until there is an answer.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clutch_blocks::Codec;
+use clutch_proto::{
+    Refusal, Slot, Time,
+    admin::{AdminReply, AdminRequest},
+    blocks::{BlocksReply, BlocksRequest, blocks_request},
+    cdc::{CdcReply, CdcRequest, cdc_request},
+    registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
+    session::{Request, Response, Role},
+    shard::{ShardReply, ShardRequest, shard_reply::Reply, shard_request},
+    types::{ClientTag, Code},
+};
+use clutch_runtime::{Endpoint, HybridClock, Lane, Runtime};
+use prost::Message as _;
+
+use crate::{error::ClientError, path::EdgeCache};
+
+/// How a client behaves.
+#[derive(Clone, Debug)]
+pub struct ClientOptions {
+    /// How long a request is retried before its outcome is reported as it is.
+    pub patience: Duration,
+    /// How long one attempt may take.
+    pub attempt: Duration,
+    /// How long one block transfer may take before another block is used.
+    pub block_attempt: Duration,
+    /// How long a resolved directory entry is believed; zero asks every time.
+    pub cache_lifetime: Duration,
+    /// Entries that the cache holds at most.
+    pub cache_entries_max: usize,
+    /// Requests of one operation that are in flight together.
+    pub parallel: usize,
+}
+
+impl Default for ClientOptions {
+    fn default() -> ClientOptions {
+        ClientOptions {
+            patience: Duration::from_secs(30),
+            attempt: Duration::from_secs(10),
+            block_attempt: Duration::from_secs(10),
+            cache_lifetime: Duration::from_secs(1),
+            cache_entries_max: 16_384,
+            parallel: 16,
+        }
+    }
+}
+
+/// A client of one cluster; cheap to clone.
+#[derive(Clone)]
+pub struct Client {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) runtime: Runtime,
+    pub(crate) options: ClientOptions,
+    registry: Endpoint,
+    clock: HybridClock,
+    id: u64,
+    map: Mutex<Option<Arc<Map>>>,
+    tags: Mutex<Tags>,
+    pub(crate) edges: EdgeCache,
+    pub(crate) codecs: Mutex<std::collections::BTreeMap<(u32, u32), Arc<Codec>>>,
+    /// Services that failed lately, and until when they are tried last.
+    pub(crate) suspects: Mutex<std::collections::BTreeMap<u64, Duration>>,
+}
+
+#[derive(Default)]
+struct Tags {
+    last: u64,
+    outstanding: BTreeSet<u64>,
+}
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // What these locks guard is whole between any two statements, also when a thread panicked.
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// The tag of one mutation; acknowledged when dropped.
+struct Tag<'a> {
+    inner: &'a Inner,
+    tag: ClientTag,
+}
+
+impl Drop for Tag<'_> {
+    fn drop(&mut self) {
+        lock(&self.inner.tags).outstanding.remove(&self.tag.sequence);
+    }
+}
+
+/// Where a request goes.
+struct Target {
+    endpoint: Endpoint,
+    role: Role,
+    number: u64,
+}
+
+/// Which service a request is for; turned into a [`Target`] by the map of the moment.
+#[derive(Clone, Copy)]
+enum Service {
+    Registry,
+    Cdc,
+    Slot(Slot),
+    Shard(u32),
+}
+
+impl Client {
+    /// A client that finds its cluster through a registry. Does not connect yet.
+    pub fn new(runtime: Runtime, registry: Endpoint, options: ClientOptions) -> Client {
+        // Small ids are the cluster's own.
+        let id = runtime.random.u64() | 1 << 32;
+        let edges = EdgeCache::new(options.cache_entries_max, options.cache_lifetime);
+        let clock = HybridClock::new(runtime.clock.clone());
+        Client {
+            inner: Arc::new(Inner {
+                runtime,
+                options,
+                registry,
+                clock,
+                id,
+                map: Mutex::new(None),
+                tags: Mutex::default(),
+                edges,
+                codecs: Mutex::default(),
+                suspects: Mutex::default(),
+            }),
+        }
+    }
+
+    /// What the client runs on.
+    pub fn runtime(&self) -> &Runtime {
+        &self.inner.runtime
+    }
+
+    /// The client's id.
+    pub fn id(&self) -> u64 {
+        self.inner.id
+    }
+
+    /// The highest log time that this client has seen.
+    pub fn seen_time(&self) -> Time {
+        self.inner.clock.highest()
+    }
+
+    fn tag(&self) -> Tag<'_> {
+        let mut tags = lock(&self.inner.tags);
+        tags.last += 1;
+        let sequence = tags.last;
+        tags.outstanding.insert(sequence);
+        let acknowledged = tags.outstanding.first().map_or(0, |first| first - 1);
+        let issued_at = self.inner.runtime.clock.now().0.max(self.inner.clock.highest().0);
+        Tag {
+            inner: &self.inner,
+            tag: ClientTag { client: self.inner.id, sequence, acknowledged, issued_at },
+        }
+    }
+
+    /// The cluster's map, from memory when it was read before.
+    pub async fn map(&self) -> Result<Arc<Map>, ClientError> {
+        let known = lock(&self.inner.map).clone();
+        match known {
+            Some(map) => Ok(map),
+            None => self.refresh_map().await,
+        }
+    }
+
+    /// Reads the cluster's map anew.
+    pub async fn refresh_map(&self) -> Result<Arc<Map>, ClientError> {
+        let reply =
+            self.registry(registry_request::Op::GetMap(GetMap { services_version: 0 }), false).await?;
+        let map = Arc::new(reply.map.ok_or_else(|| ClientError::unexpected("a map"))?);
+        *lock(&self.inner.map) = Some(map.clone());
+        Ok(map)
+    }
+
+    async fn target(&self, service: Service) -> Result<Target, ClientError> {
+        let not_yet = |what: String| ClientError::Refused(Refusal::new(Code::NotReady, what));
+        let by_shard = |find: &dyn Fn(&clutch_proto::types::ShardPlacement) -> bool, map: &Map| {
+            map.shards.iter().find(|s| find(s)).cloned()
+        };
+        let (placement, what) = match service {
+            Service::Registry => {
+                return Ok(Target { endpoint: self.inner.registry.clone(), role: Role::Registry, number: 0 });
+            }
+            Service::Cdc => {
+                let map = Box::pin(self.map()).await?;
+                if map.cdc_address.is_empty() {
+                    return Err(not_yet("the registry does not know the CDC yet".into()));
+                }
+                return Ok(Target { endpoint: map.cdc_address.as_str().into(), role: Role::Cdc, number: 0 });
+            }
+            Service::Slot(slot) => {
+                let slot = u32::from(slot.0);
+                let map = Box::pin(self.map()).await?;
+                (
+                    by_shard(&|s| (s.slot_first..=s.slot_last).contains(&slot), &map),
+                    format!("the shard of slot {slot}"),
+                )
+            }
+            Service::Shard(number) => {
+                let map = Box::pin(self.map()).await?;
+                (by_shard(&|s| s.shard == number, &map), format!("shard {number}"))
+            }
+        };
+        let placement = placement.ok_or_else(|| not_yet(format!("the registry does not know {what}")))?;
+        Ok(Target {
+            endpoint: placement.address.as_str().into(),
+            role: Role::Shard,
+            number: u64::from(placement.shard),
+        })
+    }
+
+    /// One attempt: an answer from the service, or why there is none. `Unknown` means that it may have acted.
+    async fn attempt(
+        &self,
+        target: &Target,
+        lane: Lane,
+        tag: Option<ClientTag>,
+        body: Bytes,
+        admin: bool,
+    ) -> Result<Bytes, ClientError> {
+        let cluster = lock(&self.inner.map).as_ref().map_or(0, |m| m.cluster);
+        let request = Request {
+            role: target.role as i32,
+            number: target.number,
+            time: self.inner.clock.highest().0,
+            incarnation: 0,
+            tag,
+            body,
+            admin,
+            cluster,
+        };
+        let timeout =
+            if lane == Lane::Bulk { self.inner.options.block_attempt } else { self.inner.options.attempt };
+        let call =
+            self.inner.runtime.network.call(&target.endpoint, lane, request.encode_to_vec().into(), timeout);
+        let answer = call.await.map_err(|error| {
+            if error.certainly_no_effect() {
+                ClientError::Unreachable(error.to_string())
+            } else {
+                ClientError::Unknown(error.to_string())
+            }
+        })?;
+        let response = Response::decode(answer)
+            .map_err(|e| ClientError::Unknown(format!("decode answer of {}: {e}", target.endpoint)))?;
+        self.inner.clock.advance(Time(response.time));
+        match response.error {
+            Some(error) => Err(ClientError::Refused(Refusal::from_wire(error))),
+            None => Ok(response.body),
+        }
+    }
+
+    /// Asks until there is an answer that a retry cannot better, or patience ends.
+    async fn ask(
+        &self,
+        service: Service,
+        body: Bytes,
+        tag: Option<&ClientTag>,
+        admin: bool,
+    ) -> Result<Bytes, ClientError> {
+        let clock = &self.inner.runtime.clock;
+        let start = clock.monotonic();
+        let mut backoff = Duration::from_millis(5);
+        let mut maybe_done = false;
+        loop {
+            let result = match Box::pin(self.target(service)).await {
+                Ok(target) => self.attempt(&target, Lane::Metadata, tag.cloned(), body.clone(), admin).await,
+                Err(error) => Err(error),
+            };
+            let error = match result {
+                Ok(answer) => return Ok(answer),
+                Err(error) => error,
+            };
+            let retry = match &error {
+                ClientError::Refused(refusal) => {
+                    maybe_done |= refusal.may_have_effect();
+                    let moved = matches!(refusal.code, Code::WrongShard | Code::NotLeader | Code::NotReady);
+                    if moved {
+                        *lock(&self.inner.map) = None;
+                    }
+                    refusal.is_retryable() || moved
+                }
+                ClientError::Unreachable(_) => {
+                    // Whoever it was may have moved.
+                    *lock(&self.inner.map) = None;
+                    true
+                }
+                ClientError::Unknown(_) => {
+                    maybe_done = true;
+                    true
+                }
+                ClientError::DataLost(_) | ClientError::Local(_) => false,
+            };
+            let spent = clock.monotonic() - start;
+            if !retry || spent >= self.inner.options.patience {
+                return Err(match error {
+                    // Once it may have been done, only an answer that says what became of it is better.
+                    ClientError::Refused(refusal)
+                        if maybe_done && refusal.is_retryable() && tag.is_some() =>
+                    {
+                        ClientError::Unknown(refusal.to_string())
+                    }
+                    ClientError::Unreachable(text) if maybe_done && tag.is_some() => {
+                        ClientError::Unknown(text)
+                    }
+                    ClientError::Unknown(text) if tag.is_none() => ClientError::Unreachable(text),
+                    ClientError::Refused(refusal) if refusal.may_have_effect() => {
+                        ClientError::Unknown(refusal.to_string())
+                    }
+                    other => other,
+                });
+            }
+            let jitter =
+                Duration::from_micros(self.inner.runtime.random.below(backoff.as_micros() as u64 + 1));
+            clock.sleep(backoff / 2 + jitter / 2).await;
+            backoff = (backoff * 2).min(Duration::from_millis(500));
+        }
+    }
+
+    /// Asks the registry.
+    pub async fn registry(
+        &self,
+        op: registry_request::Op,
+        mutates: bool,
+    ) -> Result<RegistryReply, ClientError> {
+        let body = Bytes::from(RegistryRequest { op: Some(op) }.encode_to_vec());
+        let tag = mutates.then(|| self.tag());
+        let answer = self.ask(Service::Registry, body, tag.as_ref().map(|t| &t.tag), false).await?;
+        RegistryReply::decode(answer).map_err(|_| ClientError::unexpected("a registry reply"))
+    }
+
+    /// Asks the CDC for a transaction, or what is in flight.
+    pub async fn cdc(&self, op: cdc_request::Op) -> Result<CdcReply, ClientError> {
+        let mutates = !matches!(op, cdc_request::Op::ListTransactions(_));
+        let body = Bytes::from(CdcRequest { op: Some(op) }.encode_to_vec());
+        let tag = mutates.then(|| self.tag());
+        let answer = self.ask(Service::Cdc, body, tag.as_ref().map(|t| &t.tag), false).await?;
+        CdcReply::decode(answer).map_err(|_| ClientError::unexpected("a CDC reply"))
+    }
+
+    /// Reads from the shard of a slot.
+    pub async fn shard_read(&self, slot: Slot, op: shard_request::Op) -> Result<Reply, ClientError> {
+        self.shard(slot, op, None).await
+    }
+
+    /// Changes something at the shard of a slot, once, however often it must be asked.
+    pub async fn shard_write(&self, slot: Slot, op: shard_request::Op) -> Result<Reply, ClientError> {
+        let tag = self.tag();
+        self.shard(slot, op, Some(&tag.tag)).await
+    }
+
+    /// Sends a step of the cluster's own under a tag that it keeps itself.
+    pub async fn shard_step(
+        &self,
+        slot: Slot,
+        op: shard_request::Op,
+        tag: Option<&ClientTag>,
+    ) -> Result<Reply, ClientError> {
+        self.shard(slot, op, tag).await
+    }
+
+    async fn shard(
+        &self,
+        slot: Slot,
+        op: shard_request::Op,
+        tag: Option<&ClientTag>,
+    ) -> Result<Reply, ClientError> {
+        let body = Bytes::from(ShardRequest { op: Some(op) }.encode_to_vec());
+        let answer = self.ask(Service::Slot(slot), body, tag, false).await?;
+        let reply = ShardReply::decode(answer).map_err(|_| ClientError::unexpected("a shard reply"))?;
+        reply.reply.ok_or_else(|| ClientError::unexpected("a reply that this build knows"))
+    }
+
+    /// Asks a replica's administration: role 1 registry, 2 CDC, 3 shard `number`.
+    pub async fn admin(
+        &self,
+        role: Role,
+        number: u32,
+        request: AdminRequest,
+    ) -> Result<AdminReply, ClientError> {
+        let service = match role {
+            Role::Registry => Service::Registry,
+            Role::Cdc => Service::Cdc,
+            _ => Service::Shard(number),
+        };
+        let answer = self.ask(service, request.encode_to_vec().into(), None, true).await?;
+        AdminReply::decode(answer).map_err(|_| ClientError::unexpected("an admin reply"))
+    }
+
+    /// One attempt at a block service; whoever asks has other blocks to turn to.
+    pub(crate) async fn blocks(
+        &self,
+        address: &str,
+        service: u64,
+        op: blocks_request::Op,
+    ) -> Result<BlocksReply, ClientError> {
+        if address.is_empty() {
+            return Err(ClientError::Unreachable(format!(
+                "no address is known for block service {service:x}"
+            )));
+        }
+        let target = Target { endpoint: address.into(), role: Role::Blocks, number: service };
+        let body = Bytes::from(BlocksRequest { op: Some(op) }.encode_to_vec());
+        let answer = self.attempt(&target, Lane::Bulk, None, body, false).await?;
+        BlocksReply::decode(answer).map_err(|_| ClientError::unexpected("a blocks reply"))
+    }
+}

@@ -1,0 +1,63 @@
+//! A span's bytes as blocks, and back. Works on memory only.
+
+use std::sync::Arc;
+
+use clutch_blocks::{Codec, CodecError};
+use clutch_proto::{crc, types::SpanShape};
+
+/// A span that is ready to be written.
+pub(crate) struct Encoded {
+    pub(crate) shape: SpanShape,
+    pub(crate) size: u32,
+    pub(crate) crc: u32,
+    pub(crate) cell_crcs: Vec<u32>,
+    /// One for each block of the shape.
+    pub(crate) blocks: Vec<bytes::Bytes>,
+}
+
+/// Cuts bytes into cells, computes parity and checksums.
+pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Result<Encoded, CodecError> {
+    let size = data.len() as u32;
+    let span_crc = crc::of(&data);
+    data.resize(shape.stripe_bytes() as usize * shape.stripes as usize, 0);
+    let cell = shape.cell_size as usize;
+    let mut blocks: Vec<Vec<u8>> =
+        (0..shape.blocks()).map(|_| Vec::with_capacity(shape.block_bytes() as usize)).collect();
+    for stripe in data.chunks(shape.stripe_bytes() as usize) {
+        let cells: Vec<&[u8]> = stripe.chunks(cell).collect();
+        let parity = codec.encode(&cells)?;
+        let all = cells.into_iter().chain(parity.iter().map(Vec::as_slice));
+        blocks.iter_mut().zip(all).for_each(|(block, cell)| block.extend_from_slice(cell));
+    }
+    let cell_crcs = blocks.iter().flat_map(|block| block.chunks(cell).map(crc::of)).collect();
+    let blocks = blocks.into_iter().map(bytes::Bytes::from).collect();
+    Ok(Encoded { shape, size, crc: span_crc, cell_crcs, blocks })
+}
+
+/// Cells of consecutive stripes of one block.
+pub(crate) type Cells = bytes::Bytes;
+
+/// Puts data blocks that are missing in place, from those that are there, stripe by stripe.
+pub(crate) fn recover(
+    codec: &Arc<Codec>,
+    shape: SpanShape,
+    blocks: &mut [Option<Cells>],
+) -> Result<(), CodecError> {
+    let cell = shape.cell_size as usize;
+    let have: Vec<usize> = (0..blocks.len()).filter(|i| blocks[*i].is_some()).collect();
+    let from: Vec<(usize, Cells)> = have.iter().filter_map(|i| Some((*i, blocks[*i].clone()?))).collect();
+    let stripes = from.first().map_or(0, |(_, cells)| cells.len() / cell);
+    for lost in 0..shape.data_blocks as usize {
+        if blocks[lost].is_some() {
+            continue;
+        }
+        let mut recovered = Vec::with_capacity(stripes * cell);
+        for stripe in 0..stripes {
+            let cells: Vec<(usize, &[u8])> =
+                from.iter().map(|(i, cells)| (*i, &cells[stripe * cell..(stripe + 1) * cell])).collect();
+            recovered.extend(codec.recover(lost, &cells)?);
+        }
+        blocks[lost] = Some(recovered.into());
+    }
+    Ok(())
+}

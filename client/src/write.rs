@@ -1,0 +1,222 @@
+//! Writing files: inline, or spans whose blocks are written in parallel.
+//!
+//! A block that cannot be written makes the whole span be initiated again elsewhere, with what failed in the
+//! request's list of services to avoid; the shard keeps the blocks of the first try in its index, so none leaks.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use clutch_blocks::Codec;
+use clutch_proto::{
+    InodeId, Refusal, Slot,
+    blocks::{WriteBlock, blocks_request},
+    limits::INLINE_BYTES_MAX,
+    shard::{
+        AddHole, AddInline, CertifySpan, ContentReply, CreateFile, InitiateSpan, LinkFile, StartContent,
+        shard_reply::Reply, shard_request::Op,
+    },
+    types::{Block, Code, Span, SpanShape},
+};
+use futures_util::future::join_all;
+use tokio::io::{AsyncRead, AsyncReadExt as _};
+
+use crate::{
+    error::ClientError,
+    files::{Created, FileAttributes, created},
+    rpc::{Client, lock},
+    span::{Encoded, encode},
+};
+
+/// Where a file's bytes come from.
+pub trait ContentSource: AsyncRead + Send + Unpin {}
+impl<T: AsyncRead + Send + Unpin> ContentSource for T {}
+
+/// Times a span is tried on other services.
+const PLACEMENTS_MAX: usize = 6;
+const SPAN_BYTES_DEFAULT: u32 = 8 << 20;
+
+impl Client {
+    /// Stores a file: nothing of it is visible before all of it is durable.
+    pub async fn write_file(
+        &self,
+        dir: InodeId,
+        name: &Bytes,
+        attributes: FileAttributes,
+        replace: bool,
+        source: &mut dyn ContentSource,
+    ) -> Result<Created, ClientError> {
+        let map = self.map().await?;
+        let policy = map.default_policy.unwrap_or_default();
+        let span_bytes =
+            if policy.span_size_max == 0 { SPAN_BYTES_DEFAULT } else { policy.span_size_max } as usize;
+        let first = read_up_to(source, span_bytes).await?;
+        let FileAttributes { mode, uid, gid, mtime } = attributes;
+        if first.len() <= INLINE_BYTES_MAX {
+            let op = CreateFile {
+                dir: dir.raw(),
+                name: name.clone(),
+                mode,
+                uid,
+                gid,
+                mtime,
+                data: first.into(),
+                replace,
+            };
+            return created(self.shard_write(dir.slot(), Op::CreateFile(op)).await?);
+        }
+        let (data_blocks, parity_blocks) = (policy.data_blocks.max(1), policy.parity_blocks);
+        let content =
+            match self.shard_write(dir.slot(), Op::StartContent(StartContent { dir: dir.raw() })).await? {
+                Reply::Content(content) => content,
+                _ => return Err(ClientError::unexpected("a content")),
+            };
+        let (mut chunk, mut offset) = (first, 0);
+        while !chunk.is_empty() {
+            let length = chunk.len() as u64;
+            self.append(dir.slot(), &content, offset, chunk, data_blocks, parity_blocks).await?;
+            offset += length;
+            chunk =
+                if length < span_bytes as u64 { Vec::new() } else { read_up_to(source, span_bytes).await? };
+        }
+        let ContentReply { content, cookie, .. } = content;
+        let op =
+            LinkFile { dir: dir.raw(), name: name.clone(), content, cookie, mode, uid, gid, mtime, replace };
+        created(self.shard_write(dir.slot(), Op::LinkFile(op)).await?)
+    }
+
+    async fn append(
+        &self,
+        slot: Slot,
+        to: &ContentReply,
+        offset: u64,
+        chunk: Vec<u8>,
+        data_blocks: u32,
+        parity_blocks: u32,
+    ) -> Result<(), ClientError> {
+        let (content, cookie, length) = (to.content, to.cookie.clone(), chunk.len() as u64);
+        if chunk.len() <= INLINE_BYTES_MAX {
+            let op = AddInline { content, cookie, offset, data: chunk.into() };
+            return self.shard_write(slot, Op::AddInline(op)).await.map(drop);
+        }
+        if chunk.iter().all(|b| *b == 0) {
+            return self
+                .shard_write(slot, Op::AddHole(AddHole { content, cookie, offset, length }))
+                .await
+                .map(drop);
+        }
+        let codec = self.codec(data_blocks, parity_blocks)?;
+        let shape = SpanShape::for_size(chunk.len() as u32, data_blocks, parity_blocks);
+        let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
+        let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
+        let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
+        self.write_span(slot, to, offset, &encoded).await
+    }
+
+    /// Initiates, writes the blocks and certifies; elsewhere again when a service fails.
+    async fn write_span(
+        &self,
+        slot: Slot,
+        to: &ContentReply,
+        offset: u64,
+        encoded: &Encoded,
+    ) -> Result<(), ClientError> {
+        let mut avoid = self.suspects();
+        let mut failures: Vec<String> = Vec::new();
+        for attempt in 0..PLACEMENTS_MAX {
+            let initiate = InitiateSpan {
+                content: to.content,
+                cookie: to.cookie.clone(),
+                offset,
+                size: encoded.size,
+                crc: encoded.crc,
+                shape: Some(encoded.shape),
+                cell_crcs: encoded.cell_crcs.clone(),
+                storage_class: 0,
+                avoid_services: avoid.clone(),
+                avoid_failure_domains: Vec::new(),
+            };
+            let span = match self.shard_write(slot, Op::InitiateSpan(initiate)).await {
+                Ok(Reply::Span(span)) => span,
+                Ok(_) => return Err(ClientError::unexpected("a span")),
+                // Services that failed for somebody else are better than none.
+                Err(error) if error.code() == Some(Code::NoSpace) && attempt == 0 && !avoid.is_empty() => {
+                    avoid.clear();
+                    continue;
+                }
+                Err(ClientError::Refused(refusal))
+                    if refusal.code == Code::NoSpace && !failures.is_empty() =>
+                {
+                    let text = format!("{}; writes failed: {}", refusal.detail, failures.join("; "));
+                    return Err(Refusal::new(Code::NoSpace, text).into());
+                }
+                Err(error) => return Err(error),
+            };
+            match self.write_blocks(&span, encoded).await {
+                Ok(proofs) => {
+                    let op = CertifySpan {
+                        content: to.content,
+                        cookie: to.cookie.clone(),
+                        span_id: span.span_id,
+                        proofs,
+                    };
+                    return self.shard_write(slot, Op::CertifySpan(op)).await.map(drop);
+                }
+                Err(failed) => {
+                    for (service, error) in failed {
+                        self.suspect(service);
+                        avoid.push(service);
+                        failures.push(format!("service {service:x}: {error}"));
+                    }
+                }
+            }
+        }
+        let text = format!("a span could not be written anywhere: {}", failures.join("; "));
+        Err(Refusal::new(Code::NoSpace, text).into())
+    }
+
+    /// Writes all blocks of a span at once; proofs in their order, or which services failed.
+    async fn write_blocks(
+        &self,
+        span: &Span,
+        encoded: &Encoded,
+    ) -> Result<Vec<Bytes>, Vec<(u64, ClientError)>> {
+        let writes = span
+            .blocks
+            .iter()
+            .zip(&encoded.blocks)
+            .map(|(block, data)| self.write_block(block, data.clone()));
+        let mut proofs = Vec::new();
+        let mut failed = Vec::new();
+        for (block, written) in span.blocks.iter().zip(join_all(writes).await) {
+            match written {
+                Ok(proof) => proofs.push(proof),
+                Err(error) => failed.push((block.service_id, error)),
+            }
+        }
+        if failed.is_empty() { Ok(proofs) } else { Err(failed) }
+    }
+
+    async fn write_block(&self, block: &Block, data: Bytes) -> Result<Bytes, ClientError> {
+        let op = blocks_request::Op::Write(WriteBlock { certificate: block.certificate.clone(), data });
+        Ok(self.blocks(&block.address, block.service_id, op).await?.proof)
+    }
+
+    pub(crate) fn codec(&self, data_blocks: u32, parity_blocks: u32) -> Result<Arc<Codec>, ClientError> {
+        let mut codecs = lock(&self.inner.codecs);
+        if let Some(codec) = codecs.get(&(data_blocks, parity_blocks)) {
+            return Ok(codec.clone());
+        }
+        let codec = Codec::new(data_blocks as usize, parity_blocks as usize)
+            .map_err(|e| Refusal::invalid(e.to_string()))?;
+        let codec = Arc::new(codec);
+        codecs.insert((data_blocks, parity_blocks), codec.clone());
+        Ok(codec)
+    }
+}
+
+/// Reads until there are `limit` bytes or no more.
+async fn read_up_to(source: &mut dyn ContentSource, limit: usize) -> Result<Vec<u8>, ClientError> {
+    let mut bytes = Vec::new();
+    source.take(limit as u64).read_to_end(&mut bytes).await.map_err(|e| ClientError::Local(e.to_string()))?;
+    Ok(bytes)
+}

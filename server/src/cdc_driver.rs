@@ -1,0 +1,94 @@
+//! Sends the steps of the CDC's transactions and brings the answers back as entries.
+//!
+//! Each step is sent until it is answered for good: a refusal that may be retried, silence or an unreachable
+//! shard only delay it. The shard executes it once, by its tag. When leadership ends, all sending ends; the next
+//! leader begins again from the rows.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use clutch_cdc::SendStep;
+use clutch_client::{Client, ClientError};
+use clutch_proto::{
+    Slot,
+    cdc::{CdcEntry, StepDone, cdc_entry::Body},
+    shard::ShardReply,
+};
+use clutch_state::{ReplicaHandle, replica::LeaderEvent};
+use prost::Message as _;
+use tokio::sync::mpsc;
+
+/// Pause before a step is sent again after patience has ended.
+const PAUSE: Duration = Duration::from_millis(200);
+
+/// Runs until the replica ends.
+pub async fn run(
+    client: Client,
+    replica: ReplicaHandle,
+    mut events: mpsc::UnboundedReceiver<LeaderEvent<SendStep>>,
+) {
+    // Counts reigns; a task of an earlier one stops at its next turn.
+    let reign = Arc::new(AtomicU64::new(0));
+    while let Some(event) = events.recv().await {
+        let steps = match event {
+            LeaderEvent::Began(steps) => {
+                reign.fetch_add(1, Ordering::Relaxed);
+                steps
+            }
+            LeaderEvent::Action(step) => vec![step],
+            LeaderEvent::Ended => {
+                reign.fetch_add(1, Ordering::Relaxed);
+                continue;
+            }
+        };
+        for step in steps {
+            let (client, replica, reign) = (client.clone(), replica.clone(), reign.clone());
+            let now = reign.load(Ordering::Relaxed);
+            let runtime = client.runtime().clone();
+            runtime.spawn("cdc step", async move {
+                drive(&client, &replica, &step, &|| reign.load(Ordering::Relaxed) == now).await
+            });
+        }
+    }
+}
+
+/// Sends one step until it is answered, then proposes the answer until it is taken.
+async fn drive(
+    client: &Client,
+    replica: &ReplicaHandle,
+    step: &SendStep,
+    still_leading: &(dyn Fn() -> bool + Sync),
+) {
+    let clock = client.runtime().clock.clone();
+    let Some(op) = step.request.op.clone() else { return };
+    let (error, reply) = loop {
+        if !still_leading() {
+            return;
+        }
+        match client.shard_step(Slot(step.slot), op.clone(), step.tag.as_ref()).await {
+            Ok(reply) => break (None, Some(ShardReply { reply: Some(reply) })),
+            Err(ClientError::Refused(refusal)) if !refusal.is_retryable() && !refusal.may_have_effect() => {
+                break (Some(refusal.to_wire()), None);
+            }
+            Err(error) => {
+                tracing::debug!(transaction = step.transaction, step = step.step, %error, "a step waits");
+                clock.sleep(PAUSE).await;
+            }
+        }
+    };
+    let done = StepDone { transaction: step.transaction, step: step.step, error, reply };
+    let entry = CdcEntry { tag: None, body: Some(Body::StepDone(done)) };
+    let body = bytes::Bytes::from(entry.encode_to_vec());
+    while still_leading() {
+        // A second copy in the log is ignored: the step has moved on by then.
+        if replica.propose(body.clone()).await.result.is_ok() {
+            return;
+        }
+        clock.sleep(PAUSE).await;
+    }
+}

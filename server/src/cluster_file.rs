@@ -1,0 +1,125 @@
+//! `cluster.json`: what a directory holds. Written once, when `up` makes the directory.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clutch_proto::limits::{DATA_BLOCKS_MAX, PARITY_BLOCKS_MAX, SHARDS_MAX};
+use clutch_runtime::Runtime;
+use serde::{Deserialize, Serialize};
+
+/// The version of the directory's layout that this build writes.
+pub const LAYOUT: u32 = 1;
+/// Disks of one directory.
+pub const DISKS_MAX: u32 = 4096;
+
+/// A cluster that lives in one directory.
+#[derive(Clone, Debug, Serialize, Deserialize, PartialEq, Eq)]
+#[serde(deny_unknown_fields)]
+pub struct ClusterFile {
+    /// Layout of the directory.
+    pub layout: u32,
+    /// Random id of the cluster, in hexadecimal.
+    pub cluster: String,
+    /// Metadata shards; a power of two.
+    pub shards: u32,
+    /// Data blocks of a new file's spans.
+    pub data_blocks: u32,
+    /// Parity blocks of a new file's spans.
+    pub parity_blocks: u32,
+    /// Block service ids in hexadecimal; disk n is the n-th, counted from 0.
+    pub disks: Vec<String>,
+}
+
+impl ClusterFile {
+    /// A new cluster with random ids.
+    pub fn generate(
+        runtime: &Runtime,
+        shards: u32,
+        disks: u32,
+        data_blocks: u32,
+        parity_blocks: u32,
+    ) -> Result<ClusterFile> {
+        let id = || format!("{:016x}", runtime.random.u64().max(1));
+        let file = ClusterFile {
+            layout: LAYOUT,
+            cluster: id(),
+            shards,
+            data_blocks,
+            parity_blocks,
+            disks: (0..disks).map(|_| id()).collect(),
+        };
+        file.check()?;
+        Ok(file)
+    }
+
+    /// Checks the numbers against the limits.
+    pub fn check(&self) -> Result<()> {
+        ensure!(
+            self.layout == LAYOUT,
+            "layout {} is not known to this build (it knows {LAYOUT})",
+            self.layout
+        );
+        ensure!(
+            self.shards.is_power_of_two() && self.shards <= SHARDS_MAX,
+            "{} shards: a power of two from 1 to {SHARDS_MAX} is allowed",
+            self.shards
+        );
+        ensure!(
+            (1..=DATA_BLOCKS_MAX).contains(&self.data_blocks) && self.parity_blocks <= PARITY_BLOCKS_MAX,
+            "policy {}+{}: 1 to {DATA_BLOCKS_MAX} data and up to {PARITY_BLOCKS_MAX} parity blocks are allowed",
+            self.data_blocks,
+            self.parity_blocks
+        );
+        ensure!((1..=DISKS_MAX as usize).contains(&self.disks.len()), "1 to {DISKS_MAX} disks are allowed");
+        self.cluster_id()?;
+        self.service_ids().map(drop)
+    }
+
+    /// The cluster's id.
+    pub fn cluster_id(&self) -> Result<u64> {
+        u64::from_str_radix(&self.cluster, 16).context("the cluster's id is not hexadecimal")
+    }
+
+    /// The disks' service ids.
+    pub fn service_ids(&self) -> Result<Vec<u64>> {
+        let ids: Result<Vec<u64>, _> = self.disks.iter().map(|d| u64::from_str_radix(d, 16)).collect();
+        let ids = ids.context("a disk's id is not hexadecimal")?;
+        let distinct: std::collections::BTreeSet<_> = ids.iter().collect();
+        ensure!(distinct.len() == ids.len() && !ids.contains(&0), "two disks have the same id");
+        Ok(ids)
+    }
+
+    /// Reads the file of a directory; `None` when there is none.
+    pub fn read(runtime: &Runtime, dir: &Path) -> Result<Option<ClusterFile>> {
+        let path = dir.join("cluster.json");
+        if !runtime.disk.exists(&path) {
+            return Ok(None);
+        }
+        let bytes = runtime.disk.read(&path).context("read cluster.json")?;
+        let file: ClusterFile = serde_json::from_slice(&bytes)
+            .with_context(|| format!("{} is damaged; restore it from a copy", path.display()))?;
+        file.check().with_context(|| format!("{} is not valid", path.display()))?;
+        Ok(Some(file))
+    }
+
+    /// Writes the file, durably. A directory with foreign files in it is refused.
+    pub fn create(&self, runtime: &Runtime, dir: &Path) -> Result<()> {
+        runtime.disk.create_dir_all(dir)?;
+        let foreign: Vec<String> = runtime
+            .disk
+            .list(dir)?
+            .into_iter()
+            .filter(|n| n != "lock" && n != "keys" && n != "cluster.new")
+            .collect();
+        if let Some(name) = foreign.first() {
+            bail!(
+                "{} is not a Clutch directory and not empty (it has {name:?}); choose another",
+                dir.display()
+            );
+        }
+        runtime
+            .disk
+            .replace(&dir.join("cluster.json"), &serde_json::to_vec_pretty(self)?)
+            .context("write cluster.json")
+    }
+}

@@ -1,0 +1,120 @@
+//! What a node answers: opens the envelope and hands the body to whom it is for.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use clutch_blocks::BlockService;
+use clutch_proto::{
+    Refusal, Time,
+    admin::{AdminReply, AdminRequest},
+    limits::MESSAGE_BYTES_MAX,
+    session::{Request, Response, Role},
+    types::Code,
+};
+use clutch_runtime::{BoxFuture, Handler, HybridClock};
+use clutch_state::{Answer, ReplicaHandle};
+use prost::Message as _;
+
+/// The roles of a node, as seen from the network.
+pub(crate) struct NodeHandler {
+    pub(crate) cluster: u64,
+    pub(crate) clock: Arc<HybridClock>,
+    pub(crate) registry: Option<ReplicaHandle>,
+    pub(crate) cdc: Option<ReplicaHandle>,
+    pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
+    pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
+}
+
+/// The incarnation of every log: chains of one segment so far.
+pub(crate) const INCARNATION: u64 = 1;
+
+/// Requests share the handler without copying it.
+pub(crate) struct SharedHandler(pub(crate) Arc<NodeHandler>);
+
+impl Handler for SharedHandler {
+    fn handle(&self, request: Bytes) -> BoxFuture<Bytes> {
+        let handler = self.0.clone();
+        Box::pin(async move { handler.respond(request).await.encode_to_vec().into() })
+    }
+}
+
+impl NodeHandler {
+    async fn respond(&self, request: Bytes) -> Response {
+        let mut response = match self.dispatch(request).await {
+            Ok(response) => response,
+            Err(refusal) => Response { error: Some(refusal.to_wire()), ..Response::default() },
+        };
+        response.time = response.time.max(self.clock.highest().0);
+        response
+    }
+
+    async fn dispatch(&self, bytes: Bytes) -> Result<Response, Refusal> {
+        if bytes.len() > MESSAGE_BYTES_MAX {
+            return Err(Refusal::new(Code::TooLarge, format!("a message of {} bytes", bytes.len())));
+        }
+        let request =
+            Request::decode(bytes).map_err(|e| Refusal::malformed(format!("decode request: {e}")))?;
+        self.clock.observe(Time(request.time))?;
+        if request.cluster != 0 && request.cluster != self.cluster {
+            return Err(Refusal::new(Code::WrongCluster, "this node belongs to another cluster"));
+        }
+        if request.incarnation != 0 && request.incarnation < INCARNATION {
+            return Err(Refusal::new(Code::StaleIncarnation, "read the map again"));
+        }
+        let role = Role::try_from(request.role).unwrap_or(Role::Unspecified);
+        let replica = match role {
+            Role::Registry => self.registry.as_ref(),
+            Role::Cdc => self.cdc.as_ref(),
+            Role::Shard => u32::try_from(request.number).ok().and_then(|n| self.shards.get(&n)),
+            Role::Blocks => {
+                let service = self.blocks.get(&request.number);
+                let service = service.ok_or_else(|| {
+                    Refusal::new(
+                        Code::WrongService,
+                        format!("block service {:x} is not on this node", request.number),
+                    )
+                })?;
+                let reply = service.handle(request.body).await?;
+                return Ok(Response { body: reply.encode_to_vec().into(), ..Response::default() });
+            }
+            Role::Unspecified => {
+                return Err(Refusal::malformed(format!("role {} is not known", request.role)));
+            }
+        };
+        let replica = replica.ok_or_else(|| {
+            Refusal::new(Code::WrongShard, format!("{role:?} {} is not on this node", request.number))
+        })?;
+        if request.admin {
+            let op = AdminRequest::decode(request.body)
+                .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
+            let mut reply = replica.admin(op).await?;
+            add_process(&mut reply);
+            return Ok(Response { body: reply.encode_to_vec().into(), ..Response::default() });
+        }
+        let Answer { result, position, time } = replica.call(request.body, request.tag).await;
+        let response = Response { time: time.0, position: position.0, ..Response::default() };
+        Ok(match result {
+            Ok(body) => Response { body, ..response },
+            Err(refusal) => Response { error: Some(refusal.to_wire()), ..response },
+        })
+    }
+}
+
+/// Adds what only the process knows of itself.
+fn add_process(reply: &mut AdminReply) {
+    if let Some(status) = &mut reply.status {
+        let (cpu_us, resident_bytes) = process_usage().unwrap_or_default();
+        (status.process_cpu_us, status.resident_bytes) = (cpu_us, resident_bytes);
+    }
+}
+
+/// Processor time in microseconds and resident bytes of this process, from Linux's `/proc`.
+fn process_usage() -> Option<(u64, u64)> {
+    let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
+    // The command's name may hold spaces; the fields after it do not.
+    let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();
+    let ticks: u64 = fields.get(11)?.parse::<u64>().ok()? + fields.get(12)?.parse::<u64>().ok()?;
+    let pages: u64 = fields.get(21)?.parse().ok()?;
+    // Linux counts 100 ticks a second on every platform it exports to user space.
+    Some((ticks * 10_000, pages * rustix::param::page_size() as u64))
+}

@@ -1,0 +1,63 @@
+//! Keyrings: one file for each block service, mode 0600, 32 random bytes in hexadecimal for each epoch.
+
+use std::{
+    io::Write as _,
+    os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
+    path::Path,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use clutch_proto::{ServiceId, certificate::Key};
+use clutch_runtime::Runtime;
+use clutch_shard::Keyring;
+
+/// Reads the keys of these services, and makes those that are missing.
+pub fn load_or_create(runtime: &Runtime, dir: &Path, services: &[u64]) -> Result<Keyring> {
+    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
+    let mut keyring = Keyring::default();
+    for service in services {
+        let path = dir.join(format!("{service:016x}.key"));
+        if !path.exists() {
+            create(runtime, &path)?;
+        }
+        let mode = path.metadata()?.permissions().mode() & 0o777;
+        ensure!(
+            mode & 0o077 == 0,
+            "{} can be read by others (mode {mode:o}); run chmod 600 on it",
+            path.display()
+        );
+        let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        for line in text.lines().filter(|l| !l.trim().is_empty()) {
+            let key = parse(line).with_context(|| format!("{} is damaged", path.display()))?;
+            keyring.add(ServiceId(*service), key);
+        }
+        ensure!(!keyring.of(ServiceId(*service)).is_empty(), "{} holds no key", path.display());
+    }
+    Ok(keyring)
+}
+
+/// One line: epoch, space, 64 hexadecimal digits.
+fn parse(line: &str) -> Result<Key> {
+    let (epoch, digits) = line.trim().split_once(' ').context("a line is `EPOCH KEY`")?;
+    ensure!(digits.len() == 64 && digits.is_ascii(), "a key has 64 hexadecimal digits");
+    let mut secret = [0; 32];
+    for (i, byte) in secret.iter_mut().enumerate() {
+        *byte = u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).context("not a hexadecimal digit")?;
+    }
+    Ok(Key { epoch: epoch.parse().context("the epoch is not a number")?, secret })
+}
+
+fn create(runtime: &Runtime, path: &Path) -> Result<()> {
+    let mut secret = [0u8; 32];
+    runtime.random.fill(&mut secret);
+    let digits: String = secret.iter().map(|b| format!("{b:02x}")).collect();
+    let temporary = path.with_extension("new");
+    let _ = std::fs::remove_file(&temporary);
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+    writeln!(file, "1 {digits}")?;
+    file.sync_all()?;
+    std::fs::rename(&temporary, path)?;
+    std::fs::File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
+    Ok(())
+}

@@ -1,0 +1,74 @@
+//! Where replicas keep their state and their logs.
+
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use async_trait::async_trait;
+use clutch_log::{Log, LogFault, LogId};
+use clutch_log_local::LocalEngine;
+use clutch_state::{Store, StoreError};
+use clutch_state_rocks::{RocksStore, SharedMemory};
+
+/// Opens the logs of a node.
+#[async_trait]
+pub trait LogProvider: Send + Sync {
+    /// The log of that id.
+    async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault>;
+}
+
+#[async_trait]
+impl LogProvider for LocalEngine {
+    async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
+        LocalEngine::log(self, id).await
+    }
+}
+
+/// Opens the stores of a node.
+pub trait StoreProvider: Send + Sync {
+    /// The store of that log's replica.
+    fn store(&self, id: LogId) -> Result<Arc<dyn Store>, StoreError>;
+    /// Where that replica keeps checkpoints.
+    fn checkpoints(&self, id: LogId) -> Option<PathBuf>;
+}
+
+/// A directory name for a log.
+pub fn log_name(id: LogId) -> String {
+    match id.role {
+        1 => "registry".into(),
+        2 => "cdc".into(),
+        _ => format!("shard-{:03}", id.number),
+    }
+}
+
+/// RocksDB databases under one directory: `<dir>/<log>/db`, checkpoints in `<dir>/<log>/checkpoints`.
+pub struct RocksStores {
+    dir: PathBuf,
+    memory: SharedMemory,
+}
+
+impl RocksStores {
+    /// Stores that share a block cache of 64 MiB and write buffers of 64 MiB.
+    pub fn new(dir: PathBuf) -> RocksStores {
+        RocksStores { dir, memory: SharedMemory::new(64 << 20, 64 << 20) }
+    }
+
+    /// Where a replica's database lies.
+    pub fn database(dir: &Path, id: LogId) -> PathBuf {
+        dir.join(log_name(id)).join("db")
+    }
+}
+
+impl StoreProvider for RocksStores {
+    fn store(&self, id: LogId) -> Result<Arc<dyn Store>, StoreError> {
+        let path = RocksStores::database(&self.dir, id);
+        std::fs::create_dir_all(&path)
+            .map_err(|e| StoreError::Engine(format!("make {}: {e}", path.display())))?;
+        Ok(Arc::new(RocksStore::open(&path, &self.memory)?))
+    }
+
+    fn checkpoints(&self, id: LogId) -> Option<PathBuf> {
+        Some(self.dir.join(log_name(id)).join("checkpoints"))
+    }
+}

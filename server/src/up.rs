@@ -1,0 +1,157 @@
+//! A whole cluster in one process, under one directory, on embedded defaults.
+//!
+//! ```text
+//! DIR/cluster.json        what the directory holds
+//! DIR/lock                held while a process runs on it
+//! DIR/keys/               keys of the block services, mode 0600
+//! DIR/log/                segments of all logs
+//! DIR/state/<log>/db      the state of each replica
+//! DIR/blocks/<n>/         the blocks of disk n
+//! ```
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clutch_log_local::{LocalEngine, Options};
+use clutch_runtime::{Endpoint, Runtime};
+
+use crate::{ClusterFile, Node, NodeConfig, Roles, keys, stores::RocksStores};
+
+/// What `up` was asked for. Sizes of an existing directory are kept; asking for others is refused.
+#[derive(Clone, Debug)]
+pub struct UpConfig {
+    /// Everything is under here.
+    pub dir: PathBuf,
+    /// Where to listen.
+    pub listen: Endpoint,
+    /// Metadata shards; `None` takes what is there, or 4.
+    pub shards: Option<u32>,
+    /// Disks; `None` takes what is there, or 8.
+    pub disks: Option<u32>,
+    /// Data and parity blocks; `None` takes what is there, or 4+2.
+    pub policy: Option<(u32, u32)>,
+}
+
+/// A running cluster and the lock on its directory.
+pub struct Up {
+    node: Node,
+    /// What the directory holds.
+    pub cluster: ClusterFile,
+    /// Whether the directory was made by this start.
+    pub created: bool,
+    _lock: File,
+}
+
+/// Takes the lock that a process holds while it runs on a directory.
+pub fn lock(dir: &Path) -> Result<File> {
+    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    let path = dir.join("lock");
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .with_context(|| format!("open {}", path.display()))?;
+    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(rustix::io::Errno::WOULDBLOCK) => {
+            bail!(
+                "{} is in use by another clutch process; stop it first, or choose another --dir",
+                dir.display()
+            )
+        }
+        Err(error) => Err(error).with_context(|| format!("lock {}", path.display())),
+    }
+}
+
+impl Up {
+    /// Starts everything and returns when it serves.
+    pub async fn start(runtime: Runtime, config: UpConfig) -> Result<Up> {
+        let lock = lock(&config.dir)?;
+        let (cluster, created) = match ClusterFile::read(&runtime, &config.dir)? {
+            Some(cluster) => {
+                check_same(&cluster, &config)?;
+                (cluster, false)
+            }
+            None => {
+                let (data, parity) = config.policy.unwrap_or((4, 2));
+                let cluster = ClusterFile::generate(
+                    &runtime,
+                    config.shards.unwrap_or(4),
+                    config.disks.unwrap_or(8),
+                    data,
+                    parity,
+                )?;
+                cluster.create(&runtime, &config.dir)?;
+                (cluster, true)
+            }
+        };
+        let services = cluster.service_ids()?;
+        let keyring = keys::load_or_create(&runtime, &config.dir.join("keys"), &services)?;
+        let disks =
+            services.iter().enumerate().map(|(n, id)| (*id, config.dir.join("blocks").join(n.to_string())));
+        let roles = Roles {
+            registry: true,
+            cdc: true,
+            shards: (0..cluster.shards).collect(),
+            disks: disks.collect(),
+        };
+        let (seam, log_dir) = (runtime.clone(), config.dir.join("log"));
+        let engine =
+            tokio::task::spawn_blocking(move || LocalEngine::open(&seam, log_dir, Options::default()))
+                .await??;
+        let node = Node::start(NodeConfig {
+            runtime,
+            listen: config.listen,
+            advertise: None,
+            registry: None,
+            cluster: cluster.clone(),
+            roles,
+            logs: Arc::new(engine),
+            stores: Arc::new(RocksStores::new(config.dir.join("state"))),
+            engine: "local".into(),
+            keyring,
+        })
+        .await?;
+        Ok(Up { node, cluster, created, _lock: lock })
+    }
+
+    /// The node that does it all.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// Ends cleanly.
+    pub async fn stop(self) {
+        self.node.stop().await;
+    }
+}
+
+fn check_same(cluster: &ClusterFile, config: &UpConfig) -> Result<()> {
+    let differs = |what: &str, asked: Option<u32>, is: u32| match asked {
+        Some(asked) if asked != is => {
+            bail!(
+                "{} has {is} {what}, not {asked}; leave --{what} away to use it as it is",
+                config.dir.display()
+            )
+        }
+        _ => Ok(()),
+    };
+    differs("shards", config.shards, cluster.shards)?;
+    differs("disks", config.disks, cluster.disks.len() as u32)?;
+    if let Some((data, parity)) = config.policy
+        && (data, parity) != (cluster.data_blocks, cluster.parity_blocks)
+    {
+        bail!(
+            "{} has policy {}+{}; leave --policy away",
+            config.dir.display(),
+            cluster.data_blocks,
+            cluster.parity_blocks
+        );
+    }
+    Ok(())
+}

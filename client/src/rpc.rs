@@ -135,6 +135,12 @@ impl Client {
         }
     }
 
+    /// Another client of the same cluster, with an id, caches and sessions of its own.
+    pub fn sibling(&self) -> Client {
+        let runtime = self.inner.runtime.separate();
+        Client::new(runtime, self.inner.registry.clone(), self.inner.options.clone())
+    }
+
     /// What the client runs on.
     pub fn runtime(&self) -> &Runtime {
         &self.inner.runtime

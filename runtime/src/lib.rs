@@ -76,6 +76,14 @@ pub struct Runtime {
 }
 
 impl Runtime {
+    /// The same runtime with connections of its own, where there are connections.
+    pub fn separate(&self) -> Runtime {
+        match self.network.separate() {
+            Some(network) => Runtime { network, ..self.clone() },
+            None => self.clone(),
+        }
+    }
+
     /// Starts a task.
     pub fn spawn(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         self.spawner.spawn(name, Box::pin(task));

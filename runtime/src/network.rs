@@ -75,4 +75,8 @@ pub trait Network: Send + Sync {
         request: Bytes,
         timeout: Duration,
     ) -> Result<Bytes, CallError>;
+    /// A network with connections of its own; `None` where calls share nothing anyway.
+    fn separate(&self) -> Option<Arc<dyn Network>> {
+        None
+    }
 }

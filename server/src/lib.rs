@@ -10,7 +10,7 @@ pub mod cluster_file;
 mod handler;
 pub mod keys;
 pub mod node;
-//R
+pub mod replay;
 pub mod stores;
 pub mod up;
 

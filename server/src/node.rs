@@ -251,6 +251,7 @@ impl Starter<'_> {
             genesis,
             leader_events,
             checkpoints: self.config.stores.checkpoints(id),
+            open_checkpoint: self.config.stores.open_checkpoint(),
         };
         Ok((Replica::start(applier, replica), receiver))
     }

@@ -8,7 +8,7 @@ use std::{
 use async_trait::async_trait;
 use clutch_log::{Log, LogFault, LogId};
 use clutch_log_local::LocalEngine;
-use clutch_state::{Store, StoreError};
+use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
 use clutch_state_rocks::{RocksStore, SharedMemory};
 
 /// Opens the logs of a node.
@@ -31,6 +31,8 @@ pub trait StoreProvider: Send + Sync {
     fn store(&self, id: LogId) -> Result<Arc<dyn Store>, StoreError>;
     /// Where that replica keeps checkpoints.
     fn checkpoints(&self, id: LogId) -> Option<PathBuf>;
+    /// How a checkpoint is opened for reading.
+    fn open_checkpoint(&self) -> OpenCheckpoint;
 }
 
 /// A directory name for a log.
@@ -70,5 +72,10 @@ impl StoreProvider for RocksStores {
 
     fn checkpoints(&self, id: LogId) -> Option<PathBuf> {
         Some(self.dir.join(log_name(id)).join("checkpoints"))
+    }
+
+    fn open_checkpoint(&self) -> OpenCheckpoint {
+        let memory = self.memory.clone();
+        Arc::new(move |path| Ok(Arc::new(RocksStore::open_read_only(path, &memory)?)))
     }
 }

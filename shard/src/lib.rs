@@ -10,7 +10,7 @@ mod directory;
 mod edge;
 mod facts;
 mod inode;
-//I
+pub mod invariants;
 mod placement;
 mod produce;
 mod read;

@@ -35,7 +35,7 @@ use crate::{
     applier::{AppliedBatch, Applier, EntryOutcome, Fault, recorded},
     client_table::{Known, peek},
     machine::{Machine, ProduceContext, Stop, decode},
-    store::StoreError,
+    store::{StoreError, View},
 };
 
 mod admin;
@@ -98,7 +98,12 @@ pub struct ReplicaConfig<M: Machine> {
     pub leader_events: mpsc::UnboundedSender<LeaderEvent<M::Effect>>,
     /// Where checkpoints are kept; `None` where the store cannot make any.
     pub checkpoints: Option<PathBuf>,
+    /// Opens a checkpoint for reading.
+    pub open_checkpoint: OpenCheckpoint,
 }
+
+/// Opens the checkpoint in a directory.
+pub type OpenCheckpoint = Arc<dyn Fn(&std::path::Path) -> Result<Arc<dyn View>, StoreError> + Send + Sync>;
 
 type Reply = oneshot::Sender<Answer>;
 

@@ -142,6 +142,10 @@ impl Network for GrpcNetwork {
             .await
             .unwrap_or_else(|_| Err(CallError::Unknown(to.clone(), format!("nothing within {timeout:?}"))))
     }
+
+    fn separate(&self) -> Option<Arc<dyn Network>> {
+        Some(Arc::new(GrpcNetwork::new()))
+    }
 }
 
 struct GrpcListening {

@@ -133,6 +133,14 @@ impl<M: Machine> Replica<M> {
         Ok(names.iter().filter_map(|n| n.parse().ok()).map(Position).collect())
     }
 
+    fn open_checkpoint(&self, at: Position) -> Result<Arc<dyn View>, Refusal> {
+        let dir =
+            self.config.checkpoints.as_ref().filter(|_| self.checkpoints().is_ok_and(|c| c.contains(&at)));
+        let dir =
+            dir.ok_or_else(|| Refusal::new(Code::NotFound, format!("there is no checkpoint at {at}")))?;
+        (self.config.open_checkpoint)(&dir.join(format!("{:020}", at.0))).map_err(fault)
+    }
+
     /// Copies the state into `<checkpoints>/<position, 20 digits>`.
     fn take_checkpoint(&mut self) -> Result<(), Refusal> {
         let Some(dir) = self.config.checkpoints.clone() else {
@@ -171,8 +179,11 @@ impl<M: Machine> Replica<M> {
                 ));
             }
             self.snapshots.next += 1;
-            let view = self.applier.store().snapshot().map_err(fault)?;
-            let snapshot = Snapshot { view, position: self.applier.position(), used: now };
+            let (view, position) = match scan.checkpoint {
+                0 => (self.applier.store().snapshot().map_err(fault)?, self.applier.position()),
+                at => (self.open_checkpoint(Position(at))?, Position(at)),
+            };
+            let snapshot = Snapshot { view, position, used: now };
             self.snapshots.open.insert(self.snapshots.next, snapshot);
             self.snapshots.next
         } else {

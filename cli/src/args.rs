@@ -1,0 +1,405 @@
+//! Every flag, once.
+
+use std::{ffi::OsString, path::PathBuf, time::Duration};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Clutch: a distributed filesystem whose metadata is a set of replicated logs.
+#[derive(Parser, Debug)]
+#[command(
+    name = "clutch",
+    version,
+    about,
+    propagate_version = true,
+    subcommand_required = true,
+    arg_required_else_help = true
+)]
+pub(crate) struct Cli {
+    /// Where the registry listens.
+    #[arg(
+        long,
+        global = true,
+        env = "CLUTCH_REGISTRY",
+        default_value = "127.0.0.1:7400",
+        value_name = "HOST:PORT"
+    )]
+    pub(crate) registry: String,
+    /// Seconds for which a request is retried before its outcome is reported as it is.
+    #[arg(long, global = true, default_value_t = 30, value_name = "SECONDS")]
+    pub(crate) patience_s: u64,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Reads a bare `--registry` behind `log` as the registry's log: with a value it is where the registry listens.
+pub(crate) fn registry_log_flag(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let mut args: Vec<OsString> = args.collect();
+    let log = args.iter().position(|a| a == "log").unwrap_or(args.len());
+    for i in log..args.len() {
+        let bare = args.get(i + 1).is_none_or(|next| next.to_string_lossy().starts_with('-'));
+        if args[i] == "--registry" && bare {
+            args[i] = "--registry-log".into();
+        }
+    }
+    args
+}
+
+impl Cli {
+    pub(crate) fn patience(&self) -> Duration {
+        Duration::from_secs(self.patience_s)
+    }
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Start a whole cluster in this process, under one directory; Ctrl-C stops it.
+    Up(UpArgs),
+    /// Show what runs and whether it serves.
+    Status(StatusArgs),
+    /// Work with files: ls, put, get, mv and so on. Remote paths are absolute.
+    #[command(subcommand)]
+    Fs(FsCommand),
+    /// Look at logs, replay them, take checkpoints, trim.
+    #[command(subcommand)]
+    Log(LogCommand),
+    /// Check the invariants of all metadata.
+    Fsck(FsckArgs),
+    /// Measure.
+    #[command(subcommand)]
+    Bench(BenchCommand),
+    /// Print completions for a shell.
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, or write one page for each command.
+    Man {
+        /// Write the pages into this directory.
+        #[arg(long)]
+        dir: Option<PathBuf>,
+    },
+    /// End in a way that shows what a crash prints.
+    #[command(hide = true)]
+    Crash {
+        /// `panic` or `segv`.
+        signal: String,
+    },
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct UpArgs {
+    /// Everything is kept under this directory.
+    #[arg(long, default_value = "clutch-data")]
+    pub(crate) dir: PathBuf,
+    /// Metadata shards, a power of two; 4 for a new directory.
+    #[arg(long)]
+    pub(crate) shards: Option<u32>,
+    /// Disks, each a failure domain of its own; 8 for a new directory.
+    #[arg(long)]
+    pub(crate) disks: Option<u32>,
+    /// Data and parity blocks of new files' spans, as D+P; 4+2 for a new directory.
+    #[arg(long, value_parser = parse_policy, value_name = "D+P")]
+    pub(crate) policy: Option<(u32, u32)>,
+    /// Where to listen.
+    #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT")]
+    pub(crate) listen: String,
+}
+
+fn parse_policy(text: &str) -> Result<(u32, u32), String> {
+    let (data, parity) = text.split_once('+').ok_or("write it as D+P, for example 4+2")?;
+    let number = |part: &str| part.trim().parse::<u32>().map_err(|e| format!("{part:?}: {e}"));
+    Ok((number(data)?, number(parity)?))
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct StatusArgs {
+    /// Wait until everything serves, at most so many seconds.
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) wait: Option<u64>,
+    /// Print one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum FsCommand {
+    /// List a directory.
+    Ls {
+        /// The directory, or a file.
+        #[arg(default_value = "/")]
+        path: String,
+        /// Kind, mode, owner, size and time of each entry.
+        #[arg(short, long)]
+        long: bool,
+        /// Directories below, too.
+        #[arg(short = 'R', long)]
+        recursive: bool,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Draw a directory and what is below it.
+    Tree {
+        /// The directory.
+        #[arg(default_value = "/")]
+        path: String,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make directories.
+    Mkdir {
+        /// Make the directories above, too, and do not mind if it exists.
+        #[arg(short, long)]
+        parents: bool,
+        /// Permission bits in octal.
+        #[arg(short, long, default_value = "755", value_parser = parse_mode)]
+        mode: u32,
+        /// The directories.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// Store local files.
+    Put {
+        /// Directories with all that is in them.
+        #[arg(short, long)]
+        recursive: bool,
+        /// Print the remote path of every file when it is durable.
+        #[arg(short, long)]
+        verbose: bool,
+        /// Files that are stored at a time.
+        #[arg(short, long, default_value_t = 32)]
+        jobs: usize,
+        /// A local file or directory; `-` is standard input.
+        source: PathBuf,
+        /// Where to; an existing directory takes it under its own name.
+        target: String,
+    },
+    /// Fetch files.
+    Get {
+        /// Directories with all that is in them.
+        #[arg(short, long)]
+        recursive: bool,
+        /// Files that are fetched at a time.
+        #[arg(short, long, default_value_t = 32)]
+        jobs: usize,
+        /// The remote file or directory.
+        source: String,
+        /// Where to; an existing directory takes it under its own name.
+        target: PathBuf,
+    },
+    /// Print files.
+    Cat {
+        /// The files.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// Move or rename.
+    Mv {
+        /// What.
+        source: String,
+        /// Where to; an existing directory takes it under its own name.
+        target: String,
+    },
+    /// Remove files and links; they stay in the history.
+    Rm {
+        /// Directories with all that is in them.
+        #[arg(short, long)]
+        recursive: bool,
+        /// Do not mind what does not exist.
+        #[arg(short, long)]
+        force: bool,
+        /// What.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// Show all that is known of a file.
+    Stat {
+        /// The file.
+        path: String,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a symbolic link.
+    Ln {
+        /// Symbolic; other links do not exist yet.
+        #[arg(short, long, required = true)]
+        symbolic: bool,
+        /// What the link says.
+        target: String,
+        /// The link.
+        path: String,
+    },
+    /// Change permission bits.
+    Chmod {
+        /// In octal.
+        #[arg(value_parser = parse_mode)]
+        mode: u32,
+        /// Of what.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// Change owner and group.
+    Chown {
+        /// Numbers: UID, UID:GID or :GID.
+        owner: String,
+        /// Of what.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// Set the modification time to now, or make an empty file.
+    Touch {
+        /// This time instead: RFC 3339, or seconds since 1970.
+        #[arg(short, long)]
+        date: Option<String>,
+        /// Of what.
+        #[arg(required = true)]
+        paths: Vec<String>,
+    },
+    /// Add up sizes.
+    Du {
+        /// The directory.
+        #[arg(default_value = "/")]
+        path: String,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a directory or a name held before.
+    History {
+        /// A directory, or a name in one.
+        path: String,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Bring the newest deleted or replaced file of a name back.
+    Undelete {
+        /// The name it had.
+        path: String,
+        /// The name it gets; the old one when left away.
+        new_path: Option<String>,
+        /// The version that ended at this time, as `history` prints it.
+        #[arg(long)]
+        ended: Option<u64>,
+    },
+}
+
+fn parse_mode(text: &str) -> Result<u32, String> {
+    let mode = u32::from_str_radix(text.trim_start_matches("0o"), 8)
+        .map_err(|_| "write the mode in octal, for example 644")?;
+    if mode > 0o7777 { Err("modes go up to 7777".into()) } else { Ok(mode) }
+}
+
+/// Which logs.
+#[derive(Args, Debug, Clone)]
+#[group(required = true, multiple = false)]
+pub(crate) struct Which {
+    /// This shard's.
+    #[arg(long, value_name = "N")]
+    pub(crate) shard: Option<u32>,
+    /// The CDC's.
+    #[arg(long)]
+    pub(crate) cdc: bool,
+    /// The registry's; `--registry` without a value says the same.
+    #[arg(long = "registry-log")]
+    pub(crate) registry_log: bool,
+    /// All of the cluster.
+    #[arg(long)]
+    pub(crate) all: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum LogCommand {
+    /// Where every log stands.
+    Status {
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Apply a log again into an empty store.
+    Replay {
+        #[command(flatten)]
+        which: Which,
+        /// Compare the result's hash with the live replica's; exit 1 when it differs or nothing could be compared.
+        #[arg(long)]
+        verify: bool,
+        /// Read this directory of `clutch up` (or a copy) instead of asking the cluster.
+        #[arg(long)]
+        dir: Option<PathBuf>,
+        /// Stop after this position.
+        #[arg(long)]
+        to_position: Option<u64>,
+        /// Stop at this time, in nanoseconds since 1970.
+        #[arg(long)]
+        to_time: Option<u64>,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Copy the present state beside the log, to replay from.
+    Checkpoint {
+        #[command(flatten)]
+        which: Which,
+    },
+    /// Allow what a checkpoint and the flushed state cover to be removed.
+    Trim {
+        #[command(flatten)]
+        which: Which,
+        /// Up to this position; as far as possible when left away.
+        #[arg(long)]
+        upto: Option<u64>,
+    },
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct FsckArgs {
+    /// Read every row from disk and compare with the stored hashes, too.
+    #[arg(long)]
+    pub(crate) rescan: bool,
+    /// Print one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum BenchCommand {
+    /// Metadata operations.
+    Meta {
+        /// Comma-separated: mkdir, create, lookup, stat, readdir, rename, unlink, rmdir.
+        #[arg(
+            long,
+            default_value = "mkdir,create,lookup,stat,readdir,rename,unlink,rmdir",
+            value_delimiter = ','
+        )]
+        ops: Vec<String>,
+        /// Clients, each with a session of its own.
+        #[arg(long, default_value_t = 4)]
+        clients: usize,
+        /// Requests that each client keeps in flight.
+        #[arg(long, default_value_t = 64)]
+        depth: usize,
+        /// Files of each operation, over all clients.
+        #[arg(long, default_value_t = 20_000)]
+        files: usize,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Writing and reading file data.
+    Data {
+        /// Files.
+        #[arg(long, default_value_t = 8)]
+        files: usize,
+        /// Bytes of each, in MiB.
+        #[arg(long, default_value_t = 32)]
+        size_mib: usize,
+        /// Files at a time.
+        #[arg(long, default_value_t = 1)]
+        clients: usize,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+}

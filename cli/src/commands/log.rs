@@ -1,0 +1,191 @@
+//! `clutch log`.
+
+use std::{process::ExitCode, sync::Arc};
+
+use anyhow::{Context as _, Result, bail};
+use clutch_client::Client;
+use clutch_log::LogId;
+use clutch_proto::{
+    admin::{AdminReply, AdminRequest, TakeCheckpoint, TrimLog, admin_request::Op},
+    session::Role,
+};
+use clutch_runtime::production::OsDisk;
+use clutch_server::{
+    ClusterFile,
+    replay::{self, Report, Until},
+};
+use clutch_state_rocks::{RocksStore, SharedMemory};
+use serde_json::json;
+
+use crate::{
+    args::{LogCommand, Which},
+    commands::status,
+    output,
+};
+
+pub(crate) async fn run(client: impl Fn() -> Client, command: &LogCommand) -> Result<ExitCode> {
+    match command {
+        LogCommand::Status { json } => show(&client(), *json).await,
+        LogCommand::Replay { which, verify, dir, to_position, to_time, json } => {
+            let until = Until { position: *to_position, time: *to_time };
+            let mut reports = Vec::new();
+            let logs = match dir {
+                Some(dir) => {
+                    let runtime = clutch_runtime::production::runtime();
+                    let cluster = ClusterFile::read(&runtime, dir)?.with_context(|| {
+                        format!("{} has no cluster.json; name a directory of `clutch up`", dir.display())
+                    })?;
+                    chosen(which, cluster.shards)?
+                }
+                None => chosen(which, client().map().await?.shards.len() as u32)?,
+            };
+            for id in logs {
+                let work = tempdir()?;
+                let store = Arc::new(RocksStore::open(&work.0, &SharedMemory::new(32 << 20, 64 << 20))?);
+                let bar = output::bar(&format!("replay {id}"), 0);
+                let mut progress = |done: u64, total: u64| {
+                    bar.set_length(total);
+                    bar.set_position(done);
+                };
+                let report = match dir {
+                    Some(dir) => replay::from_directory(&OsDisk, dir, id, store, until, &mut progress),
+                    None => replay::from_cluster(&client(), id, store, until, &mut progress).await,
+                };
+                bar.finish_and_clear();
+                reports.push((id, report.with_context(|| format!("replay {id}"))?));
+            }
+            print(&reports, *verify, *json)
+        }
+        LogCommand::Checkpoint { which } => {
+            let client = client();
+            for id in chosen(which, client.map().await?.shards.len() as u32)? {
+                let reply = admin(&client, id, Op::TakeCheckpoint(TakeCheckpoint {})).await?;
+                let newest = reply.status.and_then(|s| s.checkpoints.last().copied()).unwrap_or(0);
+                output::line(format!("{id}: checkpoint at {newest}"))?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+        LogCommand::Trim { which, upto } => {
+            let client = client();
+            for id in chosen(which, client.map().await?.shards.len() as u32)? {
+                let reply =
+                    admin(&client, id, Op::TrimLog(TrimLog { upto: upto.unwrap_or(u64::MAX) })).await?;
+                let first = reply.log.map_or(0, |l| l.first);
+                output::line(format!("{id}: the log begins at {first} (whole segments are removed)"))?;
+            }
+            Ok(ExitCode::SUCCESS)
+        }
+    }
+}
+
+/// A directory that is removed when it is not needed any more.
+struct Work(std::path::PathBuf);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // A directory that stays behind in the temporary directory does no harm.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+fn tempdir() -> Result<Work> {
+    let random = clutch_runtime::production::runtime().random;
+    let path = std::env::temp_dir().join(format!("clutch-replay-{:016x}", random.u64()));
+    std::fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
+    Ok(Work(path))
+}
+
+fn chosen(which: &Which, shards: u32) -> Result<Vec<LogId>> {
+    if let Some(shard) = which.shard {
+        if shard >= shards {
+            bail!("shard {shard}: there are {shards}, counted from 0");
+        }
+        return Ok(vec![LogId::shard(shard)]);
+    }
+    Ok(if which.cdc {
+        vec![LogId::CDC]
+    } else if which.registry_log {
+        vec![LogId::REGISTRY]
+    } else {
+        [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..shards).map(LogId::shard)).collect()
+    })
+}
+
+async fn admin(client: &Client, id: LogId, op: Op) -> Result<AdminReply> {
+    let role = match id.role {
+        1 => Role::Registry,
+        2 => Role::Cdc,
+        _ => Role::Shard,
+    };
+    client.admin(role, id.number, AdminRequest { op: Some(op) }).await.with_context(|| id.to_string())
+}
+
+fn print(reports: &[(LogId, Report)], verify: bool, as_json: bool) -> Result<ExitCode> {
+    let verified = reports.iter().all(|(_, r)| r.verified);
+    if as_json {
+        let logs: Vec<_> = reports
+            .iter()
+            .map(|(id, r)| {
+                json!({
+                    "log": id.to_string(), "from_checkpoint": r.from_checkpoint, "batches": r.batches,
+                    "entries": r.entries, "position": r.position, "time": r.time, "hash": r.hash,
+                    "compared_at": r.compared.as_ref().map(|c| c.0),
+                    "live_hash": r.compared.as_ref().map(|c| c.1.clone()), "verified": r.verified,
+                })
+            })
+            .collect();
+        output::json(&json!({ "verified": verified, "logs": logs }))?;
+    } else {
+        for (id, r) in reports {
+            let from = match r.from_checkpoint {
+                0 => "from the beginning".to_owned(),
+                position => format!("from the checkpoint at {position} (the log before it was trimmed)"),
+            };
+            output::line(format!(
+                "{id}: {} entries in {} batches {from} to position {}",
+                r.entries, r.batches, r.position
+            ))?;
+            output::line(format!("  hash {}", r.hash))?;
+            match &r.compared {
+                Some((at, _)) if r.verified => {
+                    output::line(format!("  equal to the live replica's at position {at}"))?
+                }
+                Some((at, hash)) => {
+                    output::line(format!("  DIFFERENT from the live replica's at position {at}: {hash}"))?
+                }
+                None => {
+                    output::line("  not compared: the live replica does not know its hash at this position")?
+                }
+            }
+        }
+    }
+    Ok(if verify && !verified { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+async fn show(client: &Client, as_json: bool) -> Result<ExitCode> {
+    let (_, replicas) = status::all(client).await?;
+    let mut rows = Vec::new();
+    for replica in &replicas {
+        let s = replica.status.as_ref().map_err(|e| anyhow::anyhow!("{}: {e}", replica.name))?;
+        rows.push(json!({
+            "log": replica.name, "first": s.log_first, "last": s.log_last, "applied": s.applied_position,
+            "flushed": s.flushed_position, "epoch": s.epoch, "time": s.applied_time, "checkpoints": s.checkpoints,
+        }));
+        if !as_json {
+            output::line(format!(
+                "{}: {}..{}, applied {}, flushed {}, epoch {}, checkpoints {:?}",
+                replica.name,
+                s.log_first,
+                s.log_last,
+                s.applied_position,
+                s.flushed_position,
+                s.epoch,
+                s.checkpoints
+            ))?;
+        }
+    }
+    if as_json {
+        output::json(&json!({ "logs": rows }))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}

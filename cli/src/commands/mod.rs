@@ -1,0 +1,9 @@
+//! One module for each command.
+
+pub(crate) mod bench;
+pub(crate) mod fs;
+pub(crate) mod fsck;
+pub(crate) mod log;
+pub(crate) mod shell;
+pub(crate) mod status;
+pub(crate) mod up;

@@ -1,0 +1,318 @@
+//! Runs a log again, from its beginning or from a checkpoint, into an empty store: disaster recovery, and the
+//! proof that apply is pure.
+//!
+//! Entries come from a running cluster or from a directory, also one that is a copy or belongs to a running
+//! process; nothing there is written.
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::{Context as _, Result, bail};
+use bytes::Bytes;
+use clutch_cdc::Cdc;
+use clutch_client::Client;
+use clutch_log::{Batch, Epoch, LogFault, LogId, Position};
+use clutch_log_local::{RecordKind, SegmentReader, open_read_only};
+use clutch_proto::{
+    Time,
+    admin::{AdminRequest, HashAt, ReadLog, ScanRows, Status, StatusReply, admin_request::Op},
+    limits::SCAN_BYTES_MAX,
+    session::Role,
+};
+use clutch_registry::Registry;
+use clutch_runtime::Disk;
+use clutch_shard::Shard;
+use clutch_state::{Applier, Fault, Machine, StateHash, Store};
+use clutch_state_rocks::{RocksStore, SharedMemory};
+
+use crate::stores::RocksStores;
+
+/// An applier of whatever machine a log is for.
+pub trait Replayer: Send {
+    /// Applies one batch.
+    fn apply(&mut self, batch: &Batch) -> Result<(), Fault>;
+    /// The last position applied.
+    fn position(&self) -> Position;
+    /// The time of the last entry.
+    fn time(&self) -> Time;
+    /// The hash of the state.
+    fn hash(&self) -> StateHash;
+}
+
+impl<M: Machine> Replayer for Applier<M> {
+    fn apply(&mut self, batch: &Batch) -> Result<(), Fault> {
+        Applier::apply(self, batch).map(drop)
+    }
+
+    fn position(&self) -> Position {
+        Applier::position(self)
+    }
+
+    fn time(&self) -> Time {
+        Applier::time(self)
+    }
+
+    fn hash(&self) -> StateHash {
+        Applier::hash(self)
+    }
+}
+
+/// Opens a store for the machine of a log.
+pub fn replayer(id: LogId, store: Arc<dyn Store>) -> Result<Box<dyn Replayer>, Fault> {
+    Ok(match id.role {
+        1 => Box::new(Applier::<Registry>::open(store)?),
+        2 => Box::new(Applier::<Cdc>::open(store)?),
+        _ => Box::new(Applier::<Shard>::open(store)?),
+    })
+}
+
+/// What a replay did.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// The checkpoint that it began from; 0 for the beginning of the log.
+    pub from_checkpoint: u64,
+    /// Batches applied.
+    pub batches: u64,
+    /// Entries applied.
+    pub entries: u64,
+    /// Where it ended.
+    pub position: u64,
+    /// The time of the last entry.
+    pub time: u64,
+    /// The hash at the end.
+    pub hash: String,
+    /// What it was compared with: position and hash; none where there was nothing to compare with.
+    pub compared: Option<(u64, String)>,
+    /// Whether the hashes are equal; false as long as nothing was compared.
+    pub verified: bool,
+}
+
+/// How far to replay.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Until {
+    /// The last position to apply.
+    pub position: Option<u64>,
+    /// The last time to apply, in nanoseconds.
+    pub time: Option<u64>,
+}
+
+impl Until {
+    fn includes(&self, position: u64) -> bool {
+        self.position.is_none_or(|last| position <= last)
+    }
+
+    /// Whether a batch whose first entry has this stamp may still belong to the cut.
+    fn includes_stamp(&self, entries: &[Bytes]) -> bool {
+        use prost::Message as _;
+        let stamp = |bytes: &Bytes| clutch_proto::state::Entry::decode(bytes.clone()).map_or(0, |e| e.stamp);
+        self.time.is_none_or(|last| entries.first().is_none_or(|first| stamp(first) <= last))
+    }
+}
+
+fn role(id: LogId) -> Role {
+    match id.role {
+        1 => Role::Registry,
+        2 => Role::Cdc,
+        _ => Role::Shard,
+    }
+}
+
+async fn status(client: &Client, id: LogId) -> Result<StatusReply> {
+    let reply = client.admin(role(id), id.number, AdminRequest { op: Some(Op::Status(Status {})) }).await?;
+    reply.status.context("an answer without a status")
+}
+
+/// Replays a log of a running cluster into `store` and compares with the live replica.
+pub async fn from_cluster(
+    client: &Client,
+    id: LogId,
+    store: Arc<dyn Store>,
+    until: Until,
+    progress: &mut (dyn FnMut(u64, u64) + Send),
+) -> Result<Report> {
+    let live = status(client, id).await?;
+    let mut report = Report::default();
+    if live.log_first > 1 {
+        let oldest = live.checkpoints.iter().copied().filter(|c| c + 1 >= live.log_first).min();
+        let oldest = oldest.with_context(|| {
+            format!("{id}: the log begins at {} and no checkpoint covers what was trimmed", live.log_first)
+        })?;
+        load_checkpoint(client, id, oldest, &*store).await?;
+        report.from_checkpoint = oldest;
+    }
+    let mut replayer = replayer(id, store)?;
+    let mut from = replayer.position().0 + 1;
+    // The log grows while it is read: the end is where it stood at the beginning.
+    let last = live.log_last;
+    'read: while from <= last {
+        let op = Op::ReadLog(ReadLog { from, limit_bytes: SCAN_BYTES_MAX as u32 });
+        let reply = client.admin(role(id), id.number, AdminRequest { op: Some(op) }).await?;
+        let page = reply.log.context("an answer without log")?;
+        if page.next <= from {
+            break;
+        }
+        for batch in page.batches {
+            if batch.position > last
+                || !until.includes(batch.position)
+                || !until.includes_stamp(&batch.entries)
+            {
+                break 'read;
+            }
+            apply(&mut *replayer, &mut report, Position(batch.position), batch.entries)?;
+        }
+        from = page.next;
+        progress(from.min(last), last);
+    }
+    finish(&*replayer, &mut report);
+    let op = Op::HashAt(HashAt { position: report.position });
+    let live =
+        client.admin(role(id), id.number, AdminRequest { op: Some(op) }).await?.hash.unwrap_or_default();
+    if let Some(hash) = StateHash::from_bytes(&live.hash) {
+        report.compared = Some((report.position, hash.to_string()));
+        report.verified = hash == replayer.hash();
+    }
+    Ok(report)
+}
+
+async fn load_checkpoint(client: &Client, id: LogId, checkpoint: u64, store: &dyn Store) -> Result<()> {
+    let mut scan =
+        ScanRows { snapshot: 0, after: Bytes::new(), limit_bytes: SCAN_BYTES_MAX as u32, checkpoint };
+    loop {
+        let request = AdminRequest { op: Some(Op::ScanRows(scan.clone())) };
+        let page =
+            client.admin(role(id), id.number, request).await?.scan.context("an answer without rows")?;
+        scan.snapshot = page.snapshot;
+        if let Some(row) = page.rows.last() {
+            scan.after = row.key.clone();
+        }
+        store.write(page.rows.into_iter().map(|row| (row.key.to_vec(), Some(row.value))).collect())?;
+        if page.last {
+            return Ok(());
+        }
+    }
+}
+
+fn apply(
+    replayer: &mut dyn Replayer,
+    report: &mut Report,
+    position: Position,
+    entries: Vec<Bytes>,
+) -> Result<()> {
+    report.batches += 1;
+    report.entries += entries.len() as u64;
+    replayer
+        .apply(&Batch { position, epoch: Epoch(0), entries })
+        .with_context(|| format!("apply position {position}"))
+}
+
+fn finish(replayer: &dyn Replayer, report: &mut Report) {
+    report.position = replayer.position().0;
+    report.time = replayer.time().0;
+    report.hash = replayer.hash().to_string();
+}
+
+/// Replays a log from a directory of `up` into `store` and compares with the replica's state there.
+pub fn from_directory(
+    disk: &dyn Disk,
+    dir: &Path,
+    id: LogId,
+    store: Arc<dyn Store>,
+    until: Until,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Report> {
+    let log_dir = dir.join("log");
+    let state_dir = dir.join("state");
+    let summary = open_read_only(disk, &log_dir)?;
+    let memory = SharedMemory::new(16 << 20, 16 << 20);
+    let mut report = Report::default();
+    let live = live_state(&state_dir, id, &memory)?;
+    let first_segment = *summary.segments.first().context("a log without segments")?;
+    if first_segment > 1 {
+        let checkpoints = state_dir.join(crate::stores::log_name(id)).join("checkpoints");
+        let oldest = disk.list(&checkpoints)?.iter().filter_map(|n| n.parse::<u64>().ok()).min();
+        let oldest = oldest.with_context(|| {
+            format!("{id}: the log was trimmed and there is no checkpoint in {}", checkpoints.display())
+        })?;
+        let copy = RocksStore::open_read_only(&checkpoints.join(format!("{oldest:020}")), &memory)?;
+        copy_rows(&copy, &*store)?;
+        report.from_checkpoint = oldest;
+    }
+    let mut replayer = replayer(id, store)?;
+    let mut compared = None;
+    let compare = |replayer: &dyn Replayer, compared: &mut Option<(u64, StateHash, StateHash)>, next: u64| {
+        // The live state may have skipped records of the engine after its last batch.
+        if let Some((position, hash)) = live
+            && compared.is_none()
+            && replayer.position().0 <= position
+            && next > position
+        {
+            *compared = Some((position, hash, replayer.hash()));
+        }
+    };
+    let total = summary.segments.len() as u64;
+    'segments: for (done, number) in summary.segments.iter().enumerate() {
+        let mut reader = match SegmentReader::open(disk, &log_dir, *number) {
+            Ok(reader) => reader,
+            Err(LogFault::Corrupt { .. }) if *number > summary.synced.0 => break,
+            Err(fault) => return Err(fault.into()),
+        };
+        loop {
+            let at = (*number, reader.offset());
+            let record = match reader.next_record() {
+                Ok(Some(record)) => record,
+                Ok(None) if at < summary.synced => {
+                    bail!("segment {number:016x} ends at {}, but more was synced: it was cut short", at.1)
+                }
+                Ok(None) => break,
+                // What was never synced was never acknowledged.
+                Err(LogFault::Corrupt { .. }) if at >= summary.synced => break 'segments,
+                Err(fault) => return Err(fault.into()),
+            };
+            if record.kind != RecordKind::Batch || record.log != id || record.position <= replayer.position()
+            {
+                continue;
+            }
+            compare(&*replayer, &mut compared, record.position.0);
+            if !until.includes(record.position.0) || !until.includes_stamp(&record.entries) {
+                break 'segments;
+            }
+            apply(&mut *replayer, &mut report, record.position, record.entries)?;
+        }
+        progress(done as u64 + 1, total);
+    }
+    if until.position.is_none() && until.time.is_none() {
+        compare(&*replayer, &mut compared, u64::MAX);
+    }
+    finish(&*replayer, &mut report);
+    if let Some((position, theirs, ours)) = compared {
+        report.compared = Some((position, theirs.to_string()));
+        report.verified = theirs == ours;
+    }
+    Ok(report)
+}
+
+/// Where a replica's flushed state stands; `None` when nothing was flushed yet.
+fn live_state(state_dir: &Path, id: LogId, memory: &SharedMemory) -> Result<Option<(u64, StateHash)>> {
+    let path = RocksStores::database(state_dir, id);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let store =
+        RocksStore::open_read_only(&path, memory).with_context(|| format!("open the state of {id}"))?;
+    let state = replayer(id, Arc::new(store))?;
+    Ok((state.position().0 > 0).then(|| (state.position().0, state.hash())))
+}
+
+fn copy_rows(from: &RocksStore, to: &dyn Store) -> Result<()> {
+    use clutch_state::{Table, View as _};
+    for table in 0..=255u8 {
+        let table = Table(table);
+        let mut start: Vec<u8> = Vec::new();
+        loop {
+            let rows = from.scan(table, &start, &[], 4096)?;
+            let Some((last, _)) = rows.last() else { break };
+            start = [last, &[0][..]].concat();
+            to.write(rows.into_iter().map(|(key, value)| (table.stored_key(&key), Some(value))).collect())?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,127 @@
+//! Checks all metadata of a running cluster against the invariants.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result};
+use bytes::Bytes;
+use clutch_client::Client;
+use clutch_proto::{
+    admin::{AdminRequest, Rescan, ScanRows, admin_request::Op},
+    cdc::{ListTransactions, cdc_request},
+    limits::SCAN_BYTES_MAX,
+    session::Role,
+};
+use clutch_shard::invariants;
+use clutch_state::{MemoryStore, Store as _, applier};
+
+/// Rounds that must agree before something is called wrong: what moves between two of them is no fault.
+const ROUNDS: usize = 3;
+
+/// What was found.
+#[derive(Clone, Debug, Default)]
+pub struct Checked {
+    /// What is wrong; empty when all is well.
+    pub violations: BTreeSet<String>,
+    /// Rows of the shards.
+    pub rows: u64,
+}
+
+/// Checks all shards, each at one moment of its own, and what spans them.
+pub async fn check(client: &Client, progress: &mut (dyn FnMut(u64, u64) + Send)) -> Result<Checked> {
+    let shards: Vec<u32> = client.refresh_map().await?.shards.iter().map(|s| s.shard).collect();
+    let mut result = round(client, &shards, progress).await?;
+    for _ in 1..ROUNDS {
+        if result.violations.is_empty() {
+            break;
+        }
+        client.runtime().clock.sleep(Duration::from_millis(300)).await;
+        let again = round(client, &shards, progress).await?;
+        result.violations.retain(|violation| again.violations.contains(violation));
+    }
+    Ok(result)
+}
+
+async fn in_flight(client: &Client) -> Result<usize> {
+    let reply = client.cdc(cdc_request::Op::ListTransactions(ListTransactions {})).await?;
+    Ok(reply.transactions.len())
+}
+
+async fn round(
+    client: &Client,
+    shards: &[u32],
+    progress: &mut (dyn FnMut(u64, u64) + Send),
+) -> Result<Checked> {
+    // Between two moments at which nothing is in flight much may happen; the rounds sort that out.
+    for _ in 0..50 {
+        if in_flight(client).await? == 0 {
+            break;
+        }
+        client.runtime().clock.sleep(Duration::from_millis(100)).await;
+    }
+    let mut checked = Checked::default();
+    let mut facts = Vec::new();
+    for (done, shard) in shards.iter().enumerate() {
+        let store = copy(client, *shard).await?;
+        checked.rows += store.len() as u64;
+        let work = client.runtime().blocking(move || {
+            let hashes = applier::rescan(&*store)?;
+            invariants::check_shard(&*store).map(|(wrong, facts)| (wrong, facts, hashes))
+        });
+        let (wrong, of_shard, hashes) = work
+            .await
+            .context("the check did not finish")?
+            .with_context(|| format!("check shard {shard}"))?;
+        checked
+            .violations
+            .extend(wrong.into_iter().chain(hashes.differences).map(|w| format!("shard {shard}: {w}")));
+        facts.push(of_shard);
+        progress(done as u64 + 1, shards.len() as u64);
+    }
+    let across = invariants::check_cluster(&facts);
+    if in_flight(client).await? == 0 {
+        checked.violations.extend(across);
+    }
+    Ok(checked)
+}
+
+/// All rows of one moment of a shard.
+async fn copy(client: &Client, shard: u32) -> Result<Arc<MemoryStore>> {
+    let store = MemoryStore::new();
+    let mut scan =
+        ScanRows { snapshot: 0, after: Bytes::new(), limit_bytes: SCAN_BYTES_MAX as u32, checkpoint: 0 };
+    loop {
+        let reply =
+            client.admin(Role::Shard, shard, AdminRequest { op: Some(Op::ScanRows(scan.clone())) }).await?;
+        let page = reply.scan.context("an answer without rows")?;
+        scan.snapshot = page.snapshot;
+        if let Some(row) = page.rows.last() {
+            scan.after = row.key.clone();
+        }
+        store.write(page.rows.into_iter().map(|row| (row.key.to_vec(), Some(row.value))).collect())?;
+        if page.last {
+            return Ok(Arc::new(store));
+        }
+    }
+}
+
+/// Lets every replica read all its rows from disk and compare with the stored hashes.
+pub async fn rescan(client: &Client) -> Result<Checked> {
+    let map = client.refresh_map().await?;
+    let mut all = vec![(Role::Registry, 0, "registry".to_owned()), (Role::Cdc, 0, "cdc".to_owned())];
+    all.extend(map.shards.iter().map(|s| (Role::Shard, s.shard, format!("shard {}", s.shard))));
+    let mut checked = Checked::default();
+    for (role, number, name) in all {
+        match client.admin(role, number, AdminRequest { op: Some(Op::Rescan(Rescan {})) }).await {
+            Ok(reply) => {
+                let rescan = reply.rescan.context("an answer without a rescan")?;
+                checked.rows += rescan.rows;
+                checked.violations.extend(rescan.differences.into_iter().map(|d| format!("{name}: {d}")));
+            }
+            // A row that cannot be read any more is a finding, not a failure of the check.
+            Err(error) => {
+                checked.violations.insert(format!("{name}: {error}"));
+            }
+        }
+    }
+    Ok(checked)
+}

@@ -90,7 +90,7 @@ impl Codec {
 
     fn check(&self, cells: &[impl AsRef<[u8]>], count: usize) -> Result<usize, CodecError> {
         let size = cells.first().map_or(0, |c| c.as_ref().len());
-        let fits = cells.len() == count && size != 0 && size % UNIT_BYTES == 0;
+        let fits = cells.len() == count && size != 0 && size.is_multiple_of(UNIT_BYTES);
         if !fits || cells.iter().any(|c| c.as_ref().len() != size) {
             return Err(CodecError::Cells);
         }

@@ -225,8 +225,13 @@ pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>
                 Next::Enter(State::Remove)
             }
         }
-        // Only forward from here: what holds these rows is locked by this transaction, so a refusal can only mean
-        // that they are already as they should be.
+        // Only forward from here. What these steps change is held by this transaction, so "not there" and "not as it
+        // was" mean that it is done already; any other refusal means that it is not, and it is asked for again.
+        (state @ (State::SetOwner | State::Remove | State::Back), Err(refusal))
+            if !matches!(refusal.code, Code::NotFound | Code::Stale) =>
+        {
+            Next::Enter(state)
+        }
         (State::SetOwner, _) => Next::Enter(State::Remove),
         (State::Remove, _) => done(row),
         (State::Back | State::Waiting, _) => {

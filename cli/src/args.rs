@@ -92,23 +92,48 @@ pub(crate) struct UpArgs {
     #[arg(long, default_value = "clutch-data")]
     pub(crate) dir: PathBuf,
     /// Metadata shards, a power of two; 4 for a new directory.
-    #[arg(long)]
+    #[arg(long, value_parser = parse_shards)]
     pub(crate) shards: Option<u32>,
     /// Disks, each a failure domain of its own; 8 for a new directory.
-    #[arg(long)]
+    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub(crate) disks: Option<u32>,
     /// Data and parity blocks of new files' spans, as D+P; 4+2 for a new directory.
     #[arg(long, value_parser = parse_policy, value_name = "D+P")]
     pub(crate) policy: Option<(u32, u32)>,
     /// Where to listen.
-    #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT")]
+    #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT", value_parser = parse_address)]
     pub(crate) listen: String,
 }
 
 fn parse_policy(text: &str) -> Result<(u32, u32), String> {
     let (data, parity) = text.split_once('+').ok_or("write it as D+P, for example 4+2")?;
     let number = |part: &str| part.trim().parse::<u32>().map_err(|e| format!("{part:?}: {e}"));
-    Ok((number(data)?, number(parity)?))
+    match (number(data)?, number(parity)?) {
+        (data @ 1..=16, parity @ 0..=16) => Ok((data, parity)),
+        _ => Err("1 to 16 data blocks and 0 to 16 parity blocks are allowed".into()),
+    }
+}
+
+fn parse_shards(text: &str) -> Result<u32, String> {
+    match text.parse::<u32>() {
+        Ok(shards) if shards.is_power_of_two() && shards <= 256 => Ok(shards),
+        _ => Err("a power of two from 1 to 256 is allowed".into()),
+    }
+}
+
+fn parse_address(text: &str) -> Result<String, String> {
+    match text.rsplit_once(':') {
+        Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(text.to_owned()),
+        _ => Err("write it as HOST:PORT, for example 127.0.0.1:7400".into()),
+    }
+}
+
+fn remote_path(text: &str) -> Result<String, String> {
+    if text.starts_with('/') {
+        Ok(text.to_owned())
+    } else {
+        Err("remote paths are absolute: begin with /".into())
+    }
 }
 
 #[derive(Args, Debug)]
@@ -126,7 +151,7 @@ pub(crate) enum FsCommand {
     /// List a directory.
     Ls {
         /// The directory, or a file.
-        #[arg(default_value = "/")]
+        #[arg(default_value = "/", value_parser = remote_path)]
         path: String,
         /// Kind, mode, owner, size and time of each entry.
         #[arg(short, long)]
@@ -141,7 +166,7 @@ pub(crate) enum FsCommand {
     /// Draw a directory and what is below it.
     Tree {
         /// The directory.
-        #[arg(default_value = "/")]
+        #[arg(default_value = "/", value_parser = remote_path)]
         path: String,
         /// Print one JSON document.
         #[arg(long)]
@@ -156,7 +181,7 @@ pub(crate) enum FsCommand {
         #[arg(short, long, default_value = "755", value_parser = parse_mode)]
         mode: u32,
         /// The directories.
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = remote_path)]
         paths: Vec<String>,
     },
     /// Store local files.
@@ -173,6 +198,7 @@ pub(crate) enum FsCommand {
         /// A local file or directory; `-` is standard input.
         source: PathBuf,
         /// Where to; an existing directory takes it under its own name.
+        #[arg(value_parser = remote_path)]
         target: String,
     },
     /// Fetch files.
@@ -184,6 +210,7 @@ pub(crate) enum FsCommand {
         #[arg(short, long, default_value_t = 32)]
         jobs: usize,
         /// The remote file or directory.
+        #[arg(value_parser = remote_path)]
         source: String,
         /// Where to; an existing directory takes it under its own name.
         target: PathBuf,
@@ -191,17 +218,19 @@ pub(crate) enum FsCommand {
     /// Print files.
     Cat {
         /// The files.
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = remote_path)]
         paths: Vec<String>,
     },
     /// Move or rename.
     Mv {
         /// What.
+        #[arg(value_parser = remote_path)]
         source: String,
         /// Where to; an existing directory takes it under its own name.
+        #[arg(value_parser = remote_path)]
         target: String,
     },
-    /// Remove files and links; they stay in the history.
+    /// Remove files and links; a file stays in the history of its directory as long as that exists.
     Rm {
         /// Directories with all that is in them.
         #[arg(short, long)]
@@ -210,12 +239,13 @@ pub(crate) enum FsCommand {
         #[arg(short, long)]
         force: bool,
         /// What.
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = remote_path)]
         paths: Vec<String>,
     },
     /// Show all that is known of a file.
     Stat {
         /// The file.
+        #[arg(value_parser = remote_path)]
         path: String,
         /// Print one JSON document.
         #[arg(long)]
@@ -229,6 +259,7 @@ pub(crate) enum FsCommand {
         /// What the link says.
         target: String,
         /// The link.
+        #[arg(value_parser = remote_path)]
         path: String,
     },
     /// Change permission bits.
@@ -237,7 +268,7 @@ pub(crate) enum FsCommand {
         #[arg(value_parser = parse_mode)]
         mode: u32,
         /// Of what.
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = remote_path)]
         paths: Vec<String>,
     },
     /// Change owner and group.
@@ -245,7 +276,7 @@ pub(crate) enum FsCommand {
         /// Numbers: UID, UID:GID or :GID.
         owner: String,
         /// Of what.
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = remote_path)]
         paths: Vec<String>,
     },
     /// Set the modification time to now, or make an empty file.
@@ -254,13 +285,13 @@ pub(crate) enum FsCommand {
         #[arg(short, long)]
         date: Option<String>,
         /// Of what.
-        #[arg(required = true)]
+        #[arg(required = true, value_parser = remote_path)]
         paths: Vec<String>,
     },
     /// Add up sizes.
     Du {
         /// The directory.
-        #[arg(default_value = "/")]
+        #[arg(default_value = "/", value_parser = remote_path)]
         path: String,
         /// Print one JSON document.
         #[arg(long)]
@@ -269,6 +300,7 @@ pub(crate) enum FsCommand {
     /// Show what a directory or a name held before.
     History {
         /// A directory, or a name in one.
+        #[arg(value_parser = remote_path)]
         path: String,
         /// Print one JSON document.
         #[arg(long)]
@@ -277,6 +309,7 @@ pub(crate) enum FsCommand {
     /// Bring the newest deleted or replaced file of a name back.
     Undelete {
         /// The name it had.
+        #[arg(value_parser = remote_path)]
         path: String,
         /// The name it gets; the old one when left away.
         new_path: Option<String>,

@@ -35,8 +35,8 @@ fn main() -> ExitCode {
 
 fn fail(error: &anyhow::Error) -> ExitCode {
     if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
-        // Whoever read our output has had enough: no failure of ours.
-        return ExitCode::SUCCESS;
+        // Whoever read our output has had enough. There is nobody to tell, but the work may not be done.
+        return ExitCode::FAILURE;
     }
     eprintln!("clutch: {error:#}");
     match error.downcast_ref::<ClientError>() {

@@ -36,6 +36,15 @@ impl ClientError {
         self.code() == Some(Code::NotFound)
     }
 
+    /// Whether the same request may succeed in a moment.
+    pub(crate) fn may_pass(&self) -> bool {
+        match self {
+            ClientError::Refused(refusal) => refusal.is_retryable(),
+            ClientError::Unreachable(_) | ClientError::Unknown(_) => true,
+            ClientError::DataLost(_) | ClientError::Local(_) => false,
+        }
+    }
+
     pub(crate) fn unexpected(what: &str) -> ClientError {
         ClientError::Refused(Refusal::malformed(format!(
             "an answer without {what}; client and server do not fit"

@@ -106,7 +106,10 @@ impl Client {
             target: at.id.raw(),
             created_at: at.created_at,
         };
-        self.cdc(cdc_request::Op::RemoveDirectory(op)).await.map(drop)
+        let removed = self.cdc(cdc_request::Op::RemoveDirectory(op)).await.map(drop);
+        // A lookup on the way may have found it again.
+        self.inner.edges.forget(at.parent, &at.name);
+        removed
     }
 
     /// Removes a file or symbolic link; it stays in the history until the policy says otherwise.
@@ -130,8 +133,6 @@ impl Client {
         if at.name.is_empty() {
             return Err(Refusal::new(Code::InvalidArgument, "the root directory cannot be moved").into());
         }
-        self.inner.edges.forget(at.parent, &at.name);
-        self.inner.edges.forget(new_owner, new_name);
         let (target, old_owner, old_name, created_at) =
             (at.id.raw(), at.parent.raw(), at.name.clone(), at.created_at);
         if new_owner == at.parent {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clutch_proto::{
-    InodeId,
+    InodeId, Refusal,
     blocks::{ReadBlock, blocks_request},
     crc,
     shard::{Layout, LayoutReply, shard_reply::Reply, shard_request::Op},
@@ -41,12 +41,22 @@ impl Client {
         let local = |e: std::io::Error| ClientError::Local(e.to_string());
         let mut page = self.layout(id, 0, 0).await?;
         let mut done = 0u64;
-        loop {
+        // Certificates last an hour: whoever reads more slowly than that asks for new ones.
+        let mut renewed_at = None;
+        'pages: loop {
             for extent in &page.extents {
                 if extent.offset != done {
                     return Err(ClientError::unexpected("contiguous extents"));
                 }
-                match self.read_extent(&page, extent, 0, extent.length).await? {
+                let read = self.read_extent(&page, extent, 0, extent.length).await;
+                if read.as_ref().is_err_and(|e| e.code() == Some(Code::CertificateExpired))
+                    && renewed_at != Some(done)
+                {
+                    renewed_at = Some(done);
+                    page = self.layout(id, page.content, done).await?;
+                    continue 'pages;
+                }
+                match read? {
                     Some(bytes) => sink(bytes).map_err(local)?,
                     None => {
                         let mut left = extent.length;
@@ -128,8 +138,24 @@ impl Client {
         }
     }
 
-    /// Bytes `start..start + count` of a span.
+    /// Bytes `start..start + count` of a span; services that are away for a moment are waited for.
     async fn read_span(&self, span: &Span, start: usize, count: usize) -> Result<Bytes, ClientError> {
+        let clock = self.inner.runtime.clock.clone();
+        let begin = clock.monotonic();
+        loop {
+            match self.read_span_once(span, start, count).await {
+                Err(ClientError::Unreachable(text)) => {
+                    if clock.monotonic() - begin >= self.inner.options.patience {
+                        return Err(ClientError::Unreachable(text));
+                    }
+                    clock.sleep(Duration::from_millis(200)).await;
+                }
+                decided => return decided,
+            }
+        }
+    }
+
+    async fn read_span_once(&self, span: &Span, start: usize, count: usize) -> Result<Bytes, ClientError> {
         let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
         // What comes from the network is checked before it is divided by.
         shape.check(span.size)?;
@@ -149,6 +175,7 @@ impl Client {
         let wanted: Vec<usize> = wanted.collect();
         let mut blocks: Vec<Option<Cells>> = vec![None; shape.blocks() as usize];
         let mut failures: Vec<String> = Vec::new();
+        let (mut may_pass, mut expired) = (false, false);
         let mut tried: Vec<usize> = Vec::new();
         let mut next = wanted.clone();
         while !next.is_empty() {
@@ -159,6 +186,8 @@ impl Client {
                     Ok(cells) => blocks[*i] = Some(cells),
                     Err(error) => {
                         let block = &span.blocks[*i];
+                        may_pass |= error.may_pass();
+                        expired |= error.code() == Some(Code::CertificateExpired);
                         failures.push(format!(
                             "block {:x} on service {:x}: {error}",
                             block.block_id, block.service_id
@@ -181,11 +210,16 @@ impl Client {
         let have = blocks.iter().flatten().count();
         if wanted.iter().any(|i| blocks[*i].is_none()) {
             if have < data {
-                return Err(ClientError::DataLost(format!(
+                let text = format!(
                     "span {:x} cannot be read: {have} of the {data} blocks that are needed are left ({})",
                     span.span_id,
                     failures.join("; ")
-                )));
+                );
+                return Err(match (expired, may_pass) {
+                    (true, _) => Refusal::new(Code::CertificateExpired, text).into(),
+                    (_, true) => ClientError::Unreachable(text),
+                    _ => ClientError::DataLost(text),
+                });
             }
             let codec = self.codec(shape.data_blocks, shape.parity_blocks)?;
             let work =
@@ -232,7 +266,7 @@ impl Client {
         let data = self.blocks(&block.address, block.service_id, op).await?.data;
         if data.len() != length as usize || !cells_match(span, index, first, &data) {
             let text = "the service sent other bytes than were written";
-            return Err(clutch_proto::Refusal::new(Code::BlockCorrupt, text).into());
+            return Err(Refusal::new(Code::BlockCorrupt, text).into());
         }
         Ok(data)
     }

@@ -13,6 +13,7 @@ use clutch_proto::{
     admin::{AdminReply, AdminRequest},
     blocks::{BlocksReply, BlocksRequest, blocks_request},
     cdc::{CdcReply, CdcRequest, cdc_request},
+    certificate,
     registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
     session::{Request, Response, Role},
     shard::{ShardReply, ShardRequest, shard_reply::Reply, shard_request},
@@ -36,8 +37,10 @@ pub struct ClientOptions {
     pub cache_lifetime: Duration,
     /// Entries that the cache holds at most.
     pub cache_entries_max: usize,
-    /// Requests of one operation that are in flight together.
-    pub parallel: usize,
+    /// MiB of spans that are encoded and written at a time.
+    pub write_mib_max: u32,
+    /// What proves that a request comes from the cluster itself; clients have none.
+    pub system_key: Option<[u8; 32]>,
 }
 
 impl Default for ClientOptions {
@@ -48,7 +51,8 @@ impl Default for ClientOptions {
             block_attempt: Duration::from_secs(10),
             cache_lifetime: Duration::from_secs(1),
             cache_entries_max: 16_384,
-            parallel: 16,
+            write_mib_max: 64,
+            system_key: None,
         }
     }
 }
@@ -68,6 +72,7 @@ pub(crate) struct Inner {
     map: Mutex<Option<Arc<Map>>>,
     tags: Mutex<Tags>,
     pub(crate) edges: EdgeCache,
+    pub(crate) writing: tokio::sync::Semaphore,
     pub(crate) codecs: Mutex<std::collections::BTreeMap<(u32, u32), Arc<Codec>>>,
     /// Services that failed lately, and until when they are tried last.
     pub(crate) suspects: Mutex<std::collections::BTreeMap<u64, Duration>>,
@@ -82,6 +87,12 @@ struct Tags {
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // What these locks guard is whole between any two statements, also when a thread panicked.
     mutex.lock().unwrap_or_else(|e| e.into_inner())
+}
+
+/// An answer that came and cannot be read: what was asked for has happened, if it changes anything.
+fn undecodable(error: impl std::fmt::Display, mutates: bool) -> ClientError {
+    let text = format!("decode the answer: {error}");
+    if mutates { ClientError::Unknown(text) } else { ClientError::unexpected(&text) }
 }
 
 /// The tag of one mutation; acknowledged when dropped.
@@ -119,6 +130,7 @@ impl Client {
         let id = runtime.random.u64() | 1 << 32;
         let edges = EdgeCache::new(options.cache_entries_max, options.cache_lifetime);
         let clock = HybridClock::new(runtime.clock.clone());
+        let writing = tokio::sync::Semaphore::new(options.write_mib_max.max(1) as usize);
         Client {
             inner: Arc::new(Inner {
                 runtime,
@@ -129,6 +141,7 @@ impl Client {
                 map: Mutex::new(None),
                 tags: Mutex::default(),
                 edges,
+                writing,
                 codecs: Mutex::default(),
                 suspects: Mutex::default(),
             }),
@@ -234,7 +247,14 @@ impl Client {
         admin: bool,
     ) -> Result<Bytes, ClientError> {
         let cluster = lock(&self.inner.map).as_ref().map_or(0, |m| m.cluster);
+        let system_mac = match (&self.inner.options.system_key, &tag) {
+            (Some(key), Some(tag)) if tag.client < certificate::SYSTEM_CLIENTS => {
+                certificate::system_mac(key, tag, &body)
+            }
+            _ => Bytes::new(),
+        };
         let request = Request {
+            system_mac,
             role: target.role as i32,
             number: target.number,
             time: self.inner.clock.highest().0,
@@ -310,7 +330,7 @@ impl Client {
                 return Err(match error {
                     // Once it may have been done, only an answer that says what became of it is better.
                     ClientError::Refused(refusal)
-                        if maybe_done && refusal.is_retryable() && tag.is_some() =>
+                        if maybe_done && tag.is_some() && !refusal.code.is_decision() =>
                     {
                         ClientError::Unknown(refusal.to_string())
                     }
@@ -318,9 +338,6 @@ impl Client {
                         ClientError::Unknown(text)
                     }
                     ClientError::Unknown(text) if tag.is_none() => ClientError::Unreachable(text),
-                    ClientError::Refused(refusal) if refusal.may_have_effect() => {
-                        ClientError::Unknown(refusal.to_string())
-                    }
                     other => other,
                 });
             }
@@ -340,7 +357,7 @@ impl Client {
         let body = Bytes::from(RegistryRequest { op: Some(op) }.encode_to_vec());
         let tag = mutates.then(|| self.tag());
         let answer = self.ask(Service::Registry, body, tag.as_ref().map(|t| &t.tag), false).await?;
-        RegistryReply::decode(answer).map_err(|_| ClientError::unexpected("a registry reply"))
+        RegistryReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))
     }
 
     /// Asks the CDC for a transaction, or what is in flight.
@@ -349,7 +366,7 @@ impl Client {
         let body = Bytes::from(CdcRequest { op: Some(op) }.encode_to_vec());
         let tag = mutates.then(|| self.tag());
         let answer = self.ask(Service::Cdc, body, tag.as_ref().map(|t| &t.tag), false).await?;
-        CdcReply::decode(answer).map_err(|_| ClientError::unexpected("a CDC reply"))
+        CdcReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))
     }
 
     /// Reads from the shard of a slot.
@@ -381,8 +398,8 @@ impl Client {
     ) -> Result<Reply, ClientError> {
         let body = Bytes::from(ShardRequest { op: Some(op) }.encode_to_vec());
         let answer = self.ask(Service::Slot(slot), body, tag, false).await?;
-        let reply = ShardReply::decode(answer).map_err(|_| ClientError::unexpected("a shard reply"))?;
-        reply.reply.ok_or_else(|| ClientError::unexpected("a reply that this build knows"))
+        let reply = ShardReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))?;
+        reply.reply.ok_or_else(|| undecodable("a reply that this build does not know", tag.is_some()))
     }
 
     /// Asks a replica's administration: role 1 registry, 2 CDC, 3 shard `number`.

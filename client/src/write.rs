@@ -3,7 +3,7 @@
 //! A block that cannot be written makes the whole span be initiated again elsewhere, with what failed in the
 //! request's list of services to avoid; the shard keeps the blocks of the first try in its index, so none leaks.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use clutch_blocks::Codec;
@@ -33,6 +33,8 @@ impl<T: AsyncRead + Send + Unpin> ContentSource for T {}
 
 /// Times a span is tried on other services.
 const PLACEMENTS_MAX: usize = 6;
+/// Times one block is tried on its service.
+const BLOCK_ATTEMPTS_MAX: usize = 4;
 const SPAN_BYTES_DEFAULT: u32 = 8 << 20;
 
 impl Client {
@@ -104,6 +106,10 @@ impl Client {
                 .await
                 .map(drop);
         }
+        let mib = (length >> 20) as u32 + 1;
+        let permits = mib.min(self.inner.options.write_mib_max.max(1));
+        let writing = self.inner.writing.acquire_many(permits).await;
+        let _writing = writing.map_err(|_| ClientError::Local("the client was closed".into()))?;
         let codec = self.codec(data_blocks, parity_blocks)?;
         let shape = SpanShape::for_size(chunk.len() as u32, data_blocks, parity_blocks);
         let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
@@ -139,7 +145,7 @@ impl Client {
                 Ok(Reply::Span(span)) => span,
                 Ok(_) => return Err(ClientError::unexpected("a span")),
                 // Services that failed for somebody else are better than none.
-                Err(error) if error.code() == Some(Code::NoSpace) && attempt == 0 && !avoid.is_empty() => {
+                Err(error) if error.code() == Some(Code::NoSpace) && attempt < 2 && !avoid.is_empty() => {
                     avoid.clear();
                     continue;
                 }
@@ -196,7 +202,20 @@ impl Client {
         if failed.is_empty() { Ok(proofs) } else { Err(failed) }
     }
 
+    /// Writes one block; what may pass is tried again, because writing the same block twice is the same as once.
     async fn write_block(&self, block: &Block, data: Bytes) -> Result<Bytes, ClientError> {
+        let mut pause = Duration::from_millis(50);
+        for _ in 1..BLOCK_ATTEMPTS_MAX {
+            match self.write_block_once(block, data.clone()).await {
+                Err(error) if error.may_pass() => self.inner.runtime.clock.sleep(pause).await,
+                decided => return decided,
+            }
+            pause *= 4;
+        }
+        self.write_block_once(block, data).await
+    }
+
+    async fn write_block_once(&self, block: &Block, data: Bytes) -> Result<Bytes, ClientError> {
         let op = blocks_request::Op::Write(WriteBlock { certificate: block.certificate.clone(), data });
         Ok(self.blocks(&block.address, block.service_id, op).await?.proof)
     }

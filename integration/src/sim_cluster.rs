@@ -123,6 +123,7 @@ impl SimCluster {
             stores: Arc::new(MemoryStores),
             engine: "sim".into(),
             keyring,
+            system_key: [7; 32],
         };
         runtime.spawn("boot", async move {
             let _node = Node::start(config).await.expect("the node starts");

@@ -136,6 +136,31 @@ impl Code {
         )
     }
 
+    /// Whether the code says what became of the request: a machine looked at it and decided. Codes of the protocol
+    /// and of faults say only that this attempt got no decision; an earlier one may have had an effect.
+    pub fn is_decision(self) -> bool {
+        matches!(
+            self,
+            Code::NotFound
+                | Code::Exists
+                | Code::NotEmpty
+                | Code::IsDirectory
+                | Code::NotDirectory
+                | Code::Loop
+                | Code::NameTooLong
+                | Code::InvalidName
+                | Code::InvalidArgument
+                | Code::NoSpace
+                | Code::TooLarge
+                | Code::Stale
+                | Code::Permission
+                | Code::TransientGone
+                | Code::BadCookie
+                | Code::BadProof
+                | Code::CrcMismatch
+        )
+    }
+
     /// Whether a request that was answered so may have taken effect.
     pub fn may_have_effect(self) -> bool {
         matches!(self, Code::OutcomeUnknown | Code::ExpiredUnknown | Code::Acknowledged)

@@ -70,6 +70,12 @@ impl SpanShape {
         {
             return bad(format!("cells of {} bytes; multiples of {PAGE_BYTES} are allowed", self.cell_size));
         }
+        if u64::from(self.stripes) * u64::from(self.cell_size) > u64::from(crate::limits::BLOCK_BYTES_MAX) {
+            return bad(format!(
+                "blocks of {} stripes of {} bytes are too large",
+                self.stripes, self.cell_size
+            ));
+        }
         let capacity = self.stripe_bytes() * u64::from(self.stripes);
         let least = capacity - self.stripe_bytes();
         if u64::from(size) > capacity || u64::from(size) <= least {

@@ -26,6 +26,10 @@ impl HybridClock {
 
     /// Takes note of a peer's time; refuses one more than 500 ms ahead of the wall clock.
     pub fn observe(&self, incoming: Time) -> Result<(), Refusal> {
+        if incoming <= self.highest() {
+            // Seen before, so it cannot pull this clock further; the wall clock may have been set back meanwhile.
+            return Ok(());
+        }
         let now = self.clock.now();
         if incoming > now.plus_ms(CLOCK_AHEAD_MS_MAX) {
             let ahead_ms = (incoming.0 - now.0) / 1_000_000;

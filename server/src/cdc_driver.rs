@@ -72,7 +72,8 @@ async fn drive(
         }
         match client.shard_step(Slot(step.slot), op.clone(), step.tag.as_ref()).await {
             Ok(reply) => break (None, Some(ShardReply { reply: Some(reply) })),
-            Err(ClientError::Refused(refusal)) if !refusal.is_retryable() && !refusal.may_have_effect() => {
+            // Anything else may hide an earlier attempt that was executed: the tag makes asking again safe.
+            Err(ClientError::Refused(refusal)) if refusal.code.is_decision() => {
                 break (Some(refusal.to_wire()), None);
             }
             Err(error) => {

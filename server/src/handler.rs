@@ -7,6 +7,7 @@ use clutch_blocks::BlockService;
 use clutch_proto::{
     Refusal, Time,
     admin::{AdminReply, AdminRequest},
+    certificate::{SYSTEM_CLIENTS, is_system_mac},
     limits::MESSAGE_BYTES_MAX,
     session::{Request, Response, Role},
     types::Code,
@@ -19,6 +20,7 @@ use prost::Message as _;
 pub(crate) struct NodeHandler {
     pub(crate) cluster: u64,
     pub(crate) clock: Arc<HybridClock>,
+    pub(crate) system_key: [u8; 32],
     pub(crate) registry: Option<ReplicaHandle>,
     pub(crate) cdc: Option<ReplicaHandle>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
@@ -60,6 +62,11 @@ impl NodeHandler {
         }
         if request.incarnation != 0 && request.incarnation < INCARNATION {
             return Err(Refusal::new(Code::StaleIncarnation, "read the map again"));
+        }
+        if let Some(tag) = request.tag.as_ref().filter(|tag| tag.client < SYSTEM_CLIENTS)
+            && !is_system_mac(&self.system_key, tag, &request.body, &request.system_mac)
+        {
+            return Err(Refusal::new(Code::Permission, "client ids below 16 are the cluster's own"));
         }
         let role = Role::try_from(request.role).unwrap_or(Role::Unspecified);
         let replica = match role {

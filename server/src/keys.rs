@@ -17,24 +17,37 @@ pub fn load_or_create(runtime: &Runtime, dir: &Path, services: &[u64]) -> Result
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
     let mut keyring = Keyring::default();
     for service in services {
-        let path = dir.join(format!("{service:016x}.key"));
-        if !path.exists() {
-            create(runtime, &path)?;
-        }
-        let mode = path.metadata()?.permissions().mode() & 0o777;
-        ensure!(
-            mode & 0o077 == 0,
-            "{} can be read by others (mode {mode:o}); run chmod 600 on it",
-            path.display()
-        );
-        let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        for line in text.lines().filter(|l| !l.trim().is_empty()) {
-            let key = parse(line).with_context(|| format!("{} is damaged", path.display()))?;
+        for key in read_or_create(runtime, &dir.join(format!("{service:016x}.key")))? {
             keyring.add(ServiceId(*service), key);
         }
-        ensure!(!keyring.of(ServiceId(*service)).is_empty(), "{} holds no key", path.display());
     }
     Ok(keyring)
+}
+
+/// Reads the key that the parts of the cluster know each other by, and makes it if it is missing.
+pub fn system_key(runtime: &Runtime, dir: &Path) -> Result<[u8; 32]> {
+    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    let keys = read_or_create(runtime, &dir.join("cluster.key"))?;
+    Ok(keys.into_iter().max_by_key(|k| k.epoch).context("no key")?.secret)
+}
+
+fn read_or_create(runtime: &Runtime, path: &Path) -> Result<Vec<Key>> {
+    if !path.exists() {
+        create(runtime, path)?;
+    }
+    let mode = path.metadata()?.permissions().mode() & 0o777;
+    ensure!(
+        mode & 0o077 == 0,
+        "{} can be read by others (mode {mode:o}); run chmod 600 on it",
+        path.display()
+    );
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    let mut keys = Vec::new();
+    for line in text.lines().filter(|l| !l.trim().is_empty()) {
+        keys.push(parse(line).with_context(|| format!("{} is damaged", path.display()))?);
+    }
+    ensure!(!keys.is_empty(), "{} holds no key", path.display());
+    Ok(keys)
 }
 
 /// One line: epoch, space, 64 hexadecimal digits.

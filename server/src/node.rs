@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use clutch_blocks::{BlockService, BlockStore};
 use clutch_cdc::Cdc;
@@ -81,6 +81,8 @@ pub struct NodeConfig {
     pub engine: String,
     /// The block services' keys.
     pub keyring: Keyring,
+    /// What the parts of the cluster know each other by.
+    pub system_key: [u8; 32],
 }
 
 /// A running node. Dropping it closes the endpoint; [`Node::stop`] also flushes.
@@ -149,6 +151,7 @@ impl Node {
         let handler = Arc::new(NodeHandler {
             cluster,
             clock,
+            system_key: config.system_key,
             registry,
             cdc: cdc.as_ref().map(|(handle, _)| handle.clone()),
             shards: shards.clone(),
@@ -157,10 +160,17 @@ impl Node {
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
         let registry_endpoint = config.registry.clone().unwrap_or_else(|| address.as_str().into());
-        let options = ClientOptions { cache_lifetime: Duration::ZERO, ..ClientOptions::default() };
+        let options = ClientOptions {
+            cache_lifetime: Duration::ZERO,
+            system_key: Some(config.system_key),
+            ..ClientOptions::default()
+        };
         let client = Client::new(runtime.clone(), registry_endpoint, options);
         if let Some((handle, events)) = cdc {
             runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
+        }
+        for replica in &replicas {
+            caught_up(&runtime, replica).await?;
         }
         let stopping = Arc::new(AtomicBool::new(false));
         let keeper = Keeper {
@@ -195,6 +205,25 @@ impl Node {
         for replica in &self.replicas {
             replica.stop().await;
         }
+    }
+}
+
+/// Waits until a replica has applied its log and leads, however long that takes.
+async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle) -> Result<()> {
+    use clutch_proto::admin::{AdminRequest, Status, admin_request};
+    let mut last_told = runtime.clock.monotonic();
+    loop {
+        let reply = replica.admin(AdminRequest { op: Some(admin_request::Op::Status(Status {})) }).await?;
+        let status = reply.status.context("an answer without a status")?;
+        ensure!(status.fault.is_empty(), "{}: {}", status.name, status.fault);
+        if status.leading {
+            return Ok(());
+        }
+        if runtime.clock.monotonic() - last_told > Duration::from_secs(5) {
+            last_told = runtime.clock.monotonic();
+            tracing::warn!(replica = %status.name, applied = status.applied_position, of = status.log_last, "replays its log");
+        }
+        runtime.clock.sleep(Duration::from_millis(5)).await;
     }
 }
 
@@ -298,6 +327,7 @@ impl Keeper {
 
     async fn register_services(&mut self) -> Result<()> {
         let mut services = Vec::new();
+        let mut reported = Vec::new();
         for (id, service) in &self.blocks {
             let store = service.store().clone();
             let space = self.client.runtime().blocking(move || store.space()).await;
@@ -311,7 +341,7 @@ impl Keeper {
                 .get(id)
                 .is_none_or(|r| r.abs_diff(available_bytes) > capacity_bytes / SPACE_STEP);
             if moved {
-                self.reported.insert(*id, available_bytes);
+                reported.push((*id, available_bytes));
                 services.push(types::BlockService {
                     service_id: *id,
                     address: self.address.clone(),
@@ -325,6 +355,7 @@ impl Keeper {
         if !services.is_empty() {
             self.client.registry(Op::RegisterServices(RegisterServices { services }), true).await?;
         }
+        self.reported.extend(reported);
         Ok(())
     }
 

@@ -74,6 +74,8 @@ pub struct Report {
     pub batches: u64,
     /// Entries applied.
     pub entries: u64,
+    /// The cut went through a batch: no replica ever stood exactly there.
+    pub cut_inside_batch: bool,
     /// Where it ended.
     pub position: u64,
     /// The time of the last entry.
@@ -100,11 +102,20 @@ impl Until {
         self.position.is_none_or(|last| position <= last)
     }
 
-    /// Whether a batch whose first entry has this stamp may still belong to the cut.
-    fn includes_stamp(&self, entries: &[Bytes]) -> bool {
+    /// How many of a batch's entries belong to the cut: apply fixes each one's time as `max(stamp, last + 1)`.
+    fn includes_entries(&self, entries: &[Bytes], mut time: u64) -> usize {
         use prost::Message as _;
-        let stamp = |bytes: &Bytes| clutch_proto::state::Entry::decode(bytes.clone()).map_or(0, |e| e.stamp);
-        self.time.is_none_or(|last| entries.first().is_none_or(|first| stamp(first) <= last))
+        let Some(last) = self.time else { return entries.len() };
+        let mut within = 0;
+        for bytes in entries {
+            let stamp = clutch_proto::state::Entry::decode(bytes.clone()).map_or(0, |e| e.stamp);
+            time = stamp.max(time.saturating_add(1));
+            if time > last {
+                break;
+            }
+            within += 1;
+        }
+        within
     }
 }
 
@@ -153,11 +164,10 @@ pub async fn from_cluster(
         for batch in page.batches {
             if batch.position > last
                 || !until.includes(batch.position)
-                || !until.includes_stamp(&batch.entries)
+                || !apply(&mut *replayer, &mut report, until, Position(batch.position), batch.entries)?
             {
                 break 'read;
             }
-            apply(&mut *replayer, &mut report, Position(batch.position), batch.entries)?;
         }
         from = page.next;
         progress(from.min(last), last);
@@ -166,7 +176,7 @@ pub async fn from_cluster(
     let op = Op::HashAt(HashAt { position: report.position });
     let live =
         client.admin(role(id), id.number, AdminRequest { op: Some(op) }).await?.hash.unwrap_or_default();
-    if let Some(hash) = StateHash::from_bytes(&live.hash) {
+    if let Some(hash) = StateHash::from_bytes(&live.hash).filter(|_| !report.cut_inside_batch) {
         report.compared = Some((report.position, hash.to_string()));
         report.verified = hash == replayer.hash();
     }
@@ -191,17 +201,25 @@ async fn load_checkpoint(client: &Client, id: LogId, checkpoint: u64, store: &dy
     }
 }
 
+/// Applies what of a batch belongs to the cut; false when the cut is reached.
 fn apply(
     replayer: &mut dyn Replayer,
     report: &mut Report,
+    until: Until,
     position: Position,
-    entries: Vec<Bytes>,
-) -> Result<()> {
+    mut entries: Vec<Bytes>,
+) -> Result<bool> {
+    let (all, within) = (entries.len(), until.includes_entries(&entries, replayer.time().0));
+    if within == 0 {
+        return Ok(false);
+    }
+    entries.truncate(within);
     report.batches += 1;
-    report.entries += entries.len() as u64;
-    replayer
-        .apply(&Batch { position, epoch: Epoch(0), entries })
-        .with_context(|| format!("apply position {position}"))
+    report.entries += within as u64;
+    report.cut_inside_batch |= within < all;
+    let batch = Batch { position, epoch: Epoch(0), entries };
+    replayer.apply(&batch).with_context(|| format!("apply position {position}"))?;
+    Ok(within == all)
 }
 
 fn finish(replayer: &dyn Replayer, report: &mut Report) {
@@ -225,12 +243,17 @@ pub fn from_directory(
     let memory = SharedMemory::new(16 << 20, 16 << 20);
     let mut report = Report::default();
     let live = live_state(&state_dir, id, &memory)?;
-    let first_segment = *summary.segments.first().context("a log without segments")?;
-    if first_segment > 1 {
+    let trimmed = summary.before.get(&id).map_or(0, |position| position.0);
+    if trimmed > 0 {
         let checkpoints = state_dir.join(crate::stores::log_name(id)).join("checkpoints");
-        let oldest = disk.list(&checkpoints)?.iter().filter_map(|n| n.parse::<u64>().ok()).min();
+        let kept = disk.list(&checkpoints)?;
+        let oldest =
+            kept.iter().filter_map(|n| n.parse::<u64>().ok()).filter(|position| *position >= trimmed).min();
         let oldest = oldest.with_context(|| {
-            format!("{id}: the log was trimmed and there is no checkpoint in {}", checkpoints.display())
+            format!(
+                "{id}: the log was trimmed up to {trimmed} and no checkpoint in {} covers it",
+                checkpoints.display()
+            )
         })?;
         let copy = RocksStore::open_read_only(&checkpoints.join(format!("{oldest:020}")), &memory)?;
         copy_rows(&copy, &*store)?;
@@ -272,10 +295,11 @@ pub fn from_directory(
                 continue;
             }
             compare(&*replayer, &mut compared, record.position.0);
-            if !until.includes(record.position.0) || !until.includes_stamp(&record.entries) {
+            if !until.includes(record.position.0)
+                || !apply(&mut *replayer, &mut report, until, record.position, record.entries)?
+            {
                 break 'segments;
             }
-            apply(&mut *replayer, &mut report, record.position, record.entries)?;
         }
         progress(done as u64 + 1, total);
     }

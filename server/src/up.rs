@@ -91,6 +91,7 @@ impl Up {
             }
         };
         let services = cluster.service_ids()?;
+        let system_key = keys::system_key(&runtime, &config.dir.join("keys"))?;
         let keyring = keys::load_or_create(&runtime, &config.dir.join("keys"), &services)?;
         let disks =
             services.iter().enumerate().map(|(n, id)| (*id, config.dir.join("blocks").join(n.to_string())));
@@ -115,6 +116,7 @@ impl Up {
             stores: Arc::new(RocksStores::new(config.dir.join("state"))),
             engine: "local".into(),
             keyring,
+            system_key,
         })
         .await?;
         Ok(Up { node, cluster, created, _lock: lock })

@@ -4,7 +4,7 @@
 //! idle for [`CLIENT_IDLE_LIFETIME_MS`] of logged time; a request issued before that is refused as expired,
 //! because its outcome may have been forgotten.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, btree_map};
 
 use bytes::Bytes;
 use clutch_log::Position;
@@ -20,8 +20,7 @@ use crate::{
     store::{StoreError, Table, View, get_row},
 };
 
-/// Clients below this id are parts of the cluster itself (the CDC's driver): their outcomes never expire.
-pub const SYSTEM_CLIENTS: u64 = 16;
+pub use clutch_proto::certificate::SYSTEM_CLIENTS;
 /// Decoded rows that are kept in memory between batches.
 const CACHED_CLIENTS_MAX: usize = 4096;
 /// Idle clients forgotten by one batch at most.
@@ -79,6 +78,15 @@ impl Client {
     }
 }
 
+fn check_form(tag: &ClientTag) -> Result<(), Refusal> {
+    if tag.client == 0 || tag.sequence == 0 || tag.acknowledged >= tag.sequence {
+        let text =
+            "a client tag needs a client and a sequence above 0, and acknowledges only what came before it";
+        return Err(Refusal::malformed(text));
+    }
+    Ok(())
+}
+
 fn check_age(tag: &ClientTag, last_time: Time) -> Result<(), Refusal> {
     let lifetime_ns = CLIENT_IDLE_LIFETIME_MS * 1_000_000;
     if tag.client >= SYSTEM_CLIENTS && tag.issued_at < last_time.0.saturating_sub(lifetime_ns) {
@@ -92,8 +100,8 @@ fn check_age(tag: &ClientTag, last_time: Time) -> Result<(), Refusal> {
 
 /// What a producer can tell from the rows, before anything is logged.
 pub fn peek(view: &dyn View, tag: &ClientTag, last_time: Time) -> Result<Result<Known, Refusal>, StoreError> {
-    if tag.client == 0 || tag.sequence == 0 {
-        return Ok(Err(Refusal::malformed("a client tag needs a client and a sequence above 0")));
+    if let Err(refusal) = check_form(tag) {
+        return Ok(Err(refusal));
     }
     if let Err(refusal) = check_age(tag, last_time) {
         return Ok(Err(refusal));
@@ -104,13 +112,13 @@ pub fn peek(view: &dyn View, tag: &ClientTag, last_time: Time) -> Result<Result<
 
 impl ClientTable {
     fn client(&mut self, tx: &mut Tx<'_>, id: u64) -> Result<&mut Client, StoreError> {
-        if !self.cached.contains_key(&id) {
-            let row: Option<ClientRow> = tx.get_row(Table::CLIENTS, &id.to_be_bytes())?;
-            self.cached.insert(id, row.map(Client::from_row).unwrap_or_default());
+        match self.cached.entry(id) {
+            btree_map::Entry::Occupied(client) => Ok(client.into_mut()),
+            btree_map::Entry::Vacant(vacant) => {
+                let row: Option<ClientRow> = tx.get_row(Table::CLIENTS, &id.to_be_bytes())?;
+                Ok(vacant.insert(row.map(Client::from_row).unwrap_or_default()))
+            }
         }
-        self.cached
-            .get_mut(&id)
-            .ok_or_else(|| StoreError::Broken("a client that was just read is gone".into()))
     }
 
     /// What is known of a tag, and takes note of what the client acknowledges.
@@ -120,8 +128,8 @@ impl ClientTable {
         tag: &ClientTag,
         time: Time,
     ) -> Result<Result<Known, Refusal>, StoreError> {
-        if tag.client == 0 || tag.sequence == 0 {
-            return Ok(Err(Refusal::malformed("a client tag needs a client and a sequence above 0")));
+        if let Err(refusal) = check_form(tag) {
+            return Ok(Err(refusal));
         }
         if let Err(refusal) = check_age(tag, time) {
             return Ok(Err(refusal));
@@ -129,7 +137,7 @@ impl ClientTable {
         let client = self.client(tx, tag.client)?;
         if tag.acknowledged > client.acknowledged {
             client.acknowledged = tag.acknowledged;
-            client.outcomes = client.outcomes.split_off(&(tag.acknowledged + 1));
+            client.outcomes = client.outcomes.split_off(&tag.acknowledged.saturating_add(1));
             client.dirty = true;
         }
         let known = client.check(tag);

@@ -48,6 +48,8 @@ const TICK: Duration = Duration::from_millis(250);
 /// A check is proposed after so many batches, or after so many ticks if there was any.
 const CHECK_BATCHES: u64 = 256;
 const CHECK_TICKS: u64 = 40;
+/// A state that has changed is flushed at least every so many ticks, so that a crash leaves little to replay.
+const FLUSH_TICKS: u64 = 120;
 /// How long a log may stay behind the times of its node's other logs.
 const MARK_LAG_NS: u64 = 1_000_000_000;
 
@@ -184,6 +186,8 @@ struct PendingRead<M: Machine> {
     reply: Reply,
 }
 
+/// The answer to a read barrier and the reads that wait for it.
+type Barrier<M> = (Result<Position, LogFault>, Vec<PendingRead<M>>);
 type Outcomes<M> = Vec<(Time, EntryOutcome<<M as Machine>::Reply>)>;
 
 /// The owner of a replica's state.
@@ -201,10 +205,11 @@ pub struct Replica<M: Machine> {
     unclaimed: BTreeMap<Position, Outcomes<M>>,
     /// Callers whose entry was pending.
     deferred: BTreeMap<(u64, u64), Vec<Reply>>,
-    barriers: FuturesUnordered<BoxFuture<(Result<Position, LogFault>, Vec<PendingRead<M>>)>>,
+    barriers: FuturesUnordered<BoxFuture<Barrier<M>>>,
     /// Reads whose barrier is known but not yet applied.
     waiting_reads: VecDeque<(Position, Vec<PendingRead<M>>)>,
     flushed_bytes: u64,
+    ticks_since_flush: u64,
     batches_since_check: u64,
     ticks_since_check: u64,
     snapshots: admin::Snapshots,
@@ -230,6 +235,7 @@ impl<M: Machine> Replica<M> {
             barriers: FuturesUnordered::new(),
             waiting_reads: VecDeque::new(),
             flushed_bytes: 0,
+            ticks_since_flush: 0,
             batches_since_check: 0,
             ticks_since_check: 0,
             snapshots: admin::Snapshots::default(),
@@ -569,7 +575,7 @@ impl<M: Machine> Replica<M> {
         let random = self.config.runtime.random.clone();
         let mut draw = || random.u64();
         let mut context = ProduceContext { now: self.config.clock.stamp(), random: &mut draw };
-        match M::produce(&*store, request, tag.clone(), &mut context, &self.config.facts) {
+        match M::produce(&*store, request, tag, &mut context, &self.config.facts) {
             Ok(entry) => {
                 let body = Bytes::from(entry.encode_to_vec());
                 entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag, reply }));
@@ -614,6 +620,13 @@ impl<M: Machine> Replica<M> {
     /// What happens by time: checks and time marks. Nothing else waits for it.
     fn tick(&mut self) {
         self.snapshots.expire(self.config.runtime.clock.monotonic());
+        self.ticks_since_flush += 1;
+        if self.fault.is_none() && self.flushed_bytes > 0 && self.ticks_since_flush >= FLUSH_TICKS {
+            (self.flushed_bytes, self.ticks_since_flush) = (0, 0);
+            if let Err(error) = self.applier.store().flush() {
+                self.fail(error.to_string());
+            }
+        }
         if self.leading.is_none() || self.fault.is_some() || self.applier.time() == Time(0) {
             return;
         }

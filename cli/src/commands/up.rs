@@ -2,7 +2,7 @@
 
 use std::process::ExitCode;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clutch_runtime::Runtime;
 use clutch_server::up::{Up, UpConfig};
 
@@ -11,13 +11,6 @@ use crate::args::UpArgs;
 pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     let mut interrupted = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
     let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    ensure!(
-        args.listen
-            .rsplit_once(':')
-            .is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok()),
-        "--listen {:?}: write it as HOST:PORT, for example 127.0.0.1:7400",
-        args.listen
-    );
     let started = std::time::Instant::now();
     let config = UpConfig {
         dir: args.dir.clone(),

@@ -248,6 +248,8 @@ pub struct Summary {
     pub segments: Vec<u64>,
     /// Every record before this place was synced: segment and offset.
     pub synced: (u64, u64),
+    /// The last position of each log before the first segment; what lies at or below was trimmed.
+    pub before: BTreeMap<LogId, Position>,
 }
 
 /// Looks at a directory of segments without changing it: for replay and verification, also of a running engine.
@@ -257,5 +259,14 @@ pub fn open_read_only(disk: &dyn Disk, dir: &Path) -> Result<Summary, LogFault> 
         return Err(LogFault::Storage(format!("{} holds no log segments", dir.display())));
     }
     let mark = read_mark(disk, dir)?.unwrap_or_default();
-    Ok(Summary { segments, synced: (mark.segment, mark.offset) })
+    let mut before = BTreeMap::new();
+    if let Some(first) = SegmentReader::open(disk, dir, segments[0])?.next_record()?
+        && first.kind == RecordKind::Groups
+    {
+        for line in &first.entries {
+            let line = decode_group(line).map_err(LogFault::Storage)?;
+            before.insert(line.log, line.last);
+        }
+    }
+    Ok(Summary { segments, synced: (mark.segment, mark.offset), before })
 }

@@ -71,7 +71,13 @@ impl Spawner for TokioSpawner {
 
     fn spawn_owner(&self, name: String, task: BoxFuture<()>) {
         let handle = self.handle.clone();
-        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || handle.block_on(task));
+        let thread = std::thread::Builder::new().name(name.clone()).spawn(move || {
+            let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| handle.block_on(task)));
+            if ended.is_err() {
+                // What it owned is in no known state, and nobody else may touch it: a node without it only looks alive.
+                std::process::abort();
+            }
+        });
         if let Err(error) = thread {
             // Out of threads at start-up: nothing can serve, and a half-started node would look alive.
             panic!("start thread {name}: {error}");

@@ -177,6 +177,8 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
     let mut waiting: HashMap<u64, oneshot::Sender<Result<Bytes, CallError>>> = HashMap::new();
     let next_id = AtomicU64::new(1);
     let mut batch = Vec::new();
+    // Answers are read also while the peer takes no requests: two sides that only send would wait for ever.
+    let mut unsent: std::collections::VecDeque<Frames> = std::collections::VecDeque::new();
     let reason = loop {
         tokio::select! {
             biased;
@@ -189,13 +191,18 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
                 Some(Err(status)) => break status.message().to_owned(),
                 None => break "the peer closed the session".to_owned(),
             },
-            received = calls.recv_many(&mut batch, MESSAGE_FRAMES_MAX), if waiting.len() < IN_FLIGHT_MAX => {
+            permit = outgoing.reserve(), if !unsent.is_empty() => match permit {
+                Ok(permit) => if let Some(message) = unsent.pop_front() {
+                    permit.send(message);
+                },
+                Err(_) => break "the peer closed the session".to_owned(),
+            },
+            received = calls.recv_many(&mut batch, MESSAGE_FRAMES_MAX), if unsent.is_empty() && waiting.len() < IN_FLIGHT_MAX => {
                 if received == 0 {
                     break "the network was closed".to_owned();
                 }
                 let mut frames = Frames::default();
                 let mut bytes = 0;
-                let mut messages = Vec::new();
                 for call in batch.drain(..) {
                     if call.answer.is_closed() {
                         continue;
@@ -205,17 +212,12 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
                     frames.frames.push(Frame { id, message: call.request });
                     waiting.insert(id, call.answer);
                     if bytes > MESSAGE_BYTES_TARGET {
-                        messages.push(std::mem::take(&mut frames));
+                        unsent.push_back(std::mem::take(&mut frames));
                         bytes = 0;
                     }
                 }
-                messages.push(frames);
-                let mut broken = false;
-                for message in messages.into_iter().filter(|m| !m.frames.is_empty()) {
-                    broken |= outgoing.send(message).await.is_err();
-                }
-                if broken {
-                    break "the peer closed the session".to_owned();
+                if !frames.frames.is_empty() {
+                    unsent.push_back(frames);
                 }
                 // Callers that timed out leave their entry behind; without this it would never go.
                 if waiting.len() > IN_FLIGHT_MAX / 2 {

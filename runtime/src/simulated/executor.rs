@@ -169,8 +169,8 @@ impl Future for Sleep {
                 Poll::Pending
             }
             Some((id, at)) => {
-                if executor.timer_wakers.contains_key(&id) {
-                    executor.timer_wakers.insert(id, context.waker().clone());
+                if let Some(waker) = executor.timer_wakers.get_mut(&id) {
+                    waker.clone_from(context.waker());
                     Poll::Pending
                 } else {
                     debug_assert!(executor.now_ns >= at);

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use bytes::Bytes;
-use clutch_client::{Client, FileAttributes, Resolved};
+use clutch_client::{Client, ClientError, FileAttributes, Resolved};
 use clutch_proto::{InodeId, shard::SetAttributes};
 use tokio::{sync::Semaphore, task::JoinSet};
 
@@ -114,6 +114,14 @@ async fn store(client: &Client, source: PathBuf, dir: InodeId, name: Bytes) -> R
     Ok(Some(metadata.len()))
 }
 
+/// Whether an error is about a local file and not about the cluster.
+fn is_local(error: &anyhow::Error) -> bool {
+    match error.downcast_ref::<ClientError>() {
+        Some(error) => matches!(error, ClientError::Local(_)),
+        None => error.downcast_ref::<std::io::Error>().is_some(),
+    }
+}
+
 /// A tree on its way.
 struct Tree {
     client: Arc<Client>,
@@ -152,13 +160,24 @@ impl Tree {
                     None => continue,
                 }
             };
-            match done?? {
+            let done = match done? {
+                Ok(done) => done,
+                // What is wrong with one local file is no reason to leave the others out.
+                Err(error) if is_local(&error) => {
+                    skipped += 1;
+                    eprintln!("clutch: {error:#}; left out");
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            match done {
                 Done::Directory { source, id, path } => waiting.push((source, id, path)),
                 Done::File { bytes: Some(stored), path, .. } => {
                     (files, bytes) = (files + 1, bytes + stored);
                     progress.set_message(format!("{files} files, {}", output::bytes(bytes)));
-                    if self.verbose {
-                        output::line(path)?;
+                    // A closed pipe must not end the work.
+                    if self.verbose && output::line(path).is_err() {
+                        eprintln!("clutch: nobody reads the list of stored files any more");
                     }
                 }
                 Done::File { bytes: None, source, .. } => {

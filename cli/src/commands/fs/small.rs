@@ -18,7 +18,7 @@ pub(super) async fn mkdir(client: &Client, paths: &[String], parents: bool, mode
         }
         let mut at = InodeId::ROOT;
         ensure!(path.starts_with('/'), "{path:?} is not absolute; remote paths begin with /");
-        for part in path.split('/').filter(|p| !p.is_empty()) {
+        for part in path.split('/').filter(|p| !p.is_empty() && *p != ".") {
             at = make_or_find(client, at, &Bytes::copy_from_slice(part.as_bytes()), attributes)
                 .await
                 .with_context(|| path.clone())?;
@@ -56,6 +56,10 @@ pub(super) async fn mv(client: &Client, source: &str, target: &str) -> Result<()
         Err(error) if error.is_not_found() => client.resolve_parent(target).await?,
         Err(error) => return Err(error.into()),
     };
+    ensure!(
+        (dir, &name) != (from.parent, &from.name) || source == target,
+        "{source} and {target} are the same"
+    );
     client.rename(&from, dir, &name).await.with_context(|| format!("move {source} to {target}"))
 }
 

@@ -1,16 +1,21 @@
 //! One disk's blocks: files in 256 directories, written under a temporary name first.
 
 use std::{
+    collections::BTreeSet,
     io,
     path::{Path, PathBuf},
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use bytes::Bytes;
-use clutch_proto::{BlockId, Refusal, ServiceId, limits::PAGE_BYTES, types::Code};
+use clutch_proto::{
+    BlockId, Refusal, ServiceId,
+    limits::{BLOCK_BYTES_MAX, PAGE_BYTES},
+    types::Code,
+};
 use clutch_runtime::Disk;
 
 use crate::format::{HEADER_BYTES, Header, data_offset, page_table, pages};
@@ -22,6 +27,8 @@ pub struct BlockStore {
     cluster: u64,
     service: ServiceId,
     next_temporary: AtomicU64,
+    /// Directories of blocks that are known to be durable.
+    directories: Mutex<BTreeSet<PathBuf>>,
 }
 
 /// What a write is to leave behind.
@@ -50,7 +57,14 @@ impl BlockStore {
         cluster: u64,
         service: ServiceId,
     ) -> io::Result<BlockStore> {
-        let store = BlockStore { disk, dir, cluster, service, next_temporary: AtomicU64::new(1) };
+        let store = BlockStore {
+            disk,
+            dir,
+            cluster,
+            service,
+            next_temporary: AtomicU64::new(1),
+            directories: Mutex::default(),
+        };
         let temporary = store.dir.join("tmp");
         store.disk.create_dir_all(&temporary)?;
         for name in store.disk.list(&temporary)? {
@@ -80,14 +94,29 @@ impl BlockStore {
             let text = format!("{} bytes for a block of {}", data.len(), expected.size);
             return Err(Refusal::invalid(text));
         }
+        if expected.size == 0 || expected.size > BLOCK_BYTES_MAX || !expected.size.is_multiple_of(PAGE_BYTES)
+        {
+            let text = format!(
+                "a block of {} bytes; multiples of {PAGE_BYTES} up to {BLOCK_BYTES_MAX} are allowed",
+                expected.size
+            );
+            return Err(Refusal::invalid(text));
+        }
         if crc32fast::hash(data) != expected.crc {
             return Err(Refusal::new(Code::CrcMismatch, "the data do not have the CRC that was granted"));
         }
         let path = self.path(expected.block);
         if self.disk.exists(&path) {
             match self.read_whole(expected) {
-                Ok(_) => return Ok(()),
-                Err(refusal) if refusal.code == Code::BlockCorrupt => {}
+                // Whoever wrote it may not have come to its last sync: what is proven must be durable.
+                Ok(_) => return self.settle(&path).map_err(|e| disk_fault("sync block", &e)),
+                Err(refusal) if refusal.code == Code::BlockCorrupt => {
+                    if self.holds_another(&path, expected) {
+                        let text = format!("block {} exists with other data", expected.block);
+                        return Err(Refusal::new(Code::Exists, text));
+                    }
+                }
+                Err(refusal) if refusal.code == Code::BlockNotFound => {}
                 Err(refusal) => return Err(refusal),
             }
         }
@@ -105,10 +134,39 @@ impl BlockStore {
             .map_err(|e| disk_fault("write block", &e))
     }
 
+    /// Makes a block that is in place durable.
+    fn settle(&self, path: &Path) -> io::Result<()> {
+        self.disk.open(path, false)?.sync()?;
+        let dir = path.parent().unwrap_or(&self.dir);
+        self.disk.sync_dir(dir)?;
+        self.disk.sync_dir(&self.dir)
+    }
+
+    /// Whether an undamaged header says that the file is of the same id and other data.
+    fn holds_another(&self, path: &Path, expected: &Expected) -> bool {
+        let mut bytes = vec![0; HEADER_BYTES as usize];
+        let read = self.disk.open(path, false).and_then(|file| file.read_at(&mut bytes, 0));
+        read.is_ok()
+            && Header::decode(&bytes)
+                .is_ok_and(|h| h.block == expected.block && (h.size, h.crc) != (expected.size, expected.crc))
+    }
+
+    /// Makes a directory for blocks, durably, before anybody relies on it.
+    fn make_directory(&self, dir: &Path) -> io::Result<()> {
+        let mut known = self.directories.lock().unwrap_or_else(|e| e.into_inner());
+        // One that was there may have been emptied away by hand.
+        if !known.contains(dir) || !self.disk.exists(dir) {
+            self.disk.create_dir_all(dir)?;
+            self.disk.sync_dir(&self.dir)?;
+            known.insert(dir.to_owned());
+        }
+        Ok(())
+    }
+
     fn write_file(&self, path: &Path, header: &[u8], table: &[u8], data: &[u8], at: u64) -> io::Result<()> {
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
         let dir = path.parent().unwrap_or(&self.dir);
-        self.disk.create_dir_all(dir)?;
+        self.make_directory(dir)?;
         let temporary_dir = self.dir.join("tmp");
         let temporary = temporary_dir.join(format!("{number:016x}"));
         let written = (|| {

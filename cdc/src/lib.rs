@@ -337,7 +337,7 @@ fn finish(
     counters.live -= 1;
     tx.put_row(tables::COUNTERS, &[], &counters);
     if let Some(tag) = &row.tag {
-        effects.resolve(tag.clone(), result);
+        effects.resolve(*tag, result);
     }
     if let Some(moved) = steps::moved_directory(row) {
         tx.delete(tables::MOVING, &tables::key(moved));

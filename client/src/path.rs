@@ -30,7 +30,7 @@ impl EdgeCache {
 
     fn put(&self, dir: InodeId, name: &Bytes, edge: &EdgeReply, now: Duration) {
         if !self.lifetime.is_zero() {
-            self.cache.insert((dir, name.clone()), (edge.clone(), now));
+            self.cache.insert((dir, name.clone()), (*edge, now));
         }
     }
 

@@ -47,8 +47,8 @@ pub(crate) fn recover(
     let have: Vec<usize> = (0..blocks.len()).filter(|i| blocks[*i].is_some()).collect();
     let from: Vec<(usize, Cells)> = have.iter().filter_map(|i| Some((*i, blocks[*i].clone()?))).collect();
     let stripes = from.first().map_or(0, |(_, cells)| cells.len() / cell);
-    for lost in 0..shape.data_blocks as usize {
-        if blocks[lost].is_some() {
+    for (lost, block) in blocks.iter_mut().enumerate().take(shape.data_blocks as usize) {
+        if block.is_some() {
             continue;
         }
         let mut recovered = Vec::with_capacity(stripes * cell);
@@ -57,7 +57,7 @@ pub(crate) fn recover(
                 from.iter().map(|(i, cells)| (*i, &cells[stripe * cell..(stripe + 1) * cell])).collect();
             recovered.extend(codec.recover(lost, &cells)?);
         }
-        blocks[lost] = Some(recovered.into());
+        *block = Some(recovered.into());
     }
     Ok(())
 }

@@ -26,7 +26,7 @@ use bytes::Bytes;
 use crate::{
     error::Refusal,
     ids::{BlockId, ServiceId, Time},
-    limits::CLOCK_SKEW_MS_MAX,
+    limits::{CERTIFICATE_LIFETIME_MS, CLOCK_SKEW_MS_MAX},
     types::{ClientTag, Code},
 };
 
@@ -173,6 +173,12 @@ impl Claims {
         }
         if self.service != service {
             return Err(Refusal::new(Code::WrongService, "the certificate is for another block service"));
+        }
+        if self.time > now.plus_ms(CLOCK_SKEW_MS_MAX) {
+            return Err(Refusal::new(Code::BadCertificate, "signed in the future; synchronise the clocks"));
+        }
+        if operation != Operation::Erase && self.expiry > self.time.plus_ms(CERTIFICATE_LIFETIME_MS) {
+            return Err(Refusal::new(Code::BadCertificate, "good for longer than a certificate may be"));
         }
         if operation == Operation::Erase {
             let earliest = self.expiry.plus_ms(2 * CLOCK_SKEW_MS_MAX);

@@ -201,10 +201,10 @@ impl ClientTable {
         let idle = tx.scan(Table::CLIENTS_BY_MINUTE, &[], &oldest.to_be_bytes(), FORGOTTEN_PER_BATCH_MAX)?;
         for (key, _) in idle {
             tx.delete(Table::CLIENTS_BY_MINUTE, &key);
-            tx.delete(Table::CLIENTS, &key[8..]);
-            if let Ok(id) = key[8..].try_into() {
-                self.cached.remove(&u64::from_be_bytes(id));
-            }
+            let id = key.get(8..).and_then(|id| id.try_into().ok()).map(u64::from_be_bytes);
+            let id = id.ok_or_else(|| StoreError::Broken("a key of the idle clients is too short".into()))?;
+            tx.delete(Table::CLIENTS, &id.to_be_bytes());
+            self.cached.remove(&id);
         }
         // What is cached must not matter: dropping it only costs reading it again.
         if self.cached.len() > CACHED_CLIENTS_MAX {

@@ -252,6 +252,11 @@ impl<M: Machine> Replica<M> {
         loop {
             tokio::select! {
                 biased;
+                // First, because under load something else is always ready.
+                () = &mut tick => {
+                    tick = clock.sleep(TICK);
+                    self.tick();
+                }
                 Some((id, outcome)) = self.in_flight.next(), if !self.in_flight.is_empty() => self.decided(id, outcome),
                 event = events.next(), if self.fault.is_none() => {
                     let result = match event {
@@ -276,10 +281,6 @@ impl<M: Machine> Replica<M> {
                         let _ = stopped.send(());
                         return;
                     }
-                }
-                () = &mut tick => {
-                    tick = clock.sleep(TICK);
-                    self.tick();
                 }
             }
         }
@@ -339,12 +340,16 @@ impl<M: Machine> Replica<M> {
     fn begin_leading(&mut self, epoch: Epoch) -> Result<(), Fault> {
         self.leading = Some(epoch);
         if self.applier.time() == Time(0) {
-            let genesis = self.config.genesis.clone();
-            self.propose(vec![(self.stamped(Kind::Body(genesis)), Waiter::Nobody)]);
+            self.propose_genesis();
         }
         let actions = M::recover(&**self.applier.store())?;
         let _ = self.config.leader_events.send(LeaderEvent::Began(actions));
         Ok(())
+    }
+
+    fn propose_genesis(&mut self) {
+        let genesis = self.config.genesis.clone();
+        self.propose(vec![(self.stamped(Kind::Body(genesis)), Waiter::Nobody)]);
     }
 
     fn end_leading(&mut self) {
@@ -377,6 +382,12 @@ impl<M: Machine> Replica<M> {
             }
         }
         self.unclaimed.clear();
+        let reads = std::mem::take(&mut self.waiting_reads).into_iter().flat_map(|(_, reads)| reads);
+        for read in reads {
+            let _ = read
+                .reply
+                .send(Answer::refused(Refusal::new(Code::ReplicaFault, "the replica stopped on a fault")));
+        }
     }
 
     fn stamped(&self, kind: Kind) -> Bytes {
@@ -465,7 +476,18 @@ impl<M: Machine> Replica<M> {
             match outcome {
                 EntryOutcome::Done(result) => self.send(reply, position, time, result),
                 EntryOutcome::Pending => match tag {
-                    Some(tag) => self.defer(&tag, reply),
+                    // It may have ended already, in an entry that was applied before this commit was decided.
+                    Some(tag) => match peek(&**self.applier.store(), &tag, self.applier.time()) {
+                        Ok(Ok(Known::Done(outcome))) => {
+                            let (position, time) = (Position(outcome.position), Time(outcome.time));
+                            match recorded::<M>(outcome) {
+                                Ok(result) => self.send(reply, position, time, result),
+                                Err(fault) => self.fail(fault.to_string()),
+                            }
+                        }
+                        Ok(_) => self.defer(&tag, reply),
+                        Err(fault) => self.fail(fault.to_string()),
+                    },
                     None => self.send(
                         reply,
                         position,
@@ -587,6 +609,12 @@ impl<M: Machine> Replica<M> {
 
     /// A read barrier was answered.
     fn passed(&mut self, barrier: Result<Position, LogFault>, reads: Vec<PendingRead<M>>) {
+        if let Some(refusal) = self.unready() {
+            for read in reads {
+                let _ = read.reply.send(Answer::refused(refusal.clone()));
+            }
+            return;
+        }
         match barrier {
             Ok(position) => {
                 self.waiting_reads.push_back((position, reads));
@@ -627,7 +655,14 @@ impl<M: Machine> Replica<M> {
                 self.fail(error.to_string());
             }
         }
-        if self.leading.is_none() || self.fault.is_some() || self.applier.time() == Time(0) {
+        if self.leading.is_none() || self.fault.is_some() {
+            return;
+        }
+        if self.applier.time() == Time(0) {
+            // The first entry may have been lost; a second copy of it is refused by the machine.
+            if self.proposals.is_empty() && self.by_position.is_empty() {
+                self.propose_genesis();
+            }
             return;
         }
         self.ticks_since_check += 1;

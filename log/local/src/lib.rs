@@ -122,7 +122,7 @@ enum Command {
     },
     BeginEpoch {
         group: Arc<Group>,
-        done: oneshot::Sender<Result<(), LogFault>>,
+        done: oneshot::Sender<Result<Epoch, LogFault>>,
     },
     Seal {
         group: Arc<Group>,
@@ -174,8 +174,8 @@ impl LocalEngine {
             .clone();
         let (done, answer) = oneshot::channel();
         self.handle.command(Command::BeginEpoch { group: group.clone(), done }).await?;
-        self.handle.answer(answer).await??;
-        Ok(Arc::new(LocalLog { handle: self.handle.clone(), group }))
+        let epoch = self.handle.answer(answer).await??;
+        Ok(Arc::new(LocalLog { handle: self.handle.clone(), group, epoch }))
     }
 }
 
@@ -194,20 +194,21 @@ impl Shared {
         LogFault::Storage(self.failed.lock().clone().unwrap_or_else(|| "the writer has ended".into()))
     }
 
+    /// The first position that a segment still has; the one after the last when none has any.
     fn first_position(&self, id: LogId) -> Position {
-        let segments = self.segments.lock();
-        segments
-            .iter()
-            .filter_map(|s| s.spans.get(&id))
-            .map(|(first, _)| *first)
-            .next()
-            .unwrap_or(Position(1))
+        let first = {
+            let segments = self.segments.lock();
+            segments.iter().filter_map(|s| s.spans.get(&id)).map(|(first, _)| *first).next()
+        };
+        first.unwrap_or_else(|| self.groups.lock().get(&id).map_or(Position(1), |g| g.last.borrow().next()))
     }
 }
 
 struct LocalLog {
     handle: Handle,
     group: Arc<Group>,
+    /// The reign that began when this handle was opened; a later handle ends it.
+    epoch: Epoch,
 }
 
 #[async_trait]
@@ -222,7 +223,7 @@ impl Log for LocalLog {
             if state.sealed.is_some() {
                 return Err(Rejected::Sealed);
             }
-            if state.epoch != epoch {
+            if state.epoch != epoch || self.epoch != epoch {
                 return Err(Rejected::NotLeader(epoch));
             }
         }
@@ -252,6 +253,7 @@ impl Log for LocalLog {
             last: self.group.last.subscribe(),
             next: from.max(Position(1)),
             leader_told: Epoch(0),
+            own_epoch: self.epoch,
             sealed_told: false,
             disk: None,
             queued: None,
@@ -262,9 +264,15 @@ impl Log for LocalLog {
         match level {
             ReadLevel::AtLeast(position) => {
                 let mut last = self.group.last.subscribe();
-                let reached =
-                    last.wait_for(|l| *l >= position).await.map_err(|_| self.handle.shared.stopped())?;
-                Ok(*reached)
+                loop {
+                    let reached = *last.borrow_and_update();
+                    if reached >= position {
+                        return Ok(reached);
+                    }
+                    if self.handle.shared.failed.lock().is_some() || last.changed().await.is_err() {
+                        return Err(self.handle.shared.stopped());
+                    }
+                }
             }
             ReadLevel::Local | ReadLevel::Linearizable => Ok(*self.group.last.borrow()),
         }
@@ -306,6 +314,7 @@ struct LocalEvents {
     last: watch::Receiver<Position>,
     next: Position,
     leader_told: Epoch,
+    own_epoch: Epoch,
     sealed_told: bool,
     disk: Option<reader::GroupReader>,
     /// Was read together with a gap before it.
@@ -333,7 +342,7 @@ impl LocalEvents {
         if self.next > durable {
             if self.leader_told < epoch && self.next > epoch_position && durable >= epoch_position {
                 self.leader_told = epoch;
-                return Ok(Some(Event::Leader { epoch, is_self: true }));
+                return Ok(Some(Event::Leader { epoch, is_self: epoch == self.own_epoch }));
             }
             return Ok(match sealed {
                 Some(tail) if !self.sealed_told && durable >= tail => {
@@ -351,7 +360,13 @@ impl LocalEvents {
             None => match self.read_disk()? {
                 Some(record) => record,
                 // The segment was removed between the look and the read, or the tail moved on: look again.
-                None => return self.ready(),
+                None => match self.read_disk()? {
+                    Some(record) => record,
+                    None => {
+                        let text = format!("position {} of {} is in no segment", self.next, self.group.id);
+                        return Err(LogFault::Storage(text));
+                    }
+                },
             },
         };
         let position = record.batch.position;
@@ -362,7 +377,7 @@ impl LocalEvents {
             RecordKind::Batch => Event::Committed(record.batch),
             RecordKind::Epoch if record.batch.epoch == epoch => {
                 self.leader_told = epoch;
-                self.queued = Some(Event::Leader { epoch, is_self: true });
+                self.queued = Some(Event::Leader { epoch, is_self: epoch == self.own_epoch });
                 return Ok(Some(Event::Gap { to: position }));
             }
             RecordKind::Epoch | RecordKind::Seal | RecordKind::Groups => Event::Gap { to: position },

@@ -181,7 +181,12 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, LogFault
         if file.len().map_err(|e| storage("size of the last segment", &e))? > scanned.end {
             file.set_len(scanned.end).map_err(|e| storage("cut a torn tail", &e))?;
         }
-        // What was found may not be durable yet, but readers will see it from now on.
+        // What was found may not be durable, and a sync that failed before may have left its pages looking clean:
+        // readers will see these bytes from now on, so they are written once more.
+        let from = synced_to.clamp(SEGMENT_HEADER_BYTES, scanned.end);
+        let mut tail = vec![0; (scanned.end - from) as usize];
+        let read = file.read_at(&mut tail, from).map_err(|e| storage("read the tail", &e))?;
+        file.write_at(&tail[..read], from).map_err(|e| storage("write the tail again", &e))?;
         file.sync().map_err(|e| storage("sync the last segment", &e))?;
         segments.push(scanned.segment.clone());
         Some((last, scanned.end))

@@ -22,6 +22,8 @@ use crate::{
 
 /// Commands that one write takes along.
 const COMMANDS_MAX: usize = 1024;
+/// Under load the mark is made durable after so many bytes; when nothing waits, at once.
+const MARK_LAG_BYTES_MAX: u64 = 4 << 20;
 
 pub(crate) struct Writer {
     shared: Arc<Shared>,
@@ -32,6 +34,8 @@ pub(crate) struct Writer {
     mark_file: Option<Box<dyn File>>,
     /// The mark was written after the last sync and is not durable yet.
     mark_unsynced: bool,
+    /// Bytes of records since the mark was made durable.
+    unmarked_bytes: u64,
 }
 
 struct OpenSegment {
@@ -49,13 +53,21 @@ struct Staged {
 
 enum Answer {
     Append(oneshot::Sender<Outcome>),
-    Epoch(oneshot::Sender<Result<(), LogFault>>),
+    Epoch(oneshot::Sender<Result<Epoch, LogFault>>),
     Seal(oneshot::Sender<Result<Position, LogFault>>),
 }
 
 impl Writer {
     pub(crate) fn new(shared: &Arc<Shared>, resume: Option<(u64, u64)>, mark: Mark) -> Writer {
-        Writer { shared: shared.clone(), current: None, resume, mark, mark_file: None, mark_unsynced: false }
+        Writer {
+            shared: shared.clone(),
+            current: None,
+            resume,
+            mark,
+            mark_file: None,
+            mark_unsynced: false,
+            unmarked_bytes: 0,
+        }
     }
 
     /// Runs until every handle is gone or the disk fails.
@@ -127,7 +139,7 @@ impl Writer {
                         state.epoch
                     };
                     if group.state.lock().sealed.is_some() {
-                        let _ = done.send(Ok(()));
+                        let _ = done.send(Ok(epoch));
                     } else {
                         staged.push(stage(
                             &mut bytes,
@@ -191,7 +203,9 @@ impl Writer {
         current.file.sync().map_err(|e| e.to_string())?;
         current.offset += bytes.len() as u64;
         let (segment, offset) = (current.number, current.offset);
-        self.write_mark(segment, offset)
+        self.write_mark(segment, offset)?;
+        self.unmarked_bytes += bytes.len() as u64;
+        if self.unmarked_bytes > MARK_LAG_BYTES_MAX { self.sync_mark() } else { Ok(()) }
     }
 
     fn begin_segment(&mut self, staged: &[Staged]) -> Result<(), String> {
@@ -234,7 +248,9 @@ impl Writer {
         self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
         self.current = Some(OpenSegment { number, file, offset: bytes.len() as u64 });
         self.shared.segments.lock().push(Segment { number, ..Segment::default() });
-        Ok(())
+        // From here on damage to the segment's beginning is damage, not a segment that was being begun.
+        self.write_mark(number, bytes.len() as u64)?;
+        self.sync_mark()
     }
 
     fn write_mark(&mut self, segment: u64, offset: u64) -> Result<(), String> {
@@ -254,6 +270,7 @@ impl Writer {
 
     fn sync_mark(&mut self) -> Result<(), String> {
         self.mark_unsynced = false;
+        self.unmarked_bytes = 0;
         self.mark_file.as_ref().map_or(Ok(()), |f| f.sync().map_err(|e| e.to_string()))
     }
 
@@ -269,7 +286,7 @@ impl Writer {
             }
         }
         for Staged { group, record, answer } in staged {
-            let position = record.batch.position;
+            let (position, epoch) = (record.batch.position, record.batch.epoch);
             {
                 let mut state = group.state.lock();
                 state.tail_bytes += weight(&record.batch);
@@ -283,7 +300,7 @@ impl Writer {
             // A caller that gave up does not want the answer.
             match answer {
                 Answer::Append(sender) => drop(sender.send(Outcome::Committed(position))),
-                Answer::Epoch(sender) => drop(sender.send(Ok(()))),
+                Answer::Epoch(sender) => drop(sender.send(Ok(epoch))),
                 Answer::Seal(sender) => drop(sender.send(Ok(position))),
             }
         }
@@ -303,11 +320,12 @@ impl Writer {
             };
             let Some(number) = removable else { return Ok(()) };
             // Readers must not look for it any more before it goes.
-            self.shared.segments.lock().remove(0);
-            self.shared
-                .disk
-                .remove(&self.shared.dir.join(segment_name(number)))
-                .map_err(|e| e.to_string())?;
+            let segment = self.shared.segments.lock().remove(0);
+            if let Err(error) = self.shared.disk.remove(&self.shared.dir.join(segment_name(number))) {
+                // Still there: it must go before any later one, or the rest looks incomplete.
+                self.shared.segments.lock().insert(0, segment);
+                return Err(error.to_string());
+            }
             let index = index_path(&self.shared.dir, number);
             if self.shared.disk.exists(&index) {
                 self.shared.disk.remove(&index).map_err(|e| e.to_string())?;

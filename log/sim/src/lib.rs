@@ -274,6 +274,9 @@ impl Log for SimLog {
             if state.leader != self.node {
                 return Err(LogFault::NotLeader);
             }
+            if state.sealed.is_some() {
+                return Ok(());
+            }
             while !state.pending.is_empty() {
                 state.commit_next();
             }

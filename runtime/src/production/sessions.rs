@@ -30,7 +30,7 @@ use clutch_proto::{
 use futures_util::{Stream, StreamExt as _, stream::FuturesUnordered};
 use parking_lot::Mutex;
 use prost::Message as _;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
 use tonic::{Status, Streaming, transport};
 
@@ -42,6 +42,10 @@ const IN_FLIGHT_MAX: usize = 4096;
 const MESSAGE_FRAMES_MAX: usize = 512;
 const MESSAGE_BYTES_TARGET: usize = 1 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+/// A peer that does not answer a ping for this long is gone.
+const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// How often callers that have given up are forgotten.
+const SWEEP: Duration = Duration::from_secs(1);
 /// HTTP/2 flow-control windows: large enough that a block never waits for a window update.
 const WINDOW_BYTES: u32 = 16 << 20;
 const FRAMES_BYTES_MAX: usize = MESSAGE_BYTES_MAX + MESSAGE_BYTES_TARGET + (1 << 20);
@@ -87,8 +91,8 @@ impl Network for GrpcNetwork {
             .await
             .map_err(|e| io::Error::new(e.kind(), format!("listen on {at}: {e}")))?;
         let endpoint = Endpoint::from(listener.local_addr()?.to_string().as_str());
-        let (stop, stopped) = oneshot::channel::<()>();
-        let service = SessionServer::new(SessionService { handler })
+        let (stop, stopped) = watch::channel(());
+        let service = SessionServer::new(SessionService { handler, stopped: stopped.clone() })
             .max_decoding_message_size(FRAMES_BYTES_MAX)
             .max_encoding_message_size(FRAMES_BYTES_MAX);
         let (reporter, health) = tonic_health::server::health_reporter();
@@ -108,16 +112,14 @@ impl Network for GrpcNetwork {
                 .initial_stream_window_size(WINDOW_BYTES)
                 .initial_connection_window_size(WINDOW_BYTES)
                 .max_frame_size(1 << 20)
+                .http2_keepalive_interval(Some(KEEP_ALIVE))
+                .http2_keepalive_timeout(Some(KEEP_ALIVE))
                 .add_service(service)
                 .add_service(health)
                 .add_service(reflection)
-                .serve_with_incoming(incoming);
-            tokio::select! {
-                biased;
-                _ = stopped => {}
-                served = server => if let Err(error) = served {
-                    tracing::error!(%error, "serve sessions");
-                },
+                .serve_with_incoming_shutdown(incoming, ended(stopped));
+            if let Err(error) = server.await {
+                tracing::error!(%error, "serve sessions");
             }
         });
         Ok(Box::new(GrpcListening { endpoint, _stop: stop }))
@@ -150,7 +152,8 @@ impl Network for GrpcNetwork {
 
 struct GrpcListening {
     endpoint: Endpoint,
-    _stop: oneshot::Sender<()>,
+    /// Dropping it ends the sessions.
+    _stop: watch::Sender<()>,
 }
 
 impl Listening for GrpcListening {
@@ -179,9 +182,11 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
     let mut batch = Vec::new();
     // Answers are read also while the peer takes no requests: two sides that only send would wait for ever.
     let mut unsent: std::collections::VecDeque<Frames> = std::collections::VecDeque::new();
+    let mut sweep = tokio::time::interval(SWEEP);
     let reason = loop {
         tokio::select! {
             biased;
+            _ = sweep.tick() => waiting.retain(|_, answer| !answer.is_closed()),
             frames = incoming.next() => match frames {
                 Some(Ok(frames)) => for frame in frames.frames {
                     if let Some(answer) = waiting.remove(&frame.id) {
@@ -219,10 +224,6 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
                 if !frames.frames.is_empty() {
                     unsent.push_back(frames);
                 }
-                // Callers that timed out leave their entry behind; without this it would never go.
-                if waiting.len() > IN_FLIGHT_MAX / 2 {
-                    waiting.retain(|_, answer| !answer.is_closed());
-                }
             }
         }
     };
@@ -240,6 +241,8 @@ async fn open(to: &Endpoint, outgoing: mpsc::Receiver<Frames>) -> Result<Streami
         .map_err(|e| format!("not an address: {e}"))?
         .tcp_nodelay(true)
         .connect_timeout(CONNECT_TIMEOUT)
+        .http2_keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
         .connect()
@@ -264,6 +267,12 @@ fn source_of(error: &dyn std::error::Error) -> String {
 /// The server side of sessions and unary calls.
 struct SessionService {
     handler: Arc<dyn Handler>,
+    stopped: watch::Receiver<()>,
+}
+
+/// Completes when the listener is dropped.
+async fn ended(mut stopped: watch::Receiver<()>) {
+    while stopped.changed().await.is_ok() {}
 }
 
 #[async_trait]
@@ -275,7 +284,7 @@ impl Session for SessionService {
         request: tonic::Request<Streaming<Frames>>,
     ) -> Result<tonic::Response<Self::OpenStream>, Status> {
         let (sender, receiver) = mpsc::channel(4);
-        tokio::spawn(serve_session(self.handler.clone(), request.into_inner(), sender));
+        tokio::spawn(serve_session(self.handler.clone(), request.into_inner(), sender, self.stopped.clone()));
         Ok(tonic::Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -293,13 +302,16 @@ async fn serve_session(
     handler: Arc<dyn Handler>,
     mut incoming: Streaming<Frames>,
     outgoing: mpsc::Sender<Result<Frames, Status>>,
+    stopped: watch::Receiver<()>,
 ) {
+    let mut stopped = std::pin::pin!(ended(stopped));
     let mut running: FuturesUnordered<BoxFuture<Frame>> = FuturesUnordered::new();
     let mut done = Frames::default();
     let mut open = true;
     while open || !running.is_empty() {
         tokio::select! {
             biased;
+            () = &mut stopped => return,
             Some(frame) = running.next(), if !running.is_empty() => {
                 let mut bytes = frame.message.len();
                 done.frames.push(frame);
@@ -318,6 +330,12 @@ async fn serve_session(
                 }
             }
             frames = incoming.next(), if open && running.len() < IN_FLIGHT_MAX => match frames {
+                Some(Ok(frames)) if frames.frames.len() > MESSAGE_FRAMES_MAX => {
+                    let text = format!("{} frames in one message; at most {MESSAGE_FRAMES_MAX} are allowed", frames.frames.len());
+                    // The peer may be gone; the session ends in any case.
+                    let _ = outgoing.send(Err(Status::invalid_argument(text))).await;
+                    return;
+                }
                 Some(Ok(frames)) => for frame in frames.frames {
                     let answer = handler.handle(frame.message);
                     let id = frame.id;

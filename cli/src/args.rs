@@ -100,6 +100,9 @@ pub(crate) struct UpArgs {
     /// Data and parity blocks of new files' spans, as D+P; 4+2 for a new directory.
     #[arg(long, value_parser = parse_policy, value_name = "D+P")]
     pub(crate) policy: Option<(u32, u32)>,
+    /// A log segment is closed when it is larger than this; whole segments are trimmed.
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096), value_name = "MIB")]
+    pub(crate) segment_mib: u64,
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT", value_parser = parse_address)]
     pub(crate) listen: String,
@@ -404,7 +407,8 @@ pub(crate) enum BenchCommand {
         #[arg(
             long,
             default_value = "mkdir,create,lookup,stat,readdir,rename,unlink,rmdir",
-            value_delimiter = ','
+            value_delimiter = ',',
+            value_parser = ["mkdir", "create", "lookup", "stat", "readdir", "rename", "unlink", "rmdir"]
         )]
         ops: Vec<String>,
         /// Clients, each with a session of its own.

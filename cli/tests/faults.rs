@@ -77,6 +77,11 @@ fn any_two_disks_of_4_plus_2_may_be_emptied() {
             continue;
         }
         let text = String::from_utf8_lossy(&output.stderr);
+        if bytes.len() < 4 * 4096 && output.status.success() {
+            // It fills fewer than all four data blocks, and those are left.
+            assert!(output.stdout == *bytes, "{path}: wrong bytes");
+            continue;
+        }
         assert_eq!(output.status.code(), Some(1), "{path}: {text}");
         assert!(text.contains("span ") && text.contains("on service "), "{path}: {text}");
         assert!(bytes.starts_with(&output.stdout), "{path}: wrong bytes");

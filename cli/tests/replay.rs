@@ -80,7 +80,7 @@ fn every_log_replays_to_the_hash_of_its_live_replica() {
 #[test]
 fn a_trimmed_log_replays_from_the_oldest_checkpoint() {
     let temp = tempfile::tempdir().expect("temporary directory");
-    let mut cluster = Cluster::start(&temp.path().join("c"), &["--shards", "1"]);
+    let mut cluster = Cluster::start(&temp.path().join("c"), &["--shards", "1", "--segment-mib", "1"]);
     work(&cluster, 0);
     let refused = cluster.fails(1, &["log", "trim", "--shard", "0"]);
     assert!(refused.contains("checkpoint"), "{refused}");
@@ -92,7 +92,7 @@ fn a_trimmed_log_replays_from_the_oldest_checkpoint() {
         "--ops",
         "create,unlink",
         "--files",
-        "150000",
+        "20000",
         "--clients",
         "2",
         "--depth",

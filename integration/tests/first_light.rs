@@ -65,6 +65,7 @@ async fn in_production_form() {
         shards: Some(2),
         disks: Some(6),
         policy: None,
+        segment_bytes_max: 64 << 20,
     };
     let runtime = clutch_runtime::production::runtime();
     let up = Up::start(runtime.clone(), config()).await.expect("starts");

@@ -34,6 +34,8 @@ pub struct UpConfig {
     pub disks: Option<u32>,
     /// Data and parity blocks; `None` takes what is there, or 4+2.
     pub policy: Option<(u32, u32)>,
+    /// A log segment is closed when it is larger than this.
+    pub segment_bytes_max: u64,
 }
 
 /// A running cluster and the lock on its directory.
@@ -102,9 +104,9 @@ impl Up {
             disks: disks.collect(),
         };
         let (seam, log_dir) = (runtime.clone(), config.dir.join("log"));
+        let options = Options { segment_bytes_max: config.segment_bytes_max, ..Options::default() };
         let engine =
-            tokio::task::spawn_blocking(move || LocalEngine::open(&seam, log_dir, Options::default()))
-                .await??;
+            tokio::task::spawn_blocking(move || LocalEngine::open(&seam, log_dir, options)).await??;
         let node = Node::start(NodeConfig {
             runtime,
             listen: config.listen,

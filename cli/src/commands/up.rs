@@ -18,6 +18,7 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
         shards: args.shards,
         disks: args.disks,
         policy: args.policy,
+        segment_bytes_max: args.segment_mib << 20,
     };
     let up = tokio::select! {
         up = Up::start(runtime, config) => up?,

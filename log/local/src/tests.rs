@@ -194,3 +194,26 @@ fn a_failed_sync_stops_the_engine() {
     });
     assert!(matches!(outcome, Some(LogFault::Storage(_))));
 }
+
+#[test]
+fn segments_and_marks_have_their_golden_bytes() {
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let line = format::GroupLine { log: LogId::CDC, last: Position(6), epoch: Epoch(2), sealed: None };
+    let mut segment = format::segment_header(1).to_vec();
+    let none = LogId { role: 0, number: 0 };
+    format::encode_record(
+        &mut segment,
+        RecordKind::Groups,
+        none,
+        Position(0),
+        Epoch(0),
+        &[format::encode_group(&line)],
+    );
+    format::encode_record(&mut segment, RecordKind::Epoch, LogId::CDC, Position(7), Epoch(3), &[]);
+    let entries = [Bytes::from_static(b"first"), Bytes::from_static(b"second")];
+    format::encode_record(&mut segment, RecordKind::Batch, LogId::CDC, Position(8), Epoch(3), &entries);
+    format::encode_record(&mut segment, RecordKind::Seal, LogId::CDC, Position(9), Epoch(3), &[]);
+    assert_eq!(hex(&segment), include_str!("../../../docs/formats/golden/segment.hex").trim());
+    let mark = format::encode_mark(format::Mark { sequence: 5, segment: 1, offset: 4096 });
+    assert_eq!(hex(&mark), include_str!("../../../docs/formats/golden/mark.hex").trim());
+}

@@ -167,7 +167,7 @@ impl System {
     fn transaction(&mut self, op: cdc_request::Op) -> Result<CdcReply, Refusal> {
         let (tag, now) = (self.tag(), self.now);
         let mut rng = self.rng.clone();
-        let outcome = self.cdc.call(CdcRequest { op: Some(op) }, tag.clone(), now, &mut rng);
+        let outcome = self.cdc.call(CdcRequest { op: Some(op) }, tag, now, &mut rng);
         self.rng = rng;
         let (outcome, mut steps, _) = outcome?;
         assert_eq!(outcome, EntryOutcome::Pending);

@@ -25,12 +25,7 @@ pub(super) async fn cat(client: &Client, paths: &[String]) -> Result<()> {
         let at = client.resolve(path).await?;
         let mut out = std::io::stdout();
         let mut broken = None;
-        let mut sink = |bytes: bytes::Bytes| {
-            out.write_all(&bytes).map_err(|e| {
-                broken = Some(e.kind());
-                e
-            })
-        };
+        let mut sink = |bytes: bytes::Bytes| out.write_all(&bytes).inspect_err(|e| broken = Some(e.kind()));
         let read = client.read_file(at.id, &mut sink).await;
         if let Some(kind) = broken {
             return Err(std::io::Error::from(kind).into());

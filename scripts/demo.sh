@@ -11,8 +11,10 @@ export CLUTCH_REGISTRY=${CLUTCH_REGISTRY:-127.0.0.1:7400}
 
 "$clutch" up --dir "$dir" --listen "$CLUTCH_REGISTRY" &
 cluster=$!
-trap 'kill -INT "$cluster" 2>/dev/null; wait "$cluster"' EXIT
+# TERM, because a Ctrl-C has reached the cluster already and a second one would mean impatience.
+trap 'kill -TERM "$cluster" 2>/dev/null; wait "$cluster"' EXIT
 "$clutch" status --wait 60
+kill -0 "$cluster" || { echo "demo: the cluster did not start; something else answers at $CLUTCH_REGISTRY" >&2; exit 1; }
 "$clutch" fs mkdir -p /demo
 "$clutch" fs put -r docs /demo
 "$clutch" fs put README.md /demo
@@ -21,7 +23,11 @@ trap 'kill -INT "$cluster" 2>/dev/null; wait "$cluster"' EXIT
 "$clutch" fs cat /demo/README.md | cmp - README.md && echo "README.md came back as it was"
 "$clutch" fsck
 "$clutch" log replay --all --verify
-if [ "${1:-}" != --once ]; then
+if [ "${1:-}" = --once ]; then
+  trap - EXIT
+  kill -TERM "$cluster"
+  wait "$cluster"
+else
   echo "The cluster runs; in another terminal: export CLUTCH_REGISTRY=$CLUTCH_REGISTRY; $PWD/$clutch fs ls /demo"
   wait "$cluster"
 fi

@@ -14,7 +14,9 @@ cargo xtask layers
 step purity
 cargo xtask purity
 step demo
-CLUTCH_DIR=$(mktemp -d)/demo CLUTCH_REGISTRY=127.0.0.1:7439 scripts/demo.sh --once
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+CLUTCH_DIR=$scratch/demo CLUTCH_REGISTRY=127.0.0.1:7439 scripts/demo.sh --once
 step tree
 scripts/tree.sh
 step tests

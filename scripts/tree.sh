@@ -8,7 +8,7 @@ clutch=$PWD/target/release/clutch
 [ -x "$clutch" ] || cargo build --release --package clutch-cli
 work=$(mktemp -d)
 cluster=
-trap '[ -z "$cluster" ] || kill -INT "$cluster" 2>/dev/null; wait; rm -rf "$work"' EXIT
+trap '[ -z "$cluster" ] || kill -TERM "$cluster" 2>/dev/null; wait; rm -rf "$work"' EXIT
 
 source=$work/tree
 mkdir "$source"
@@ -37,13 +37,17 @@ export CLUTCH_REGISTRY=127.0.0.1:${CLUTCH_TEST_PORT:-7431}
 "$clutch" up --dir "$work/cluster" --listen "$CLUTCH_REGISTRY" 2>"$work/up.log" &
 cluster=$!
 "$clutch" status --wait 60 >/dev/null
+kill -0 "$cluster" || { cat "$work/up.log" >&2; exit 1; }
 
-seconds() { local start; start=$(date +%s.%N); "$@" >&2; echo "$(date +%s.%N) $start" | awk '{print $1 - $2}'; }
+seconds() { local start; start=$(date +%s.%N); "$@" >&2 || return; echo "$(date +%s.%N) $start" | awk '{print $1 - $2}'; }
 rate() { echo "$1 $files $mb" | awk '{printf "%.1f s, %.0f files/s, %.1f MB/s\n", $1, $2 / $1, $3 / $1}'; }
 copy_and_sync() { cp -r "$source" "$work/copy" && sync -f "$work/copy"; }
-echo "cp -r and sync:    $(rate "$(seconds copy_and_sync)")"
-echo "clutch fs put -r:  $(rate "$(seconds "$clutch" fs put -r "$source" /tree)")"
-echo "clutch fs get -r:  $(rate "$(seconds "$clutch" fs get -r /tree "$work/back")")"
+took=$(seconds copy_and_sync)
+echo "cp -r and sync:    $(rate "$took")"
+took=$(seconds "$clutch" fs put -r "$source" /tree)
+echo "clutch fs put -r:  $(rate "$took")"
+took=$(seconds "$clutch" fs get -r /tree "$work/back")
+echo "clutch fs get -r:  $(rate "$took")"
 
 diff -r --no-dereference "$source" "$work/back"
 list() { (cd "$1" && find . -printf '%p %y %m %T@ %l\n' | sort); }
@@ -51,4 +55,7 @@ list "$source" >"$work/list-source"
 list "$work/back" >"$work/list-back"
 diff "$work/list-source" "$work/list-back"
 "$clutch" fsck
+kill -TERM "$cluster"
+wait "$cluster"
+cluster=
 echo "identical: bytes, modes, times and links of $files files"

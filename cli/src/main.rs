@@ -27,10 +27,13 @@ fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::anyhow!("start the runtime: {error}")),
     };
-    match runtime.block_on(run(cli)) {
+    let code = match runtime.block_on(run(cli)) {
         Ok(code) => code,
         Err(error) => fail(&error),
-    }
+    };
+    // Owners on threads of their own must not see the timers end under them: the process ends them all.
+    std::mem::forget(runtime);
+    code
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

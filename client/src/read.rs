@@ -67,10 +67,15 @@ impl Client {
                         }
                     }
                 }
-                done += extent.length;
+                done = done
+                    .checked_add(extent.length)
+                    .ok_or_else(|| ClientError::unexpected("a possible length"))?;
             }
             if page.next_offset == 0 {
                 break;
+            }
+            if page.next_offset != done || page.extents.is_empty() {
+                return Err(ClientError::unexpected("contiguous extents"));
             }
             page = self.layout(id, page.content, page.next_offset).await?;
         }
@@ -88,10 +93,15 @@ impl Client {
         loop {
             let page = self.layout(id, content, at).await?;
             content = page.content;
+            let before = at;
             for extent in &page.extents {
-                let extent_end = extent.offset + extent.length;
+                let extent_end = extent.offset.checked_add(extent.length);
+                let extent_end = extent_end.ok_or_else(|| ClientError::unexpected("a possible length"))?;
                 if extent_end <= at || extent.offset >= end {
                     continue;
+                }
+                if extent.offset > at {
+                    return Err(ClientError::unexpected("contiguous extents"));
                 }
                 let from = at - extent.offset;
                 let count = end.min(extent_end) - at;
@@ -101,7 +111,7 @@ impl Client {
                 }
                 at += count;
             }
-            if page.next_offset == 0 || at >= end || content == 0 {
+            if page.next_offset == 0 || at >= end || content == 0 || at == before {
                 return Ok(out);
             }
         }
@@ -177,7 +187,12 @@ impl Client {
         let mut failures: Vec<String> = Vec::new();
         let (mut may_pass, mut expired) = (false, false);
         let mut tried: Vec<usize> = Vec::new();
-        let mut next = wanted.clone();
+        // With a suspect among them, D blocks are chosen that are not: waiting for it would cost more than computing.
+        let suspects = self.suspects();
+        let mut next = match wanted.iter().any(|i| suspects.contains(&span.blocks[*i].service_id)) {
+            true => self.trusted_first(0..span.blocks.len(), span).into_iter().take(data).collect(),
+            false => wanted.clone(),
+        };
         while !next.is_empty() {
             let reads = next.iter().map(|i| self.read_cells(span, &span.blocks[*i], *i, first, last));
             for (i, read) in next.iter().zip(join_all(reads).await) {

@@ -1,5 +1,6 @@
 //! Random operations through produce and apply against a naive in-memory filesystem, with entries that are
-//! delivered twice and late; all invariants after every batch.
+//! delivered twice and late, and crashes of the CDC in every state of every kind of transaction; all invariants
+//! after every batch.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -8,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_cdc::{Cdc, SendStep};
-use clutch_log::{Batch, Epoch, Position};
+use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, InodeKind, Refusal,
     cdc::{self, CdcEntry, CdcReply, CdcRequest, StepDone, cdc_request},
@@ -101,6 +102,8 @@ struct System {
     now: u64,
     sequence: u64,
     rng: ChaCha8Rng,
+    /// Kinds and states of transactions in which the CDC has crashed.
+    crashed_in: BTreeSet<(&'static str, String)>,
 }
 
 impl System {
@@ -120,6 +123,7 @@ impl System {
             now: 10,
             sequence: 0,
             rng: ChaCha8Rng::seed_from_u64(seed),
+            crashed_in: BTreeSet::new(),
         }
     }
 
@@ -173,10 +177,19 @@ impl System {
         assert_eq!(outcome, EntryOutcome::Pending);
         let mut answer = None;
         while let Some(step) = steps.pop() {
+            if self.rng.random_ratio(1, 4) {
+                // A crash before the step was sent: the next leader begins from the rows.
+                steps = self.crash_cdc();
+                continue;
+            }
             let done = self.run_step(step);
-            let body = Bytes::from(
-                CdcEntry { tag: None, body: Some(cdc::cdc_entry::Body::StepDone(done)) }.encode_to_vec(),
-            );
+            if self.rng.random_ratio(1, 4) {
+                // A crash after the shard executed it and before the answer was logged: it is sent again.
+                steps = self.crash_cdc();
+                continue;
+            }
+            let entry = CdcEntry { tag: None, body: Some(cdc::cdc_entry::Body::StepDone(done)) };
+            let body = Bytes::from(entry.encode_to_vec());
             let (_, more, resolved) = self.cdc.apply(&body, self.now);
             steps.extend(more);
             answer =
@@ -190,6 +203,18 @@ impl System {
             }
         }
         answer.expect("a transaction ends when no step is left")
+    }
+
+    /// Forgets everything but the rows; notes where the transaction stood.
+    fn crash_cdc(&mut self) -> Vec<SendStep> {
+        let store = self.cdc.applier.store().clone();
+        for (key, value) in store.scan(clutch_cdc::tables::TRANSACTION, &[], &[], 10).expect("scans") {
+            let row: cdc::TransactionRow =
+                clutch_state::store::decode_row(clutch_cdc::tables::TRANSACTION, &key, value).expect("a row");
+            self.crashed_in.insert((clutch_cdc::steps::kind_name(&row), clutch_cdc::steps::state_name(&row)));
+        }
+        self.cdc.applier = Applier::open(store.clone()).expect("opens");
+        Cdc::recover(&*store).expect("recovers")
     }
 
     fn run_step(&mut self, step: SendStep) -> StepDone {
@@ -598,9 +623,20 @@ fn random_operations_match_the_naive_filesystem() {
             test.model = Model::default();
             test.model.dirs.insert(InodeId::ROOT, BTreeMap::new());
             let seed = test.system.rng.random();
-            test.system = System::new(seed, 4);
+            let crashed_in = std::mem::take(&mut test.system.crashed_in);
+            test.system = System { crashed_in, ..System::new(seed, 4) };
         }
     }
-    let position: Position = test.system.cdc.applier.position();
-    assert!(position.0 > 0);
+    let states =
+        |kind, states: &[&'static str]| states.iter().map(|s| (kind, (*s).to_owned())).collect::<Vec<_>>();
+    let expected: BTreeSet<_> = [
+        states("make directory", &["first", "insert", "back"]),
+        states("remove directory", &["first", "insert", "remove", "back"]),
+        states("move file", &["first", "insert", "remove", "back"]),
+        states("move directory", &["first", "walk", "insert", "setowner", "remove", "back"]),
+    ]
+    .concat()
+    .into_iter()
+    .collect();
+    assert_eq!(test.system.crashed_in, expected, "the CDC crashed in every state of every kind");
 }

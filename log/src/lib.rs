@@ -185,7 +185,13 @@ pub enum ReadLevel {
     AtLeast(Position),
     /// Everything that was acknowledged before the read began.
     Linearizable,
+    /// The same as long as clocks drift less than the engine's lease allows; cheaper where a quorum is asked.
+    Lease,
 }
+
+/// Names a configuration of members; grows with each change.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
+pub struct ConfigId(pub u64);
 
 /// The engine cannot go on.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -247,6 +253,10 @@ pub trait Log: Send + Sync {
     async fn snapshot_ready(&self, snapshot: SnapshotRef);
     /// Hands leadership to another node; engines with one node refuse.
     async fn transfer_leader(&self, to: u64) -> Result<(), LogFault>;
+    /// Changes the members if the present configuration is `expect`; engines with one node refuse.
+    async fn reconfigure(&self, _expect: ConfigId, _members: Vec<u64>) -> Result<ConfigId, LogFault> {
+        Err(LogFault::Unsupported("this engine's members are fixed".into()))
+    }
     /// What the log holds now.
     fn bounds(&self) -> Bounds;
 }

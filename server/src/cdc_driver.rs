@@ -25,6 +25,8 @@ use tokio::sync::mpsc;
 
 /// Pause before a step is sent again after patience has ended.
 const PAUSE: Duration = Duration::from_millis(200);
+/// Steps of one transaction whose refusal is passed on at once; more mean that it goes round.
+const REFUSALS_UNPAUSED: u32 = 16;
 
 /// Runs until the replica ends.
 pub async fn run(
@@ -82,6 +84,13 @@ async fn drive(
             }
         }
     };
+    if let Some(error) = &error {
+        // The machine may ask for the step again; a refusal that stays must not become a busy loop.
+        tracing::debug!(transaction = step.transaction, step = step.step, detail = %error.detail, "a step was refused");
+        if step.step > REFUSALS_UNPAUSED {
+            clock.sleep(PAUSE).await;
+        }
+    }
     let done = StepDone { transaction: step.transaction, step: step.step, error, reply };
     let entry = CdcEntry { tag: None, body: Some(Body::StepDone(done)) };
     let body = bytes::Bytes::from(entry.encode_to_vec());

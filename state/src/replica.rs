@@ -485,7 +485,14 @@ impl<M: Machine> Replica<M> {
                                 Err(fault) => self.fail(fault.to_string()),
                             }
                         }
-                        Ok(_) => self.defer(&tag, reply),
+                        Ok(Ok(Known::Pending)) => self.defer(&tag, reply),
+                        // It ended with a refusal that may be retried, and was forgotten.
+                        Ok(Ok(Known::New)) => {
+                            let refusal =
+                                Refusal::new(Code::Busy, "the transaction was turned back; try again");
+                            self.send(reply, position, time, Err(refusal));
+                        }
+                        Ok(Err(refusal)) => self.send(reply, position, time, Err(refusal)),
                         Err(fault) => self.fail(fault.to_string()),
                     },
                     None => self.send(

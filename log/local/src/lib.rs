@@ -274,7 +274,7 @@ impl Log for LocalLog {
                     }
                 }
             }
-            ReadLevel::Local | ReadLevel::Linearizable => Ok(*self.group.last.borrow()),
+            ReadLevel::Local | ReadLevel::Linearizable | ReadLevel::Lease => Ok(*self.group.last.borrow()),
         }
     }
 

@@ -81,9 +81,10 @@ struct Proposal {
 /// Starts `nodes` members, connected through the router.
 pub async fn start(router: &Router, nodes: u64) -> Result<Vec<Arc<RaftLog>>, Box<dyn std::error::Error>> {
     let config = Config {
-        heartbeat_interval: 50,
-        election_timeout_min: 200,
-        election_timeout_max: 400,
+        // A lease of a second: a busy machine must not look like a dead leader.
+        heartbeat_interval: 100,
+        election_timeout_min: 500,
+        election_timeout_max: 1000,
         snapshot_policy: SnapshotPolicy::Never,
         enable_pre_vote: Some(true),
         enable_leader_restore: Some(false),
@@ -182,8 +183,10 @@ impl Log for RaftLog {
                 self.delivered.wait_for(position.0).await;
                 Ok(Position(self.delivered.index()))
             }
-            ReadLevel::Linearizable => {
-                let read = self.raft.ensure_linearizable(ReadPolicy::ReadIndex).await;
+            ReadLevel::Linearizable | ReadLevel::Lease => {
+                let policy =
+                    if level == ReadLevel::Lease { ReadPolicy::LeaseRead } else { ReadPolicy::ReadIndex };
+                let read = self.raft.ensure_linearizable(policy).await;
                 read.map(|read| Position(read.index())).map_err(|_| LogFault::NotLeader)
             }
         }

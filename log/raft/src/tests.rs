@@ -11,6 +11,8 @@ struct RaftHarness {
     logs: Vec<Arc<RaftLog>>,
     /// A leader that was cut off and does not know it yet.
     cut_off: Mutex<Option<usize>>,
+    /// A node that nobody hears, although it may still believe to lead.
+    unheard: Arc<Mutex<Option<usize>>>,
 }
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -42,15 +44,29 @@ impl Harness for RaftHarness {
         // The first question after a cut still finds the old leader; then the others have elected another.
         let cut_off = self.cut_off.lock().take();
         if let Some(old) = cut_off {
-            let (router, logs) = (self.router.clone(), self.logs.clone());
+            let (router, logs, unheard) = (self.router.clone(), self.logs.clone(), self.unheard.clone());
             tokio::spawn(async move {
-                tokio::time::sleep(Duration::from_secs(4)).await;
-                router.set_isolated(old as u64 + 1, false);
-                drop(logs);
+                // Only when the others have a leader of their own is the old one's proposal certain to be lost.
+                loop {
+                    for (i, log) in logs.iter().enumerate() {
+                        if i != old
+                            && log.leading().is_some()
+                            && log.writable(Duration::from_millis(300)).await
+                        {
+                            // The proposer's patience ends before the old leader can learn of its successor.
+                            tokio::time::sleep(PROPOSAL_PATIENCE).await;
+                            router.set_isolated(old as u64 + 1, false);
+                            *unheard.lock() = None;
+                            return;
+                        }
+                    }
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
             });
             return self.logs[old].clone();
         }
-        self.logs[self.find_leader(None).await].clone()
+        let unheard = *self.unheard.lock();
+        self.logs[self.find_leader(unheard).await].clone()
     }
 
     async fn all(&self) -> Vec<Arc<dyn Log>> {
@@ -81,6 +97,7 @@ impl Harness for RaftHarness {
         } else {
             self.router.set_isolated(leader as u64 + 1, true);
             *self.cut_off.lock() = Some(leader);
+            *self.unheard.lock() = Some(leader);
         }
         true
     }
@@ -91,7 +108,13 @@ async fn conforms_in_its_core() {
     let router = Router::default();
     let logs = start(&router, 3).await.expect("starts");
     let runtime = clutch_runtime::production::runtime();
-    let harness = RaftHarness { runtime, router: router.clone(), logs, cut_off: Mutex::new(None) };
+    let harness = RaftHarness {
+        runtime,
+        router: router.clone(),
+        logs,
+        cut_off: Mutex::new(None),
+        unheard: Arc::default(),
+    };
     conformance::core(&harness).await;
     router.shutdown().await;
 }

@@ -232,8 +232,10 @@ impl Log for SimLog {
                 let state = self.group.state.lock();
                 match level {
                     ReadLevel::Local => return Ok(state.tail()),
-                    ReadLevel::Linearizable if state.leader == self.node => return Ok(state.tail()),
-                    ReadLevel::Linearizable => return Err(LogFault::NotLeader),
+                    ReadLevel::Linearizable | ReadLevel::Lease if state.leader == self.node => {
+                        return Ok(state.tail());
+                    }
+                    ReadLevel::Linearizable | ReadLevel::Lease => return Err(LogFault::NotLeader),
                     ReadLevel::AtLeast(position) if state.tail() >= position => return Ok(state.tail()),
                     ReadLevel::AtLeast(_) => {}
                 }

@@ -146,7 +146,13 @@ impl Tree {
         self.start_directory(&mut running, source.to_owned(), dir, name, path).await?;
         loop {
             if let Some((source, id, path)) = waiting.pop() {
-                self.start_entries(&mut running, &source, id, &path).await?;
+                match self.start_entries(&mut running, &source, id, &path).await {
+                    Err(error) if is_local(&error) => {
+                        skipped += 1;
+                        eprintln!("clutch: {error:#}; the rest of the directory is left out");
+                    }
+                    other => other?,
+                }
                 directories.push((source, id));
             }
             let done = if waiting.is_empty() {

@@ -127,6 +127,28 @@ fn flipped_bytes_in_blocks_are_corrected_or_refused() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("on service "));
 }
 
+#[test]
+fn a_disk_that_takes_no_writes_is_avoided() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let cluster =
+        Cluster::start(&temp.path().join("c"), &["--disks", "4", "--shards", "1", "--policy", "2+1"]);
+    // A file where the disk's directory was: every write there fails.
+    let broken = cluster.dir.join("blocks").join("2");
+    std::fs::remove_dir_all(&broken).expect("removed");
+    std::fs::write(&broken, b"not a directory").expect("writes");
+    let stored = store_files(&cluster, temp.path());
+    assert_reads(&cluster, &stored, "with one broken disk");
+    cluster.fsck();
+    // With two of four broken, three cannot be found, and the error says why.
+    let broken = cluster.dir.join("blocks").join("0");
+    std::fs::remove_dir_all(&broken).expect("removed");
+    std::fs::write(&broken, b"not a directory").expect("writes");
+    let text = cluster.fails(1, &["fs", "put", temp.path().join("f4").to_str().expect("text"), "/too-few"]);
+    assert!(text.contains("no space") && text.contains("service "), "{text}");
+    cluster.fails(1, &["fs", "stat", "/too-few"]);
+    cluster.fsck();
+}
+
 /// Kills the cluster in the middle of a `put -r`, again and again.
 #[test]
 fn kill_9_in_the_middle_of_a_put_loses_nothing_acknowledged() {

@@ -25,6 +25,7 @@ use rand_chacha::ChaCha8Rng;
 use shard_reply::Reply;
 use shard_request::Op;
 
+/// Operations that are carried out, reads among them; turns that find nothing to do are not counted.
 const OPERATIONS: usize = 120_000;
 const BATCH: usize = 100;
 
@@ -102,6 +103,7 @@ struct System {
     now: u64,
     sequence: u64,
     rng: ChaCha8Rng,
+    performed: usize,
     /// Kinds and states of transactions in which the CDC has crashed.
     crashed_in: BTreeSet<(&'static str, String)>,
 }
@@ -123,6 +125,7 @@ impl System {
             now: 10,
             sequence: 0,
             rng: ChaCha8Rng::seed_from_u64(seed),
+            performed: 0,
             crashed_in: BTreeSet::new(),
         }
     }
@@ -144,6 +147,7 @@ impl System {
     }
 
     fn write(&mut self, slot: u8, op: Op) -> Result<Reply, Refusal> {
+        self.performed += 1;
         let tag = self.tag();
         self.step(slot, op, tag)
     }
@@ -169,6 +173,7 @@ impl System {
 
     /// A whole transaction: begin, all steps, its answer.
     fn transaction(&mut self, op: cdc_request::Op) -> Result<CdcReply, Refusal> {
+        self.performed += 1;
         let (tag, now) = (self.tag(), self.now);
         let mut rng = self.rng.clone();
         let outcome = self.cdc.call(CdcRequest { op: Some(op) }, tag, now, &mut rng);
@@ -566,6 +571,7 @@ impl Test {
     fn look(&mut self) {
         let dir = self.pick_dir();
         let name = self.pick_name(dir);
+        self.system.performed += 1;
         let got = self.system.read(dir.slot().0, Op::Lookup(Lookup { dir: dir.raw(), name: name.clone() }));
         let entry = self.model.entry(dir, &name);
         let found = compare("lookup", got, if entry.is_some() { Ok(()) } else { Err(Code::NotFound) });
@@ -613,7 +619,7 @@ fn random_operations_match_the_naive_filesystem() {
     let mut model = Model::default();
     model.dirs.insert(InodeId::ROOT, BTreeMap::new());
     let mut test = Test { system: System::new(2026, 4), model };
-    for _ in 0..OPERATIONS / BATCH {
+    while test.system.performed < OPERATIONS {
         for _ in 0..BATCH {
             test.operate();
         }
@@ -624,7 +630,8 @@ fn random_operations_match_the_naive_filesystem() {
             test.model.dirs.insert(InodeId::ROOT, BTreeMap::new());
             let seed = test.system.rng.random();
             let crashed_in = std::mem::take(&mut test.system.crashed_in);
-            test.system = System { crashed_in, ..System::new(seed, 4) };
+            let performed = test.system.performed;
+            test.system = System { crashed_in, performed, ..System::new(seed, 4) };
         }
     }
     let states =

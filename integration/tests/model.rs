@@ -18,7 +18,7 @@ use clutch_proto::{
     types::{ClientTag, Code},
 };
 use clutch_shard::{Shard, ShardFacts, invariants};
-use clutch_state::{Applier, EntryOutcome, Machine, MemoryStore, ProduceContext, Stop};
+use clutch_state::{Applier, EntryOutcome, Machine, MemoryStore, ProduceContext, Stop, applier::rescan};
 use prost::Message as _;
 use rand::{Rng as _, SeedableRng as _, seq::IndexedRandom as _};
 use rand_chacha::ChaCha8Rng;
@@ -244,7 +244,11 @@ impl System {
             let (wrong, of_shard) = invariants::check_shard(&**shard.applier.store()).expect("reads");
             assert_eq!(wrong, Vec::<String>::new());
             facts.push(of_shard);
+            let hashes = rescan(&**shard.applier.store()).expect("reads");
+            assert_eq!(hashes.differences, Vec::<String>::new());
         }
+        let hashes = rescan(&**self.cdc.applier.store()).expect("reads");
+        assert_eq!(hashes.differences, Vec::<String>::new());
         assert_eq!(invariants::check_cluster(&facts), Vec::<String>::new());
     }
 }

@@ -154,6 +154,36 @@ fn every_kind_survives_a_crash_at_every_moment() {
     }
 }
 
+/// Deep moves that share no directory to wait for: only the walk can see that they would make a loop.
+#[test]
+fn two_deep_moves_cannot_make_a_loop_together() {
+    for seed in 0..150 {
+        let cluster = SimCluster::start(seed, 2, 3);
+        let client = cluster.client();
+        let outcome = cluster.run(async move {
+            let mkdir = async |owner: InodeId, n: &str| {
+                client.make_directory(owner, &name(n), ATTRIBUTES).await.expect("mkdir").id
+            };
+            let (p, q) = (mkdir(InodeId::ROOT, "p").await, mkdir(InodeId::ROOT, "q").await);
+            let (a, b) = (mkdir(p, "a").await, mkdir(q, "b").await);
+            let (a2, b2) = (mkdir(a, "a2").await, mkdir(b, "b2").await);
+            let (at_a, at_b) =
+                (client.resolve("/p/a").await.expect("there"), client.resolve("/q/b").await.expect("there"));
+            let (n1, n2) = (name("x"), name("y"));
+            tokio::join!(client.rename(&at_a, b2, &n1), client.rename(&at_b, a2, &n2))
+        });
+        cluster.fsck();
+        let (first, second) = outcome;
+        assert_eq!(
+            u8::from(first.is_ok()) + u8::from(second.is_ok()),
+            1,
+            "seed {seed}: {first:?} {second:?}"
+        );
+        let refused = first.err().or(second.err()).and_then(|e| e.code());
+        assert_eq!(refused, Some(Code::Loop), "seed {seed}");
+    }
+}
+
 #[test]
 fn two_moves_cannot_make_a_loop_together() {
     for seed in 0..40 {

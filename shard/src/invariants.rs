@@ -15,6 +15,7 @@
 //! 10. a file or link has exactly one owner: a current edge or an owned past edge
 //! 11. a directory has an owner if and only if exactly one current edge leads to it, from that owner (root aside)
 //! 12. no edge is locked
+//! 13. every directory that has an owner lies below the root: there are no loops
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -266,6 +267,25 @@ fn check_spans(
     Ok(())
 }
 
+/// Follows owners upwards; what was found to reach the root, or not to, is not followed again.
+fn check_loops(inodes: &BTreeMap<InodeId, u64>, wrong: &mut Vec<String>) {
+    let mut known: BTreeSet<InodeId> = BTreeSet::from([InodeId::ROOT]);
+    for start in inodes.keys().filter(|id| id.is_directory()) {
+        let (mut at, mut path) = (*start, BTreeSet::new());
+        while known.insert(at) {
+            path.insert(at);
+            match inodes.get(&at).copied().and_then(InodeId::from_wire) {
+                Some(owner) => at = owner,
+                // Removed, or its owner does not exist: told by other checks.
+                None => break,
+            }
+        }
+        if path.contains(&at) && inodes.get(&at).is_some_and(|owner| *owner != 0) {
+            wrong.push(format!("directory {at} is its own ancestor"));
+        }
+    }
+}
+
 /// Checks what spans shards. Only meaningful when the CDC has nothing in flight.
 pub fn check_cluster(shards: &[Facts]) -> Vec<String> {
     let mut wrong = Vec::new();
@@ -277,6 +297,7 @@ pub fn check_cluster(shards: &[Facts]) -> Vec<String> {
             }
         }
     }
+    check_loops(&inodes, &mut wrong);
     let mut owners: BTreeMap<InodeId, (u32, Option<InodeId>)> = BTreeMap::new();
     for (dir, target, locked) in shards.iter().flat_map(|f| &f.edges) {
         let known = InodeId::from_wire(*target).filter(|id| inodes.contains_key(id));

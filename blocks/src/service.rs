@@ -35,8 +35,17 @@ impl BlockService {
     }
 
     fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
-        let claims = Claims::verify(certificate, &self.keys)?;
-        claims.check_grant(operation, self.cluster, self.store.service(), self.runtime.clock.now())?;
+        let now = self.runtime.clock.now();
+        let admitted = Claims::verify(certificate, &self.keys).and_then(|claims| {
+            claims.check_grant(operation, self.cluster, self.store.service(), now)?;
+            Ok(claims)
+        });
+        let claims = admitted.inspect_err(|refusal| {
+            self.runtime.note(match refusal.code {
+                Code::CertificateExpired => "blocks: an expired certificate",
+                _ => "blocks: a certificate is refused",
+            });
+        })?;
         let expected =
             Expected { block: claims.block, size: claims.size, crc: claims.crc, time: claims.time.0 };
         Ok((claims, expected))

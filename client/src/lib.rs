@@ -17,5 +17,5 @@ mod write;
 pub use error::ClientError;
 pub use files::{Created, FileAttributes};
 pub use path::Resolved;
-pub use rpc::{Client, ClientOptions};
+pub use rpc::{AnsweredAt, Call, Client, ClientOptions, Observer};
 pub use write::ContentSource;

@@ -203,6 +203,7 @@ impl Client {
                         let block = &span.blocks[*i];
                         may_pass |= error.may_pass();
                         expired |= error.code() == Some(Code::CertificateExpired);
+                        self.note_failed_read(&error);
                         failures.push(format!(
                             "block {:x} on service {:x}: {error}",
                             block.block_id, block.service_id
@@ -230,11 +231,16 @@ impl Client {
                     span.span_id,
                     failures.join("; ")
                 );
+                self.inner.runtime.note("read: fewer than D blocks");
                 return Err(match (expired, may_pass) {
                     (true, _) => Refusal::new(Code::CertificateExpired, text).into(),
                     (_, true) => ClientError::Unreachable(text),
                     _ => ClientError::DataLost(text),
                 });
+            }
+            self.inner.runtime.note("read: degraded");
+            if have == data && tried.len() == span.blocks.len() {
+                self.inner.runtime.note("read: degraded with exactly D blocks left");
             }
             let codec = self.codec(shape.data_blocks, shape.parity_blocks)?;
             let work =
@@ -284,6 +290,16 @@ impl Client {
             return Err(Refusal::new(Code::BlockCorrupt, text).into());
         }
         Ok(data)
+    }
+
+    fn note_failed_read(&self, error: &ClientError) {
+        self.inner.runtime.note(match error.code() {
+            Some(Code::CertificateExpired) => "read: the certificate has expired",
+            Some(Code::BlockNotFound) => "read: a block is missing",
+            Some(Code::BlockCorrupt) => "read: a block is corrupt",
+            Some(Code::DiskFault) => "read: a disk gives an error",
+            _ => "read: a service does not answer",
+        });
     }
 
     fn trusted_first(&self, blocks: impl Iterator<Item = usize>, span: &Span) -> Vec<usize> {

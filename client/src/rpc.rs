@@ -24,8 +24,38 @@ use prost::Message as _;
 
 use crate::{error::ClientError, path::EdgeCache};
 
-/// How a client behaves.
+/// One request as its caller sees it, with all its attempts.
 #[derive(Clone, Debug)]
+pub struct Call {
+    /// Whom it is for.
+    pub role: Role,
+    /// The slot, for a shard's request; `None` when a shard was named by its number.
+    pub slot: Option<Slot>,
+    /// The encoded request of that role.
+    pub body: Bytes,
+    /// What makes a mutation happen once; `None` for reads.
+    pub tag: Option<ClientTag>,
+}
+
+/// Where a log stood when a request was answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AnsweredAt {
+    /// The record of a mutation, or the last one that a read saw. 0 when no log was asked.
+    pub position: u64,
+    /// The log's time there.
+    pub time: u64,
+}
+
+/// Watches a client's requests, for tests and tracing.
+pub trait Observer: Send + Sync {
+    /// A request begins; what is returned comes back when it ends. One that never ends was dropped by its caller.
+    fn began(&self, call: &Call) -> u64;
+    /// A request has ended.
+    fn ended(&self, id: u64, result: Result<&Bytes, &ClientError>, at: AnsweredAt);
+}
+
+/// How a client behaves.
+#[derive(Clone)]
 pub struct ClientOptions {
     /// How long a request is retried before its outcome is reported as it is.
     pub patience: Duration,
@@ -41,6 +71,8 @@ pub struct ClientOptions {
     pub write_mib_max: u32,
     /// What proves that a request comes from the cluster itself; clients have none.
     pub system_key: Option<[u8; 32]>,
+    /// Who watches requests to registry, CDC and shards.
+    pub observer: Option<Arc<dyn Observer>>,
 }
 
 impl Default for ClientOptions {
@@ -53,6 +85,7 @@ impl Default for ClientOptions {
             cache_entries_max: 16_384,
             write_mib_max: 64,
             system_key: None,
+            observer: None,
         }
     }
 }
@@ -245,7 +278,7 @@ impl Client {
         tag: Option<ClientTag>,
         body: Bytes,
         admin: bool,
-    ) -> Result<Bytes, ClientError> {
+    ) -> (Result<Bytes, ClientError>, AnsweredAt) {
         let cluster = lock(&self.inner.map).as_ref().map_or(0, |m| m.cluster);
         let system_mac = match (&self.inner.options.system_key, &tag) {
             (Some(key), Some(tag)) if tag.client < certificate::SYSTEM_CLIENTS => {
@@ -268,19 +301,26 @@ impl Client {
             if lane == Lane::Bulk { self.inner.options.block_attempt } else { self.inner.options.attempt };
         let call =
             self.inner.runtime.network.call(&target.endpoint, lane, request.encode_to_vec().into(), timeout);
-        let answer = call.await.map_err(|error| {
-            if error.certainly_no_effect() {
-                ClientError::Unreachable(error.to_string())
-            } else {
-                ClientError::Unknown(error.to_string())
+        let nowhere = AnsweredAt::default();
+        let answer = match call.await {
+            Ok(answer) => answer,
+            Err(error) if error.certainly_no_effect() => {
+                return (Err(ClientError::Unreachable(error.to_string())), nowhere);
             }
-        })?;
-        let response = Response::decode(answer)
-            .map_err(|e| ClientError::Unknown(format!("decode answer of {}: {e}", target.endpoint)))?;
+            Err(error) => return (Err(ClientError::Unknown(error.to_string())), nowhere),
+        };
+        let response = match Response::decode(answer) {
+            Ok(response) => response,
+            Err(error) => {
+                let text = format!("decode answer of {}: {error}", target.endpoint);
+                return (Err(ClientError::Unknown(text)), nowhere);
+            }
+        };
         self.inner.clock.advance(Time(response.time));
+        let at = AnsweredAt { position: response.position, time: response.time };
         match response.error {
-            Some(error) => Err(ClientError::Refused(Refusal::from_wire(error))),
-            None => Ok(response.body),
+            Some(error) => (Err(ClientError::Refused(Refusal::from_wire(error))), at),
+            None => (Ok(response.body), at),
         }
     }
 
@@ -292,17 +332,49 @@ impl Client {
         tag: Option<&ClientTag>,
         admin: bool,
     ) -> Result<Bytes, ClientError> {
+        let mut at = AnsweredAt::default();
+        let observer = self.inner.options.observer.as_ref().filter(|_| !admin);
+        let id = observer.map_or(0, |observer| {
+            let (role, slot) = match service {
+                Service::Registry => (Role::Registry, None),
+                Service::Cdc => (Role::Cdc, None),
+                Service::Slot(slot) => (Role::Shard, Some(slot)),
+                Service::Shard(_) => (Role::Shard, None),
+            };
+            observer.began(&Call { role, slot, body: body.clone(), tag: tag.copied() })
+        });
+        let result = self.ask_until(service, body, tag, admin, &mut at).await;
+        if let Some(observer) = observer {
+            observer.ended(id, result.as_ref(), at);
+        }
+        result
+    }
+
+    async fn ask_until(
+        &self,
+        service: Service,
+        body: Bytes,
+        tag: Option<&ClientTag>,
+        admin: bool,
+        at: &mut AnsweredAt,
+    ) -> Result<Bytes, ClientError> {
         let clock = &self.inner.runtime.clock;
         let start = clock.monotonic();
         let mut backoff = Duration::from_millis(5);
         let mut maybe_done = false;
         loop {
-            let result = match Box::pin(self.target(service)).await {
+            let (result, answered_at) = match Box::pin(self.target(service)).await {
                 Ok(target) => self.attempt(&target, Lane::Metadata, tag.cloned(), body.clone(), admin).await,
-                Err(error) => Err(error),
+                Err(error) => (Err(error), AnsweredAt::default()),
             };
+            *at = answered_at;
             let error = match result {
-                Ok(answer) => return Ok(answer),
+                Ok(answer) => {
+                    if maybe_done && tag.is_some() {
+                        self.inner.runtime.note("client: an answer after an unknown attempt");
+                    }
+                    return Ok(answer);
+                }
                 Err(error) => error,
             };
             let retry = match &error {
@@ -310,11 +382,13 @@ impl Client {
                     maybe_done |= refusal.may_have_effect();
                     let moved = matches!(refusal.code, Code::WrongShard | Code::NotLeader | Code::NotReady);
                     if moved {
+                        self.inner.runtime.note("client: was sent elsewhere");
                         *lock(&self.inner.map) = None;
                     }
                     refusal.is_retryable() || moved
                 }
                 ClientError::Unreachable(_) => {
+                    self.inner.runtime.note("client: nobody listens");
                     // Whoever it was may have moved.
                     *lock(&self.inner.map) = None;
                     true
@@ -327,11 +401,17 @@ impl Client {
             };
             let spent = clock.monotonic() - start;
             if !retry || spent >= self.inner.options.patience {
+                self.inner.runtime.note(if retry {
+                    "client: patience ended"
+                } else {
+                    "client: refused for good"
+                });
                 return Err(match error {
                     // Once it may have been done, only an answer that says what became of it is better.
                     ClientError::Refused(refusal)
                         if maybe_done && tag.is_some() && !refusal.code.is_decision() =>
                     {
+                        self.inner.runtime.note("client: a refusal after an unknown attempt stays unknown");
                         ClientError::Unknown(refusal.to_string())
                     }
                     ClientError::Unreachable(text) if maybe_done && tag.is_some() => {
@@ -432,7 +512,7 @@ impl Client {
         }
         let target = Target { endpoint: address.into(), role: Role::Blocks, number: service };
         let body = Bytes::from(BlocksRequest { op: Some(op) }.encode_to_vec());
-        let answer = self.attempt(&target, Lane::Bulk, None, body, false).await?;
+        let answer = self.attempt(&target, Lane::Bulk, None, body, false).await.0?;
         BlocksReply::decode(answer).map_err(|_| ClientError::unexpected("a blocks reply"))
     }
 }

@@ -129,6 +129,9 @@ impl Client {
         let mut avoid = self.suspects();
         let mut failures: Vec<String> = Vec::new();
         for attempt in 0..PLACEMENTS_MAX {
+            if attempt > 0 {
+                self.inner.runtime.note("write: a span is placed again");
+            }
             let initiate = InitiateSpan {
                 content: to.content,
                 cookie: to.cookie.clone(),
@@ -146,6 +149,7 @@ impl Client {
                 Ok(_) => return Err(ClientError::unexpected("a span")),
                 // Services that failed for somebody else are better than none.
                 Err(error) if error.code() == Some(Code::NoSpace) && attempt < 2 && !avoid.is_empty() => {
+                    self.inner.runtime.note("write: suspects are better than none");
                     avoid.clear();
                     continue;
                 }
@@ -207,7 +211,10 @@ impl Client {
         let mut pause = Duration::from_millis(50);
         for _ in 1..BLOCK_ATTEMPTS_MAX {
             match self.write_block_once(block, data.clone()).await {
-                Err(error) if error.may_pass() => self.inner.runtime.clock.sleep(pause).await,
+                Err(error) if error.may_pass() => {
+                    self.inner.runtime.note("write: a block is sent again");
+                    self.inner.runtime.clock.sleep(pause).await;
+                }
                 decided => return decided,
             }
             pause *= 4;

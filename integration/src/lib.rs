@@ -1,5 +1,16 @@
-//! Whole clusters for tests: simulated on one thread, or in production form in a temporary directory.
+//! Whole clusters for tests: simulated on one thread, or in production form in a temporary directory; and the
+//! harness that drives simulated ones from seeds.
 
+pub mod checkers;
+pub mod coverage;
+pub mod generate;
+pub mod history;
+pub mod oracle;
+pub mod recording;
+pub mod run;
+pub mod script;
 pub mod sim_cluster;
+pub mod sim_store;
+pub mod workload;
 
 pub use sim_cluster::SimCluster;

@@ -1,10 +1,11 @@
 //! A simulated cluster: registry, CDC, shards, disks and clients, each on a node of its own.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use clutch_client::{Client, ClientOptions};
+use clutch_client::{Client, ClientOptions, Observer};
 use clutch_log::{Log, LogFault, LogId};
+use clutch_log_local::LocalEngine;
 use clutch_log_sim::SimLogs;
 use clutch_proto::{ServiceId, certificate::Key};
 use clutch_runtime::{
@@ -16,33 +17,82 @@ use clutch_server::{
     stores::{LogProvider, StoreProvider},
 };
 use clutch_shard::Keyring;
-use clutch_state::{MemoryStore, Store, StoreError, replica::OpenCheckpoint};
+use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
+use parking_lot::Mutex;
+
+use crate::{recording::Recording, sim_store::SimImages};
 
 /// The registry's node.
 pub const REGISTRY: NodeId = NodeId(1);
 /// The CDC's node.
 pub const CDC: NodeId = NodeId(2);
-/// The node of all disks.
-pub const DISKS: NodeId = NodeId(3);
 /// The first client's node.
-pub const CLIENT: NodeId = NodeId(50);
+pub const CLIENT: NodeId = NodeId(500);
+/// Nodes from here on take over roles of others.
+const SPARE: u32 = 1000;
 
-/// The node of a shard.
+/// The first node of a shard.
 pub fn shard_node(number: u32) -> NodeId {
     NodeId(10 + number)
+}
+
+/// The node of a disk.
+pub fn disk_node(number: u32) -> NodeId {
+    NodeId(300 + number)
+}
+
+/// The key of a block service in simulated clusters.
+pub fn service_key(service: u64) -> Key {
+    Key { epoch: 1, secret: [service as u8; 32] }
+}
+
+/// Where the logs live.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Engine {
+    /// Outside the nodes: what a quorum keeps. Leadership can move.
+    Sim,
+    /// The `local` engine, on the simulated disk of its node.
+    Local,
+}
+
+/// What a cluster is made of.
+#[derive(Clone, Debug)]
+pub struct ClusterConfig {
+    /// Metadata shards; a power of two.
+    pub shards: u32,
+    /// Disks, each a block service on a node of its own.
+    pub disks: u32,
+    /// Data blocks of a span.
+    pub data_blocks: u32,
+    /// Parity blocks of a span.
+    pub parity_blocks: u32,
+    /// Where the logs live.
+    pub engine: Engine,
+    /// Of a thousand writes to a store, after how many what was written so far survives a crash.
+    pub flush_permille: u32,
 }
 
 /// A cluster in a world.
 pub struct SimCluster {
     /// The world it lives in.
     pub world: Arc<World>,
-    /// Its logs: what survives every crash.
+    /// Its logs, when they live outside the nodes.
     pub logs: SimLogs,
+    /// What the replicas were given from their logs.
+    pub recording: Arc<Recording>,
+    config: ClusterConfig,
     cluster: ClusterFile,
+    images: SimImages,
+    homes: Mutex<BTreeMap<LogId, NodeId>>,
+    spares: Mutex<u32>,
+    /// Nodes whose start failed; whoever drives the world starts them again.
+    failed: Arc<Mutex<Vec<NodeId>>>,
 }
 
 struct SimLogProvider {
     logs: SimLogs,
+    local: Option<LocalEngine>,
+    recording: Arc<Recording>,
     runtime: Runtime,
     node: NodeId,
 }
@@ -50,17 +100,27 @@ struct SimLogProvider {
 #[async_trait]
 impl LogProvider for SimLogProvider {
     async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
-        // Whoever opens a log leads it; how much of what waited still commits is drawn.
-        self.logs.elect(id, u64::from(self.node.0), self.runtime.random.below(3) as usize);
-        Ok(self.logs.log(&self.runtime, id, u64::from(self.node.0)))
+        let log = match &self.local {
+            Some(engine) => engine.log(id).await?,
+            None => {
+                // Whoever opens a log leads it; how much of what waited still commits is drawn.
+                self.logs.elect(id, u64::from(self.node.0), self.runtime.random.below(3) as usize);
+                self.logs.log(&self.runtime, id, u64::from(self.node.0))
+            }
+        };
+        Ok(self.recording.wrap(id, log))
     }
 }
 
-struct MemoryStores;
+struct SimStores {
+    images: SimImages,
+    runtime: Runtime,
+    node: NodeId,
+}
 
-impl StoreProvider for MemoryStores {
-    fn store(&self, _id: LogId) -> Result<Arc<dyn Store>, StoreError> {
-        Ok(Arc::new(MemoryStore::new()))
+impl StoreProvider for SimStores {
+    fn store(&self, id: LogId) -> Result<Arc<dyn Store>, StoreError> {
+        Ok(self.images.open(self.node, id, &self.runtime))
     }
 
     fn checkpoints(&self, _id: LogId) -> Option<PathBuf> {
@@ -68,40 +128,103 @@ impl StoreProvider for MemoryStores {
     }
 
     fn open_checkpoint(&self) -> OpenCheckpoint {
-        Arc::new(|_| Err(StoreError::Engine("the memory store has no checkpoints".into())))
+        Arc::new(|_| Err(StoreError::Engine("simulated stores have no checkpoints".into())))
     }
 }
 
 impl SimCluster {
-    /// Starts all nodes; returns when a client sees the whole cluster.
+    /// A cluster with logs outside its nodes; returns when a client sees all of it.
     ///
     /// # Panics
     /// When the cluster does not come up within a minute of virtual time.
     pub fn start(seed: u64, shards: u32, disks: u32) -> SimCluster {
+        let config = ClusterConfig {
+            shards,
+            disks,
+            data_blocks: 2,
+            parity_blocks: 1,
+            engine: Engine::Sim,
+            flush_permille: 0,
+        };
+        SimCluster::start_with(seed, config).expect("the cluster comes up")
+    }
+
+    /// A cluster of that kind; `None` when it does not come up within a minute of virtual time.
+    pub fn start_with(seed: u64, config: ClusterConfig) -> Option<SimCluster> {
         let world = Arc::new(World::new(seed));
-        let cluster =
-            ClusterFile::generate(&world.node(NodeId(0)), shards, disks, 2, 1).expect("within the limits");
-        let this = SimCluster { world, logs: SimLogs::new(), cluster };
+        let cluster = ClusterFile::generate(
+            &world.node(NodeId(0)),
+            config.shards,
+            config.disks,
+            config.data_blocks,
+            config.parity_blocks,
+        )
+        .expect("within the limits");
+        let mut homes = BTreeMap::from([(LogId::REGISTRY, REGISTRY), (LogId::CDC, CDC)]);
+        homes.extend((0..config.shards).map(|n| (LogId::shard(n), shard_node(n))));
+        let images = SimImages::new(config.flush_permille);
+        let this = SimCluster {
+            world,
+            logs: SimLogs::new(),
+            recording: Arc::default(),
+            config,
+            cluster,
+            images,
+            homes: Mutex::new(homes),
+            spares: Mutex::new(0),
+            failed: Arc::default(),
+        };
         for node in this.nodes() {
             this.boot(node);
         }
-        this.wait_ready();
-        this
+        this.wait_ready().then_some(this)
     }
 
-    /// All nodes of the cluster itself.
+    /// What it is made of.
+    pub fn config(&self) -> &ClusterConfig {
+        &self.config
+    }
+
+    /// All nodes that have a role now.
     pub fn nodes(&self) -> Vec<NodeId> {
-        [REGISTRY, CDC, DISKS].into_iter().chain((0..self.cluster.shards).map(shard_node)).collect()
+        let mut nodes: Vec<NodeId> = self.homes.lock().values().copied().collect();
+        nodes.extend((0..self.config.disks).map(disk_node));
+        nodes.sort_unstable();
+        nodes.dedup();
+        nodes
+    }
+
+    /// The node that has a log's replica.
+    pub fn home(&self, log: LogId) -> Option<NodeId> {
+        self.homes.lock().get(&log).copied()
+    }
+
+    /// All logs.
+    pub fn log_ids(&self) -> Vec<LogId> {
+        self.homes.lock().keys().copied().collect()
+    }
+
+    /// The ids of the block services; disk n has the n-th.
+    pub fn service_ids(&self) -> Vec<u64> {
+        self.cluster.service_ids().expect("made by generate")
+    }
+
+    /// The cluster's id.
+    pub fn cluster_id(&self) -> u64 {
+        self.cluster.cluster_id().expect("made by generate")
     }
 
     fn roles(&self, node: NodeId) -> Roles {
-        let mut roles = Roles { registry: node == REGISTRY, cdc: node == CDC, ..Roles::default() };
-        if node == DISKS {
-            let ids = self.cluster.service_ids().expect("made by generate");
-            roles.disks =
-                ids.into_iter().enumerate().map(|(n, id)| (id, PathBuf::from(format!("disk{n}")))).collect();
+        let homes = self.homes.lock();
+        let is_home = |log: LogId| homes.get(&log) == Some(&node);
+        let mut roles =
+            Roles { registry: is_home(LogId::REGISTRY), cdc: is_home(LogId::CDC), ..Roles::default() };
+        roles.shards = (0..self.config.shards).filter(|n| is_home(LogId::shard(*n))).collect();
+        for (n, id) in self.service_ids().into_iter().enumerate() {
+            if disk_node(n as u32) == node {
+                roles.disks.push((id, PathBuf::from("disk")));
+            }
         }
-        roles.shards = (0..self.cluster.shards).filter(|n| shard_node(*n) == node).collect();
         roles
     }
 
@@ -109,26 +232,59 @@ impl SimCluster {
     pub fn boot(&self, node: NodeId) {
         let runtime = self.world.node(node);
         let mut keyring = Keyring::default();
-        for id in self.cluster.service_ids().expect("made by generate") {
-            keyring.add(ServiceId(id), Key { epoch: 1, secret: [id as u8; 32] });
+        for id in self.service_ids() {
+            keyring.add(ServiceId(id), service_key(id));
         }
-        let config = NodeConfig {
-            runtime: runtime.clone(),
-            listen: format!("node{}", node.0).as_str().into(),
-            advertise: None,
-            registry: Some(format!("node{}", REGISTRY.0).as_str().into()),
-            cluster: self.cluster.clone(),
-            roles: self.roles(node),
-            logs: Arc::new(SimLogProvider { logs: self.logs.clone(), runtime: runtime.clone(), node }),
-            stores: Arc::new(MemoryStores),
-            engine: "sim".into(),
-            keyring,
-            system_key: [7; 32],
-        };
+        let (cluster, roles, failed) = (self.cluster.clone(), self.roles(node), self.failed.clone());
+        let stores = SimStores { images: self.images.clone(), runtime: runtime.clone(), node };
+        let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
+        let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
+        let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
-            let _node = Node::start(config).await.expect("the node starts");
-            std::future::pending::<()>().await;
+            let runtime = boot_runtime;
+            let local = match engine {
+                Engine::Local if has_logs => {
+                    match LocalEngine::open(&runtime, "log".into(), clutch_log_local::Options::default()) {
+                        Ok(local) => Some(local),
+                        Err(error) => {
+                            // A crash may tear what was never acknowledged; damage to what was is a loss.
+                            if matches!(error, LogFault::Corrupt { .. }) {
+                                recording.violation(format!("node {} cannot open its logs: {error}", node.0));
+                            }
+                            failed.lock().push(node);
+                            return;
+                        }
+                    }
+                }
+                _ => None,
+            };
+            let config = NodeConfig {
+                listen: format!("node{}", node.0).as_str().into(),
+                advertise: None,
+                registry: Some(format!("node{}", REGISTRY.0).as_str().into()),
+                cluster,
+                roles,
+                logs: Arc::new(SimLogProvider { logs, local, recording, runtime: runtime.clone(), node }),
+                stores: Arc::new(stores),
+                engine: "sim".into(),
+                keyring,
+                system_key: [7; 32],
+                runtime: runtime.clone(),
+            };
+            match Node::start(config).await {
+                Ok(_node) => std::future::pending::<()>().await,
+                Err(error) => {
+                    tracing::debug!(node = node.0, %error, "a simulated node does not start");
+                    runtime.note("node: does not start");
+                    failed.lock().push(node);
+                }
+            }
         });
+    }
+
+    /// Nodes whose start failed since this was asked last.
+    pub fn take_failed(&self) -> Vec<NodeId> {
+        std::mem::take(&mut self.failed.lock())
     }
 
     /// Stops a node at once and starts it again.
@@ -137,31 +293,50 @@ impl SimCluster {
         self.boot(node);
     }
 
-    /// A client on its own node.
-    pub fn client(&self) -> Client {
-        self.client_on(CLIENT)
+    /// Gives a log's replica to a new node while the old one goes on, unaware. Returns both, old first; `None` when
+    /// logs live on their nodes, or for the registry, whose address everybody knows.
+    pub fn move_log(&self, log: LogId) -> Option<(NodeId, NodeId)> {
+        if self.config.engine == Engine::Local || log == LogId::REGISTRY {
+            return None;
+        }
+        let new = {
+            let mut spares = self.spares.lock();
+            *spares += 1;
+            NodeId(SPARE + *spares)
+        };
+        let old = self.homes.lock().insert(log, new)?;
+        self.boot(new);
+        Some((old, new))
     }
 
-    /// A client on a node.
-    pub fn client_on(&self, node: NodeId) -> Client {
+    /// A client on its own node.
+    pub fn client(&self) -> Client {
+        self.client_on(CLIENT, None)
+    }
+
+    /// A client on a node, perhaps watched.
+    pub fn client_on(&self, node: NodeId, observer: Option<Arc<dyn Observer>>) -> Client {
         let options = ClientOptions {
             attempt: Duration::from_millis(500),
+            block_attempt: Duration::from_millis(500),
+            patience: Duration::from_secs(20),
             cache_lifetime: Duration::ZERO,
+            observer,
             ..ClientOptions::default()
         };
         Client::new(self.world.node(node), format!("node{}", REGISTRY.0).as_str().into(), options)
     }
 
-    fn wait_ready(&self) {
+    fn wait_ready(&self) -> bool {
         let client = self.client();
-        let shards = self.cluster.shards as usize;
+        let (shards, disks) = (self.config.shards as usize, self.config.disks as usize);
         let ready = self.world.run(CLIENT, Duration::from_secs(60), async move {
             loop {
                 match client.refresh_map().await {
                     Ok(map)
                         if map.shards.len() == shards
                             && !map.cdc_address.is_empty()
-                            && !map.services.is_empty() =>
+                            && map.services.len() == disks =>
                     {
                         // The shards compare themselves with the registry every two seconds.
                         return client.runtime().clock.sleep(Duration::from_secs(5)).await;
@@ -170,7 +345,7 @@ impl SimCluster {
                 }
             }
         });
-        ready.expect("the cluster comes up");
+        ready.is_some()
     }
 
     /// Runs a client's task to its end.

@@ -13,7 +13,7 @@ pub mod network;
 pub mod production;
 pub mod simulated;
 
-use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use clutch_proto::Time;
 
@@ -73,9 +73,39 @@ pub struct Runtime {
     pub network: Arc<dyn Network>,
     /// Files.
     pub disk: Arc<dyn Disk>,
+    /// What a simulation wants to know was reached.
+    pub notes: Notes,
+}
+
+/// Counts rare states that a simulation must reach sometimes; nobody listens in production.
+#[derive(Clone, Default)]
+pub struct Notes(Option<Arc<parking_lot::Mutex<BTreeMap<&'static str, u64>>>>);
+
+impl Notes {
+    /// Notes that are counted.
+    pub fn counting() -> Notes {
+        Notes(Some(Arc::default()))
+    }
+
+    /// Takes note.
+    pub fn add(&self, what: &'static str) {
+        if let Some(counts) = &self.0 {
+            *counts.lock().entry(what).or_default() += 1;
+        }
+    }
+
+    /// What was noted, and how often.
+    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+        self.0.as_ref().map(|counts| counts.lock().clone()).unwrap_or_default()
+    }
 }
 
 impl Runtime {
+    /// Takes note of a rare state; see [`Notes`].
+    pub fn note(&self, what: &'static str) {
+        self.notes.add(what);
+    }
+
     /// The same runtime with connections of its own, where there are connections.
     pub fn separate(&self) -> Runtime {
         match self.network.separate() {

@@ -70,6 +70,7 @@ async fn drive(
     let Some(op) = step.request.op.clone() else { return };
     let (error, reply) = loop {
         if !still_leading() {
+            client.runtime().note("cdc driver: a step is dropped with the reign");
             return;
         }
         match client.shard_step(Slot(step.slot), op.clone(), step.tag.as_ref()).await {
@@ -79,6 +80,7 @@ async fn drive(
                 break (Some(refusal.to_wire()), None);
             }
             Err(error) => {
+                client.runtime().note("cdc driver: a step waits for its shard");
                 tracing::debug!(transaction = step.transaction, step = step.step, %error, "a step waits");
                 clock.sleep(PAUSE).await;
             }
@@ -99,6 +101,7 @@ async fn drive(
         if replica.propose(body.clone()).await.result.is_ok() {
             return;
         }
+        client.runtime().note("cdc driver: an answer is proposed again");
         clock.sleep(PAUSE).await;
     }
 }

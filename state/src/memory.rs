@@ -21,6 +21,11 @@ impl MemoryStore {
         MemoryStore::default()
     }
 
+    /// A store that begins with the same rows and goes its own way; they are shared until one of them writes.
+    pub fn fork(&self) -> MemoryStore {
+        MemoryStore { rows: RwLock::new(self.rows.read().clone()) }
+    }
+
     /// Number of rows, of all tables.
     pub fn len(&self) -> usize {
         self.rows.read().len()

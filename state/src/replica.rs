@@ -338,6 +338,9 @@ impl<M: Machine> Replica<M> {
     }
 
     fn begin_leading(&mut self, epoch: Epoch) -> Result<(), Fault> {
+        if self.leading.is_some() {
+            self.config.runtime.note("replica: leads again without having stopped");
+        }
         self.leading = Some(epoch);
         if self.applier.time() == Time(0) {
             self.propose_genesis();
@@ -354,6 +357,13 @@ impl<M: Machine> Replica<M> {
 
     fn end_leading(&mut self) {
         if self.leading.take().is_some() {
+            self.config.runtime.note(match self.proposals.is_empty() {
+                true => "replica: loses leadership at rest",
+                false => "replica: loses leadership with proposals in flight",
+            });
+            if !self.deferred.is_empty() {
+                self.config.runtime.note("replica: loses leadership with transactions pending");
+            }
             let _ = self.config.leader_events.send(LeaderEvent::Ended);
         }
         let unknown =
@@ -366,6 +376,7 @@ impl<M: Machine> Replica<M> {
     }
 
     fn fail(&mut self, fault: String) {
+        self.config.runtime.note("replica: stops on a fault");
         tracing::error!(replica = %self.config.name, %fault, "the replica stops");
         self.end_leading();
         self.fault = Some(fault);
@@ -417,7 +428,15 @@ impl<M: Machine> Replica<M> {
 
     fn propose_batch(&mut self, batch: Vec<Bytes>, waiters: Vec<Waiter>) {
         let proposed = match self.leading {
-            Some(epoch) => self.config.log.propose(epoch, batch),
+            Some(epoch) => {
+                if batch.len() > 1 {
+                    self.config.runtime.note("replica: several entries in one record");
+                }
+                if self.in_flight.len() + 1 >= PIPELINE_MAX {
+                    self.config.runtime.note("replica: the pipeline is full");
+                }
+                self.config.log.propose(epoch, batch)
+            }
             None => Err(Rejected::NotLeader(Epoch(0))),
         };
         match proposed {
@@ -454,6 +473,7 @@ impl<M: Machine> Replica<M> {
                 None => drop(self.by_position.insert(position, waiters)),
             },
             Outcome::Unknown | Outcome::Sealed => {
+                self.config.runtime.note("replica: the outcome of a proposal is unknown");
                 let (code, text) = match outcome {
                     Outcome::Sealed => (Code::NotLeader, "the log was sealed"),
                     _ => (Code::OutcomeUnknown, "the log does not say whether the request was committed"),
@@ -488,6 +508,9 @@ impl<M: Machine> Replica<M> {
                         Ok(Ok(Known::Pending)) => self.defer(&tag, reply),
                         // It ended with a refusal that may be retried, and was forgotten.
                         Ok(Ok(Known::New)) => {
+                            self.config
+                                .runtime
+                                .note("replica: a transaction was turned back before its commit was known");
                             let refusal =
                                 Refusal::new(Code::Busy, "the transaction was turned back; try again");
                             self.send(reply, position, time, Err(refusal));
@@ -589,15 +612,26 @@ impl<M: Machine> Replica<M> {
         if let Some(tag) = &tag {
             match peek(&*store, tag, self.applier.time()) {
                 Ok(Ok(Known::New)) => {}
-                Ok(Ok(Known::Pending)) => return self.defer(tag, reply),
+                Ok(Ok(Known::Pending)) => {
+                    self.config.runtime.note("replica: asked again while the transaction runs");
+                    return self.defer(tag, reply);
+                }
                 Ok(Ok(Known::Done(outcome))) => {
+                    self.config.runtime.note("replica: a repeated request gets its recorded answer");
                     let (position, time) = (Position(outcome.position), Time(outcome.time));
                     return match recorded::<M>(outcome) {
                         Ok(result) => self.send(reply, position, time, result),
                         Err(fault) => self.fail(fault.to_string()),
                     };
                 }
-                Ok(Err(refusal)) => return drop(reply.send(Answer::refused(refusal))),
+                Ok(Err(refusal)) => {
+                    self.config.runtime.note(match refusal.code {
+                        Code::Acknowledged => "replica: a request that was given up arrives late",
+                        Code::ExpiredUnknown => "replica: a request arrives after its client was forgotten",
+                        _ => "replica: a tag is refused",
+                    });
+                    return drop(reply.send(Answer::refused(refusal)));
+                }
                 Err(fault) => return self.fail(fault.to_string()),
             }
         }
@@ -624,6 +658,9 @@ impl<M: Machine> Replica<M> {
         }
         match barrier {
             Ok(position) => {
+                if position > self.applier.position() {
+                    self.config.runtime.note("replica: reads wait for their barrier");
+                }
                 self.waiting_reads.push_back((position, reads));
                 self.serve_waiting_reads();
             }

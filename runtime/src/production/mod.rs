@@ -30,6 +30,7 @@ pub fn runtime() -> Runtime {
         spawner: Arc::new(TokioSpawner { handle }),
         network: Arc::new(GrpcNetwork::new()),
         disk: Arc::new(OsDisk),
+        notes: crate::Notes::default(),
     }
 }
 

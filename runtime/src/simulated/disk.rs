@@ -1,7 +1,8 @@
-//! A disk in memory that forgets what was not synced.
+//! A disk in memory that forgets what was not synced, and fails as it is told.
 //!
 //! Names and bytes are kept twice: as a running process sees them and as they would be found after a crash. A
-//! crash draws for every unsynced write of a file whether it reached the platter, and cuts one of them short.
+//! crash draws for every unsynced write of a file whether it reached the platter, and cuts some of them short; of
+//! unsynced changes of names the first so many survive, as a journal would have them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,6 +15,17 @@ use parking_lot::Mutex;
 
 use crate::{Disk, File};
 
+/// What a disk does wrong from now on.
+#[derive(Clone, Debug, Default)]
+pub struct DiskFaults {
+    /// Reads that fail, per mille.
+    pub read_error_permille: u32,
+    /// Writes and syncs that fail, per mille.
+    pub write_error_permille: u32,
+    /// Writes find no room.
+    pub full: bool,
+}
+
 #[derive(Default)]
 struct Inode {
     bytes: Vec<u8>,
@@ -24,31 +36,129 @@ struct Inode {
 
 type InodeRef = Arc<Mutex<Inode>>;
 
+/// A change of names that no directory sync has covered yet.
+#[derive(Clone)]
+enum NameChange {
+    Put(PathBuf, InodeRef),
+    Remove(PathBuf),
+    Move(PathBuf, PathBuf, InodeRef),
+}
+
+impl NameChange {
+    fn touches(&self, dir: &Path) -> bool {
+        let inside = |p: &Path| p.parent() == Some(dir);
+        match self {
+            NameChange::Put(path, _) | NameChange::Remove(path) => inside(path),
+            NameChange::Move(from, to, _) => inside(from) || inside(to),
+        }
+    }
+
+    fn apply(self, names: &mut BTreeMap<PathBuf, InodeRef>) {
+        match self {
+            NameChange::Put(path, inode) => drop(names.insert(path, inode)),
+            NameChange::Remove(path) => drop(names.remove(&path)),
+            NameChange::Move(from, to, inode) => {
+                names.remove(&from);
+                names.insert(to, inode);
+            }
+        }
+    }
+}
+
 #[derive(Default)]
 struct Tree {
     files: BTreeMap<PathBuf, InodeRef>,
     durable: BTreeMap<PathBuf, InodeRef>,
+    unsynced_names: Vec<NameChange>,
     directories: BTreeSet<PathBuf>,
+    faults: DiskFaults,
     fail_writes_after: Option<u64>,
+    /// Operations until the power goes.
+    cut_after: Option<u64>,
+    dead: bool,
+    misdirect_next: bool,
+    /// Faults that were in fact met.
+    faults_met: u64,
+    random: u64,
+}
+
+impl Tree {
+    /// SplitMix64 (Steele, Lea and Flood, 2014): a stream of the disk's own, so that what it draws does not depend on
+    /// anybody else.
+    fn draw(&mut self, bound: u64) -> u64 {
+        self.random = self.random.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.random;
+        z = (z ^ z >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        (z ^ z >> 31) % bound.max(1)
+    }
+
+    fn fault(&mut self, kind: io::ErrorKind) -> io::Error {
+        self.faults_met += 1;
+        io::Error::new(kind, "simulated disk fault")
+    }
+
+    fn alive(&mut self) -> io::Result<()> {
+        if let Some(left) = &mut self.cut_after {
+            if *left == 0 {
+                self.dead = true;
+            } else {
+                *left -= 1;
+            }
+        }
+        if self.dead { Err(io::Error::other("the power is gone")) } else { Ok(()) }
+    }
+
+    fn charge_read(&mut self) -> io::Result<()> {
+        self.alive()?;
+        let permille = u64::from(self.faults.read_error_permille);
+        if permille > 0 && self.draw(1000) < permille {
+            return Err(self.fault(io::ErrorKind::Other));
+        }
+        Ok(())
+    }
+
+    fn charge_write(&mut self) -> io::Result<()> {
+        self.alive()?;
+        if self.faults.full {
+            return Err(self.fault(io::ErrorKind::StorageFull));
+        }
+        let permille = u64::from(self.faults.write_error_permille);
+        if permille > 0 && self.draw(1000) < permille {
+            return Err(self.fault(io::ErrorKind::Other));
+        }
+        match &mut self.fail_writes_after {
+            Some(0) => Err(self.fault(io::ErrorKind::Other)),
+            Some(left) => {
+                *left -= 1;
+                Ok(())
+            }
+            None => Ok(()),
+        }
+    }
 }
 
 /// The disk of one node.
-#[derive(Default)]
 pub struct SimDisk {
     tree: Arc<Mutex<Tree>>,
 }
 
 impl SimDisk {
-    /// An empty disk.
-    pub fn new() -> SimDisk {
-        SimDisk::default()
+    /// An empty disk whose own draws come from a seed.
+    pub fn new(seed: u64) -> SimDisk {
+        SimDisk { tree: Arc::new(Mutex::new(Tree { random: seed, ..Tree::default() })) }
     }
 
-    /// Loses what was not synced. `below(n)` draws from `0..n`.
+    /// Loses what was not synced. `below(n)` draws from `0..n`. The disk works again afterwards.
     pub(super) fn crash(&self, below: &mut dyn FnMut(u64) -> u64) {
         let mut tree = self.tree.lock();
-        tree.files = tree.durable.clone();
-        tree.fail_writes_after = None;
+        let changes = std::mem::take(&mut tree.unsynced_names);
+        let kept = below(changes.len() as u64 + 1) as usize;
+        let mut names = std::mem::take(&mut tree.durable);
+        changes.into_iter().take(kept).for_each(|change| change.apply(&mut names));
+        tree.files = names.clone();
+        tree.durable = names;
+        (tree.fail_writes_after, tree.cut_after, tree.dead, tree.misdirect_next) = (None, None, false, false);
         for inode in tree.files.values() {
             let mut inode = inode.lock();
             let mut image = std::mem::take(&mut inode.durable);
@@ -65,9 +175,41 @@ impl SimDisk {
         }
     }
 
-    /// Makes every write and sync fail after `writes` more.
+    /// Makes every write and sync fail after `writes` more, until the next crash.
     pub fn fail_writes_after(&self, writes: u64) {
         self.tree.lock().fail_writes_after = Some(writes);
+    }
+
+    /// Sets what goes wrong by chance. Survives a crash.
+    pub fn set_faults(&self, faults: DiskFaults) {
+        self.tree.lock().faults = faults;
+    }
+
+    /// The power goes at the operation after `operations` more: it and all later ones fail until the next crash.
+    pub fn cut_power_after(&self, operations: u64) {
+        self.tree.lock().cut_after = Some(operations);
+    }
+
+    /// Whether the power is gone: its node must be crashed before anything else of it runs.
+    pub fn is_dead(&self) -> bool {
+        self.tree.lock().dead
+    }
+
+    /// The next write lands at another place of the same file and reports success.
+    pub fn misdirect_next(&self) {
+        self.tree.lock().misdirect_next = true;
+    }
+
+    /// How many operations have met a fault.
+    pub fn faults_met(&self) -> u64 {
+        self.tree.lock().faults_met
+    }
+
+    /// Removes everything, as when a disk is exchanged for an empty one.
+    pub fn wipe(&self) {
+        let mut tree = self.tree.lock();
+        let random = tree.random;
+        *tree = Tree { random, ..Tree::default() };
     }
 
     /// Flips bits of one byte, as a failing medium would.
@@ -103,17 +245,6 @@ fn put(image: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
     image[offset as usize..end].copy_from_slice(bytes);
 }
 
-fn charge(tree: &Mutex<Tree>) -> io::Result<()> {
-    match &mut tree.lock().fail_writes_after {
-        Some(0) => Err(io::Error::other("simulated disk fault")),
-        Some(left) => {
-            *left -= 1;
-            Ok(())
-        }
-        None => Ok(()),
-    }
-}
-
 struct SimFile {
     inode: InodeRef,
     tree: Arc<Mutex<Tree>>,
@@ -121,6 +252,7 @@ struct SimFile {
 
 impl File for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        self.tree.lock().charge_read()?;
         let inode = self.inode.lock();
         let start = (offset as usize).min(inode.bytes.len());
         let count = buffer.len().min(inode.bytes.len() - start);
@@ -129,15 +261,26 @@ impl File for SimFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
-        charge(&self.tree)?;
+        let misdirected = {
+            let mut tree = self.tree.lock();
+            tree.charge_write()?;
+            tree.faults_met += u64::from(tree.misdirect_next);
+            std::mem::take(&mut tree.misdirect_next)
+        };
         let mut inode = self.inode.lock();
+        // Another sector of the same file: the distance is one page, or the beginning.
+        let offset = match misdirected {
+            true if offset >= 4096 => offset - 4096,
+            true => offset + 4096,
+            false => offset,
+        };
         put(&mut inode.bytes, offset, bytes);
         inode.unsynced.push((offset, bytes.to_vec()));
         Ok(())
     }
 
     fn sync(&self) -> io::Result<()> {
-        charge(&self.tree)?;
+        self.tree.lock().charge_write()?;
         let mut inode = self.inode.lock();
         // Only what changed is copied: logs sync often.
         let Inode { bytes, durable, unsynced } = &mut *inode;
@@ -155,8 +298,11 @@ impl File for SimFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        charge(&self.tree)?;
+        self.tree.lock().charge_write()?;
         let mut inode = self.inode.lock();
+        if inode.bytes.len() as u64 == len {
+            return Ok(());
+        }
         inode.bytes.resize(len as usize, 0);
         inode.unsynced.retain(|(offset, bytes)| offset + bytes.len() as u64 <= len);
         let whole = inode.bytes.clone();
@@ -172,9 +318,15 @@ fn not_found(path: &Path) -> io::Error {
 impl Disk for SimDisk {
     fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn File>> {
         let mut tree = self.tree.lock();
+        tree.alive()?;
         let inode = match tree.files.get(path) {
             Some(inode) => inode.clone(),
-            None if create => tree.files.entry(path.to_owned()).or_default().clone(),
+            None if create => {
+                let inode = InodeRef::default();
+                tree.files.insert(path.to_owned(), inode.clone());
+                tree.unsynced_names.push(NameChange::Put(path.to_owned(), inode.clone()));
+                inode
+            }
             None => return Err(not_found(path)),
         };
         Ok(Box::new(SimFile { inode, tree: self.tree.clone() }))
@@ -182,6 +334,7 @@ impl Disk for SimDisk {
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
         let mut tree = self.tree.lock();
+        tree.alive()?;
         for ancestor in path.ancestors() {
             tree.directories.insert(ancestor.to_owned());
         }
@@ -189,7 +342,8 @@ impl Disk for SimDisk {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
-        let tree = self.tree.lock();
+        let mut tree = self.tree.lock();
+        tree.alive()?;
         let inside = |p: &&PathBuf| p.parent() == Some(path);
         let mut names: Vec<String> = tree
             .files
@@ -204,26 +358,29 @@ impl Disk for SimDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
-        charge(&self.tree)?;
         let mut tree = self.tree.lock();
+        tree.charge_write()?;
         let inode = tree.files.remove(from).ok_or_else(|| not_found(from))?;
-        tree.files.insert(to.to_owned(), inode);
+        tree.files.insert(to.to_owned(), inode.clone());
+        tree.unsynced_names.push(NameChange::Move(from.to_owned(), to.to_owned(), inode));
         Ok(())
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
-        charge(&self.tree)?;
-        self.tree.lock().files.remove(path).map(drop).ok_or_else(|| not_found(path))
+        let mut tree = self.tree.lock();
+        tree.charge_write()?;
+        tree.files.remove(path).ok_or_else(|| not_found(path))?;
+        tree.unsynced_names.push(NameChange::Remove(path.to_owned()));
+        Ok(())
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        charge(&self.tree)?;
         let mut tree = self.tree.lock();
-        let inside = |p: &Path| p.parent() == Some(path);
-        tree.durable.retain(|p, _| !inside(p));
-        let current: Vec<_> =
-            tree.files.iter().filter(|(p, _)| inside(p)).map(|(p, i)| (p.clone(), i.clone())).collect();
-        tree.durable.extend(current);
+        tree.charge_write()?;
+        // A journal keeps the order: what came before the last change of this directory is durable with it.
+        let covered = tree.unsynced_names.iter().rposition(|c| c.touches(path)).map_or(0, |i| i + 1);
+        let changes: Vec<NameChange> = tree.unsynced_names.drain(..covered).collect();
+        changes.into_iter().for_each(|change| change.apply(&mut tree.durable));
         Ok(())
     }
 
@@ -233,6 +390,7 @@ impl Disk for SimDisk {
     }
 
     fn space(&self, _path: &Path) -> io::Result<(u64, u64)> {
-        Ok((1 << 40, 1 << 40))
+        let full = self.tree.lock().faults.full;
+        Ok((1 << 40, if full { 0 } else { 1 << 40 }))
     }
 }

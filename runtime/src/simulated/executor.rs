@@ -56,6 +56,8 @@ pub(super) struct Executor {
     ready: ReadyQueue,
     timers: BinaryHeap<Reverse<(u64, u64)>>,
     timer_wakers: BTreeMap<u64, Waker>,
+    /// Nodes whose tasks do not run, with the tasks that would.
+    paused: BTreeMap<NodeId, Vec<u64>>,
 }
 
 impl Executor {
@@ -67,7 +69,19 @@ impl Executor {
             ready: ReadyQueue::default(),
             timers: BinaryHeap::new(),
             timer_wakers: BTreeMap::new(),
+            paused: BTreeMap::new(),
         }
+    }
+
+    /// Holds a node's tasks back until [`Executor::resume`].
+    pub(super) fn pause(&mut self, node: NodeId) {
+        self.paused.entry(node).or_default();
+    }
+
+    /// Lets a node's tasks run again, those that became ready meanwhile first.
+    pub(super) fn resume(&mut self, node: NodeId) {
+        let held = self.paused.remove(&node).unwrap_or_default();
+        self.ready.lock().extend(held);
     }
 
     pub(super) fn now_ns(&self) -> u64 {
@@ -90,6 +104,12 @@ impl Executor {
     pub(super) fn take_ready(&mut self, pick: usize) -> Option<(u64, TaskOwner, BoxFuture<()>, Waker)> {
         let id = self.ready.lock().swap_remove(pick);
         let task = self.tasks.get_mut(&id)?;
+        if let Some(held) = self.paused.get_mut(&task.owner.node) {
+            if !held.contains(&id) {
+                held.push(id);
+            }
+            return None;
+        }
         Some((id, task.owner, task.future.take()?, task.waker.clone()))
     }
 

@@ -11,19 +11,19 @@ mod disk;
 mod executor;
 mod network;
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use clutch_proto::Time;
 use parking_lot::Mutex;
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{BoxFuture, Clock, Random, Runtime, Spawner};
+use crate::{BoxFuture, Clock, Notes, Random, Runtime, Spawner};
 
-pub use disk::SimDisk;
+pub use disk::{DiskFaults, SimDisk};
 use executor::{Executor, TaskOwner};
-pub use network::Faults;
 use network::SimNetwork;
+pub use network::{Faults, MessageFaults};
 
 /// A node of the simulated cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -32,6 +32,7 @@ pub struct NodeId(pub u32);
 /// A simulated cluster of nodes.
 pub struct World {
     shared: Arc<Shared>,
+    seed: u64,
 }
 
 /// What all seams of all nodes share.
@@ -40,8 +41,19 @@ struct Shared {
     random: Mutex<ChaCha8Rng>,
     trace: Mutex<Trace>,
     network: Mutex<network::Wires>,
-    disks: Mutex<std::collections::BTreeMap<NodeId, Arc<SimDisk>>>,
-    skew_ms: Mutex<std::collections::BTreeMap<NodeId, i64>>,
+    disks: Mutex<BTreeMap<NodeId, Arc<SimDisk>>>,
+    clocks: Mutex<Clocks>,
+    notes: Notes,
+}
+
+/// How far the wall clocks are off the virtual time.
+#[derive(Default)]
+struct Clocks {
+    skew_ms: BTreeMap<NodeId, i64>,
+    /// Parts per million, and since when in virtual nanoseconds.
+    drift: BTreeMap<NodeId, (i64, u64)>,
+    /// Added to all wall clocks at once.
+    suspended_ms: u64,
 }
 
 #[derive(Default)]
@@ -75,13 +87,15 @@ impl World {
     /// A world without nodes or faults.
     pub fn new(seed: u64) -> World {
         World {
+            seed,
             shared: Arc::new(Shared {
                 executor: Mutex::new(Executor::new()),
                 random: Mutex::new(ChaCha8Rng::seed_from_u64(seed)),
                 trace: Mutex::default(),
                 network: Mutex::default(),
                 disks: Mutex::default(),
-                skew_ms: Mutex::default(),
+                clocks: Mutex::default(),
+                notes: Notes::counting(),
             }),
         }
     }
@@ -89,11 +103,12 @@ impl World {
     /// The runtime of a node. Asking again gives the same disk: that is how a node restarts.
     pub fn node(&self, node: NodeId) -> Runtime {
         let shared = self.shared.clone();
-        let disk = shared.disks.lock().entry(node).or_insert_with(|| Arc::new(SimDisk::new())).clone();
+        let disk = self.disk(node);
         Runtime {
             clock: Arc::new(SimClock { shared: shared.clone(), node }),
             random: Arc::new(SimRandom { shared: shared.clone() }),
             spawner: Arc::new(SimSpawner { shared: shared.clone(), node }),
+            notes: shared.notes.clone(),
             network: Arc::new(SimNetwork { shared, node }),
             disk,
         }
@@ -101,12 +116,14 @@ impl World {
 
     /// A node's disk, for tests that damage it.
     pub fn disk(&self, node: NodeId) -> Arc<SimDisk> {
-        self.shared.disks.lock().entry(node).or_insert_with(|| Arc::new(SimDisk::new())).clone()
+        let seed = self.seed ^ u64::from(node.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.shared.disks.lock().entry(node).or_insert_with(|| Arc::new(SimDisk::new(seed))).clone()
     }
 
     /// Stops a node at once: its tasks are dropped, its endpoints closed, its unsynced writes lost or torn.
     pub fn crash(&self, node: NodeId) {
         self.shared.record("crash", u64::from(node.0));
+        self.shared.executor.lock().resume(node);
         let dropped = self.shared.executor.lock().take_tasks(node);
         drop(dropped);
         self.shared.network.lock().close_all(node);
@@ -131,9 +148,72 @@ impl World {
         }
     }
 
+    /// Holds back or lets go everything that travels in one direction; nothing is lost.
+    pub fn set_clogged(&self, from: NodeId, to: NodeId, clogged: bool) {
+        let mut wires = self.shared.network.lock();
+        if clogged {
+            wires.clogged.insert((from, to));
+        } else {
+            wires.clogged.remove(&(from, to));
+        }
+    }
+
+    /// Ends all that the network does wrong.
+    pub fn heal_network(&self) {
+        let mut wires = self.shared.network.lock();
+        wires.faults = Faults::default();
+        wires.blocked.clear();
+        wires.clogged.clear();
+    }
+
+    /// Messages that were lost, doubled and blocked so far.
+    pub fn message_faults(&self) -> MessageFaults {
+        self.shared.network.lock().counts
+    }
+
     /// Sets a node's wall clock that far off the virtual time.
     pub fn set_skew_ms(&self, node: NodeId, skew_ms: i64) {
-        self.shared.skew_ms.lock().insert(node, skew_ms);
+        self.shared.clocks.lock().skew_ms.insert(node, skew_ms);
+    }
+
+    /// Lets a node's wall clock run too fast or too slow from now on.
+    pub fn set_drift_ppm(&self, node: NodeId, ppm: i64) {
+        let now = self.shared.executor.lock().now_ns();
+        self.shared.clocks.lock().drift.insert(node, (ppm, now));
+    }
+
+    /// Puts all wall clocks forward at once, as when a whole cluster was suspended.
+    pub fn suspend_ms(&self, ms: u64) {
+        self.shared.clocks.lock().suspended_ms += ms;
+    }
+
+    /// Sets all wall clocks right again, relative to each other.
+    pub fn heal_clocks(&self) {
+        let mut clocks = self.shared.clocks.lock();
+        clocks.skew_ms.clear();
+        clocks.drift.clear();
+    }
+
+    /// A node's tasks do not run until [`World::resume`]; messages wait for it.
+    pub fn pause(&self, node: NodeId) {
+        self.shared.record("pause", u64::from(node.0));
+        self.shared.executor.lock().pause(node);
+    }
+
+    /// Ends a pause.
+    pub fn resume(&self, node: NodeId) {
+        self.shared.record("resume", u64::from(node.0));
+        self.shared.executor.lock().resume(node);
+    }
+
+    /// What was noted through [`Runtime::note`], and how often.
+    pub fn notes(&self) -> BTreeMap<&'static str, u64> {
+        self.shared.notes.counts()
+    }
+
+    /// Notes something that only the world's driver can see.
+    pub fn note(&self, what: &'static str) {
+        self.shared.notes.add(what);
     }
 
     /// Runs everything until `future`, a task of `node`, completes; `None` when nothing can run any more or
@@ -164,7 +244,12 @@ impl World {
         }
     }
 
-    /// Runs one task, or moves the clock to the next timer. False when nothing is left before `deadline_ns`.
+    /// Runs one task, or moves the clock to the next timer. False when nothing is left before `deadline`; the clock
+    /// then stands there.
+    pub fn step_until(&self, deadline: Duration) -> bool {
+        self.step(u64::try_from(deadline.as_nanos()).unwrap_or(u64::MAX))
+    }
+
     fn step(&self, deadline_ns: u64) -> bool {
         let ready = self.shared.executor.lock().ready_count();
         if ready == 0 {
@@ -210,11 +295,13 @@ struct SimClock {
 
 impl Clock for SimClock {
     fn now(&self) -> Time {
-        let skew_ms = self.shared.skew_ms.lock().get(&self.node).copied().unwrap_or(0);
-        Time(
-            (START_NS + self.shared.executor.lock().now_ns())
-                .saturating_add_signed(skew_ms.saturating_mul(1_000_000)),
-        )
+        let now = self.shared.executor.lock().now_ns();
+        let clocks = self.shared.clocks.lock();
+        let skew_ns = clocks.skew_ms.get(&self.node).copied().unwrap_or(0).saturating_mul(1_000_000);
+        let drift = clocks.drift.get(&self.node).copied();
+        let drift_ns = drift.map_or(0, |(ppm, since)| (now - since) as i64 / 1_000_000 * ppm);
+        let suspended_ns = clocks.suspended_ms.saturating_mul(1_000_000);
+        Time((START_NS + now + suspended_ns).saturating_add_signed(skew_ns).saturating_add_signed(drift_ns))
     }
 
     fn monotonic(&self) -> Duration {

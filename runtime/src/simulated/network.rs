@@ -14,6 +14,9 @@ use tokio::sync::oneshot;
 use super::{NodeId, Shared, executor::Sleep, executor::TaskOwner};
 use crate::{CallError, Endpoint, Handler, Lane, Listening, Network};
 
+/// How often a message on a clogged way looks whether it may go on.
+const CLOG_LOOK: Duration = Duration::from_millis(2);
+
 /// What happens to messages. The default is a quick and faithful network.
 #[derive(Clone, Debug)]
 pub struct Faults {
@@ -33,10 +36,23 @@ impl Default for Faults {
     }
 }
 
+/// How often the network did wrong.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct MessageFaults {
+    /// Messages that vanished by chance.
+    pub lost: u64,
+    /// Requests that were delivered twice.
+    pub duplicated: u64,
+    /// Messages that met a partition.
+    pub blocked: u64,
+}
+
 #[derive(Default)]
 pub(super) struct Wires {
     pub(super) faults: Faults,
     pub(super) blocked: BTreeSet<(NodeId, NodeId)>,
+    pub(super) clogged: BTreeSet<(NodeId, NodeId)>,
+    pub(super) counts: MessageFaults,
     listeners: BTreeMap<Endpoint, (NodeId, u64, Arc<dyn Handler>)>,
     next_listener: u64,
 }
@@ -59,14 +75,22 @@ pub(super) struct SimNetwork {
 impl SimNetwork {
     /// How long one message travels; `None` when it is lost.
     fn travel(shared: &Shared, from: NodeId, to: NodeId) -> Option<Duration> {
-        let wires = shared.network.lock();
-        let faults = wires.faults.clone();
-        let blocked = wires.blocked.contains(&(from, to));
-        drop(wires);
+        let mut wires = shared.network.lock();
+        let faults = &wires.faults;
         let lost = shared.below(1000) < u64::from(faults.loss_permille);
         let spread = faults.delay_us_max.saturating_sub(faults.delay_us_min) + 1;
         let delay_us = faults.delay_us_min + shared.below(spread);
+        let blocked = wires.blocked.contains(&(from, to));
+        wires.counts.blocked += u64::from(blocked);
+        wires.counts.lost += u64::from(lost && !blocked);
         (!blocked && !lost).then_some(Duration::from_micros(delay_us))
+    }
+
+    /// Waits while the way is clogged.
+    async fn unclogged(shared: &Arc<Shared>, from: NodeId, to: NodeId) {
+        while shared.network.lock().clogged.contains(&(from, to)) {
+            Sleep::new(shared.clone(), CLOG_LOOK).await;
+        }
     }
 
     /// Carries a request to its handler and the answer back, as a task of the target's node.
@@ -79,10 +103,12 @@ impl SimNetwork {
         let task_shared = shared.clone();
         let task = async move {
             Sleep::new(task_shared.clone(), there).await;
+            Self::unclogged(&task_shared, from, target).await;
             task_shared.record("deliver", request.len() as u64);
             let reply = handler.handle(request).await;
             if let Some(back) = Self::travel(&task_shared, target, from) {
                 Sleep::new(task_shared.clone(), back).await;
+                Self::unclogged(&task_shared, target, from).await;
                 task_shared.record("answer", reply.len() as u64);
                 // The caller may have given up.
                 let _ = answer.send(reply);
@@ -143,6 +169,7 @@ impl Network for SimNetwork {
         let duplicate_permille = self.shared.network.lock().faults.duplicate_permille;
         if self.shared.below(1000) < u64::from(duplicate_permille) {
             let (ignored, _) = oneshot::channel();
+            self.shared.network.lock().counts.duplicated += 1;
             self.deliver(to, request.clone(), ignored);
         }
         self.deliver(to, request, answer);

@@ -1,0 +1,82 @@
+//! Acknowledged bytes are never lost and never wrong, as long as no more disks are bad than parity makes up for; and no
+//! disk holds a block that the metadata does not know.
+
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
+
+use clutch_proto::InodeId;
+use clutch_runtime::simulated::SimDisk;
+
+use super::{Evidence, Violation};
+use crate::{
+    history::{History, bytes_of},
+    oracle::Source,
+    sim_cluster::{CLIENT, SimCluster, disk_node},
+    workload::Worker,
+};
+
+/// Files whose blocks are read back at the end of a run.
+const READ_BACK_MAX: usize = 300;
+
+fn blocks_on(disk: &SimDisk) -> Vec<u64> {
+    let hexadecimal = |path: std::path::PathBuf| {
+        let name = path.file_name()?.to_str()?.to_owned();
+        let is_block = path.components().nth(1)?.as_os_str().len() == 2;
+        is_block.then(|| u64::from_str_radix(&name, 16).ok())?
+    };
+    disk.files().into_iter().filter_map(|(path, _)| hexadecimal(path)).collect()
+}
+
+/// Compares what is stored with what was acknowledged.
+pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    let mut known: BTreeSet<(u64, u64)> = BTreeSet::new();
+    let mut in_blocks = Vec::new();
+    for shard in evidence.shards.values() {
+        known.extend(shard.oracle.spans.values().flat_map(|s| s.blocks.iter().copied()));
+        for (id, row) in &shard.oracle.inodes {
+            let Some(file) = InodeId::from_wire(*id) else { continue };
+            let Some(data) = history.data_of(file) else { continue };
+            let extents = shard.oracle.contents.get(&row.content).map_or(&[][..], |c| &c.extents);
+            if extents.iter().any(|(_, _, source)| matches!(source, Source::Span(_))) {
+                in_blocks.push(file);
+                continue;
+            }
+            let mut stored = Vec::new();
+            for (_, length, source) in extents {
+                match source {
+                    Source::Inline(bytes) => stored.extend_from_slice(bytes),
+                    _ => stored.resize(stored.len() + *length as usize, 0),
+                }
+            }
+            if stored != bytes_of(data) {
+                violations
+                    .push(Violation::new("data", format!("file {file} does not hold what was acknowledged")));
+            }
+        }
+    }
+    in_blocks.truncate(READ_BACK_MAX);
+    let worker = Worker { client: cluster.client(), history: history.clone() };
+    let read = cluster.world.run(CLIENT, Duration::from_secs(600), async move {
+        let mut failed = Vec::new();
+        for file in in_blocks {
+            if let Err(error) = worker.read(file).await {
+                failed.push(format!("file {file} cannot be read after the faults: {error}"));
+            }
+        }
+        failed
+    });
+    match read {
+        Some(failed) => violations.extend(failed.into_iter().map(|what| Violation::new("data", what))),
+        None => violations.push(Violation::new("data", "reading back does not come to an end".into())),
+    }
+    for (number, service) in cluster.service_ids().into_iter().enumerate() {
+        for block in blocks_on(&cluster.world.disk(disk_node(number as u32))) {
+            if !known.contains(&(service, block)) {
+                let what = format!("disk {number} holds block {block:x}, which no shard knows");
+                violations.push(Violation::new("leaks", what));
+            }
+        }
+    }
+    violations.truncate(10);
+    violations
+}

@@ -1,0 +1,112 @@
+//! What must be true of every run, one file each.
+
+pub mod convergence;
+pub mod data;
+pub mod invariants;
+pub mod linearizability;
+pub mod log_time;
+pub mod outcomes;
+pub mod search;
+pub mod state;
+pub mod state_hash;
+pub mod transactions;
+
+use std::collections::BTreeMap;
+
+use clutch_log::LogId;
+use clutch_proto::shard::shard_request;
+
+use crate::{
+    history::{History, Record},
+    oracle::{ShardOracle, Step},
+    recording::Batches,
+    sim_cluster::SimCluster,
+};
+
+/// Something that must not be.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Violation {
+    /// The checker that found it.
+    pub checker: &'static str,
+    /// What.
+    pub what: String,
+}
+
+impl Violation {
+    /// A finding of a checker.
+    pub fn new(checker: &'static str, what: String) -> Violation {
+        Violation { checker, what }
+    }
+}
+
+/// A shard's log, replayed by the oracle.
+pub struct ShardEvidence {
+    /// The state at the end.
+    pub oracle: ShardOracle,
+    /// What every entry must have done, in order.
+    pub steps: Vec<Step>,
+    /// What reads of clients must have seen, by their place in the records.
+    pub reads: BTreeMap<usize, Result<clutch_proto::shard::shard_reply::Reply, clutch_proto::types::Code>>,
+}
+
+/// What a run left behind.
+pub struct Evidence {
+    /// What every log delivered.
+    pub logs: BTreeMap<LogId, Batches>,
+    /// What clients asked and were told.
+    pub records: Vec<Record>,
+    /// For each record of a shard's request: its log and what was asked.
+    pub requests: BTreeMap<usize, (LogId, shard_request::Op)>,
+    /// The oracle's word on each shard.
+    pub shards: BTreeMap<LogId, ShardEvidence>,
+    /// Which log's replica crashed when so many of its records had been delivered.
+    pub crashes: Vec<(LogId, usize)>,
+    /// What was wrong while it was collected.
+    pub violations: Vec<Violation>,
+}
+
+impl Evidence {
+    /// Replays all logs.
+    pub fn collect(cluster: &SimCluster, records: Vec<Record>, crashes: &[(LogId, usize)]) -> Evidence {
+        let logs: BTreeMap<LogId, Batches> =
+            cluster.log_ids().into_iter().map(|id| (id, cluster.recording.batches(id))).collect();
+        let mut evidence = Evidence {
+            logs,
+            records,
+            requests: BTreeMap::new(),
+            shards: BTreeMap::new(),
+            crashes: crashes.to_vec(),
+            violations: Vec::new(),
+        };
+        linearizability::assign(&mut evidence, cluster.config().shards);
+        for id in cluster.log_ids().into_iter().filter(|id| *id != LogId::CDC && *id != LogId::REGISTRY) {
+            match linearizability::replay(&evidence, id) {
+                Ok(shard) => drop(evidence.shards.insert(id, shard)),
+                Err(what) => evidence.violations.push(Violation::new("log", what)),
+            }
+        }
+        evidence
+    }
+}
+
+/// Runs all checkers.
+pub fn check(
+    evidence: &mut Evidence,
+    cluster: &SimCluster,
+    history: &std::sync::Arc<History>,
+    statuses: &convergence::Statuses,
+) -> Vec<Violation> {
+    let mut violations = std::mem::take(&mut evidence.violations);
+    violations.extend(cluster.recording.violations().into_iter().map(|w| Violation::new("log", w)));
+    violations.extend(outcomes::check(evidence));
+    violations.extend(linearizability::check(evidence));
+    violations.extend(search::check(evidence));
+    violations.extend(log_time::check(evidence));
+    violations.extend(transactions::check(evidence));
+    let (replayed, hashes) = state_hash::check(evidence, statuses);
+    violations.extend(hashes);
+    violations.extend(state::check(evidence, &replayed));
+    violations.extend(invariants::check(&replayed));
+    violations.extend(data::check(evidence, cluster, history));
+    violations
+}

@@ -1,0 +1,113 @@
+//! What the real shard has at the end is what the oracle has.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use clutch_log::LogId;
+use clutch_proto::{
+    shard::{ContentRow, EdgeRow, ExtentRow, InodeRow, PastEdgeRow, extent_row},
+    types::Span,
+};
+use clutch_shard::tables;
+use clutch_state::{MemoryStore, Table, View};
+use prost::Message;
+
+use super::{Evidence, Violation};
+use crate::oracle::{Edge, Past, Source};
+
+/// The states that full replays gave.
+pub type Replayed = BTreeMap<LogId, std::sync::Arc<MemoryStore>>;
+
+pub(crate) fn rows<M: Message + Default>(store: &MemoryStore, table: Table) -> Vec<(Bytes, M)> {
+    let rows = store.scan(table, &[], &[], usize::MAX).unwrap_or_default();
+    rows.into_iter().filter_map(|(key, value)| Some((key, M::decode(value).ok()?))).collect()
+}
+
+fn compare<K: Ord + std::fmt::Debug, V: PartialEq + std::fmt::Debug>(
+    what: &str,
+    got: &BTreeMap<K, V>,
+    expected: &BTreeMap<K, V>,
+    wrong: &mut Vec<String>,
+) {
+    for (key, value) in got {
+        match expected.get(key) {
+            None => wrong.push(format!("{what} {key:?} is {value:?}, the oracle has none")),
+            Some(expected) if expected != value => {
+                wrong.push(format!("{what} {key:?} is {value:?}, the oracle has {expected:?}"));
+            }
+            Some(_) => {}
+        }
+    }
+    for (key, value) in expected.iter().filter(|(key, _)| !got.contains_key(key)) {
+        wrong.push(format!("{what} {key:?} is not there, the oracle has {value:?}"));
+    }
+}
+
+/// Compares all shards.
+pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for (id, shard) in &evidence.shards {
+        let Some(store) = replayed.get(id) else { continue };
+        let oracle = &shard.oracle;
+        let mut wrong = Vec::new();
+        let inodes: BTreeMap<u64, InodeRow> = rows::<InodeRow>(store, tables::INODE)
+            .into_iter()
+            .filter_map(|(key, row)| Some((tables::parse_single(&key)?, row)))
+            .collect();
+        compare("inode", &inodes, &oracle.inodes, &mut wrong);
+        let edges: BTreeMap<(u64, Bytes), Edge> = rows::<EdgeRow>(store, tables::EDGE)
+            .into_iter()
+            .filter_map(|(key, e)| {
+                let (dir, _, name) = tables::parse_edge_key(&key)?;
+                let EdgeRow { target, created_at, locked } = e;
+                Some(((dir.raw(), Bytes::copy_from_slice(name)), Edge { target, created_at, locked }))
+            })
+            .collect();
+        compare("edge", &edges, &oracle.edges, &mut wrong);
+        let past: BTreeMap<(u64, Bytes, u64), Past> = rows::<PastEdgeRow>(store, tables::PAST_EDGE)
+            .into_iter()
+            .filter_map(|(key, p)| {
+                let (dir, _, name, ended) = tables::parse_past_edge_key(&key)?;
+                let PastEdgeRow { target, created_at, owned } = p;
+                Some(((dir.raw(), Bytes::copy_from_slice(name), ended), Past { target, created_at, owned }))
+            })
+            .collect();
+        compare("past edge", &past, &oracle.past, &mut wrong);
+        let contents: BTreeMap<u64, (u64, u64)> = rows::<ContentRow>(store, tables::CONTENT)
+            .into_iter()
+            .filter_map(|(key, c)| Some((tables::parse_single(&key)?, (c.size, c.file))))
+            .collect();
+        let expected = oracle.contents.iter().map(|(id, c)| (*id, (c.size, c.file))).collect();
+        compare("content", &contents, &expected, &mut wrong);
+        let extents: BTreeMap<(u64, u64), (u64, Source)> = rows::<ExtentRow>(store, tables::EXTENT)
+            .into_iter()
+            .filter_map(|(key, e)| {
+                let source = match e.source? {
+                    extent_row::Source::Inline(data) => Source::Inline(data),
+                    extent_row::Source::Hole(_) => Source::Hole,
+                    extent_row::Source::Span(range) => Source::Span(range.span_id),
+                };
+                Some((tables::parse_pair(&key)?, (e.length, source)))
+            })
+            .collect();
+        let expected = oracle
+            .contents
+            .iter()
+            .flat_map(|(id, c)| c.extents.iter().map(|(at, length, s)| ((*id, *at), (*length, s.clone()))))
+            .collect();
+        compare("extent", &extents, &expected, &mut wrong);
+        let spans: BTreeMap<u64, (u32, bool, Vec<(u64, u64)>)> = rows::<Span>(store, tables::SPAN)
+            .into_iter()
+            .map(|(_, s)| {
+                let blocks = s.blocks.iter().map(|b| (b.service_id, b.block_id)).collect();
+                (s.span_id, (s.size, s.certified, blocks))
+            })
+            .collect();
+        let expected =
+            oracle.spans.iter().map(|(id, s)| (*id, (s.size, s.certified, s.blocks.clone()))).collect();
+        compare("span", &spans, &expected, &mut wrong);
+        violations
+            .extend(wrong.into_iter().take(5).map(|what| Violation::new("oracle", format!("{id}: {what}"))));
+    }
+    violations
+}

@@ -1,0 +1,410 @@
+//! From a seed to a script. Every seed draws its own mix of operations, sizes, rates and kinds of faults (swarm
+//! testing; Groce et al., 2012), so that rare combinations meet.
+
+use std::{collections::BTreeSet, time::Duration};
+
+use rand::{Rng as _, SeedableRng as _, seq::IndexedRandom as _};
+use rand_chacha::ChaCha8Rng;
+
+use crate::{
+    script::{Action, Event, Fault, Lane, Operation, Party, Script},
+    sim_cluster::{ClusterConfig, Engine},
+};
+
+/// What scripts are like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Profile {
+    /// Everything.
+    Mixed,
+    /// Names and attributes, few bytes.
+    Metadata,
+    /// Many bytes, on bad disks.
+    Data,
+    /// No faults at all.
+    Calm,
+}
+
+/// Kinds of operations; every seed weighs them anew.
+const KINDS: usize = 17;
+/// Names that directories and files of one directory can have.
+const NAMES: u32 = 12;
+/// Directories that a script makes at a time.
+const DIRECTORIES_MAX: usize = 40;
+
+/// Draws a script.
+pub fn generate(seed: u64, profile: Profile) -> Script {
+    Generator::new(seed, profile).script()
+}
+
+/// Adds faults to operations that came from elsewhere.
+pub fn strike(script: &mut Script, seed: u64) {
+    let mut generator = Generator::new(seed, Profile::Mixed);
+    generator.cluster = script.cluster.clone();
+    generator.clients = script.clients;
+    generator.set_bad_disks();
+    let length = script.events.last().map_or(Duration::from_secs(1), |e| e.at);
+    let faults = generator.faults(length);
+    script.seed = seed;
+    script.events.extend(faults);
+    script.events.sort_by_key(|e| e.at);
+}
+
+struct Generator {
+    rng: ChaCha8Rng,
+    seed: u64,
+    profile: Profile,
+    cluster: ClusterConfig,
+    clients: u32,
+    threads: u32,
+    weights: [u32; KINDS],
+    /// Longest file.
+    bytes_max: u32,
+    /// What would exist if everything worked.
+    directories: BTreeSet<String>,
+    files: BTreeSet<String>,
+    removed: Vec<String>,
+    salt: u64,
+    /// Disks that may lose or change what they hold; no more than spans can do without.
+    bad_disks: Vec<u32>,
+}
+
+impl Generator {
+    fn new(seed: u64, profile: Profile) -> Generator {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed);
+        let (data_blocks, parity_blocks) =
+            *[(2, 1), (1, 1), (2, 2), (4, 2), (1, 2)].choose(&mut rng).expect("some");
+        let cluster = ClusterConfig {
+            shards: *[1, 2, 2, 4].choose(&mut rng).expect("some"),
+            disks: data_blocks + parity_blocks + rng.random_range(1..3),
+            data_blocks,
+            parity_blocks,
+            engine: if rng.random_ratio(3, 5) { Engine::Sim } else { Engine::Local },
+            flush_permille: *[0, 5, 50, 300].choose(&mut rng).expect("some"),
+        };
+        let mut weights = [0; KINDS];
+        for (kind, weight) in weights.iter_mut().enumerate() {
+            // Looking is cheap and finds stale answers; a kind is left out now and then.
+            let most = if matches!(kind, 8..=10) { 12 } else { 6 };
+            *weight = if rng.random_ratio(1, 6) { 0 } else { rng.random_range(1..=most) };
+        }
+        match profile {
+            Profile::Metadata => (weights[4], weights[6], weights[7], weights[15]) = (0, 1, 0, 0),
+            Profile::Data => (weights[4], weights[6], weights[7]) = (8, 10, 6),
+            _ => {}
+        }
+        // Something must come into being.
+        (weights[0], weights[2]) = (weights[0].max(2), weights[2].max(2));
+        let mut generator = Generator {
+            clients: rng.random_range(2..=6),
+            threads: rng.random_range(1..=4),
+            bytes_max: *[5_000, 20_000, 60_000].choose(&mut rng).expect("some"),
+            rng,
+            seed,
+            profile,
+            cluster,
+            weights,
+            directories: BTreeSet::from([String::new()]),
+            files: BTreeSet::new(),
+            removed: Vec::new(),
+            salt: 0,
+            bad_disks: Vec::new(),
+        };
+        generator.set_bad_disks();
+        generator
+    }
+
+    fn set_bad_disks(&mut self) {
+        let disks: Vec<u32> = (0..self.cluster.disks).collect();
+        self.bad_disks =
+            disks.choose_multiple(&mut self.rng, self.cluster.parity_blocks as usize).copied().collect();
+    }
+
+    fn script(mut self) -> Script {
+        let lanes = self.clients * self.threads;
+        let operations = match self.profile {
+            Profile::Data => self.rng.random_range(100..400),
+            _ => *[150, 600, 1500, 3000].choose(&mut self.rng).expect("some") + self.rng.random_range(0..200),
+        };
+        // The time that a lane thinks between two operations.
+        let think_us = *[200u64, 1500, 6000].choose(&mut self.rng).expect("some");
+        let mut at: Vec<u64> = vec![0; lanes as usize];
+        let mut events = Vec::new();
+        let mut count = 0;
+        while count < operations {
+            let lane = (0..lanes as usize).min_by_key(|l| at[*l]).expect("at least one lane");
+            let (client, thread) = (lane as u32 / self.threads, lane as u32 % self.threads);
+            let other = (lane + 1) % lanes as usize;
+            for (which, operation) in self.operations() {
+                let lane = if which == 0 {
+                    Lane { client, thread }
+                } else {
+                    Lane { client: other as u32 / self.threads, thread: other as u32 % self.threads }
+                };
+                let action = Action::Operate(lane, operation);
+                events.push(Event {
+                    at: Duration::from_micros(at[client as usize * self.threads as usize + thread as usize]),
+                    action,
+                });
+                count += 1;
+            }
+            at[lane] += 100 + self.rng.random_range(0..think_us * 2);
+        }
+        let length = Duration::from_micros(at.into_iter().max().unwrap_or(0));
+        if self.profile != Profile::Calm {
+            let faults = self.faults(length);
+            events.extend(faults);
+        }
+        events.sort_by_key(|e| e.at);
+        Script { seed: self.seed, cluster: self.cluster, clients: self.clients, events }
+    }
+
+    fn directory(&mut self) -> String {
+        let all: Vec<&String> = self.directories.iter().collect();
+        (*all.choose(&mut self.rng).expect("the root")).clone()
+    }
+
+    fn file(&mut self) -> String {
+        let all: Vec<&String> = self.files.iter().collect();
+        match all.choose(&mut self.rng).filter(|_| self.rng.random_ratio(9, 10)) {
+            Some(file) => (*file).clone(),
+            None => format!("{}/f{}", self.directory(), self.rng.random_range(0..NAMES)),
+        }
+    }
+
+    fn new_name(&mut self) -> String {
+        format!("{}/f{}", self.directory(), self.rng.random_range(0..NAMES))
+    }
+
+    fn next_salt(&mut self) -> u64 {
+        self.salt += 1;
+        if self.rng.random_ratio(1, 20) { 0 } else { self.salt }
+    }
+
+    /// One operation, or several that belong together: the lane's own have the number 0, another lane's 1.
+    fn operations(&mut self) -> Vec<(u32, Operation)> {
+        let total: u32 = self.weights.iter().sum();
+        let mut draw = self.rng.random_range(0..total);
+        let kind = self.weights.iter().position(|w| {
+            if draw < *w {
+                return true;
+            }
+            draw -= w;
+            false
+        });
+        let one = |operation| vec![(0, operation)];
+        match kind.unwrap_or(2) {
+            0 if self.directories.len() < DIRECTORIES_MAX => {
+                let mut parent = self.directory();
+                if parent.matches('/').count() > 4 {
+                    parent = String::new();
+                }
+                let path = format!("{parent}/d{}", self.rng.random_range(0..6));
+                self.directories.insert(path.clone());
+                one(Operation::MakeDirectory(path))
+            }
+            1 => {
+                let path = match self.directory() {
+                    path if path.is_empty() => format!("/d{}", self.rng.random_range(0..6)),
+                    path => path,
+                };
+                let below = format!("{path}/");
+                if !self.directories.iter().chain(&self.files).any(|p| p.starts_with(&below)) {
+                    self.directories.remove(&path);
+                }
+                one(Operation::RemoveDirectory(path))
+            }
+            2 | 3 => {
+                let path = self.new_name();
+                self.files.insert(path.clone());
+                let bytes = *[0, 1, 100, 255].choose(&mut self.rng).expect("some");
+                one(Operation::Create(path, bytes, self.next_salt()))
+            }
+            4 => {
+                let path = self.new_name();
+                self.files.insert(path.clone());
+                let bytes = self.rng.random_range(1..self.bytes_max);
+                one(Operation::Write(path, bytes, self.next_salt()))
+            }
+            5 => {
+                let path = self.new_name();
+                self.files.insert(path.clone());
+                one(Operation::Symlink(path, "../elsewhere".into()))
+            }
+            6 => one(Operation::Read(self.file())),
+            7 => one(Operation::ReadRange(
+                self.file(),
+                self.rng.random_range(0..u64::from(self.bytes_max)),
+                self.rng.random_range(1..9000),
+            )),
+            8 => one(Operation::Stat(self.file())),
+            9 | 10 => {
+                let path = match self.directory() {
+                    path if path.is_empty() => "/".to_owned(),
+                    path => path,
+                };
+                one(Operation::List(path))
+            }
+            11 => {
+                let path = self.directory();
+                one(Operation::History(if path.is_empty() { "/".into() } else { path }))
+            }
+            12 => {
+                let (from, to) = (self.file(), self.new_name());
+                self.files.remove(&from);
+                self.files.insert(to.clone());
+                one(Operation::Move(from, to))
+            }
+            13 => self.move_directories(),
+            14 => {
+                let path = self.file();
+                self.files.remove(&path);
+                self.removed.push(path.clone());
+                one(Operation::Remove(path))
+            }
+            15 => one(Operation::Forge(self.new_name(), self.rng.random_range(0..8))),
+            16 if !self.removed.is_empty() => {
+                let from = self.removed.choose(&mut self.rng).expect("not empty").clone();
+                let parent = from.rsplit_once('/').map_or("", |(parent, _)| parent);
+                let to = format!("{parent}/f{}", self.rng.random_range(0..NAMES));
+                self.files.insert(to.clone());
+                one(Operation::Undelete(from, to))
+            }
+            _ => one(Operation::ChangeMode(self.file(), self.rng.random_range(0..0o1000))),
+        }
+    }
+
+    /// One move of a directory, or two at the same time that would make a loop together.
+    fn move_directories(&mut self) -> Vec<(u32, Operation)> {
+        let all: Vec<String> = self.directories.iter().filter(|d| !d.is_empty()).cloned().collect();
+        let (Some(a), Some(b)) = (all.choose(&mut self.rng).cloned(), all.choose(&mut self.rng).cloned())
+        else {
+            return vec![(0, Operation::Stat("/".into()))];
+        };
+        let name = |n: u32| format!("m{n}");
+        if self.rng.random_ratio(1, 2) {
+            let (x, y) = (name(self.rng.random_range(0..4)), name(self.rng.random_range(0..4)));
+            return vec![
+                (0, Operation::Move(a.clone(), format!("{b}/{x}"))),
+                (1, Operation::Move(b, format!("{a}/{y}"))),
+            ];
+        }
+        let to = format!("{}/d{}", self.directory(), self.rng.random_range(0..6));
+        let below = format!("{a}/");
+        if !to.starts_with(&below) && to != a {
+            let moved = |paths: &BTreeSet<String>| -> BTreeSet<String> {
+                paths
+                    .iter()
+                    .map(|p| match p.strip_prefix(&below) {
+                        Some(rest) => format!("{to}/{rest}"),
+                        None if *p == a => to.clone(),
+                        None => p.clone(),
+                    })
+                    .collect()
+            };
+            (self.directories, self.files) = (moved(&self.directories), moved(&self.files));
+        }
+        vec![(0, Operation::Move(a, to))]
+    }
+
+    fn party(&mut self) -> Party {
+        match self.rng.random_range(0..10) {
+            0 => Party::Registry,
+            1 | 2 => Party::Cdc,
+            3..=6 => Party::Shard(self.rng.random_range(0..self.cluster.shards)),
+            7 | 8 => Party::Disk(self.rng.random_range(0..self.cluster.disks)),
+            _ => Party::Client(self.rng.random_range(0..self.clients)),
+        }
+    }
+
+    fn server(&mut self) -> Party {
+        loop {
+            match self.party() {
+                Party::Client(_) => {}
+                party => return party,
+            }
+        }
+    }
+
+    fn log_party(&mut self) -> Party {
+        if self.rng.random_ratio(1, 3) {
+            Party::Cdc
+        } else {
+            Party::Shard(self.rng.random_range(0..self.cluster.shards))
+        }
+    }
+
+    /// How long something lasts: mostly short against the clients' patience.
+    fn lasting(&mut self) -> Duration {
+        let most = *[2_000u64, 50_000, 700_000, 2_500_000].choose(&mut self.rng).expect("some");
+        Duration::from_micros(self.rng.random_range(500..most))
+    }
+
+    fn faults(&mut self, length: Duration) -> Vec<Event> {
+        let enabled: Vec<&str> = Fault::KINDS.into_iter().filter(|_| self.rng.random_ratio(1, 2)).collect();
+        let most = *[8, 25, 60].choose(&mut self.rng).expect("some");
+        let count = self.rng.random_range(3..most);
+        let end_us = (length.as_micros() as u64).max(1000);
+        let mut events = Vec::new();
+        for _ in 0..count {
+            let Some(kind) = enabled.choose(&mut self.rng) else { break };
+            let at = Duration::from_micros(self.rng.random_range(0..end_us));
+            if let Some(fault) = self.fault(kind) {
+                events.push(Event { at, action: Action::Strike(fault) });
+            }
+        }
+        events
+    }
+
+    fn fault(&mut self, kind: &str) -> Option<Fault> {
+        let lasting = self.lasting();
+        let bad = self.bad_disks.choose(&mut self.rng).copied();
+        let is_local = self.cluster.engine == Engine::Local;
+        Some(match kind {
+            "loss" => Fault::Loss(self.rng.random_range(10..=300), lasting),
+            "duplicate" => Fault::Duplicate(self.rng.random_range(20..=500), lasting),
+            "delay" => Fault::Delay(self.rng.random_range(1_000..300_000), lasting),
+            "partition" => Fault::Partition(self.party(), self.server(), lasting),
+            "oneway" => Fault::OneWay(self.party(), self.server(), lasting),
+            "isolate" => Fault::Isolate(self.party(), lasting),
+            "clog" => Fault::Clog(self.party(), self.party(), lasting),
+            "crash" => Fault::Crash(self.party(), lasting),
+            "powercut" => {
+                let party = match self.cluster.engine {
+                    Engine::Local => self.server(),
+                    Engine::Sim => Party::Disk(self.rng.random_range(0..self.cluster.disks)),
+                };
+                Fault::PowerCut(party, self.rng.random_range(0..12), lasting)
+            }
+            "pause" => Fault::Pause(self.party(), lasting),
+            "slow" => Fault::Slow(self.server(), lasting),
+            "move" if !is_local => Fault::Move(self.log_party(), lasting),
+            "unknown-committed" if !is_local => Fault::UnknownCommitted(self.log_party()),
+            "unknown-lost" if !is_local => Fault::UnknownLost(self.log_party()),
+            // Instead of what only logs outside the nodes can do.
+            "move" | "unknown-committed" | "unknown-lost" => Fault::Crash(self.log_party(), lasting),
+            "skew" => Fault::Skew(self.party(), self.rng.random_range(-200..200)),
+            "drift" => Fault::Drift(self.party(), self.rng.random_range(-20_000..20_000)),
+            "suspend" => Fault::Suspend(Duration::from_secs(
+                *[1, 60, 3500, 4000, 8 * 3600 + 60].choose(&mut self.rng)?,
+            )),
+            "flip" => Fault::Flip(bad?, self.rng.random()),
+            "misdirect" => Fault::Misdirect(bad?),
+            "disk-errors" => {
+                let party = match is_local && self.rng.random() {
+                    true => self.log_party(),
+                    false => Party::Disk(self.rng.random_range(0..self.cluster.disks)),
+                };
+                Fault::DiskErrors(party, self.rng.random_range(20..500), lasting)
+            }
+            "full" => {
+                let party = match is_local && self.rng.random() {
+                    true => self.log_party(),
+                    false => Party::Disk(self.rng.random_range(0..self.cluster.disks)),
+                };
+                Fault::Full(party, lasting)
+            }
+            "wipe" => Fault::Wipe(bad?),
+            _ => return None,
+        })
+    }
+}

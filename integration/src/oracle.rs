@@ -1,0 +1,763 @@
+//! A naive shard: what every entry of a shard's log must do, in plain maps, written apart from the real one.
+//!
+//! It is given the log that was in fact agreed on and says what each entry must have answered, what each read must
+//! have seen, and what must be left at the end.
+
+use std::collections::BTreeMap;
+
+use bytes::Bytes;
+use clutch_log::Position;
+use clutch_proto::{
+    InodeId, InodeKind,
+    limits::{
+        CLIENT_IDLE_LIFETIME_MS, FILE_BYTES_MAX, INLINE_BYTES_MAX, READDIR_ENTRIES_MAX, SYMLINK_BYTES_MAX,
+        TRANSIENT_LIFETIME_MS,
+    },
+    name::{self, hash63},
+    shard::*,
+    state::{self, entry::Kind},
+    types::{Attributes, ClientTag, Code},
+};
+use prost::Message as _;
+use shard_entry::Body;
+use shard_reply::Reply;
+
+type Outcome = Result<Reply, Code>;
+
+/// A name's present meaning.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Edge {
+    /// The inode.
+    pub target: u64,
+    /// When the edge was made.
+    pub created_at: u64,
+    /// A transaction holds it.
+    pub locked: bool,
+}
+
+/// A name's earlier meaning.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Past {
+    /// The inode.
+    pub target: u64,
+    /// When the edge was made.
+    pub created_at: u64,
+    /// It is what keeps the inode.
+    pub owned: bool,
+}
+
+/// What a file's bytes come from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// The bytes themselves.
+    Inline(Bytes),
+    /// Zeros.
+    Hole,
+    /// A whole span.
+    Span(u64),
+}
+
+/// One version of a file's bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Content {
+    /// Bytes so far.
+    pub size: u64,
+    /// 0 while it is not published.
+    pub file: u64,
+    /// Where each extent begins, how long it is and where it comes from.
+    pub extents: Vec<(u64, u64, Source)>,
+    cookie: Bytes,
+    deadline: u64,
+    pending: u64,
+}
+
+/// A span as far as its contents matter.
+#[derive(Clone, Debug, Default)]
+pub struct Span {
+    /// Bytes of user data.
+    pub size: u32,
+    /// Its blocks were proven.
+    pub certified: bool,
+    /// Service and block.
+    pub blocks: Vec<(u64, u64)>,
+}
+
+#[derive(Default)]
+struct Client {
+    acknowledged: u64,
+    outcomes: BTreeMap<u64, Outcome>,
+}
+
+/// What one entry must have done.
+#[derive(Clone, Debug)]
+pub struct Step {
+    /// The record.
+    pub position: Position,
+    /// The log's time there.
+    pub time: u64,
+    /// Whose request it was.
+    pub tag: Option<ClientTag>,
+    /// The answer; `None` for what nobody asks.
+    pub outcome: Option<Outcome>,
+    /// It had its effect now, and not at an earlier time.
+    pub is_first: bool,
+    /// The operation, for those who look for traces of transactions.
+    pub body: Option<Body>,
+}
+
+/// The naive shard.
+#[derive(Default)]
+pub struct ShardOracle {
+    slots: Option<(u32, u32)>,
+    /// The time of the last entry.
+    pub time: u64,
+    /// Inodes.
+    pub inodes: BTreeMap<u64, InodeRow>,
+    /// Current edges.
+    pub edges: BTreeMap<(u64, Bytes), Edge>,
+    /// Past edges by directory, name and end.
+    pub past: BTreeMap<(u64, Bytes, u64), Past>,
+    /// Contents.
+    pub contents: BTreeMap<u64, Content>,
+    /// Spans.
+    pub spans: BTreeMap<u64, Span>,
+    services: BTreeMap<u64, u32>,
+    counters: BTreeMap<u8, CounterRow>,
+    clients: BTreeMap<u64, Client>,
+}
+
+fn kind_of(id: u64) -> Result<InodeId, Code> {
+    InodeId::from_wire(id).ok_or(Code::InvalidArgument)
+}
+
+fn is_directory(id: u64) -> bool {
+    InodeId::from_wire(id).is_some_and(InodeId::is_directory)
+}
+
+impl ShardOracle {
+    /// Takes the next entry of the log.
+    pub fn apply(&mut self, position: Position, entry: &Bytes) -> Result<Step, String> {
+        let entry = state::Entry::decode(entry.clone()).map_err(|e| format!("entry at {position}: {e}"))?;
+        self.time = entry.stamp.max(self.time + 1);
+        let mut step =
+            Step { position, time: self.time, tag: None, outcome: None, is_first: false, body: None };
+        let Some(Kind::Body(body)) = entry.kind else { return Ok(step) };
+        let entry = ShardEntry::decode(body).map_err(|e| format!("shard entry at {position}: {e}"))?;
+        let body = entry.body.ok_or_else(|| format!("entry at {position} has no body"))?;
+        step.tag = entry.tag;
+        step.body = Some(body.clone());
+        if let Some(tag) = entry.tag {
+            if let Some(known) = self.admit(&tag) {
+                step.outcome = Some(known);
+                return Ok(step);
+            }
+        }
+        step.is_first = true;
+        let outcome = self.execute(body);
+        if let Some(tag) = entry.tag
+            && !matches!(outcome, Err(code) if code.is_retryable())
+        {
+            self.clients.entry(tag.client).or_default().outcomes.insert(tag.sequence, outcome.clone());
+        }
+        step.outcome = Some(outcome);
+        Ok(step)
+    }
+
+    /// What is known of a tag; `None` when it may be executed.
+    fn admit(&mut self, tag: &ClientTag) -> Option<Outcome> {
+        if tag.client == 0 || tag.sequence == 0 || tag.acknowledged >= tag.sequence {
+            return Some(Err(Code::Malformed));
+        }
+        let lifetime = CLIENT_IDLE_LIFETIME_MS * 1_000_000;
+        if tag.client >= 16 && tag.issued_at < self.time.saturating_sub(lifetime) {
+            return Some(Err(Code::ExpiredUnknown));
+        }
+        let client = self.clients.entry(tag.client).or_default();
+        client.acknowledged = client.acknowledged.max(tag.acknowledged);
+        // Outcomes are never forgotten here, but a client that acknowledged one is not told it again.
+        if tag.sequence <= client.acknowledged {
+            return Some(Err(Code::Acknowledged));
+        }
+        client.outcomes.get(&tag.sequence).cloned()
+    }
+
+    fn execute(&mut self, body: Body) -> Outcome {
+        match body {
+            Body::Genesis(op) => self.genesis(&op),
+            Body::ServicesChanged(op) => {
+                self.services.extend(op.services.into_iter().map(|s| (s.service_id, s.flags)));
+                Ok(Reply::Done(Done {}))
+            }
+            Body::CreateFile(op) => self.create_file(op),
+            Body::CreateSymlink(op) => self.create_symlink(op),
+            Body::LinkFile(op) => self.link_file(op),
+            Body::RenameInDirectory(op) => self.rename(op),
+            Body::Unlink(op) => self.unlink(&op),
+            Body::Undelete(op) => self.undelete(op),
+            Body::SetAttributes(op) => self.set_attributes(&op),
+            Body::StartContent(op) => self.start_content(op),
+            Body::InitiateSpan(op) => self.initiate(op),
+            Body::CertifySpan(op) => self.certify(&op),
+            Body::AddInline(op) => self.add_inline(op),
+            Body::AddHole(op) => self.add_hole(&op),
+            Body::CreateDirectoryInode(op) => self.create_directory(&op),
+            Body::InsertEdge(op) => self.insert_edge(op),
+            Body::LockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, true),
+            Body::UnlockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, false),
+            Body::RemoveLockedEdge(op) => self.remove_locked(op),
+            Body::SetOwner(op) => self.set_owner(&op),
+            Body::OrphanDirectory(op) => self.orphan(&op),
+            Body::RemoveDirectoryInode(op) => self.remove_directory(&op),
+        }
+    }
+
+    fn genesis(&mut self, op: &Genesis) -> Outcome {
+        if self.slots.is_some() {
+            return Err(Code::Exists);
+        }
+        self.slots = Some((op.slot_first, op.slot_last));
+        if op.slot_first == 0 {
+            let mut row = self.new_inode(op.root_mode, 0, 0, 0);
+            (row.nlink, row.owner, row.edge_time) = (2, InodeId::ROOT.raw(), self.time);
+            row.mode = op.root_mode;
+            self.inodes.insert(InodeId::ROOT.raw(), row);
+        }
+        Ok(Reply::Done(Done {}))
+    }
+
+    fn check_slot(&self, slot: u8) -> Result<(), Code> {
+        let (first, last) = self.slots.ok_or(Code::NotReady)?;
+        if (first..=last).contains(&u32::from(slot)) { Ok(()) } else { Err(Code::WrongShard) }
+    }
+
+    fn directory_here(&self, id: u64) -> Result<(), Code> {
+        let id = kind_of(id)?;
+        if !id.is_directory() {
+            return Err(Code::NotDirectory);
+        }
+        self.check_slot(id.slot().0)
+    }
+
+    /// A directory that may get entries.
+    fn live(&self, id: u64) -> Result<(), Code> {
+        self.directory_here(id)?;
+        match self.inodes.get(&id) {
+            Some(row) if row.owner != 0 => Ok(()),
+            _ => Err(Code::NotFound),
+        }
+    }
+
+    fn new_inode(&self, mode: u32, uid: u32, gid: u32, mtime: u64) -> InodeRow {
+        let mtime = if mtime == 0 { self.time } else { mtime };
+        let (mode, ctime) = (mode & 0o7777, self.time);
+        InodeRow { mode, uid, gid, mtime, ctime, atime: mtime, nlink: 1, ..InodeRow::default() }
+    }
+
+    fn counter(&mut self, slot: u8) -> &mut CounterRow {
+        self.counters.entry(slot).or_insert(CounterRow { inode: 1, ..CounterRow::default() })
+    }
+
+    fn next_inode(&mut self, kind: InodeKind, slot: u8) -> u64 {
+        let counter = self.counter(slot);
+        counter.inode += 1;
+        let sequence = counter.inode;
+        InodeId::new(kind, sequence, clutch_proto::Slot(slot)).expect("few inodes").raw()
+    }
+
+    fn touch(&mut self, dir: u64) {
+        let time = self.time;
+        if let Some(row) = self.inodes.get_mut(&dir) {
+            (row.mtime, row.ctime, row.edge_time) = (time, time, time);
+        }
+    }
+
+    /// Whether an edge may be put there, without doing it.
+    fn may_insert(
+        &self,
+        dir: u64,
+        name: &Bytes,
+        target_is_directory: bool,
+        replace: bool,
+    ) -> Result<(), Code> {
+        name::check(name).map_err(|r| r.code)?;
+        let Some(existing) = self.edges.get(&(dir, name.clone())) else { return Ok(()) };
+        if existing.locked {
+            return Err(Code::Busy);
+        }
+        match (is_directory(existing.target), target_is_directory, replace) {
+            (true, false, true) => Err(Code::IsDirectory),
+            (true, _, _) => Err(Code::Exists),
+            (false, true, true) => Err(Code::NotDirectory),
+            (false, _, false) => Err(Code::Exists),
+            (false, false, true) => Ok(()),
+        }
+    }
+
+    fn insert(&mut self, dir: u64, name: &Bytes, target: u64) -> Reply {
+        let replaced = self.edges.get(&(dir, name.clone())).map_or(0, |e| e.target);
+        if replaced != 0 {
+            self.end(dir, name, true);
+        }
+        let edge = Edge { target, created_at: self.time, locked: false };
+        self.edges.insert((dir, name.clone()), edge);
+        self.touch(dir);
+        Reply::Edge(EdgeReply { target, created_at: self.time, locked: false, replaced })
+    }
+
+    fn end(&mut self, dir: u64, name: &Bytes, owned: bool) {
+        if let Some(edge) = self.edges.remove(&(dir, name.clone())) {
+            let past = Past { target: edge.target, created_at: edge.created_at, owned };
+            self.past.insert((dir, name.clone(), self.time), past);
+        }
+        self.touch(dir);
+    }
+
+    fn expect(&self, dir: u64, name: &Bytes, target: u64, created_at: u64) -> Result<&Edge, Code> {
+        let edge = self.edges.get(&(dir, name.clone())).ok_or(Code::NotFound)?;
+        if (edge.target, edge.created_at) == (target, created_at) { Ok(edge) } else { Err(Code::Stale) }
+    }
+
+    fn expect_free(&self, dir: u64, name: &Bytes, target: u64, created_at: u64) -> Result<(), Code> {
+        if self.expect(dir, name, target, created_at)?.locked { Err(Code::Busy) } else { Ok(()) }
+    }
+
+    fn create_file(&mut self, op: CreateFile) -> Outcome {
+        self.live(op.dir)?;
+        if op.data.len() > INLINE_BYTES_MAX {
+            return Err(Code::TooLarge);
+        }
+        self.may_insert(op.dir, &op.name, false, op.replace)?;
+        let slot = op.dir as u8;
+        let id = self.next_inode(InodeKind::File, slot);
+        let mut row = self.new_inode(op.mode, op.uid, op.gid, op.mtime);
+        if !op.data.is_empty() {
+            let counter = self.counter(slot);
+            counter.content += 1;
+            row.content = counter.content << 8 | u64::from(slot);
+            row.size = op.data.len() as u64;
+            let extents = vec![(0, row.size, Source::Inline(op.data))];
+            self.contents
+                .insert(row.content, Content { size: row.size, file: id, extents, ..Content::default() });
+        }
+        self.inodes.insert(id, row);
+        Ok(self.insert(op.dir, &op.name, id))
+    }
+
+    fn create_symlink(&mut self, op: CreateSymlink) -> Outcome {
+        self.live(op.dir)?;
+        if op.target.is_empty() || op.target.len() > SYMLINK_BYTES_MAX || op.target.contains(&0) {
+            return Err(Code::InvalidArgument);
+        }
+        self.may_insert(op.dir, &op.name, false, op.replace)?;
+        let id = self.next_inode(InodeKind::Symlink, op.dir as u8);
+        let mut row = self.new_inode(0o777, op.uid, op.gid, op.mtime);
+        row.size = op.target.len() as u64;
+        row.symlink_target = op.target;
+        self.inodes.insert(id, row);
+        Ok(self.insert(op.dir, &op.name, id))
+    }
+
+    fn transient(&self, id: u64, cookie: &Bytes) -> Result<Content, Code> {
+        self.check_slot(id as u8)?;
+        let content = self.contents.get(&id).filter(|c| c.file == 0 && self.time <= c.deadline);
+        let content = content.ok_or(Code::TransientGone)?;
+        if content.cookie == *cookie { Ok(content.clone()) } else { Err(Code::BadCookie) }
+    }
+
+    fn bump(&mut self, id: u64, mut content: Content) -> Outcome {
+        content.deadline = self.time + TRANSIENT_LIFETIME_MS * 1_000_000;
+        let reply = ContentReply { content: id, cookie: content.cookie.clone(), deadline: content.deadline };
+        self.contents.insert(id, content);
+        Ok(Reply::Content(reply))
+    }
+
+    fn start_content(&mut self, entry: StartContentEntry) -> Outcome {
+        let op = entry.op.ok_or(Code::Malformed)?;
+        self.live(op.dir)?;
+        let counter = self.counter(op.dir as u8);
+        counter.content += 1;
+        let id = counter.content << 8 | op.dir & 0xff;
+        self.bump(id, Content { cookie: entry.cookie, ..Content::default() })
+    }
+
+    fn extend(content: &Content, offset: u64, length: u64) -> Result<(), Code> {
+        if offset != content.size || length == 0 {
+            return Err(Code::InvalidArgument);
+        }
+        match offset.checked_add(length) {
+            Some(size) if size <= FILE_BYTES_MAX => Ok(()),
+            _ => Err(Code::TooLarge),
+        }
+    }
+
+    fn append(&mut self, id: u64, mut content: Content, length: u64, source: Source) -> Outcome {
+        content.extents.push((content.size, length, source));
+        content.size += length;
+        self.bump(id, content)
+    }
+
+    fn add_inline(&mut self, op: AddInline) -> Outcome {
+        let content = self.transient(op.content, &op.cookie)?;
+        let length = op.data.len() as u64;
+        Self::extend(&content, op.offset, length)?;
+        if op.data.len() > INLINE_BYTES_MAX {
+            return Err(Code::TooLarge);
+        }
+        self.append(op.content, content, length, Source::Inline(op.data))
+    }
+
+    fn add_hole(&mut self, op: &AddHole) -> Outcome {
+        let content = self.transient(op.content, &op.cookie)?;
+        Self::extend(&content, op.offset, op.length)?;
+        self.append(op.content, content, op.length, Source::Hole)
+    }
+
+    fn initiate(&mut self, entry: InitiateSpanEntry) -> Outcome {
+        let op = entry.op.ok_or(Code::Malformed)?;
+        let mut content = self.transient(op.content, &op.cookie)?;
+        Self::extend(&content, op.offset, u64::from(op.size))?;
+        let shape = op.shape.ok_or(Code::Malformed)?;
+        shape.check(op.size).map_err(|r| r.code)?;
+        let count = shape.blocks() as usize;
+        if op.cell_crcs.len() != count * shape.stripes as usize || entry.services.len() != count {
+            return Err(Code::Malformed);
+        }
+        for (i, service) in entry.services.iter().enumerate() {
+            if entry.services[..i].contains(service) {
+                return Err(Code::Malformed);
+            }
+            if self.services.get(service).is_none_or(|flags| flags & 3 != 0) {
+                return Err(Code::NotReady);
+            }
+        }
+        let slot = op.content as u8;
+        let counter = self.counter(slot);
+        counter.span += 1;
+        let id = counter.span << 8 | u64::from(slot);
+        let first = counter.block + 1;
+        counter.block += count as u64;
+        let block = |i: usize| (first + i as u64) << 8 | u64::from(slot);
+        let blocks: Vec<(u64, u64)> =
+            entry.services.iter().enumerate().map(|(i, service)| (*service, block(i))).collect();
+        let reply = clutch_proto::types::Span {
+            span_id: id,
+            size: op.size,
+            crc: op.crc,
+            shape: Some(shape),
+            ..Default::default()
+        };
+        self.spans.insert(id, Span { size: op.size, certified: false, blocks });
+        content.pending = id;
+        self.bump(op.content, content)?;
+        Ok(Reply::Span(reply))
+    }
+
+    fn certify(&mut self, entry: &CertifySpanEntry) -> Outcome {
+        let op = entry.op.as_ref().ok_or(Code::Malformed)?;
+        let mut content = self.transient(op.content, &op.cookie)?;
+        if content.pending == 0 || content.pending != op.span_id {
+            return Err(Code::Stale);
+        }
+        if entry.first_bad != 0 {
+            return Err(Code::BadProof);
+        }
+        let span = self.spans.get_mut(&op.span_id).ok_or(Code::NotFound)?;
+        span.certified = true;
+        let size = u64::from(span.size);
+        content.pending = 0;
+        self.append(op.content, content, size, Source::Span(op.span_id))
+    }
+
+    fn link_file(&mut self, op: LinkFile) -> Outcome {
+        self.live(op.dir)?;
+        let mut content = self.transient(op.content, &op.cookie)?;
+        if op.content as u8 != op.dir as u8 || content.pending != 0 {
+            return Err(Code::InvalidArgument);
+        }
+        self.may_insert(op.dir, &op.name, false, op.replace)?;
+        let id = self.next_inode(InodeKind::File, op.dir as u8);
+        let mut row = self.new_inode(op.mode, op.uid, op.gid, op.mtime);
+        (row.size, row.content, content.file) = (content.size, op.content, id);
+        self.contents.insert(op.content, content);
+        self.inodes.insert(id, row);
+        Ok(self.insert(op.dir, &op.name, id))
+    }
+
+    fn rename(&mut self, op: RenameInDirectory) -> Outcome {
+        self.live(op.dir)?;
+        self.expect_free(op.dir, &op.old_name, op.target, op.created_at)?;
+        if op.old_name == op.new_name {
+            let (target, created_at) = (op.target, op.created_at);
+            return Ok(Reply::Edge(EdgeReply { target, created_at, ..EdgeReply::default() }));
+        }
+        self.may_insert(op.dir, &op.new_name, is_directory(op.target), true)?;
+        let reply = self.insert(op.dir, &op.new_name, op.target);
+        self.end(op.dir, &op.old_name, false);
+        Ok(reply)
+    }
+
+    fn unlink(&mut self, op: &Unlink) -> Outcome {
+        self.live(op.dir)?;
+        if kind_of(op.target)?.is_directory() {
+            return Err(Code::IsDirectory);
+        }
+        self.expect_free(op.dir, &op.name, op.target, op.created_at)?;
+        self.end(op.dir, &op.name, true);
+        Ok(Reply::Edge(EdgeReply { target: op.target, created_at: self.time, ..EdgeReply::default() }))
+    }
+
+    fn undelete(&mut self, op: Undelete) -> Outcome {
+        self.live(op.dir)?;
+        name::check(&op.name).map_err(|r| r.code)?;
+        let key = (op.dir, op.name, op.ended_at);
+        let past = self.past.get(&key).filter(|p| p.target == op.target).ok_or(Code::NotFound)?;
+        if !past.owned {
+            return Err(Code::Stale);
+        }
+        self.may_insert(op.dir, &op.new_name, false, false)?;
+        if let Some(past) = self.past.get_mut(&key) {
+            past.owned = false;
+        }
+        Ok(self.insert(op.dir, &op.new_name, op.target))
+    }
+
+    fn set_attributes(&mut self, op: &SetAttributes) -> Outcome {
+        let id = kind_of(op.id)?;
+        self.check_slot(id.slot().0)?;
+        let time = self.time;
+        let row = self.inodes.get_mut(&op.id).ok_or(Code::NotFound)?;
+        row.mode = op.mode.map_or(row.mode, |m| m & 0o7777);
+        row.uid = op.uid.unwrap_or(row.uid);
+        row.gid = op.gid.unwrap_or(row.gid);
+        row.mtime = op.mtime.unwrap_or(row.mtime);
+        row.atime = op.atime.unwrap_or(row.atime);
+        row.ctime = time;
+        Ok(Reply::Attributes(attributes(op.id, row)))
+    }
+
+    fn create_directory(&mut self, op: &CreateDirectoryInode) -> Outcome {
+        let slot = u8::try_from(op.slot).map_err(|_| Code::InvalidArgument)?;
+        self.check_slot(slot)?;
+        if !kind_of(op.owner)?.is_directory() {
+            return Err(Code::NotDirectory);
+        }
+        let id = self.next_inode(InodeKind::Directory, slot);
+        let mut row = self.new_inode(op.mode, op.uid, op.gid, op.mtime);
+        (row.owner, row.edge_time, row.nlink) = (op.owner, self.time, 2);
+        self.inodes.insert(id, row);
+        Ok(Reply::Edge(EdgeReply { target: id, ..EdgeReply::default() }))
+    }
+
+    fn insert_edge(&mut self, op: InsertEdge) -> Outcome {
+        self.live(op.dir)?;
+        self.may_insert(op.dir, &op.name, kind_of(op.target)?.is_directory(), op.replace)?;
+        Ok(self.insert(op.dir, &op.name, op.target))
+    }
+
+    fn set_lock(&mut self, dir: u64, name: Bytes, target: u64, created_at: u64, lock: bool) -> Outcome {
+        self.directory_here(dir)?;
+        let locked = self.expect(dir, &name, target, created_at)?.locked;
+        match (locked, lock) {
+            (true, true) => return Err(Code::Busy),
+            (false, false) => return Err(Code::Stale),
+            _ => {}
+        }
+        if let Some(edge) = self.edges.get_mut(&(dir, name)) {
+            edge.locked = lock;
+        }
+        Ok(Reply::Done(Done {}))
+    }
+
+    fn remove_locked(&mut self, op: RemoveLockedEdge) -> Outcome {
+        self.directory_here(op.dir)?;
+        if !self.inodes.contains_key(&op.dir) {
+            return Err(Code::NotFound);
+        }
+        if !self.expect(op.dir, &op.name, op.target, op.created_at)?.locked {
+            return Err(Code::Stale);
+        }
+        self.end(op.dir, &op.name, false);
+        Ok(Reply::Done(Done {}))
+    }
+
+    fn set_owner(&mut self, op: &SetOwner) -> Outcome {
+        self.directory_here(op.dir)?;
+        kind_of(op.owner)?;
+        let time = self.time;
+        let row = self.inodes.get_mut(&op.dir).ok_or(Code::NotFound)?;
+        (row.owner, row.ctime) = (op.owner, time);
+        Ok(Reply::Done(Done {}))
+    }
+
+    fn is_empty(&self, dir: u64) -> bool {
+        self.edges.range((dir, Bytes::new())..).next().is_none_or(|((d, _), _)| *d != dir)
+    }
+
+    fn orphan(&mut self, op: &OrphanDirectory) -> Outcome {
+        self.live(op.dir)?;
+        if self.inodes.get(&op.dir).is_none_or(|row| row.owner != op.owner) {
+            return Err(Code::Stale);
+        }
+        if !self.is_empty(op.dir) {
+            return Err(Code::NotEmpty);
+        }
+        let time = self.time;
+        if let Some(row) = self.inodes.get_mut(&op.dir) {
+            (row.owner, row.nlink, row.ctime) = (0, 0, time);
+        }
+        Ok(Reply::Done(Done {}))
+    }
+
+    fn remove_directory(&mut self, op: &RemoveDirectoryInode) -> Outcome {
+        self.directory_here(op.dir)?;
+        if !self.inodes.contains_key(&op.dir) {
+            return Err(Code::NotFound);
+        }
+        let has_past =
+            self.past.range((op.dir, Bytes::new(), 0)..).next().is_some_and(|((d, ..), _)| *d == op.dir);
+        if !self.is_empty(op.dir) || has_past {
+            return Err(Code::NotEmpty);
+        }
+        self.inodes.remove(&op.dir);
+        Ok(Reply::Done(Done {}))
+    }
+
+    /// What a read must see now; `None` for reads that are not modelled.
+    pub fn read(&self, op: &shard_request::Op) -> Option<Outcome> {
+        use shard_request::Op;
+        Some(match op {
+            Op::Lookup(op) => self.lookup(op),
+            Op::Stat(op) => self.stat(op),
+            Op::ReadDir(op) => self.read_dir(op),
+            Op::Layout(op) => self.layout(op),
+            Op::History(op) => self.history(op)?,
+            _ => return None,
+        })
+    }
+
+    fn lookup(&self, op: &Lookup) -> Outcome {
+        self.directory_here(op.dir)?;
+        name::check(&op.name).map_err(|r| r.code)?;
+        let edge = self.edges.get(&(op.dir, op.name.clone())).ok_or(Code::NotFound)?;
+        let Edge { target, created_at, locked } = *edge;
+        Ok(Reply::Edge(EdgeReply { target, created_at, locked, replaced: 0 }))
+    }
+
+    fn stat(&self, op: &Stat) -> Outcome {
+        let id = kind_of(op.id)?;
+        self.check_slot(id.slot().0)?;
+        let row = self.inodes.get(&op.id).ok_or(Code::NotFound)?;
+        Ok(Reply::Attributes(attributes(op.id, row)))
+    }
+
+    fn read_dir(&self, op: &ReadDir) -> Outcome {
+        self.directory_here(op.dir)?;
+        if !self.inodes.contains_key(&op.dir) {
+            return Err(Code::NotFound);
+        }
+        if op.cursor >> 63 != 0 {
+            return Err(Code::InvalidArgument);
+        }
+        let limit = match op.limit as usize {
+            0 => READDIR_ENTRIES_MAX,
+            asked => asked.min(READDIR_ENTRIES_MAX),
+        };
+        let all = self.edges.range((op.dir, Bytes::new())..).take_while(|((d, _), _)| *d == op.dir);
+        let mut names: Vec<(u64, DirEntry)> = all
+            .map(|((_, name), e)| {
+                (hash63(name), DirEntry { name: name.clone(), target: e.target, created_at: e.created_at })
+            })
+            .filter(|(hash, _)| *hash >= op.cursor)
+            .collect();
+        names.sort_by(|(a, x), (b, y)| (a, &x.name).cmp(&(b, &y.name)));
+        let next_cursor = if names.len() <= limit { 0 } else { names[limit].0 };
+        // Equal hashes stay together; the names here never have equal ones.
+        names.truncate(limit);
+        Ok(Reply::ReadDir(ReadDirReply { entries: names.into_iter().map(|(_, e)| e).collect(), next_cursor }))
+    }
+
+    /// Content, size and lengths; the spans' certificates are not modelled.
+    fn layout(&self, op: &Layout) -> Outcome {
+        let id = kind_of(op.id)?;
+        self.check_slot(id.slot().0)?;
+        match id.kind() {
+            InodeKind::File => {}
+            InodeKind::Directory => return Err(Code::IsDirectory),
+            InodeKind::Symlink => return Err(Code::InvalidArgument),
+        }
+        let row = self.inodes.get(&op.id).ok_or(Code::NotFound)?;
+        let content = if op.content == 0 { row.content } else { op.content };
+        let mut reply = LayoutReply { content, ..LayoutReply::default() };
+        if content != 0 {
+            let found = self.contents.get(&content).filter(|c| c.file == op.id).ok_or(Code::NotFound)?;
+            reply.size = found.size;
+        }
+        Ok(Reply::Layout(reply))
+    }
+
+    /// Only first pages that are the last, too.
+    fn history(&self, op: &History) -> Option<Outcome> {
+        if let Err(code) = self.directory_here(op.dir) {
+            return Some(Err(code));
+        }
+        if !self.inodes.contains_key(&op.dir) {
+            return Some(Err(Code::NotFound));
+        }
+        if !op.name.is_empty()
+            && let Err(refusal) = name::check(&op.name)
+        {
+            return Some(Err(refusal.code));
+        }
+        let all = self.past.range((op.dir, Bytes::new(), 0)..).take_while(|((d, ..), _)| *d == op.dir);
+        let mut past: Vec<(u64, PastEdge)> = all
+            .filter(|((_, name, _), _)| op.name.is_empty() || *name == op.name)
+            .map(|((_, name, ended_at), p)| {
+                let Past { target, created_at, owned } = *p;
+                (
+                    hash63(name),
+                    PastEdge { name: name.clone(), target, created_at, ended_at: *ended_at, owned },
+                )
+            })
+            .collect();
+        if past.len() >= READDIR_ENTRIES_MAX || !op.after.is_empty() {
+            return None;
+        }
+        past.sort_by(|(a, x), (b, y)| {
+            (a, x.name.len(), &x.name, x.ended_at).cmp(&(b, y.name.len(), &y.name, y.ended_at))
+        });
+        let past = past.into_iter().map(|(_, p)| p).collect();
+        Some(Ok(Reply::History(HistoryReply { past, next: Bytes::new() })))
+    }
+}
+
+fn attributes(id: u64, row: &InodeRow) -> Attributes {
+    Attributes {
+        id,
+        mode: row.mode,
+        uid: row.uid,
+        gid: row.gid,
+        size: row.size,
+        mtime: row.mtime,
+        ctime: row.ctime,
+        atime: row.atime,
+        nlink: row.nlink,
+        owner: row.owner,
+        edge_time: row.edge_time,
+        content: row.content,
+        symlink_target: row.symlink_target.clone(),
+    }
+}
+
+/// Whether an answer is what the oracle says, as far as the oracle models it.
+pub fn agrees(got: &Reply, expected: &Reply) -> bool {
+    match (got, expected) {
+        (Reply::Span(got), Reply::Span(expected)) => {
+            (got.span_id, got.size, got.crc, got.shape)
+                == (expected.span_id, expected.size, expected.crc, expected.shape)
+        }
+        (Reply::Layout(got), Reply::Layout(expected)) => {
+            (got.content, got.size) == (expected.content, expected.size)
+        }
+        _ => got == expected,
+    }
+}

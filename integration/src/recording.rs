@@ -1,0 +1,130 @@
+//! Writes down what every log delivers to its replicas, and notices when two deliveries disagree.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use clutch_log::{
+    Batch, Bounds, Commit, Epoch, Event, Events, Log, LogFault, LogId, Position, ReadLevel, Rejected,
+    SnapshotRef,
+};
+use parking_lot::Mutex;
+
+/// Batches by position.
+pub type Batches = BTreeMap<Position, Batch>;
+
+/// What was delivered of all logs.
+#[derive(Default)]
+pub struct Recording {
+    logs: Mutex<BTreeMap<LogId, Batches>>,
+    violations: Mutex<Vec<String>>,
+}
+
+impl Recording {
+    /// A log whose deliveries are written down.
+    pub fn wrap(self: &Arc<Self>, id: LogId, log: Arc<dyn Log>) -> Arc<dyn Log> {
+        Arc::new(RecordedLog { id, log, recording: self.clone() })
+    }
+
+    /// Everything delivered of a log.
+    pub fn batches(&self, id: LogId) -> Batches {
+        self.logs.lock().get(&id).cloned().unwrap_or_default()
+    }
+
+    /// How many records of a log were delivered.
+    pub fn len(&self, id: LogId) -> usize {
+        self.logs.lock().get(&id).map_or(0, BTreeMap::len)
+    }
+
+    /// Forgets what was delivered so far, and what disagreed.
+    pub fn clear(&self) {
+        self.logs.lock().clear();
+        self.violations.lock().clear();
+    }
+
+    /// Takes note of something that must not be.
+    pub fn violation(&self, what: String) {
+        let mut violations = self.violations.lock();
+        if violations.len() < 20 && !violations.contains(&what) {
+            violations.push(what);
+        }
+    }
+
+    /// What disagreed.
+    pub fn violations(&self) -> Vec<String> {
+        self.violations.lock().clone()
+    }
+
+    fn delivered(&self, id: LogId, batch: &Batch) {
+        let mut logs = self.logs.lock();
+        let known = logs.entry(id).or_default().entry(batch.position).or_insert_with(|| batch.clone());
+        let same = known.entries.len() == batch.entries.len()
+            && known.entries.iter().zip(&batch.entries).all(|(a, b)| a == b);
+        drop(logs);
+        if !same {
+            self.violation(format!("{id}: position {} was delivered with two contents", batch.position));
+        }
+    }
+}
+
+struct RecordedLog {
+    id: LogId,
+    log: Arc<dyn Log>,
+    recording: Arc<Recording>,
+}
+
+#[async_trait]
+impl Log for RecordedLog {
+    fn propose(&self, epoch: Epoch, batch: Vec<Bytes>) -> Result<Commit, Rejected> {
+        self.log.propose(epoch, batch)
+    }
+
+    fn events(&self, from: Position) -> Box<dyn Events> {
+        Box::new(RecordedEvents {
+            id: self.id,
+            events: self.log.events(from),
+            recording: self.recording.clone(),
+        })
+    }
+
+    async fn read_barrier(&self, level: ReadLevel) -> Result<Position, LogFault> {
+        self.log.read_barrier(level).await
+    }
+
+    async fn seal(&self) -> Result<Position, LogFault> {
+        self.log.seal().await
+    }
+
+    async fn trim(&self, upto: Position) -> Result<(), LogFault> {
+        self.log.trim(upto).await
+    }
+
+    async fn snapshot_ready(&self, snapshot: SnapshotRef) {
+        self.log.snapshot_ready(snapshot).await;
+    }
+
+    async fn transfer_leader(&self, to: u64) -> Result<(), LogFault> {
+        self.log.transfer_leader(to).await
+    }
+
+    fn bounds(&self) -> Bounds {
+        self.log.bounds()
+    }
+}
+
+struct RecordedEvents {
+    id: LogId,
+    events: Box<dyn Events>,
+    recording: Arc<Recording>,
+}
+
+#[async_trait]
+impl Events for RecordedEvents {
+    async fn next(&mut self) -> Result<Event, LogFault> {
+        let event = self.events.next().await?;
+        if let Event::Committed(batch) = &event {
+            self.recording.delivered(self.id, batch);
+        }
+        Ok(event)
+    }
+}

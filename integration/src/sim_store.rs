@@ -1,0 +1,100 @@
+//! A store that a crash sets back to an earlier moment: what RocksDB without its own log does.
+//!
+//! Between any two writes the store may make everything so far durable, as a background flush would. What was
+//! written after that is gone when its node crashes.
+
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use clutch_log::LogId;
+use clutch_runtime::{Runtime, simulated::NodeId};
+use clutch_state::{
+    MemoryStore, Store, StoreError, Table, View,
+    store::{Rows, WriteBatch},
+};
+use parking_lot::Mutex;
+
+type Image = Arc<Mutex<Arc<MemoryStore>>>;
+
+/// What survives of every replica's state.
+#[derive(Clone, Default)]
+pub struct SimImages {
+    images: Arc<Mutex<BTreeMap<(NodeId, LogId), Image>>>,
+    flush_permille: Arc<AtomicU64>,
+}
+
+impl SimImages {
+    /// Nothing so far; of a thousand writes so many are followed by a flush.
+    pub fn new(flush_permille: u32) -> SimImages {
+        SimImages { images: Arc::default(), flush_permille: Arc::new(u64::from(flush_permille).into()) }
+    }
+
+    /// The store of a replica as the last flush before a crash left it.
+    pub fn open(&self, node: NodeId, log: LogId, runtime: &Runtime) -> Arc<dyn Store> {
+        let image = self.images.lock().entry((node, log)).or_default().clone();
+        let memory = image.lock().fork();
+        runtime.note(match memory.is_empty() {
+            true => "store: begins empty",
+            false => "store: begins in mid-log",
+        });
+        Arc::new(SimStore {
+            memory,
+            image,
+            runtime: runtime.clone(),
+            flush_permille: self.flush_permille.clone(),
+        })
+    }
+}
+
+struct SimStore {
+    memory: MemoryStore,
+    image: Image,
+    runtime: Runtime,
+    flush_permille: Arc<AtomicU64>,
+}
+
+impl View for SimStore {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.memory.get(table, key)
+    }
+
+    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
+        self.memory.scan(table, from, until, limit)
+    }
+}
+
+impl Store for SimStore {
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        self.memory.write(batch)?;
+        let permille = self.flush_permille.load(Ordering::Relaxed);
+        if permille > 0 && self.runtime.random.below(1000) < permille {
+            self.flush()?;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        *self.image.lock() = Arc::new(self.memory.fork());
+        Ok(())
+    }
+
+    fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        let image = self.image.lock().clone();
+        image.get(table, key)
+    }
+
+    fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
+        self.memory.snapshot()
+    }
+
+    fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
+        self.memory.checkpoint(to)
+    }
+}

@@ -1,0 +1,331 @@
+//! Carries out a script's operations through the client library.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use clutch_client::{Client, ClientError, FileAttributes};
+use clutch_proto::{
+    BlockId, InodeId, Refusal, ServiceId, Time,
+    blocks::{BlocksRequest, EraseBlock, WriteBlock, blocks_request},
+    certificate::{Claims, Operation as BlockOperation},
+    crc,
+    session::{Request, Response, Role},
+    shard::{CertifySpan, InitiateSpan, SetAttributes, StartContent, shard_reply::Reply, shard_request::Op},
+    types::{Block, Code, Span, SpanShape},
+};
+use clutch_runtime::Lane as NetworkLane;
+use prost::Message as _;
+
+use crate::{
+    history::{Data, History, bytes_of},
+    script::Operation,
+    sim_cluster::service_key,
+};
+
+/// What a lane needs.
+#[derive(Clone)]
+pub struct Worker {
+    /// The client library.
+    pub client: Client,
+    /// Where what was seen goes.
+    pub history: Arc<History>,
+}
+
+fn attributes() -> FileAttributes {
+    FileAttributes { mode: 0o644, uid: 1, gid: 2, mtime: 0 }
+}
+
+fn word(result: Result<String, ClientError>) -> String {
+    match result {
+        Ok(text) => text,
+        Err(ClientError::Refused(refusal)) => format!("refused: {:?}", refusal.code),
+        Err(ClientError::Unknown(_)) => "unknown".into(),
+        Err(ClientError::Unreachable(_)) => "unreachable".into(),
+        Err(ClientError::DataLost(text)) => format!("data lost: {text}"),
+        Err(ClientError::Local(text)) => format!("local: {text}"),
+    }
+}
+
+impl Worker {
+    /// Carries one operation out; says in a few words what came of it.
+    pub async fn perform(&self, operation: &Operation) -> String {
+        word(self.attempt(operation).await)
+    }
+
+    async fn attempt(&self, operation: &Operation) -> Result<String, ClientError> {
+        let client = &self.client;
+        match operation {
+            Operation::MakeDirectory(path) => {
+                let (parent, name) = client.resolve_parent(path).await?;
+                let made = client.make_directory(parent, &name, attributes()).await?;
+                Ok(format!("directory {}", made.id))
+            }
+            Operation::RemoveDirectory(path) => {
+                let at = client.resolve(path).await?;
+                client.remove_directory(&at).await?;
+                Ok("removed".into())
+            }
+            Operation::Create(path, bytes, salt) => {
+                self.store(path, Data { salt: *salt, bytes: *bytes }, false).await
+            }
+            Operation::Write(path, bytes, salt) => {
+                self.store(path, Data { salt: *salt, bytes: *bytes }, true).await
+            }
+            Operation::Symlink(path, target) => {
+                let (parent, name) = client.resolve_parent(path).await?;
+                let target = Bytes::from(target.clone().into_bytes());
+                let made = client.symlink(parent, &name, target, attributes(), false).await?;
+                Ok(format!("link {}", made.id))
+            }
+            Operation::Read(path) => {
+                let at = client.resolve(path).await?;
+                self.read(at.id).await
+            }
+            Operation::ReadRange(path, offset, bytes) => {
+                let at = client.resolve(path).await?;
+                let got = client.read_range(at.id, *offset, *bytes as usize).await?;
+                self.compare(at.id, *offset, &got, Some(*bytes as usize));
+                Ok(format!("{} bytes", got.len()))
+            }
+            Operation::Stat(path) => {
+                let at = client.resolve(path).await?;
+                let attributes = client.stat(at.id).await?;
+                Ok(format!("{} bytes, mode {:o}", attributes.size, attributes.mode))
+            }
+            Operation::List(path) => {
+                let dir = client.resolve_directory(path).await?;
+                let mut cursor = 0;
+                let mut count = 0;
+                // Several pages, so that a listing meets changes between them.
+                loop {
+                    let op = clutch_proto::shard::ReadDir { dir: dir.raw(), cursor, limit: 5 };
+                    let Reply::ReadDir(page) = client.shard_read(dir.slot(), Op::ReadDir(op)).await? else {
+                        return Err(Refusal::malformed("not a page").into());
+                    };
+                    count += page.entries.len();
+                    if page.next_cursor == 0 {
+                        return Ok(format!("{count} entries"));
+                    }
+                    cursor = page.next_cursor;
+                }
+            }
+            Operation::History(path) => {
+                let dir = client.resolve_directory(path).await?;
+                Ok(format!("{} past entries", client.history(dir, None).await?.len()))
+            }
+            Operation::Move(from, to) => {
+                let at = client.resolve(from).await?;
+                let (parent, name) = client.resolve_parent(to).await?;
+                client.rename(&at, parent, &name).await?;
+                Ok("moved".into())
+            }
+            Operation::Remove(path) => {
+                let at = client.resolve(path).await?;
+                client.unlink(&at).await?;
+                Ok("removed".into())
+            }
+            Operation::ChangeMode(path, mode) => {
+                let at = client.resolve(path).await?;
+                let change = SetAttributes { mode: Some(*mode), ..SetAttributes::default() };
+                client.set_attributes(at.id, change).await?;
+                Ok("changed".into())
+            }
+            Operation::Undelete(path, to) => {
+                let (parent, name) = client.resolve_parent(path).await?;
+                let (_, new_name) = client.resolve_parent(to).await?;
+                let history = client.history(parent, Some(&name)).await?;
+                let past = history.iter().rev().find(|p| p.owned);
+                let past = past.ok_or_else(|| Refusal::new(Code::NotFound, "no version that was deleted"))?;
+                let made = client.undelete(parent, past, &new_name).await?;
+                Ok(format!("brought back {}", made.id))
+            }
+            Operation::Forge(path, kind) => self.forge(path, *kind).await,
+        }
+    }
+
+    async fn store(&self, path: &str, data: Data, replace: bool) -> Result<String, ClientError> {
+        let (parent, name) = self.client.resolve_parent(path).await?;
+        let bytes = bytes_of(data);
+        let made = self.client.write_file(parent, &name, attributes(), replace, &mut &bytes[..]).await?;
+        self.history.stored(made.id, data);
+        Ok(format!("file {}", made.id))
+    }
+
+    /// Reads a whole file and compares.
+    pub async fn read(&self, file: InodeId) -> Result<String, ClientError> {
+        let mut got = Vec::new();
+        let mut sink = |bytes: Bytes| {
+            got.extend_from_slice(&bytes);
+            Ok(())
+        };
+        self.client.read_file(file, &mut sink).await?;
+        self.compare(file, 0, &got, None);
+        Ok(format!("{} bytes", got.len()))
+    }
+
+    fn compare(&self, file: InodeId, offset: u64, got: &[u8], asked: Option<usize>) {
+        let Some(data) = self.history.data_of(file) else { return };
+        let expected = bytes_of(data);
+        let start = (offset as usize).min(expected.len());
+        let end = asked.map_or(expected.len(), |asked| (start + asked).min(expected.len()));
+        if got != &expected[start..end] {
+            let differs = got.iter().zip(&expected[start..end]).position(|(a, b)| a != b);
+            self.history.violation(
+                "data",
+                format!(
+                    "file {file} was read from {offset}: {} bytes, expected {}; the first that differs is {differs:?}",
+                    got.len(),
+                    end - start
+                ),
+            );
+        }
+    }
+
+    /// Does what a bad client might: each attempt must be refused.
+    async fn forge(&self, path: &str, kind: u32) -> Result<String, ClientError> {
+        let client = &self.client;
+        let (dir, _) = client.resolve_parent(path).await?;
+        let start = Op::StartContent(StartContent { dir: dir.raw() });
+        let Reply::Content(content) = client.shard_write(dir.slot(), start).await? else {
+            return Err(Refusal::malformed("not a content").into());
+        };
+        let data = bytes_of(Data { salt: 77 + u64::from(kind), bytes: 4096 });
+        let crc = crc::of(&data);
+        // Two mirrors: the least that has proofs to mix up.
+        let shape = SpanShape { data_blocks: 1, parity_blocks: 1, stripes: 1, cell_size: 4096 };
+        let initiate = |offset| InitiateSpan {
+            content: content.content,
+            cookie: content.cookie.clone(),
+            offset,
+            size: 4096,
+            crc,
+            shape: Some(shape),
+            cell_crcs: vec![crc, crc],
+            ..InitiateSpan::default()
+        };
+        let Reply::Span(first) = client.shard_write(dir.slot(), Op::InitiateSpan(initiate(0))).await? else {
+            return Err(Refusal::malformed("not a span").into());
+        };
+        if kind < 4 {
+            let (what, taken) = self.forge_block(&first, &data, kind).await?;
+            if taken {
+                self.history.violation("certificates", format!("a block service took {what}"));
+            }
+            return Ok(format!("tried {what}"));
+        }
+        let mut proofs = Vec::new();
+        for block in &first.blocks {
+            let op = WriteBlock { certificate: block.certificate.clone(), data: data.clone().into() };
+            proofs.push(self.blocks(block, blocks_request::Op::Write(op)).await?);
+        }
+        let (span, proofs, what) = match kind {
+            4 => {
+                // The second span is never written; its proofs are those of the first.
+                let Reply::Span(second) =
+                    client.shard_write(dir.slot(), Op::InitiateSpan(initiate(0))).await?
+                else {
+                    return Err(Refusal::malformed("not a span").into());
+                };
+                (second, proofs, "proofs of other blocks")
+            }
+            5 => (first.clone(), vec![proofs[0].clone(), proofs[0].clone()], "one proof twice"),
+            6 => {
+                let mut flipped = proofs[1].to_vec();
+                let at = flipped.len() / 2;
+                flipped[at] ^= 1;
+                (first.clone(), vec![proofs[0].clone(), flipped.into()], "a proof with a flipped bit")
+            }
+            _ => {
+                let grants = first.blocks.iter().map(|b| b.certificate.clone()).collect();
+                (first.clone(), grants, "grants instead of proofs")
+            }
+        };
+        let certify = CertifySpan {
+            content: content.content,
+            cookie: content.cookie.clone(),
+            span_id: span.span_id,
+            proofs,
+        };
+        match client.shard_write(dir.slot(), Op::CertifySpan(certify)).await {
+            Ok(_) => {
+                self.history.violation("certificates", format!("a shard took {what}"));
+                Ok(format!("{what} were taken"))
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn forge_block(
+        &self,
+        span: &Span,
+        data: &[u8],
+        kind: u32,
+    ) -> Result<(&'static str, bool), ClientError> {
+        let block = &span.blocks[0];
+        let mut other = data.to_vec();
+        other[100] ^= 0x40;
+        let (what, op) = match kind {
+            0 => {
+                let op = WriteBlock { certificate: block.certificate.clone(), data: other.into() };
+                ("other data under a good certificate", blocks_request::Op::Write(op))
+            }
+            1 => {
+                let mut certificate = block.certificate.to_vec();
+                let at = certificate.len() / 2;
+                certificate[at] ^= 4;
+                let op = WriteBlock { certificate: certificate.into(), data: data.to_vec().into() };
+                ("a certificate with a flipped bit", blocks_request::Op::Write(op))
+            }
+            2 => {
+                let op = EraseBlock { certificate: block.certificate.clone() };
+                ("an erase under a certificate for writing", blocks_request::Op::Erase(op))
+            }
+            _ => {
+                let claims = Claims {
+                    operation: BlockOperation::Write,
+                    cluster: 1,
+                    service: ServiceId(block.service_id),
+                    block: BlockId(block.block_id),
+                    size: 4096,
+                    crc: crc::of(data),
+                    time: Time(0),
+                    expiry: Time(u64::MAX),
+                };
+                let mut key = service_key(block.service_id);
+                key.secret[5] ^= 1;
+                let op = WriteBlock { certificate: claims.sign(&key), data: data.to_vec().into() };
+                ("a certificate under another key", blocks_request::Op::Write(op))
+            }
+        };
+        match self.blocks(block, op).await {
+            Ok(_) => Ok((what, true)),
+            Err(ClientError::Refused(_)) => Ok((what, false)),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// One request to a block service; its proof.
+    async fn blocks(&self, block: &Block, op: blocks_request::Op) -> Result<Bytes, ClientError> {
+        let runtime = self.client.runtime();
+        let request = Request {
+            role: Role::Blocks as i32,
+            number: block.service_id,
+            body: BlocksRequest { op: Some(op) }.encode_to_vec().into(),
+            ..Request::default()
+        };
+        let limit = std::time::Duration::from_millis(500);
+        let address = block.address.as_str().into();
+        let answer =
+            runtime.network.call(&address, NetworkLane::Bulk, request.encode_to_vec().into(), limit).await;
+        let answer = answer.map_err(|e| ClientError::Unreachable(e.to_string()))?;
+        let response = Response::decode(answer).map_err(|e| Refusal::malformed(e.to_string()))?;
+        match response.error {
+            Some(error) => Err(Refusal::from_wire(error).into()),
+            None => {
+                let reply = clutch_proto::blocks::BlocksReply::decode(response.body)
+                    .map_err(|e| Refusal::malformed(e.to_string()))?;
+                Ok(reply.proof)
+            }
+        }
+    }
+}

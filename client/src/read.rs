@@ -48,7 +48,7 @@ impl Client {
                 if extent.offset != done {
                     return Err(ClientError::unexpected("contiguous extents"));
                 }
-                let read = self.read_extent(&page, extent, 0, extent.length).await;
+                let read = self.read_extent(id, &page, extent, 0, extent.length).await;
                 if read.as_ref().is_err_and(|e| e.code() == Some(Code::CertificateExpired))
                     && renewed_at != Some(done)
                 {
@@ -105,7 +105,7 @@ impl Client {
                 }
                 let from = at - extent.offset;
                 let count = end.min(extent_end) - at;
-                match self.read_extent(&page, extent, from, count).await? {
+                match self.read_extent(id, &page, extent, from, count).await? {
                     Some(bytes) => out.extend_from_slice(&bytes),
                     None => out.resize(out.len() + count as usize, 0),
                 }
@@ -120,6 +120,7 @@ impl Client {
     /// Part of an extent; `None` for a hole.
     async fn read_extent(
         &self,
+        file: InodeId,
         page: &LayoutReply,
         extent: &Extent,
         from: u64,
@@ -143,22 +144,34 @@ impl Client {
                 if start + count > u64::from(span.size) {
                     return Err(out_of());
                 }
-                Ok(Some(self.read_span(span, start as usize, count as usize).await?))
+                Ok(Some(self.read_span(file, page, extent, span, start as usize, count as usize).await?))
             }
         }
     }
 
-    /// Bytes `start..start + count` of a span; services that are away for a moment are waited for.
-    async fn read_span(&self, span: &Span, start: usize, count: usize) -> Result<Bytes, ClientError> {
+    /// Bytes `start..start + count` of a span; services that are away for a moment are waited for, and asked for
+    /// again, because they may come back elsewhere.
+    async fn read_span(
+        &self,
+        file: InodeId,
+        page: &LayoutReply,
+        extent: &Extent,
+        span: &Span,
+        start: usize,
+        count: usize,
+    ) -> Result<Bytes, ClientError> {
         let clock = self.inner.runtime.clock.clone();
         let begin = clock.monotonic();
+        let mut renewed: Option<Span> = None;
         loop {
-            match self.read_span_once(span, start, count).await {
+            match self.read_span_once(renewed.as_ref().unwrap_or(span), start, count).await {
                 Err(ClientError::Unreachable(text)) => {
                     if clock.monotonic() - begin >= self.inner.options.patience {
                         return Err(ClientError::Unreachable(text));
                     }
                     clock.sleep(Duration::from_millis(200)).await;
+                    let layout = self.layout(file, page.content, extent.offset).await?;
+                    renewed = layout.spans.into_iter().find(|s| s.span_id == span.span_id).or(renewed);
                 }
                 decided => return decided,
             }

@@ -42,7 +42,7 @@ pub struct Call {
 pub struct AnsweredAt {
     /// The record of a mutation, or the last one that a read saw. 0 when no log was asked.
     pub position: u64,
-    /// The log's time there.
+    /// The answering node's time: at or above the log's time there.
     pub time: u64,
 }
 

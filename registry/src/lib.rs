@@ -142,7 +142,8 @@ impl Machine for Registry {
             }
             Some(Body::PlaceCdc(op)) => {
                 let mut row = cluster(tx)?;
-                row.cdc_address = op.address;
+                check_epoch("the CDC", row.cdc_epoch, op.epoch)?;
+                (row.cdc_address, row.cdc_epoch) = (op.address, op.epoch);
                 tx.put_row(tables::CLUSTER, &[], &row);
                 RegistryReply::default()
             }
@@ -227,7 +228,19 @@ fn place(tx: &mut Tx<'_>, placement: &ShardPlacement) -> Result<(), Stop> {
         );
         return Err(Stop::refuse(Code::InvalidArgument, text));
     }
-    tx.put_row(tables::SHARD, &placement.shard.to_be_bytes(), placement);
+    let key = placement.shard.to_be_bytes();
+    let known: Option<ShardPlacement> = tx.get_row(tables::SHARD, &key)?;
+    check_epoch("the shard", known.map_or(0, |known| known.epoch), placement.epoch)?;
+    tx.put_row(tables::SHARD, &key, placement);
+    Ok(())
+}
+
+/// A leader that was late to say where it is must not replace its successor.
+fn check_epoch(what: &str, known: u64, offered: u64) -> Result<(), Stop> {
+    if offered < known {
+        let text = format!("{what} is led in epoch {known} by another node; epoch {offered} is over");
+        return Err(Stop::refuse(Code::Stale, text));
+    }
     Ok(())
 }
 

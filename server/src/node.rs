@@ -169,8 +169,10 @@ impl Node {
         if let Some((handle, events)) = cdc {
             runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
         }
+        let mut epochs = BTreeMap::new();
         for replica in &replicas {
-            caught_up(&runtime, replica).await?;
+            let (name, epoch) = caught_up(&runtime, replica).await?;
+            epochs.insert(name, epoch);
         }
         let stopping = Arc::new(AtomicBool::new(false));
         let keeper = Keeper {
@@ -179,6 +181,7 @@ impl Node {
             roles: config.roles.clone(),
             shard_count: config.cluster.shards,
             engine: config.engine.clone(),
+            epochs,
             blocks,
             shards,
             facts,
@@ -208,8 +211,8 @@ impl Node {
     }
 }
 
-/// Waits until a replica has applied its log and leads, however long that takes.
-async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle) -> Result<()> {
+/// Waits until a replica has applied its log and leads, however long that takes. Returns its name and epoch.
+async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle) -> Result<(String, u64)> {
     use clutch_proto::admin::{AdminRequest, Status, admin_request};
     let mut last_told = runtime.clock.monotonic();
     loop {
@@ -217,7 +220,7 @@ async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle) -> Result<()> {
         let status = reply.status.context("an answer without a status")?;
         ensure!(status.fault.is_empty(), "{}: {}", status.name, status.fault);
         if status.leading {
-            return Ok(());
+            return Ok((status.name, status.epoch));
         }
         if runtime.clock.monotonic() - last_told > Duration::from_secs(5) {
             last_told = runtime.clock.monotonic();
@@ -293,6 +296,8 @@ struct Keeper {
     roles: Roles,
     shard_count: u32,
     engine: String,
+    /// In which epoch each log here is led, by its name.
+    epochs: BTreeMap<String, u64>,
     blocks: BTreeMap<u64, Arc<BlockService>>,
     shards: BTreeMap<u32, ReplicaHandle>,
     facts: Arc<ShardFacts>,
@@ -406,19 +411,35 @@ impl Keeper {
                 slot_first,
                 slot_last,
                 address: self.address.clone(),
+                epoch: self.epoch(LogId::shard(*number)),
             };
             self.begin_chain(Role::Shard, u64::from(*number)).await?;
             if !map.shards.contains(&placement) {
-                self.client.registry(Op::PlaceShard(PlaceShard { placement: Some(placement) }), true).await?;
+                self.tell(Op::PlaceShard(PlaceShard { placement: Some(placement) })).await?;
             }
         }
         if self.roles.cdc {
             self.begin_chain(Role::Cdc, 0).await?;
-            if map.cdc_address != self.address {
-                self.client.registry(Op::PlaceCdc(PlaceCdc { address: self.address.clone() }), true).await?;
-            }
+            let op = PlaceCdc { address: self.address.clone(), epoch: self.epoch(LogId::CDC) };
+            self.tell(Op::PlaceCdc(op)).await?;
         }
         Ok(())
+    }
+
+    fn epoch(&self, id: LogId) -> u64 {
+        self.epochs.get(&log_name(id)).copied().unwrap_or(0)
+    }
+
+    /// Tells the registry where something is led; that a newer leader was first is no failure.
+    async fn tell(&self, op: Op) -> Result<()> {
+        match self.client.registry(op, true).await {
+            Err(error) if error.code() == Some(types::Code::Stale) => {
+                self.client.runtime().note("node: a newer leader was placed first");
+                tracing::warn!(%error, "this node's leadership is over before it was known");
+                Ok(())
+            }
+            told => Ok(told.map(drop)?),
+        }
     }
 
     async fn begin_chain(&self, role: Role, number: u64) -> Result<()> {

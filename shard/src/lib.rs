@@ -54,8 +54,17 @@ impl Machine for Shard {
         )
     }
 
-    fn read(view: &dyn View, request: &ShardRequest, _facts: &ShardFacts) -> Result<ShardReply, Stop> {
-        read::read(view, request).map(|reply| ShardReply { reply: Some(reply) })
+    fn read(view: &dyn View, request: &ShardRequest, facts: &ShardFacts) -> Result<ShardReply, Stop> {
+        let reply = read::read(view, request)?;
+        if let Reply::Layout(layout) = &reply
+            && !layout.spans.is_empty()
+            && facts.services().is_empty()
+        {
+            // Blocks without addresses would look lost.
+            let text = "the shard does not know the block services yet; try again";
+            return Err(Stop::refuse(Code::NotReady, text));
+        }
+        Ok(ShardReply { reply: Some(reply) })
     }
 
     fn produce(

@@ -23,6 +23,9 @@ pub(crate) fn place(
     block_bytes: u32,
     random: &mut dyn FnMut() -> u64,
 ) -> Result<Vec<u64>, Stop> {
+    if services.is_empty() {
+        return Err(Stop::refuse(Code::NotReady, "the shard does not know the block services yet; try again"));
+    }
     let fits = |s: &&BlockService| {
         s.storage_class == op.storage_class
             && s.flags & (FLAG_NO_WRITE | FLAG_GONE) == 0

@@ -137,7 +137,11 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
                     Some(step) => (step.time, step.outcome.clone()),
                     None => continue,
                 },
-                None => (ended.at.time, shard.reads.get(index).cloned()),
+                None => {
+                    let seen = shard.steps.partition_point(|s| s.position.0 <= ended.at.position);
+                    let time = seen.checked_sub(1).map_or(0, |last| shard.steps[last].time);
+                    (time, shard.reads.get(index).cloned())
+                }
             };
             let (began, ended_at, is_read) = (record.began, ended.order, record.call.tag.is_none());
             placed.push(Placed { began, ended: ended_at, time, is_read, index: *index });

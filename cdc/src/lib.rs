@@ -22,6 +22,7 @@ use clutch_proto::{
         Begin, CdcEntry, CdcReply, CdcRequest, CountersRow, StepDone, TransactionRow, TransactionSummary,
         begin, cdc_entry::Body, cdc_request::Op,
     },
+    mutants::{self, Mutant},
     name,
     shard::ShardRequest,
     types::{ClientTag, Code},
@@ -294,6 +295,9 @@ fn issue(
 fn walk_blocker(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<Option<u64>, Stop> {
     let Some(mover) = tx.get(tables::MOVING, &tables::key(row.walk_at))? else { return Ok(None) };
     let mover = tables::parse(&mover)?;
+    if mutants::is(Mutant::LoopThroughMoves) {
+        return Ok(None);
+    }
     let earlier = get(tx, mover)?.run_order < row.run_order;
     Ok(earlier.then_some(mover))
 }

@@ -13,6 +13,7 @@ use clutch_proto::{
     InodeId, Refusal,
     cdc::{CdcReply, RenameDirectory, TransactionRow, begin::Op},
     limits::PATH_DEPTH_MAX,
+    mutants::{self, Mutant},
     shard::{
         CreateDirectoryInode, InsertEdge, LockEdge, OrphanDirectory, RemoveDirectoryInode, RemoveLockedEdge,
         SetOwner, ShardReply, ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
@@ -180,6 +181,9 @@ pub(crate) fn request(row: &TransactionRow) -> (u8, ShardRequest) {
 }
 
 fn roll_back(row: &mut TransactionRow, cause: &Refusal) -> Next {
+    if mutants::is(Mutant::RollbackForgets) {
+        return Next::Finish(Err(cause.clone()));
+    }
     row.cause = Some(cause.to_wire());
     Next::Enter(State::Back)
 }
@@ -263,6 +267,9 @@ fn walked(row: &mut TransactionRow, reply: ShardReply) -> Next {
         return Next::Enter(State::Insert);
     }
     row.walk_depth += 1;
+    if mutants::is(Mutant::WalkEndsEarly) {
+        return Next::Enter(State::Insert);
+    }
     if row.walk_depth as usize > PATH_DEPTH_MAX {
         return roll_back(
             row,

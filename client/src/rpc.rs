@@ -14,6 +14,7 @@ use clutch_proto::{
     blocks::{BlocksReply, BlocksRequest, blocks_request},
     cdc::{CdcReply, CdcRequest, cdc_request},
     certificate,
+    mutants::{self, Mutant},
     registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
     session::{Request, Response, Role},
     shard::{ShardReply, ShardRequest, shard_reply::Reply, shard_request},
@@ -394,7 +395,7 @@ impl Client {
                     true
                 }
                 ClientError::Unknown(_) => {
-                    maybe_done = true;
+                    maybe_done = !mutants::is(Mutant::UnknownIsRefused);
                     true
                 }
                 ClientError::DataLost(_) | ClientError::Local(_) => false,
@@ -417,7 +418,9 @@ impl Client {
                     ClientError::Unreachable(text) if maybe_done && tag.is_some() => {
                         ClientError::Unknown(text)
                     }
-                    ClientError::Unknown(text) if tag.is_none() => ClientError::Unreachable(text),
+                    ClientError::Unknown(text) if tag.is_none() || mutants::is(Mutant::UnknownIsRefused) => {
+                        ClientError::Unreachable(text)
+                    }
                     other => other,
                 });
             }

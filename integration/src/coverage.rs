@@ -1,13 +1,203 @@
-//! Rare states that a simulation must reach sometimes.
+//! Rare states that a simulation must reach sometimes. Every one has a pinned seed that reaches it.
+//!
+//! Some are noted by what runs ([`clutch_runtime::Runtime::note`]); those of appliers, which may note nothing, are read
+//! off the logs and the clients' answers afterwards.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
+use clutch_cdc::{Cdc, steps, tables};
+use clutch_client::ClientError;
+use clutch_log::LogId;
+use clutch_proto::{cdc::TransactionRow, types::Code};
 use clutch_runtime::simulated::World;
+use clutch_state::{Applier, MemoryStore};
 
-use crate::checkers::Evidence;
+use crate::checkers::{Evidence, state::rows};
+
+/// States that what runs takes note of.
+const NOTED: &[&str] = &[
+    "blocks: a certificate is refused",
+    "blocks: an expired certificate",
+    "cdc driver: a step is dropped with the reign",
+    "cdc driver: a step waits for its shard",
+    "cdc driver: an answer is proposed again",
+    "client: a refusal after an unknown attempt stays unknown",
+    "client: an answer after an unknown attempt",
+    "client: nobody listens",
+    "client: patience ended",
+    "client: refused for good",
+    "client: was sent elsewhere",
+    "node: a newer leader was placed first",
+    "node: does not start",
+    "read: a block is corrupt",
+    "read: a block is missing",
+    "read: a disk gives an error",
+    "read: a service does not answer",
+    "read: degraded",
+    "read: degraded with exactly D blocks left",
+    "read: fewer than D blocks",
+    "replica: a repeated request gets its recorded answer",
+    "replica: a request arrives after its client was forgotten",
+    "replica: a request that was given up arrives late",
+    "replica: asked again while the transaction runs",
+    "replica: loses leadership at rest",
+    "replica: loses leadership with proposals in flight",
+    "replica: loses leadership with transactions pending",
+    "replica: reads wait for their barrier",
+    "replica: several entries in one record",
+    "replica: stops on a fault",
+    "replica: the outcome of a proposal is unknown",
+    "store: begins empty",
+    "store: begins in mid-log",
+    "world: the power goes in the middle of a disk operation",
+    "write: a block is sent again",
+    "write: a span is placed again",
+    "write: suspects are better than none",
+];
+
+/// States of transactions in which the CDC has crashed.
+const CRASHED: &[(&str, &[&str])] = &[
+    ("make directory", &["first", "insert", "back"]),
+    ("remove directory", &["first", "insert", "remove", "back"]),
+    ("move file", &["first", "insert", "remove", "back"]),
+    ("move directory", &["first", "walk", "insert", "setowner", "remove", "back"]),
+];
+
+/// States that are read off the logs and the answers.
+const FOUND: &[&str] = &[
+    "log: a repeated entry is recognised in apply",
+    "log: a step of a transaction is repeated",
+    "log: a step is repeated after its transaction was turned back",
+    "log: an entry of a request that was given up",
+    "log: an entry of a client that is long forgotten",
+    "log: a transaction is turned back",
+    "log: a directory move waits for another",
+    "history: unknown, and done",
+    "history: unknown, and not done",
+    "history: never answered, and done",
+    "history: never answered, and not done",
+];
+
+/// Answers that clients must get sometimes.
+const ANSWERS: &[Code] = &[
+    Code::NotFound,
+    Code::Exists,
+    Code::NotEmpty,
+    Code::IsDirectory,
+    Code::NotDirectory,
+    Code::Loop,
+    Code::Stale,
+    Code::NoSpace,
+    Code::TransientGone,
+    Code::BadProof,
+];
+
+/// All states, in order.
+pub fn states() -> Vec<String> {
+    let mut all: BTreeSet<String> = NOTED.iter().chain(FOUND).map(|s| (*s).to_owned()).collect();
+    for (kind, states) in CRASHED {
+        all.extend(states.iter().map(|state| crashed(kind, state)));
+    }
+    all.extend(ANSWERS.iter().map(|code| answered(*code)));
+    all.into_iter().collect()
+}
+
+fn crashed(kind: &str, state: &str) -> String {
+    format!("cdc: crashes while a {kind} is in {state}")
+}
+
+fn answered(code: Code) -> String {
+    format!("history: an answer of {code:?}")
+}
 
 /// What a run reached.
 pub fn reached(evidence: &Evidence, world: &World) -> BTreeSet<String> {
-    let _ = evidence;
-    world.notes().keys().map(|s| (*s).to_owned()).collect()
+    let mut reached: BTreeSet<String> = world.notes().keys().map(|s| (*s).to_owned()).collect();
+    transactions(evidence, &mut reached);
+    entries(evidence, &mut reached);
+    answers(evidence, &mut reached);
+    reached
+}
+
+fn transactions(evidence: &Evidence, reached: &mut BTreeSet<String>) {
+    let crashes: BTreeSet<usize> =
+        evidence.crashes.iter().filter(|(log, _)| *log == LogId::CDC).map(|(_, at)| *at).collect();
+    let store = std::sync::Arc::new(MemoryStore::new());
+    let Ok(mut applier) = Applier::<Cdc>::open(store.clone()) else { return };
+    for (index, batch) in evidence.logs.get(&LogId::CDC).into_iter().flat_map(BTreeMap::values).enumerate() {
+        if applier.apply(batch).is_err() {
+            return;
+        }
+        let has_crashed = crashes.contains(&(index + 1));
+        for (_, row) in rows::<TransactionRow>(&store, tables::TRANSACTION) {
+            if row.walk_blocked_by != 0 {
+                reached.insert("log: a directory move waits for another".into());
+            } else if has_crashed {
+                reached.insert(crashed(steps::kind_name(&row), &steps::state_name(&row)));
+            }
+            if row.cause.is_some() {
+                reached.insert("log: a transaction is turned back".into());
+            }
+        }
+    }
+}
+
+fn entries(evidence: &Evidence, reached: &mut BTreeSet<String>) {
+    let mut note = |what: &str| {
+        reached.insert(what.to_owned());
+    };
+    for shard in evidence.shards.values() {
+        let mut turned_back = BTreeSet::new();
+        for step in &shard.steps {
+            let (Some(tag), Some(outcome)) = (step.tag, &step.outcome) else { continue };
+            let is_step = tag.client == clutch_cdc::STEP_CLIENT;
+            let transaction = tag.sequence >> 24;
+            if step.is_first {
+                use clutch_proto::shard::shard_entry::Body;
+                if matches!(step.body, Some(Body::UnlockEdge(_) | Body::RemoveDirectoryInode(_))) {
+                    turned_back.insert(transaction);
+                }
+                continue;
+            }
+            match outcome {
+                Err(Code::Acknowledged) if !is_step => note("log: an entry of a request that was given up"),
+                Err(Code::ExpiredUnknown) => note("log: an entry of a client that is long forgotten"),
+                _ if is_step && turned_back.contains(&transaction) => {
+                    note("log: a step is repeated after its transaction was turned back");
+                }
+                _ if is_step => note("log: a step of a transaction is repeated"),
+                _ => note("log: a repeated entry is recognised in apply"),
+            }
+        }
+    }
+}
+
+fn answers(evidence: &Evidence, reached: &mut BTreeSet<String>) {
+    let done: BTreeSet<(u64, u64)> = evidence
+        .shards
+        .values()
+        .flat_map(|s| &s.steps)
+        .filter(|s| s.is_first && s.outcome.as_ref().is_some_and(Result::is_ok))
+        .filter_map(|s| s.tag.map(|t| (t.client, t.sequence)))
+        .collect();
+    for (index, _) in &evidence.requests {
+        let record = &evidence.records[*index];
+        let Some(tag) = record.call.tag else { continue };
+        let is_done = done.contains(&(tag.client, tag.sequence));
+        let what = match (record.ended.as_ref().map(|e| &e.result), is_done) {
+            (Some(Err(ClientError::Unknown(_))), true) => "history: unknown, and done",
+            (Some(Err(ClientError::Unknown(_))), false) => "history: unknown, and not done",
+            (None, true) => "history: never answered, and done",
+            (None, false) => "history: never answered, and not done",
+            _ => continue,
+        };
+        reached.insert(what.into());
+    }
+    for record in &evidence.records {
+        if let Some(Err(ClientError::Refused(refusal))) = record.ended.as_ref().map(|e| &e.result)
+            && ANSWERS.contains(&refusal.code)
+        {
+            reached.insert(answered(refusal.code));
+        }
+    }
 }

@@ -3,12 +3,14 @@
 
 pub mod checkers;
 pub mod coverage;
+pub mod fuzz;
 pub mod generate;
 pub mod history;
 pub mod oracle;
 pub mod recording;
 pub mod run;
 pub mod script;
+pub mod shrink;
 pub mod sim_cluster;
 pub mod sim_store;
 pub mod workload;

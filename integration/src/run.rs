@@ -91,8 +91,17 @@ fn client_node(client: u32) -> NodeId {
     NodeId(CLIENT.0 + 1 + client)
 }
 
-/// Runs a script and checks everything.
+/// Runs a script and checks everything. A panic anywhere in it is a violation, too.
 pub fn run(script: &Script) -> Report {
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| run_unguarded(script)));
+    caught.unwrap_or_else(|panic| {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied()).unwrap_or("without a message");
+        Report { violations: vec![Violation::new("panic", text.to_owned())], ..Report::default() }
+    })
+}
+
+fn run_unguarded(script: &Script) -> Report {
     let Some(cluster) = SimCluster::start_with(script.seed, script.cluster.clone()) else {
         let what = "the cluster does not come up, without any fault".to_owned();
         return Report { violations: vec![Violation::new("convergence", what)], ..Report::default() };

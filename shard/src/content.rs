@@ -7,6 +7,7 @@
 use clutch_proto::{
     BlockId, ContentId, ServiceId, Slot, SpanId, Time,
     limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS},
+    mutants::{self, Mutant},
     shard::{
         AddHole, AddInline, CertifySpanEntry, ContentReply, ContentRow, ExtentRow, InitiateSpanEntry,
         StartContentEntry, extent_row::Source, shard_reply::Reply,
@@ -169,7 +170,9 @@ pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) ->
         let block = BlockId(from_counter(first_block + i as u64, slot));
         span_row.blocks.push(Block { block_id: block.0, service_id: *service, crc, ..Block::default() });
         let index = tables::block_key(slot, ServiceId(*service), block.0);
-        tx.put(tables::BLOCK, &index, span.0.to_be_bytes().to_vec());
+        if row.pending_span == 0 || !mutants::is(Mutant::FirstTryNotIndexed) {
+            tx.put(tables::BLOCK, &index, span.0.to_be_bytes().to_vec());
+        }
     }
     span_row.cell_crcs = op.cell_crcs;
     tx.put_row(tables::SPAN, &tables::span_key(span), &span_row);

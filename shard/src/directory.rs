@@ -2,6 +2,7 @@
 
 use clutch_proto::{
     InodeKind, Slot, Time,
+    mutants::{self, Mutant},
     shard::{
         CreateDirectoryInode, Done, EdgeReply, EdgeRow, InodeRow, InsertEdge, LockEdge, OrphanDirectory,
         RemoveDirectoryInode, RemoveLockedEdge, SetOwner, UnlockEdge, shard_reply::Reply,
@@ -67,6 +68,9 @@ fn locked_edge(
 pub(crate) fn unlock_edge(tx: &mut Tx<'_>, op: &UnlockEdge) -> Reapplied {
     let dir = parse_directory(tx, op.dir)?;
     let edge = locked_edge(tx, dir, &op.name, op.target, op.created_at)?;
+    if mutants::is(Mutant::UnlockSkipped) {
+        return Ok(DONE);
+    }
     tx.put_row(tables::EDGE, &tables::edge_key(dir, &op.name), &EdgeRow { locked: false, ..edge });
     Ok(DONE)
 }
@@ -101,7 +105,7 @@ pub(crate) fn orphan(tx: &mut Tx<'_>, time: Time, op: &OrphanDirectory) -> Reapp
     if row.owner != op.owner {
         return Err(Stop::refuse(Code::Stale, "the directory has another parent now"));
     }
-    if has_rows(tx, tables::EDGE, dir)? {
+    if has_rows(tx, tables::EDGE, dir)? && !mutants::is(Mutant::RemoveNotEmpty) {
         return Err(Stop::refuse(Code::NotEmpty, "the directory is not empty"));
     }
     inode::put(tx, dir, &InodeRow { owner: 0, ctime: time.0, nlink: 0, ..row });

@@ -7,6 +7,7 @@
 use clutch_proto::{
     ContentId, InodeId, InodeKind, Time,
     limits::{INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
+    mutants::{self, Mutant},
     name,
     shard::{
         ContentRow, CreateFile, CreateSymlink, EdgeReply, EdgeRow, ExtentRow, InodeRow, LinkFile,
@@ -43,7 +44,7 @@ pub(crate) fn expect(
 }
 
 fn unlocked(edge: EdgeRow, name: &[u8]) -> Result<EdgeRow, Stop> {
-    if edge.locked {
+    if edge.locked && !mutants::is(Mutant::LockIgnored) {
         return Err(Stop::refuse(Code::Busy, format!("{:?} is being moved; try again", shown(name))));
     }
     Ok(edge)
@@ -89,7 +90,8 @@ pub(crate) fn insert(
 
 /// A directory's own times after a change of its entries.
 pub(crate) fn touch(tx: &mut Tx<'_>, time: Time, dir: InodeId, mut row: InodeRow) {
-    (row.mtime, row.ctime, row.edge_time) = (time.0, time.0, time.0);
+    let edge_time = if mutants::is(Mutant::EdgeTimeForgotten) { row.edge_time } else { time.0 };
+    (row.mtime, row.ctime, row.edge_time) = (time.0, time.0, edge_time);
     inode::put(tx, dir, &row);
 }
 

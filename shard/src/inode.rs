@@ -2,6 +2,7 @@
 
 use clutch_proto::{
     InodeId, InodeKind, Slot, Time,
+    mutants::{self, Mutant},
     shard::{CounterRow, InodeRow, SetAttributes, shard_reply::Reply},
     types::{Attributes, Code},
 };
@@ -61,7 +62,7 @@ pub(crate) fn new_row(time: Time, mode: u32, uid: u32, gid: u32, mtime: u64) -> 
         uid,
         gid,
         mtime,
-        ctime: time.0,
+        ctime: time.0 + if mutants::is(Mutant::ApplyReadsClock) { mutants::ticks() % 3 } else { 0 },
         atime: mtime,
         nlink: 1,
         ..InodeRow::default()

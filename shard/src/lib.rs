@@ -19,6 +19,7 @@ pub mod tables;
 use clutch_log::Position;
 use clutch_proto::{
     InodeId, Slot, Time,
+    mutants::{self, Mutant},
     shard::{
         Genesis, InodeRow, ServicesChanged, ShardEntry, ShardReply, ShardRequest, shard_entry::Body,
         shard_reply::Reply, shard_request::Op,
@@ -78,6 +79,9 @@ impl Machine for Shard {
     }
 
     fn tag(entry: &ShardEntry) -> Option<&ClientTag> {
+        if mutants::is(Mutant::DuplicateCreate) && matches!(entry.body, Some(Body::CreateFile(_))) {
+            return None;
+        }
         entry.tag.as_ref()
     }
 

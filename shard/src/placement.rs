@@ -24,7 +24,10 @@ pub(crate) fn place(
     random: &mut dyn FnMut() -> u64,
 ) -> Result<Vec<u64>, Stop> {
     if services.is_empty() {
-        return Err(Stop::refuse(Code::NotReady, "the shard does not know the block services yet; try again"));
+        return Err(Stop::refuse(
+            Code::NotReady,
+            "the shard does not know the block services yet; try again",
+        ));
     }
     let fits = |s: &&BlockService| {
         s.storage_class == op.storage_class

@@ -3,6 +3,7 @@
 use clutch_proto::{
     ContentId, InodeKind, Refusal, SpanId,
     limits::{LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX},
+    mutants::{self, Mutant},
     name,
     shard::{
         ContentRow, DirEntry, EdgeReply, EdgeRow, ExtentRow, History, HistoryReply, Layout, LayoutReply,
@@ -74,6 +75,10 @@ fn read_dir(mut view: &dyn View, op: &ReadDir) -> Result<Reply, Stop> {
                 continue;
             }
             (&rows[..end], next)
+        };
+        let next_cursor = match next_cursor {
+            0 => 0,
+            next => next + u64::from(mutants::is(Mutant::ListingSkips)),
         };
         let mut reply = ReadDirReply { entries: Vec::with_capacity(page.len()), next_cursor };
         for (key, value) in page {

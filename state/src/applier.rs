@@ -6,6 +6,7 @@ use bytes::Bytes;
 use clutch_log::{Batch, Position};
 use clutch_proto::{
     Refusal, Time,
+    mutants::{self, Mutant},
     state::{AppliedRow, ClientRow, Entry, OutcomeRow, entry::Kind},
     types::ClientTag,
 };
@@ -209,6 +210,9 @@ impl<M: Machine> Applier<M> {
             let undecodable = |what: String| Fault::Entry { position: batch.position, ordinal, what };
             let entry = Entry::decode(bytes.clone()).map_err(|e| undecodable(e.to_string()))?;
             time = Time(entry.stamp.max(time.0 + 1));
+            if mutants::is(Mutant::TimeGoesBack) {
+                time = Time(entry.stamp);
+            }
             let outcome = match entry.kind {
                 Some(Kind::Body(body)) => {
                     let body = M::Entry::decode(body).map_err(|e| undecodable(e.to_string()))?;
@@ -232,11 +236,17 @@ impl<M: Machine> Applier<M> {
         let applied = AppliedRow { position: batch.position.0, time: time.0, format: FORMAT };
         tx.put_row(Table::APPLIED, APPLIED_KEY, &applied);
         let mut rows = overlay.finish(&*store, &mut self.sums)?;
+        if mutants::is(Mutant::PositionWrittenApart) {
+            let (apart, together) =
+                rows.into_iter().partition(|(key, _)| key.first() == Some(&Table::APPLIED.0));
+            store.write(together)?;
+            rows = apart;
+        }
         for (lane, sum) in self.sums.take_dirty() {
             rows.push((Table::SUMS.stored_key(&[lane]), Some(Bytes::copy_from_slice(&sum.to_le_bytes()))));
         }
         store.write(rows)?;
-        assert!(time >= self.time, "time never goes backwards");
+        assert!(time >= self.time || mutants::is(Mutant::TimeGoesBack), "time never goes backwards");
         (self.position, self.time) = (batch.position, time);
         self.remember_hash();
         let Effects { actions, resolved } = effects;
@@ -251,7 +261,9 @@ impl<M: Machine> Applier<M> {
         entry: M::Entry,
         effects: &mut Effects<M>,
     ) -> Result<EntryOutcome<M::Reply>, Fault> {
-        let tag = M::tag(&entry).cloned();
+        let is_step = |tag: &ClientTag| tag.client < clutch_proto::certificate::SYSTEM_CLIENTS;
+        let tag =
+            M::tag(&entry).filter(|tag| !(is_step(tag) && mutants::is(Mutant::StepNotIdempotent))).copied();
         if let Some(tag) = &tag {
             match self.clients.admit(tx, tag, time)? {
                 Ok(Known::New) => {}

@@ -11,6 +11,7 @@ use clutch_log::Position;
 use clutch_proto::{
     Refusal, Time,
     limits::{CLIENT_IDLE_LIFETIME_MS, CLIENT_OUTCOMES_MAX},
+    mutants::{self, Mutant},
     state::{ClientRow, OutcomeRow},
     types::{ClientTag, Code},
 };
@@ -181,6 +182,9 @@ impl ClientTable {
         for (id, client) in &mut self.cached {
             if !std::mem::take(&mut client.dirty) {
                 continue;
+            }
+            if mutants::is(Mutant::OutcomeForgottenEarly) {
+                client.outcomes.clear();
             }
             client.used_minute = minute;
             if client.stored_minute != Some(minute) && *id >= SYSTEM_CLIENTS {

@@ -6,6 +6,7 @@
 
 use std::fmt;
 
+use clutch_proto::mutants::{self, Mutant};
 use xxhash_rust::xxh3::xxh3_128;
 
 use crate::store::Table;
@@ -66,6 +67,9 @@ impl Sums {
     /// Takes a row's old value out and its new one in.
     pub fn replace(&mut self, table: Table, key: &[u8], old: Option<&[u8]>, new: Option<&[u8]>) {
         if !table.is_hashed() || old == new {
+            return;
+        }
+        if new.is_none() && mutants::is(Mutant::HashIgnoresDelete) {
             return;
         }
         let gone = old.map_or(0, |v| row_hash(table, key, v));

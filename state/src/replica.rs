@@ -23,6 +23,7 @@ use clutch_proto::{
     Refusal, Time,
     admin::{AdminReply, AdminRequest},
     limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX, INBOX_REQUESTS_MAX, METADATA_REQUEST_BYTES_MAX},
+    mutants::{self, Mutant},
     state::{Check, Entry, entry::Kind},
     types::{ClientTag, Code},
 };
@@ -307,7 +308,9 @@ impl<M: Machine> Replica<M> {
 
     fn apply(&mut self, batch: &Batch) -> Result<(), Fault> {
         let applied = self.applier.apply(batch)?;
-        self.config.clock.advance(applied.time);
+        if !mutants::is(Mutant::TimeGoesBack) {
+            self.config.clock.advance(applied.time);
+        }
         if applied.outcomes.iter().any(|(_, o)| *o != EntryOutcome::Internal) {
             self.batches_since_check += 1;
             self.config.activity.fetch_max(applied.time.0, Ordering::Relaxed);
@@ -550,7 +553,7 @@ impl<M: Machine> Replica<M> {
         if let Some(fault) = &self.fault {
             return Some(Refusal::new(Code::ReplicaFault, format!("{}: {fault}", self.config.name)));
         }
-        if self.leading.is_none() {
+        if self.leading.is_none() && !mutants::is(Mutant::ReadBeforeCatchUp) {
             return Some(Refusal::new(
                 Code::NotLeader,
                 format!("this node does not lead {}", self.config.name),
@@ -656,6 +659,10 @@ impl<M: Machine> Replica<M> {
             }
             return;
         }
+        let barrier = match barrier {
+            _ if mutants::is(Mutant::ReadBeforeCatchUp) => Ok(Position(0)),
+            barrier => barrier,
+        };
         match barrier {
             Ok(position) => {
                 if position > self.applier.position() {

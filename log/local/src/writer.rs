@@ -7,6 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_log::{Batch, Epoch, LogFault, LogId, Outcome, Position};
+use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::File;
 use tokio::sync::{mpsc, oneshot};
 
@@ -200,7 +201,9 @@ impl Writer {
         }
         let current = self.current.as_mut().ok_or("no open segment")?;
         current.file.write_at(bytes, current.offset).map_err(|e| e.to_string())?;
-        current.file.sync().map_err(|e| e.to_string())?;
+        if !mutants::is(Mutant::AcknowledgeBeforeSync) {
+            current.file.sync().map_err(|e| e.to_string())?;
+        }
         current.offset += bytes.len() as u64;
         let (segment, offset) = (current.number, current.offset);
         self.write_mark(segment, offset)?;

@@ -1,0 +1,57 @@
+//! Every planted bug is found, by the checker that is there for it, within 1,000 seeds.
+
+use clutch_integration::{
+    generate::{Profile, generate},
+    run::run,
+};
+use clutch_proto::mutants::{self, Mutant};
+
+const SEEDS_MAX: u64 = 1000;
+
+fn find(mutant: Mutant, checkers: &[&str]) -> Result<(u64, &'static str), String> {
+    mutants::plant(Some(mutant));
+    let mut others = std::collections::BTreeSet::new();
+    let mut found = None;
+    for seed in 1..=SEEDS_MAX {
+        let report = run(&generate(seed, Profile::Mixed));
+        found = report.violations.iter().find(|v| checkers.contains(&v.checker)).map(|v| (seed, v.checker));
+        if found.is_some() {
+            break;
+        }
+        others.extend(report.violations.iter().map(|v| format!("{}: {}", v.checker, v.what)));
+    }
+    mutants::plant(None);
+    found.ok_or_else(|| {
+        format!(
+            "{mutant:?} was not found by {checkers:?}; others said {:?}",
+            others.iter().take(3).collect::<Vec<_>>()
+        )
+    })
+}
+
+#[test]
+fn every_planted_bug_is_found() {
+    let only = std::env::var("MUTANT").ok();
+    let all: Vec<_> = Mutant::ALL
+        .into_iter()
+        .filter(|(mutant, _)| only.as_ref().is_none_or(|name| format!("{mutant:?}") == *name))
+        .collect();
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let missed = std::sync::Mutex::new(Vec::new());
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while let Some((mutant, checkers)) =
+                    all.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed))
+                {
+                    match find(*mutant, checkers) {
+                        Ok((seed, checker)) => println!("{mutant:?}: seed {seed}, by {checker}"),
+                        Err(what) => missed.lock().expect("not poisoned").push(what),
+                    }
+                }
+            });
+        }
+    });
+    let missed = missed.into_inner().expect("not poisoned");
+    assert!(missed.is_empty(), "{missed:#?}");
+}

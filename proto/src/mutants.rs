@@ -1,0 +1,127 @@
+//! Bugs that are planted on purpose, to see that the simulation finds them. Without the feature `mutants`, which no
+//! shipped build has, [`is`] is a constant `false` and nothing of them is compiled in.
+
+/// A planted bug.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Mutant {
+    /// The log acknowledges before it has synced.
+    AcknowledgeBeforeSync = 1,
+    /// An applier looks at something that goes on by itself, as a clock does.
+    ApplyReadsClock,
+    /// Rows and the applied position are written one after the other.
+    PositionWrittenApart,
+    /// A shard does not recognise a step of the CDC that it has executed.
+    StepNotIdempotent,
+    /// A transaction that is turned back forgets its first step.
+    RollbackForgets,
+    /// A creation is not recognised when it comes again.
+    DuplicateCreate,
+    /// Unlocking an edge does nothing.
+    UnlockSkipped,
+    /// The state hash does not notice rows that go.
+    HashIgnoresDelete,
+    /// A block service removes good blocks when it starts.
+    BlockErasedInUse,
+    /// Whole blocks are read without looking at their checksums.
+    CrcUnchecked,
+    /// A proof, or a block, is taken although it is of other bytes.
+    CrcNotBound,
+    /// Directory moves do not wait for each other.
+    LoopThroughMoves,
+    /// Reads are answered before the replica knows that it is up to date.
+    ReadBeforeCatchUp,
+    /// A log's time is whatever its leader's clock says.
+    TimeGoesBack,
+    /// Outcomes are forgotten long before their clients acknowledge them.
+    OutcomeForgottenEarly,
+    /// A client takes silence for refusal.
+    UnknownIsRefused,
+    /// Directories with entries can be removed.
+    RemoveNotEmpty,
+    /// A locked edge can be changed.
+    LockIgnored,
+    /// Blocks of a span that is tried again are in no index.
+    FirstTryNotIndexed,
+    /// A listing leaves out the first name of each page but the first.
+    ListingSkips,
+    /// A directory's edge time does not follow its edges.
+    EdgeTimeForgotten,
+    /// The ancestors of a move's target are not all looked at.
+    WalkEndsEarly,
+}
+
+impl Mutant {
+    /// Every planted bug and the checkers one of which must find it.
+    pub const ALL: [(Mutant, &'static [&'static str]); 22] = [
+        (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
+        (Mutant::ApplyReadsClock, &["state hash"]),
+        (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
+        (Mutant::StepNotIdempotent, &["invariants", "oracle", "transactions"]),
+        (Mutant::RollbackForgets, &["transactions", "invariants"]),
+        (Mutant::DuplicateCreate, &["oracle", "linearizability", "outcomes"]),
+        (Mutant::UnlockSkipped, &["oracle", "invariants"]),
+        (Mutant::HashIgnoresDelete, &["state hash"]),
+        (Mutant::BlockErasedInUse, &["data"]),
+        (Mutant::CrcUnchecked, &["data"]),
+        (Mutant::CrcNotBound, &["certificates"]),
+        (Mutant::LoopThroughMoves, &["invariants", "convergence"]),
+        (Mutant::ReadBeforeCatchUp, &["linearizability", "linearizability by search"]),
+        (Mutant::TimeGoesBack, &["log time", "linearizability", "oracle"]),
+        (Mutant::OutcomeForgottenEarly, &["oracle", "linearizability", "outcomes", "transactions"]),
+        (Mutant::UnknownIsRefused, &["outcomes", "transactions"]),
+        (Mutant::RemoveNotEmpty, &["oracle", "linearizability"]),
+        (Mutant::LockIgnored, &["oracle", "linearizability"]),
+        (Mutant::FirstTryNotIndexed, &["invariants"]),
+        (Mutant::ListingSkips, &["linearizability"]),
+        (Mutant::EdgeTimeForgotten, &["invariants", "oracle", "linearizability"]),
+        (Mutant::WalkEndsEarly, &["invariants", "convergence"]),
+    ];
+}
+
+#[cfg(feature = "mutants")]
+mod active {
+    use std::cell::Cell;
+
+    use super::Mutant;
+
+    thread_local! {
+        static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
+        static TICKS: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// Plants a bug in everything that this thread runs, or takes it out again.
+    pub fn plant(mutant: Option<Mutant>) {
+        ACTIVE.set(mutant);
+    }
+
+    /// Whether this bug is planted.
+    pub fn is(mutant: Mutant) -> bool {
+        ACTIVE.get() == Some(mutant)
+    }
+
+    /// A number that goes on by itself.
+    pub fn ticks() -> u64 {
+        TICKS.set(TICKS.get() + 1);
+        TICKS.get()
+    }
+}
+
+#[cfg(not(feature = "mutants"))]
+mod active {
+    use super::Mutant;
+
+    /// Whether this bug is planted: never, in this build.
+    #[inline(always)]
+    pub const fn is(_: Mutant) -> bool {
+        false
+    }
+
+    /// A number that goes on by itself; stands still in this build.
+    #[inline(always)]
+    pub const fn ticks() -> u64 {
+        0
+    }
+}
+
+pub use active::*;

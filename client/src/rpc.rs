@@ -381,7 +381,10 @@ impl Client {
             let retry = match &error {
                 ClientError::Refused(refusal) => {
                     maybe_done |= refusal.may_have_effect();
-                    let moved = matches!(refusal.code, Code::WrongShard | Code::NotLeader | Code::NotReady);
+                    let moved = matches!(
+                        refusal.code,
+                        Code::WrongShard | Code::NotLeader | Code::NotReady | Code::OutcomeUnknown
+                    );
                     if moved {
                         self.inner.runtime.note("client: was sent elsewhere");
                         *lock(&self.inner.map) = None;
@@ -396,6 +399,8 @@ impl Client {
                 }
                 ClientError::Unknown(_) => {
                     maybe_done = !mutants::is(Mutant::UnknownIsRefused);
+                    // A leader that was cut off does not know it, and says nothing: another may have taken over.
+                    *lock(&self.inner.map) = None;
                     true
                 }
                 ClientError::DataLost(_) | ClientError::Local(_) => false,

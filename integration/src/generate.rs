@@ -130,6 +130,15 @@ impl Generator {
         let mut at: Vec<u64> = vec![0; lanes as usize];
         let mut events = Vec::new();
         let mut count = 0;
+        if self.weights[13] > 0 {
+            // A tree that is deep enough for moves to meet in it.
+            for path in ["/d0", "/d1", "/d0/d2", "/d1/d3", "/d0/d2/d4", "/d1/d3/d5"] {
+                self.directories.insert(path.to_owned());
+                let action =
+                    Action::Operate(Lane { client: 0, thread: 0 }, Operation::MakeDirectory(path.into()));
+                events.push(Event { at: Duration::ZERO, action });
+            }
+        }
         while count < operations {
             let lane = (0..lanes as usize).min_by_key(|l| at[*l]).expect("at least one lane");
             let (client, thread) = (lane as u32 / self.threads, lane as u32 % self.threads);
@@ -281,11 +290,18 @@ impl Generator {
             return vec![(0, Operation::Stat("/".into()))];
         };
         let name = |n: u32| format!("m{n}");
-        if self.rng.random_ratio(1, 2) {
+        let child = |rng: &mut ChaCha8Rng, of: &str| {
+            let below = format!("{of}/");
+            let children: Vec<&String> = all.iter().filter(|d| d.starts_with(&below)).collect();
+            children.choose(rng).map_or(of.to_owned(), |d| (*d).clone())
+        };
+        let is_apart = |a: &str, b: &str| !format!("{a}/").starts_with(&format!("{b}/"));
+        if self.rng.random_ratio(1, 2) && is_apart(&a, &b) && is_apart(&b, &a) {
+            let (below_a, below_b) = (child(&mut self.rng, &a), child(&mut self.rng, &b));
             let (x, y) = (name(self.rng.random_range(0..4)), name(self.rng.random_range(0..4)));
             return vec![
-                (0, Operation::Move(a.clone(), format!("{b}/{x}"))),
-                (1, Operation::Move(b, format!("{a}/{y}"))),
+                (0, Operation::Move(a, format!("{below_b}/{x}"))),
+                (1, Operation::Move(b, format!("{below_a}/{y}"))),
             ];
         }
         let to = format!("{}/d{}", self.directory(), self.rng.random_range(0..6));
@@ -349,6 +365,14 @@ impl Generator {
             let Some(kind) = enabled.choose(&mut self.rng) else { break };
             let at = Duration::from_micros(self.rng.random_range(0..end_us));
             if let Some(fault) = self.fault(kind) {
+                if let Fault::Skew(party, _) = &fault
+                    && self.rng.random()
+                {
+                    // A clock that is set back shows when its node forgets what it has seen.
+                    let at = at + Duration::from_micros(self.rng.random_range(100..50_000));
+                    let crash = Fault::Crash(*party, Duration::from_millis(2));
+                    events.push(Event { at, action: Action::Strike(crash) });
+                }
                 events.push(Event { at, action: Action::Strike(fault) });
             }
         }

@@ -54,6 +54,7 @@ enum End {
     Resume(NodeId),
     SlowPause(NodeId, Duration),
     Stop(NodeId),
+    Hear(LogId, NodeId),
     HealDisk(Party),
 }
 
@@ -337,7 +338,12 @@ impl Runner {
             Fault::Move(party, d) => {
                 let log = log_of(*party);
                 if let Some((old, _)) = log.and_then(|log| self.cluster.move_log(log)) {
+                    // For the first half of the time the old leader hears nothing of the new one.
                     self.zombies.insert(old);
+                    if let Some(log) = log {
+                        self.cluster.logs.set_deaf(log, u64::from(old.0), true);
+                        self.end_after(*d / 2, End::Hear(log, old));
+                    }
                     self.end_after(*d, End::Stop(old));
                 }
             }
@@ -439,6 +445,7 @@ impl Runner {
                     self.paused.remove(&node);
                 }
             }
+            End::Hear(log, node) => self.cluster.logs.set_deaf(log, u64::from(node.0), false),
             End::HealDisk(party) => {
                 let node = self.node(party);
                 self.cluster.world.disk(node).set_faults(DiskFaults::default());
@@ -514,7 +521,10 @@ impl Runner {
             ..Report::default()
         };
         let mut evidence = checkers::Evidence::collect(&self.cluster, records, &self.crashes);
-        if violations.is_empty() {
+        if !violations.is_empty() {
+            let found = self.cluster.recording.violations();
+            violations.extend(found.into_iter().map(|what| Violation::new("log", what)));
+        } else {
             violations.extend(checkers::check(&mut evidence, &self.cluster, &self.history, &statuses));
         }
         violations.extend(

@@ -9,6 +9,7 @@ use clutch_proto::{
     admin::{AdminReply, AdminRequest},
     certificate::{SYSTEM_CLIENTS, is_system_mac},
     limits::MESSAGE_BYTES_MAX,
+    mutants::{self, Mutant},
     session::{Request, Response, Role},
     types::Code,
 };
@@ -56,7 +57,9 @@ impl NodeHandler {
         }
         let request =
             Request::decode(bytes).map_err(|e| Refusal::malformed(format!("decode request: {e}")))?;
-        self.clock.observe(Time(request.time))?;
+        if !mutants::is(Mutant::TimeGoesBack) {
+            self.clock.observe(Time(request.time))?;
+        }
         if request.cluster != 0 && request.cluster != self.cluster {
             return Err(Refusal::new(Code::WrongCluster, "this node belongs to another cluster"));
         }

@@ -18,6 +18,7 @@ use clutch_client::{Client, ClientOptions};
 use clutch_log::LogId;
 use clutch_proto::{
     ServiceId, cdc,
+    mutants::{self, Mutant},
     registry::{
         self, GetChain, PlaceCdc, PlaceShard, RegisterServices, Segment, SpanPolicy, SwapChain,
         registry_entry, registry_request::Op,
@@ -270,7 +271,9 @@ impl Starter<'_> {
         let name = log_name(id);
         let store = self.config.stores.store(id).with_context(|| format!("open the state of {name}"))?;
         let applier = Applier::<M>::open(store).with_context(|| format!("open the state of {name}"))?;
-        self.clock.advance(applier.time());
+        if !mutants::is(Mutant::TimeGoesBack) {
+            self.clock.advance(applier.time());
+        }
         let log = self.config.logs.log(id).await.with_context(|| format!("open the log of {name}"))?;
         let (leader_events, receiver) = mpsc::unbounded_channel();
         let replica = ReplicaConfig {

@@ -4,7 +4,11 @@
 //! proposal commits after a drawn delay; a leader change in between decides for each waiting proposal, in order,
 //! whether it still commits, and its proposer never learns. Time and draws come from the runtime alone.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -64,6 +68,8 @@ struct State {
     floor: Position,
     faults: Faults,
     next_unknown: Option<bool>,
+    /// Nodes that hear nothing of the others and do not know it.
+    deaf: BTreeSet<u64>,
     restore: BTreeMap<u64, SnapshotRef>,
 }
 
@@ -154,6 +160,21 @@ impl SimLogs {
         self.group(id).state.lock().next_unknown = Some(committed);
     }
 
+    /// Cuts a node's handle off the others, or joins it again. While it is deaf nothing reaches it, what it proposes
+    /// is lost with an unknown outcome, and its barriers are not answered: it may still think that it leads.
+    pub fn set_deaf(&self, id: LogId, node: u64, deaf: bool) {
+        let group = self.group(id);
+        {
+            let mut state = group.state.lock();
+            if deaf {
+                state.deaf.insert(node);
+            } else {
+                state.deaf.remove(&node);
+            }
+        }
+        group.changed.send_modify(|c| *c += 1);
+    }
+
     /// A node's readers get this snapshot in mid-stream.
     pub fn restore(&self, id: LogId, node: u64, snapshot: SnapshotRef) {
         let group = self.group(id);
@@ -173,6 +194,10 @@ impl Log for SimLog {
     fn propose(&self, epoch: Epoch, batch: Vec<Bytes>) -> Result<Commit, Rejected> {
         check_batch(&batch)?;
         let mut state = self.group.state.lock();
+        if state.deaf.contains(&self.node) {
+            // Its sender is dropped: unknown.
+            return Ok(Commit::pair().1);
+        }
         if state.sealed.is_some() {
             return Err(Rejected::Sealed);
         }
@@ -231,6 +256,7 @@ impl Log for SimLog {
             {
                 let state = self.group.state.lock();
                 match level {
+                    ReadLevel::Linearizable | ReadLevel::Lease if state.deaf.contains(&self.node) => {}
                     ReadLevel::Local => return Ok(state.tail()),
                     ReadLevel::Linearizable | ReadLevel::Lease if state.leader == self.node => {
                         return Ok(state.tail());
@@ -307,6 +333,9 @@ impl SimEvents {
     fn ready(&mut self) -> Result<Option<Event>, LogFault> {
         self.changed.borrow_and_update();
         let mut state = self.group.state.lock();
+        if state.deaf.contains(&self.node) {
+            return Ok(None);
+        }
         if let Some(snapshot) = state.restore.remove(&self.node) {
             self.next = snapshot.position.next();
             return Ok(Some(Event::Restore(snapshot)));

@@ -64,6 +64,8 @@ pub(crate) enum Command {
     Log(LogCommand),
     /// Check the invariants of all metadata.
     Fsck(FsckArgs),
+    /// Run whole simulated clusters under faults, from seeds, and check everything.
+    Fuzz(FuzzArgs),
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -84,6 +86,81 @@ pub(crate) enum Command {
         /// `panic` or `segv`.
         signal: String,
     },
+}
+
+/// What `clutch fuzz` lays stress on.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FuzzProfile {
+    /// Everything.
+    Mixed,
+    /// Names and attributes.
+    Metadata,
+    /// Bytes, on bad disks.
+    Data,
+    /// No faults.
+    Calm,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct FuzzArgs {
+    /// Run so many seeds; 100 when nothing else is said.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    pub(crate) seeds: Option<u64>,
+    /// Run one seed.
+    #[arg(long, conflicts_with_all = ["seeds", "minutes", "script"])]
+    pub(crate) seed: Option<u64>,
+    /// Begin no new seed after so many minutes.
+    #[arg(long, value_parser = parse_minutes)]
+    pub(crate) minutes: Option<f64>,
+    /// The first seed; drawn when it is not given.
+    #[arg(long, conflicts_with = "seed")]
+    pub(crate) first_seed: Option<u64>,
+    /// Run a script, as a failure leaves it behind.
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["seeds", "minutes", "trace", "first_seed"])]
+    pub(crate) script: Option<PathBuf>,
+    /// Run the operations of a trace, each seed under faults of its own.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) trace: Option<PathBuf>,
+    /// What the scripts are like.
+    #[arg(long, value_enum, default_value_t = FuzzProfile::Mixed)]
+    pub(crate) profile: FuzzProfile,
+    /// Threads, each with worlds of its own; one world never uses more than one.
+    #[arg(long, value_name = "N")]
+    pub(crate) jobs: Option<usize>,
+    /// Seeds divisible by this run twice and must give the same trace; 0 for none.
+    #[arg(long, default_value_t = 20, value_name = "N")]
+    pub(crate) repeat_every: u64,
+    /// Stop after so many failing seeds.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = parse_count)]
+    pub(crate) failures_max: usize,
+    /// Fail unless every kind of fault has struck so often.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) require_faults: u64,
+    /// Where scripts and timelines of failures are stored.
+    #[arg(long, default_value = ".", value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// Leave failures as long as they are.
+    #[arg(long)]
+    pub(crate) no_shrink: bool,
+    /// Print the script of `--seed` instead of running it.
+    #[arg(long)]
+    pub(crate) print: bool,
+    /// Print one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn parse_minutes(text: &str) -> Result<f64, String> {
+    let minutes: f64 = text.parse().map_err(|_| format!("{text:?} is not a number of minutes"))?;
+    if minutes > 0.0 && minutes < 1e6 {
+        Ok(minutes)
+    } else {
+        Err("more than 0 and fewer than 10^6 minutes".into())
+    }
+}
+
+fn parse_count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number above 0"))
 }
 
 #[derive(Args, Debug)]

@@ -21,7 +21,9 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 fn main() -> ExitCode {
     crash::install();
     let cli = Cli::parse_from(args::registry_log_flag(std::env::args_os()));
-    let filter = tracing_subscriber::EnvFilter::try_from_env("CLUTCH_LOG").unwrap_or_else(|_| "warn".into());
+    // Simulated clusters are full of faults on purpose; their complaints are not news.
+    let level = if matches!(cli.command, Command::Fuzz(_)) { "off" } else { "warn" };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CLUTCH_LOG").unwrap_or_else(|_| level.into());
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
@@ -60,6 +62,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Fs(command) => commands::fs::run(Arc::new(client()), command).await,
         Command::Log(command) => commands::log::run(client, command).await,
         Command::Fsck(args) => commands::fsck::run(&client(), args).await,
+        Command::Fuzz(args) => commands::fuzz::run(args),
         Command::Bench(command) => commands::bench::run(Arc::new(client()), command).await,
         Command::Completions { shell } => commands::shell::completions(*shell),
         Command::Man { dir } => commands::shell::man(dir.as_deref()),

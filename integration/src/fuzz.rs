@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::{
     coverage,
-    generate::{Profile, generate},
+    generate::{Profile, generate, strike},
     run::{Report, run},
     script::{Fault, Script},
 };
@@ -26,12 +26,27 @@ pub struct Options {
     pub time: Option<Duration>,
     /// What the scripts are like.
     pub profile: Profile,
+    /// Operations that came from elsewhere, each seed under its own faults; instead of generated ones.
+    pub trace: Option<Script>,
     /// Threads, each with worlds of its own.
     pub jobs: usize,
     /// Every so manieth seed runs twice and must give the same trace; 0 for none.
     pub repeat_every: u64,
     /// Ends with so many failing seeds.
     pub failures_max: usize,
+}
+
+impl Options {
+    fn script(&self, seed: u64) -> Script {
+        match &self.trace {
+            None => generate(seed, self.profile),
+            Some(trace) => {
+                let mut script = trace.clone();
+                strike(&mut script, seed);
+                script
+            }
+        }
+    }
 }
 
 /// A seed that failed.
@@ -99,8 +114,11 @@ impl Summary {
     }
 }
 
+/// The name under which another trace of the same script is reported.
+pub const DETERMINISM: &str = "determinism";
+
 /// Runs one script twice if asked; another trace the second time is a violation.
-fn run_checked(script: &Script, twice: bool) -> Report {
+pub fn run_checked(script: &Script, twice: bool) -> Report {
     let mut report = run(script);
     if twice {
         let again = run(script);
@@ -109,7 +127,7 @@ fn run_checked(script: &Script, twice: bool) -> Report {
                 "the same script gave the trace {:016x} and then {:016x}",
                 report.trace_hash, again.trace_hash
             );
-            report.violations.push(crate::checkers::Violation::new("determinism", what));
+            report.violations.push(crate::checkers::Violation::new(DETERMINISM, what));
         }
     }
     report
@@ -137,7 +155,7 @@ pub fn fuzz(options: &Options, progress: &(dyn Fn(&Summary) + Sync)) -> Summary 
                         return;
                     }
                     let seed = options.first_seed.wrapping_add(number);
-                    let script = generate(seed, options.profile);
+                    let script = options.script(seed);
                     let twice = options.repeat_every > 0 && seed.is_multiple_of(options.repeat_every);
                     let report = run_checked(&script, twice);
                     let mut summary = summary.lock();

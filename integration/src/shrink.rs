@@ -3,13 +3,17 @@
 //! Delta debugging (Zeller and Hildebrandt, 2002) over the events. A removal moves all later draws of the world, so a
 //! candidate that does not fail is tried again under a few other seeds of the world before it is given up.
 
+use std::time::{Duration, Instant};
+
 use crate::{
-    run::{Report, run},
+    fuzz::{DETERMINISM, run_checked},
+    run::Report,
     script::{Action, Fault, Party, Script},
 };
 
-/// Runs that shrinking may take.
-const RUNS_MAX: usize = 1500;
+/// Runs that shrinking may take, and the time after which it is content with what it has.
+const RUNS_MAX: usize = 3000;
+const TIME_MAX: Duration = Duration::from_secs(90);
 /// Seeds of the world that are tried for one candidate once the script is short.
 const SEEDS_PER_CANDIDATE: u64 = 4;
 /// A script of so many events is short.
@@ -18,6 +22,7 @@ const SHORT: usize = 60;
 struct Shrinker {
     checker: &'static str,
     runs_left: usize,
+    begun: Instant,
     best: Script,
     report: Report,
 }
@@ -28,6 +33,7 @@ pub fn shrink(script: &Script, report: &Report) -> (Script, Report) {
     let mut shrinker = Shrinker {
         checker: first.checker,
         runs_left: RUNS_MAX,
+        begun: Instant::now(),
         best: script.clone(),
         report: report.clone(),
     };
@@ -53,13 +59,16 @@ impl Shrinker {
         candidate.clients = clients.max().unwrap_or(1);
         let seed = candidate.seed;
         for other in 0..seeds {
+            if self.begun.elapsed() > TIME_MAX {
+                self.runs_left = 0;
+            }
             if self.runs_left == 0 {
                 return false;
             }
             self.runs_left -= 1;
             // Even and odd seeds end differently.
             candidate.seed = seed.wrapping_add(other * 2);
-            let report = run(&candidate);
+            let report = run_checked(&candidate, self.checker == DETERMINISM);
             if report.violations.iter().any(|v| v.checker == self.checker) {
                 (self.best, self.report) = (candidate, report);
                 return true;

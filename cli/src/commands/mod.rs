@@ -3,6 +3,7 @@
 pub(crate) mod bench;
 pub(crate) mod fs;
 pub(crate) mod fsck;
+pub(crate) mod fuzz;
 pub(crate) mod log;
 pub(crate) mod shell;
 pub(crate) mod status;

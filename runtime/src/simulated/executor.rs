@@ -2,7 +2,7 @@
 
 use std::{
     cmp::Reverse,
-    collections::{BTreeMap, BinaryHeap},
+    collections::{BTreeMap, BTreeSet, BinaryHeap},
     future::Future,
     pin::Pin,
     sync::Arc,
@@ -29,7 +29,9 @@ struct Task {
     waker: Waker,
 }
 
-type ReadyQueue = Arc<Mutex<Vec<u64>>>;
+/// Sorted, so that the order in which a library wakes several tasks at once does not matter: tokio draws it from a
+/// random source of its own.
+type ReadyQueue = Arc<Mutex<BTreeSet<u64>>>;
 
 struct TaskWaker {
     id: u64,
@@ -42,10 +44,7 @@ impl Wake for TaskWaker {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        let mut ready = self.ready.lock();
-        if !ready.contains(&self.id) {
-            ready.push(self.id);
-        }
+        self.ready.lock().insert(self.id);
     }
 }
 
@@ -93,7 +92,7 @@ impl Executor {
         self.next_id += 1;
         let waker = Waker::from(Arc::new(TaskWaker { id, ready: self.ready.clone() }));
         self.tasks.insert(id, Task { owner, future: Some(future), waker });
-        self.ready.lock().push(id);
+        self.ready.lock().insert(id);
     }
 
     pub(super) fn ready_count(&self) -> usize {
@@ -102,7 +101,12 @@ impl Executor {
 
     /// Takes the `pick`th ready task out for polling; `None` when it has ended meanwhile.
     pub(super) fn take_ready(&mut self, pick: usize) -> Option<(u64, TaskOwner, BoxFuture<()>, Waker)> {
-        let id = self.ready.lock().swap_remove(pick);
+        let id = {
+            let mut ready = self.ready.lock();
+            let id = *ready.iter().nth(pick)?;
+            ready.remove(&id);
+            id
+        };
         let task = self.tasks.get_mut(&id)?;
         if let Some(held) = self.paused.get_mut(&task.owner.node) {
             if !held.contains(&id) {

@@ -1,0 +1,231 @@
+//! `clutch fuzz`: whole simulated clusters under faults, from seeds, a script or somebody's own trace.
+
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clutch_integration::{
+    fuzz::{self, Failure, Options, Summary},
+    generate::{Profile, generate},
+    script::Script,
+    shrink::shrink,
+};
+use serde_json::json;
+
+use crate::{
+    args::{FuzzArgs, FuzzProfile},
+    output,
+};
+
+/// Lines of the timeline that are shown; the whole is in the file beside the script.
+const TIMELINE_SHOWN: usize = 60;
+
+fn profile(of: FuzzProfile) -> (Profile, &'static str) {
+    match of {
+        FuzzProfile::Mixed => (Profile::Mixed, "mixed"),
+        FuzzProfile::Metadata => (Profile::Metadata, "metadata"),
+        FuzzProfile::Data => (Profile::Data, "data"),
+        FuzzProfile::Calm => (Profile::Calm, "calm"),
+    }
+}
+
+fn read_script(path: &Path) -> Result<Script> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    text.parse().with_context(|| format!("{}: not a script", path.display()))
+}
+
+pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
+    let begin = Instant::now();
+    if let (true, Some(seed)) = (args.print, args.seed) {
+        output::line(generate(seed, profile(args.profile).0))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    ensure!(!args.print, "--print needs --seed");
+    let summary = match &args.script {
+        Some(path) => fuzz::run_script(&read_script(path)?),
+        None => run_seeds(args, begin)?,
+    };
+    let mut failures = Vec::new();
+    for failure in &summary.failures {
+        failures.push(report_failure(args, failure)?);
+    }
+    let short = short_of_faults(args, &summary);
+    if args.json {
+        output::json(&json!({
+            "operations": summary.operations,
+            "requests": summary.requests,
+            "faults": summary.faults_all(),
+            "fault_kinds": summary.faults,
+            "violations": summary.failures.iter().map(|f| f.report.violations.len()).sum::<usize>(),
+            "failures": failures,
+            "seeds": summary.seeds,
+            "first_seed": first_seed_of(args, begin),
+            "trace_hash": format!("{:016x}", summary.trace_hash),
+            "coverage": summary.coverage,
+            "seconds": begin.elapsed().as_secs_f64(),
+        }))?;
+    } else {
+        show(&summary, begin.elapsed())?;
+    }
+    if let Some(kinds) = &short {
+        eprintln!("clutch: these kinds of faults struck fewer than {} times: {kinds}", args.require_faults);
+    }
+    Ok(if summary.failures.is_empty() && short.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn first_seed_of(args: &FuzzArgs, _begin: Instant) -> u64 {
+    args.seed.or(args.first_seed).unwrap_or_else(|| {
+        // Drawn once for a process: what is printed is what is run.
+        static DRAWN: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
+        *DRAWN.get_or_init(|| {
+            let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+            now.as_nanos() as u64 % 1_000_000_000_000
+        })
+    })
+}
+
+fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
+    let trace = args.trace.as_deref().map(read_script).transpose()?;
+    if let Some(trace) = &trace
+        && trace.events.is_empty()
+    {
+        bail!("the trace has no operations");
+    }
+    let first_seed = first_seed_of(args, begin);
+    let time = args.minutes.map(|minutes| Duration::from_secs_f64(minutes * 60.0));
+    let seeds = match (args.seed, args.seeds, time) {
+        (Some(_), ..) => 1,
+        (None, Some(seeds), _) => seeds,
+        (None, None, Some(_)) => u64::MAX,
+        (None, None, None) => 100,
+    };
+    let options = Options {
+        first_seed,
+        seeds,
+        time,
+        profile: profile(args.profile).0,
+        trace,
+        jobs: args.jobs.unwrap_or(1),
+        repeat_every: args.repeat_every,
+        failures_max: args.failures_max,
+    };
+    eprintln!("clutch: fuzzing from seed {first_seed}");
+    let bar = output::counter("fuzz");
+    let progress = |summary: &Summary| {
+        let seconds = begin.elapsed().as_secs_f64().max(0.001);
+        bar.set_message(format!(
+            "{} seeds, {} operations ({:.0}/s), {} faults ({:.0}/s), {} of {} states, {} failures",
+            summary.seeds,
+            summary.operations,
+            summary.operations as f64 / seconds,
+            summary.faults_all(),
+            summary.faults_all() as f64 / seconds,
+            summary.reached(),
+            summary.coverage.len(),
+            summary.failures.len()
+        ));
+    };
+    let summary = fuzz::fuzz(&options, &progress);
+    bar.finish_and_clear();
+    Ok(summary)
+}
+
+fn short_of_faults(args: &FuzzArgs, summary: &Summary) -> Option<String> {
+    let short: Vec<String> = summary
+        .faults
+        .iter()
+        .filter(|(_, count)| **count < args.require_faults)
+        .map(|(kind, count)| format!("{kind} {count}"))
+        .collect();
+    (!short.is_empty()).then(|| short.join(", "))
+}
+
+fn show(summary: &Summary, took: Duration) -> Result<()> {
+    let seconds = took.as_secs_f64().max(0.001);
+    output::line(format!(
+        "{} seeds, {} operations ({:.0}/s), {} requests, {} faults ({:.0}/s) in {seconds:.1} s",
+        summary.seeds,
+        summary.operations,
+        summary.operations as f64 / seconds,
+        summary.requests,
+        summary.faults_all(),
+        summary.faults_all() as f64 / seconds
+    ))?;
+    let kinds: Vec<String> = summary.faults.iter().map(|(kind, count)| format!("{kind} {count}")).collect();
+    output::line(format!("faults: {}", kinds.join(", ")))?;
+    output::line(format!("states: {} of {} reached", summary.reached(), summary.coverage.len()))?;
+    output::line(format!("trace: {:016x}", summary.trace_hash))?;
+    output::line(match summary.failures.len() {
+        0 => "no violations".to_owned(),
+        n => format!("{n} seeds FAILED"),
+    })
+}
+
+/// Minimises a failure, stores and shows it, and says how to repeat it.
+fn report_failure(args: &FuzzArgs, failure: &Failure) -> Result<serde_json::Value> {
+    let (script, report) = match args.no_shrink || args.script.is_some() {
+        true => (failure.script.clone(), failure.report.clone()),
+        false => {
+            eprintln!(
+                "clutch: seed {} failed; minimising {} events",
+                failure.seed,
+                failure.script.events.len()
+            );
+            shrink(&failure.script, &failure.report)
+        }
+    };
+    let mut text = String::new();
+    for violation in &failure.report.violations {
+        text.push_str(&format!("# {}: {}\n", violation.checker, violation.what.replace('\n', " ")));
+    }
+    text.push_str(&script.to_string());
+    let mut timeline = String::new();
+    for (at, what) in &report.timeline {
+        timeline.push_str(&format!("{:>12.6} {what}\n", at.as_secs_f64()));
+    }
+    for violation in &report.violations {
+        timeline.push_str(&format!("VIOLATION {}: {}\n", violation.checker, violation.what));
+    }
+    let path = args.out.join(format!("fuzz-{}.script", failure.seed));
+    let command = match (&args.script, &args.trace) {
+        (Some(given), _) => format!("clutch fuzz --script {}", given.display()),
+        (None, Some(trace)) => format!("clutch fuzz --seed {} --trace {}", failure.seed, trace.display()),
+        (None, None) => format!("clutch fuzz --seed {} --profile {}", failure.seed, profile(args.profile).1),
+    };
+    let stored: Option<PathBuf> = match &args.script {
+        Some(_) => None,
+        None => {
+            std::fs::create_dir_all(&args.out).with_context(|| format!("make {}", args.out.display()))?;
+            std::fs::write(&path, &text).with_context(|| format!("write {}", path.display()))?;
+            std::fs::write(path.with_extension("timeline"), &timeline)
+                .with_context(|| format!("write the timeline beside {}", path.display()))?;
+            Some(path)
+        }
+    };
+    eprintln!("seed {} failed:", failure.seed);
+    for violation in &failure.report.violations {
+        eprintln!("  {}: {}", violation.checker, violation.what);
+    }
+    eprintln!("timeline of {} events:", script.events.len());
+    let skipped = timeline.lines().count().saturating_sub(TIMELINE_SHOWN);
+    if skipped > 0 {
+        eprintln!("  ... {skipped} lines before");
+    }
+    timeline.lines().skip(skipped).for_each(|line| eprintln!("  {line}"));
+    eprintln!("repeat it: {command}");
+    if let Some(path) = &stored {
+        eprintln!("the small one: clutch fuzz --script {}", path.display());
+    }
+    let violations: Vec<_> =
+        failure.report.violations.iter().map(|v| json!({ "checker": v.checker, "what": v.what })).collect();
+    Ok(json!({
+        "seed": failure.seed,
+        "violations": violations,
+        "script": stored,
+        "events": script.events.len(),
+        "repeat": command,
+    }))
+}

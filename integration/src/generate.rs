@@ -66,6 +66,8 @@ struct Generator {
     salt: u64,
     /// Disks that may lose or change what they hold; no more than spans can do without.
     bad_disks: Vec<u32>,
+    /// Half of all faults strike this one.
+    focus: Option<Party>,
 }
 
 impl Generator {
@@ -108,6 +110,12 @@ impl Generator {
             removed: Vec::new(),
             salt: 0,
             bad_disks: Vec::new(),
+            focus: None,
+        };
+        generator.focus = match generator.rng.random_range(0..6) {
+            0 | 1 => Some(Party::Cdc),
+            2 => Some(Party::Shard(generator.rng.random_range(0..generator.cluster.shards))),
+            _ => None,
         };
         generator.set_bad_disks();
         generator
@@ -181,7 +189,8 @@ impl Generator {
     }
 
     fn new_name(&mut self) -> String {
-        format!("{}/f{}", self.directory(), self.rng.random_range(0..NAMES))
+        let kind = if self.rng.random_ratio(1, 30) { 'd' } else { 'f' };
+        format!("{}/{kind}{}", self.directory(), self.rng.random_range(0..NAMES))
     }
 
     fn next_salt(&mut self) -> u64 {
@@ -304,7 +313,12 @@ impl Generator {
                 (1, Operation::Move(b, format!("{below_a}/{y}"))),
             ];
         }
-        let to = format!("{}/d{}", self.directory(), self.rng.random_range(0..6));
+        let kind = if self.rng.random_ratio(1, 10) { 'f' } else { 'd' };
+        let parent = match self.rng.random_ratio(1, 3) {
+            true => a.rsplit_once('/').map_or(String::new(), |(parent, _)| parent.to_owned()),
+            false => self.directory(),
+        };
+        let to = format!("{parent}/{kind}{}", self.rng.random_range(0..6));
         let below = format!("{a}/");
         if !to.starts_with(&below) && to != a {
             let moved = |paths: &BTreeSet<String>| -> BTreeSet<String> {
@@ -323,6 +337,11 @@ impl Generator {
     }
 
     fn party(&mut self) -> Party {
+        if let Some(focus) = self.focus
+            && self.rng.random()
+        {
+            return focus;
+        }
         match self.rng.random_range(0..10) {
             0 => Party::Registry,
             1 | 2 => Party::Cdc,
@@ -351,6 +370,9 @@ impl Generator {
 
     /// How long something lasts: mostly short against the clients' patience.
     fn lasting(&mut self) -> Duration {
+        if self.rng.random_ratio(1, 60) {
+            return Duration::from_secs(25);
+        }
         let most = *[2_000u64, 50_000, 700_000, 2_500_000].choose(&mut self.rng).expect("some");
         Duration::from_micros(self.rng.random_range(500..most))
     }
@@ -372,6 +394,14 @@ impl Generator {
                     let at = at + Duration::from_micros(self.rng.random_range(100..50_000));
                     let crash = Fault::Crash(*party, Duration::from_millis(2));
                     events.push(Event { at, action: Action::Strike(crash) });
+                }
+                if let Fault::Move(party, lasting) = &fault
+                    && self.rng.random_ratio(1, 4)
+                {
+                    // Two changes of leaders in a row.
+                    let at = at + Duration::from_micros(self.rng.random_range(100..30_000));
+                    let again = Fault::Move(*party, *lasting);
+                    events.push(Event { at, action: Action::Strike(again) });
                 }
                 events.push(Event { at, action: Action::Strike(fault) });
             }

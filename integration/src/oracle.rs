@@ -146,11 +146,11 @@ impl ShardOracle {
         let body = entry.body.ok_or_else(|| format!("entry at {position} has no body"))?;
         step.tag = entry.tag;
         step.body = Some(body.clone());
-        if let Some(tag) = entry.tag {
-            if let Some(known) = self.admit(&tag) {
-                step.outcome = Some(known);
-                return Ok(step);
-            }
+        if let Some(tag) = entry.tag
+            && let Some(known) = self.admit(&tag)
+        {
+            step.outcome = Some(known);
+            return Ok(step);
         }
         step.is_first = true;
         let outcome = self.execute(body);

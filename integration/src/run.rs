@@ -102,47 +102,60 @@ pub fn run(script: &Script) -> Report {
     })
 }
 
+/// Runs a script's operations and returns what all logs delivered.
+pub fn collect_logs(script: &Script) -> BTreeMap<LogId, crate::recording::Batches> {
+    let Some(mut runner) = Runner::start(script) else { return BTreeMap::new() };
+    runner.run_until_done(Duration::from_secs(24 * 3600));
+    let ids = runner.cluster.log_ids();
+    ids.into_iter().map(|id| (id, runner.cluster.recording.batches(id))).collect()
+}
+
 fn run_unguarded(script: &Script) -> Report {
-    let Some(cluster) = SimCluster::start_with(script.seed, script.cluster.clone()) else {
+    let Some(mut runner) = Runner::start(script) else {
         let what = "the cluster does not come up, without any fault".to_owned();
         return Report { violations: vec![Violation::new("convergence", what)], ..Report::default() };
     };
-    let start = cluster.world.elapsed();
-    let mut runner = Runner {
-        start,
-        cluster,
-        history: Arc::default(),
-        lanes: Lanes::default(),
-        busy: Arc::default(),
-        queue: BTreeMap::new(),
-        next: 0,
-        network: BTreeMap::new(),
-        down: BTreeSet::new(),
-        paused: BTreeSet::new(),
-        zombies: BTreeSet::new(),
-        armed: BTreeSet::new(),
-        blocked: BTreeMap::new(),
-        clients: script.clients,
-        faults: BTreeMap::new(),
-        timeline: Vec::new(),
-        crashes: Vec::new(),
-    };
-    for event in &script.events {
-        match &event.action {
-            Action::Operate(lane, operation) => {
-                let mut lanes = runner.lanes.lock();
-                lanes.entry(*lane).or_default().push_back((event.at, operation.clone()));
-            }
-            Action::Strike(fault) => runner.schedule(start + event.at, Timed::Strike(fault.clone())),
-        }
-    }
-    (0..script.clients).for_each(|client| runner.start_client(client));
     runner.run_until_done(Duration::from_secs(24 * 3600));
     runner.heal(script.seed);
     runner.finish()
 }
 
 impl Runner {
+    fn start(script: &Script) -> Option<Runner> {
+        let cluster = SimCluster::start_with(script.seed, script.cluster.clone())?;
+        let start = cluster.world.elapsed();
+        let mut runner = Runner {
+            start,
+            cluster,
+            history: Arc::default(),
+            lanes: Lanes::default(),
+            busy: Arc::default(),
+            queue: BTreeMap::new(),
+            next: 0,
+            network: BTreeMap::new(),
+            down: BTreeSet::new(),
+            paused: BTreeSet::new(),
+            zombies: BTreeSet::new(),
+            armed: BTreeSet::new(),
+            blocked: BTreeMap::new(),
+            clients: script.clients,
+            faults: BTreeMap::new(),
+            timeline: Vec::new(),
+            crashes: Vec::new(),
+        };
+        for event in &script.events {
+            match &event.action {
+                Action::Operate(lane, operation) => {
+                    let mut lanes = runner.lanes.lock();
+                    lanes.entry(*lane).or_default().push_back((event.at, operation.clone()));
+                }
+                Action::Strike(fault) => runner.schedule(start + event.at, Timed::Strike(fault.clone())),
+            }
+        }
+        (0..script.clients).for_each(|client| runner.start_client(client));
+        Some(runner)
+    }
+
     fn schedule(&mut self, at: Duration, what: Timed) {
         self.next += 1;
         self.queue.insert((at, self.next), what);

@@ -163,6 +163,7 @@ impl Code {
 
     /// Whether a request that was answered so may have taken effect.
     pub fn may_have_effect(self) -> bool {
-        matches!(self, Code::OutcomeUnknown | Code::ExpiredUnknown | Code::Acknowledged)
+        // A replica that has stopped cannot say what became of another copy of the request.
+        matches!(self, Code::OutcomeUnknown | Code::ExpiredUnknown | Code::Acknowledged | Code::ReplicaFault)
     }
 }

@@ -11,8 +11,10 @@ pub mod fsck;
 mod handler;
 pub mod keys;
 pub mod node;
+#[cfg(feature = "rocks")]
 pub mod replay;
 pub mod stores;
+#[cfg(feature = "rocks")]
 pub mod up;
 
 pub use cluster_file::ClusterFile;

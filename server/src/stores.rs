@@ -1,15 +1,11 @@
 //! Where replicas keep their state and their logs.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
 use clutch_log::{Log, LogFault, LogId};
 use clutch_log_local::LocalEngine;
 use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
-use clutch_state_rocks::{RocksStore, SharedMemory};
 
 /// Opens the logs of a node.
 #[async_trait]
@@ -44,38 +40,55 @@ pub fn log_name(id: LogId) -> String {
     }
 }
 
-/// RocksDB databases under one directory: `<dir>/<log>/db`, checkpoints in `<dir>/<log>/checkpoints`.
-pub struct RocksStores {
-    dir: PathBuf,
-    memory: SharedMemory,
-}
+#[cfg(feature = "rocks")]
+pub use rocks::RocksStores;
 
-impl RocksStores {
-    /// Stores that share a block cache of 64 MiB and write buffers of 64 MiB.
-    pub fn new(dir: PathBuf) -> RocksStores {
-        RocksStores { dir, memory: SharedMemory::new(64 << 20, 64 << 20) }
+#[cfg(feature = "rocks")]
+mod rocks {
+    use std::{
+        path::{Path, PathBuf},
+        sync::Arc,
+    };
+
+    use clutch_log::LogId;
+    use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
+    use clutch_state_rocks::{RocksStore, SharedMemory};
+
+    use super::{StoreProvider, log_name};
+
+    /// RocksDB databases under one directory: `<dir>/<log>/db`, checkpoints in `<dir>/<log>/checkpoints`.
+    pub struct RocksStores {
+        dir: PathBuf,
+        memory: SharedMemory,
     }
 
-    /// Where a replica's database lies.
-    pub fn database(dir: &Path, id: LogId) -> PathBuf {
-        dir.join(log_name(id)).join("db")
-    }
-}
+    impl RocksStores {
+        /// Stores that share a block cache of 64 MiB and write buffers of 64 MiB.
+        pub fn new(dir: PathBuf) -> RocksStores {
+            RocksStores { dir, memory: SharedMemory::new(64 << 20, 64 << 20) }
+        }
 
-impl StoreProvider for RocksStores {
-    fn store(&self, id: LogId) -> Result<Arc<dyn Store>, StoreError> {
-        let path = RocksStores::database(&self.dir, id);
-        std::fs::create_dir_all(&path)
-            .map_err(|e| StoreError::Engine(format!("make {}: {e}", path.display())))?;
-        Ok(Arc::new(RocksStore::open(&path, &self.memory)?))
+        /// Where a replica's database lies.
+        pub fn database(dir: &Path, id: LogId) -> PathBuf {
+            dir.join(log_name(id)).join("db")
+        }
     }
 
-    fn checkpoints(&self, id: LogId) -> Option<PathBuf> {
-        Some(self.dir.join(log_name(id)).join("checkpoints"))
-    }
+    impl StoreProvider for RocksStores {
+        fn store(&self, id: LogId) -> Result<Arc<dyn Store>, StoreError> {
+            let path = RocksStores::database(&self.dir, id);
+            std::fs::create_dir_all(&path)
+                .map_err(|e| StoreError::Engine(format!("make {}: {e}", path.display())))?;
+            Ok(Arc::new(RocksStore::open(&path, &self.memory)?))
+        }
 
-    fn open_checkpoint(&self) -> OpenCheckpoint {
-        let memory = self.memory.clone();
-        Arc::new(move |path| Ok(Arc::new(RocksStore::open_read_only(path, &memory)?)))
+        fn checkpoints(&self, id: LogId) -> Option<PathBuf> {
+            Some(self.dir.join(log_name(id)).join("checkpoints"))
+        }
+
+        fn open_checkpoint(&self) -> OpenCheckpoint {
+            let memory = self.memory.clone();
+            Arc::new(move |path| Ok(Arc::new(RocksStore::open_read_only(path, &memory)?)))
+        }
     }
 }

@@ -32,10 +32,9 @@ pub fn replay(evidence: &Evidence, id: LogId) -> Result<ShardEvidence, String> {
     let mut reads: Vec<(u64, usize)> = Vec::new();
     for (index, (log, _)) in &evidence.requests {
         let record = &evidence.records[*index];
-        if let Some(ended) = record.ended.as_ref().filter(|_| *log == id && record.call.tag.is_none()) {
-            if ended.at.position > 0 {
-                reads.push((ended.at.position, *index));
-            }
+        let is_read_here = *log == id && record.call.tag.is_none();
+        if let Some(ended) = record.ended.as_ref().filter(|e| is_read_here && e.at.position > 0) {
+            reads.push((ended.at.position, *index));
         }
     }
     reads.sort_unstable();

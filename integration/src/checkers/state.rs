@@ -18,6 +18,9 @@ use crate::oracle::{Edge, Past, Source};
 /// The states that full replays gave.
 pub type Replayed = BTreeMap<LogId, std::sync::Arc<MemoryStore>>;
 
+/// Size, whether it is certified, and services and blocks.
+type SpanFacts = (u32, bool, Vec<(u64, u64)>);
+
 pub(crate) fn rows<M: Message + Default>(store: &MemoryStore, table: Table) -> Vec<(Bytes, M)> {
     let rows = store.scan(table, &[], &[], usize::MAX).unwrap_or_default();
     rows.into_iter().filter_map(|(key, value)| Some((key, M::decode(value).ok()?))).collect()
@@ -96,7 +99,7 @@ pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
             .flat_map(|(id, c)| c.extents.iter().map(|(at, length, s)| ((*id, *at), (*length, s.clone()))))
             .collect();
         compare("extent", &extents, &expected, &mut wrong);
-        let spans: BTreeMap<u64, (u32, bool, Vec<(u64, u64)>)> = rows::<Span>(store, tables::SPAN)
+        let spans: BTreeMap<u64, SpanFacts> = rows::<Span>(store, tables::SPAN)
             .into_iter()
             .map(|(_, s)| {
                 let blocks = s.blocks.iter().map(|b| (b.service_id, b.block_id)).collect();

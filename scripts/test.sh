@@ -21,3 +21,13 @@ step tree
 scripts/tree.sh
 step tests
 cargo test --release --workspace --no-fail-fast
+step "planted bugs are found"
+cargo test --release --package clutch-integration --features mutants --test mutants --test shrinking
+step "simulation: fresh seeds"
+target/release/clutch fuzz --seeds 400 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
+step "simulation: the same traces in a debug build"
+cargo run --release --quiet --package clutch-integration --example trace -- 1 40 >"$scratch/release"
+cargo run --quiet --package clutch-integration --no-default-features --example trace -- 1 40 >"$scratch/debug"
+diff "$scratch/release" "$scratch/debug"
+step decoders
+scripts/fuzz-decoders.sh 10

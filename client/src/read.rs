@@ -171,6 +171,9 @@ impl Client {
                         return Err(ClientError::Unreachable(text));
                     }
                     clock.sleep(Duration::from_millis(200)).await;
+                    if mutants::is(Mutant::ServicesUnknown) {
+                        continue;
+                    }
                     let layout = self.layout(file, page.content, extent.offset).await?;
                     renewed = layout.spans.into_iter().find(|s| s.span_id == span.span_id).or(renewed);
                 }

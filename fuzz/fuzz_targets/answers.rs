@@ -40,8 +40,8 @@ fuzz_target!(|data: &[u8]| {
     let at = Endpoint::from("server");
     let handler = Arc::new(Canned(Mutex::new(answers)));
     let listen_at = at.clone();
-    world.run(NodeId(1), Duration::from_secs(1), async move {
-        std::mem::forget(server.network.listen(&listen_at, handler).await.expect("a free name"));
+    let _listening = world.run(NodeId(1), Duration::from_secs(1), async move {
+        server.network.listen(&listen_at, handler).await.expect("a free name")
     });
     let options = ClientOptions { patience: Duration::from_millis(100), ..ClientOptions::default() };
     let client = Client::new(world.node(NodeId(2)), at, options);

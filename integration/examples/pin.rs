@@ -1,6 +1,6 @@
 //! Looks for seeds that reach the rare states of `coverage.rs` and prints them as `pinned.txt` has them.
 //!
-//! `cargo run --release -p clutch-integration --example pin -- FIRST_SEED COUNT`
+//! `cargo run --release -p clutch-integration --example pin -- FIRST_SEED COUNT [metadata|data]`
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -14,11 +14,16 @@ fn main() {
     let number =
         |n: usize, default: u64| std::env::args().nth(n).and_then(|a| a.parse().ok()).unwrap_or(default);
     let (first, count) = (number(1, 1), number(2, 1000));
+    let profile = match std::env::args().nth(3).as_deref() {
+        Some("metadata") => Profile::Metadata,
+        Some("data") => Profile::Data,
+        _ => Profile::Mixed,
+    };
     let mut by_seed: BTreeMap<u64, BTreeSet<String>> = BTreeMap::new();
     let mut left: BTreeSet<String> = coverage::states().into_iter().collect();
     let mut times: BTreeMap<String, u64> = BTreeMap::new();
     for seed in first..first + count {
-        let report = run(&generate(seed, Profile::Mixed));
+        let report = run(&generate(seed, profile));
         for violation in &report.violations {
             eprintln!("seed {seed}: {}: {}", violation.checker, violation.what);
         }
@@ -47,7 +52,7 @@ fn main() {
     }
     for state in coverage::states() {
         match pins.get(&state) {
-            Some(seed) => println!("{seed} {state}"),
+            Some(seed) => println!("{} {seed} {state}", format!("{profile:?}").to_lowercase()),
             None => println!("# not reached: {state}"),
         }
     }

@@ -268,6 +268,11 @@ impl Generator {
             }
             12 => {
                 let (from, to) = (self.file(), self.new_name());
+                if self.rng.random_ratio(1, 8) {
+                    // Onto a directory: it is turned back.
+                    let onto = self.directory();
+                    return one(Operation::Move(from, if onto.is_empty() { to } else { onto }));
+                }
                 self.files.remove(&from);
                 self.files.insert(to.clone());
                 one(Operation::Move(from, to))
@@ -402,6 +407,12 @@ impl Generator {
                     let at = at + Duration::from_micros(self.rng.random_range(100..30_000));
                     let again = Fault::Move(*party, *lasting);
                     events.push(Event { at, action: Action::Strike(again) });
+                    if self.rng.random() {
+                        // Neither can say where it is, until both can.
+                        let away = Fault::Crash(Party::Registry, Duration::from_millis(60));
+                        let at = at.saturating_sub(Duration::from_millis(40));
+                        events.push(Event { at, action: Action::Strike(away) });
+                    }
                 }
                 events.push(Event { at, action: Action::Strike(fault) });
             }

@@ -49,11 +49,17 @@ pub enum Mutant {
     EdgeTimeForgotten,
     /// The ancestors of a move's target are not all looked at.
     WalkEndsEarly,
+    /// A leader that is late to say where it is replaces its successor. A real bug once.
+    OlderLeaderPlaced,
+    /// A shard answers layouts, and refuses spans, before it knows any block service. A real bug once.
+    ServicesUnknown,
+    /// That a replica has stopped is taken for a refusal. A real bug once.
+    FaultIsRefusal,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 22] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 25] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -76,6 +82,9 @@ impl Mutant {
         (Mutant::ListingSkips, &["linearizability"]),
         (Mutant::EdgeTimeForgotten, &["invariants", "oracle", "linearizability"]),
         (Mutant::WalkEndsEarly, &["invariants", "convergence"]),
+        (Mutant::OlderLeaderPlaced, &["convergence"]),
+        (Mutant::ServicesUnknown, &["data"]),
+        (Mutant::FaultIsRefusal, &["outcomes", "transactions"]),
     ];
 }
 

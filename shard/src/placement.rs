@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use clutch_proto::{
+    mutants::{self, Mutant},
     shard::InitiateSpan,
     types::{BlockService, Code},
 };
@@ -23,7 +24,7 @@ pub(crate) fn place(
     block_bytes: u32,
     random: &mut dyn FnMut() -> u64,
 ) -> Result<Vec<u64>, Stop> {
-    if services.is_empty() {
+    if services.is_empty() && !mutants::is(Mutant::ServicesUnknown) {
         return Err(Stop::refuse(
             Code::NotReady,
             "the shard does not know the block services yet; try again",

@@ -269,6 +269,7 @@ impl SimCluster {
                 engine: "sim".into(),
                 keyring,
                 system_key: [7; 32],
+                process_usage: || None,
                 runtime: runtime.clone(),
             };
             match Node::start(config).await {

@@ -26,7 +26,11 @@ pub(crate) struct NodeHandler {
     pub(crate) cdc: Option<ReplicaHandle>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
+    pub(crate) process_usage: ProcessUsage,
 }
+
+/// Asks for the processor time in microseconds and the resident bytes of this process, where it has some of its own.
+pub type ProcessUsage = fn() -> Option<(u64, u64)>;
 
 /// The incarnation of every log: chains of one segment so far.
 pub(crate) const INCARNATION: u64 = 1;
@@ -98,7 +102,7 @@ impl NodeHandler {
             let op = AdminRequest::decode(request.body)
                 .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
             let mut reply = replica.admin(op).await?;
-            add_process(&mut reply);
+            add_process(&mut reply, self.process_usage);
             return Ok(Response { body: reply.encode_to_vec().into(), ..Response::default() });
         }
         let Answer { result, position, time } = replica.call(request.body, request.tag).await;
@@ -111,7 +115,7 @@ impl NodeHandler {
 }
 
 /// Adds what only the process knows of itself.
-fn add_process(reply: &mut AdminReply) {
+fn add_process(reply: &mut AdminReply, process_usage: ProcessUsage) {
     if let Some(status) = &mut reply.status {
         let (cpu_us, resident_bytes) = process_usage().unwrap_or_default();
         (status.process_cpu_us, status.resident_bytes) = (cpu_us, resident_bytes);
@@ -119,7 +123,7 @@ fn add_process(reply: &mut AdminReply) {
 }
 
 /// Processor time in microseconds and resident bytes of this process, from Linux's `/proc`.
-fn process_usage() -> Option<(u64, u64)> {
+pub fn process_usage() -> Option<(u64, u64)> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok()?;
     // The command's name may hold spaces; the fields after it do not.
     let fields: Vec<&str> = stat.rsplit_once(')')?.1.split_whitespace().collect();

@@ -8,7 +8,7 @@
 pub mod cdc_driver;
 pub mod cluster_file;
 pub mod fsck;
-mod handler;
+pub mod handler;
 pub mod keys;
 pub mod node;
 #[cfg(feature = "rocks")]

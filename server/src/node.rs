@@ -36,7 +36,7 @@ use tokio::sync::mpsc;
 use crate::{
     cdc_driver,
     cluster_file::ClusterFile,
-    handler::{INCARNATION, NodeHandler, SharedHandler},
+    handler::{INCARNATION, NodeHandler, ProcessUsage, SharedHandler},
     stores::{LogProvider, StoreProvider, log_name},
 };
 
@@ -84,6 +84,8 @@ pub struct NodeConfig {
     pub keyring: Keyring,
     /// What the parts of the cluster know each other by.
     pub system_key: [u8; 32],
+    /// What the process uses; a simulated node has no process of its own.
+    pub process_usage: ProcessUsage,
 }
 
 /// A running node. Dropping it closes the endpoint; [`Node::stop`] also flushes.
@@ -157,6 +159,7 @@ impl Node {
             cdc: cdc.as_ref().map(|(handle, _)| handle.clone()),
             shards: shards.clone(),
             blocks: blocks.clone(),
+            process_usage: config.process_usage,
         });
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());

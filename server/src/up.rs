@@ -115,6 +115,7 @@ impl Up {
             cluster: cluster.clone(),
             roles,
             logs: Arc::new(engine),
+            process_usage: crate::handler::process_usage,
             stores: Arc::new(RocksStores::new(config.dir.join("state"))),
             engine: "local".into(),
             keyring,

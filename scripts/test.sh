@@ -26,8 +26,9 @@ cargo test --release --package clutch-integration --features mutants --test muta
 step "simulation: fresh seeds"
 target/release/clutch fuzz --seeds 400 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
 step "simulation: the same traces in a debug build"
-cargo run --release --quiet --package clutch-integration --example trace -- 1 40 >"$scratch/release"
-cargo run --quiet --package clutch-integration --no-default-features --example trace -- 1 40 >"$scratch/debug"
+first=$(date +%s)
+cargo run --release --quiet --package clutch-integration --example trace -- "$first" 40 >"$scratch/release"
+cargo run --quiet --package clutch-integration --no-default-features --example trace -- "$first" 40 >"$scratch/debug"
 diff "$scratch/release" "$scratch/debug"
 step decoders
 scripts/fuzz-decoders.sh 10

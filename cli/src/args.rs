@@ -122,10 +122,10 @@ pub(crate) struct FuzzArgs {
     #[arg(long, value_name = "FILE")]
     pub(crate) trace: Option<PathBuf>,
     /// What the scripts are like.
-    #[arg(long, value_enum, default_value_t = FuzzProfile::Mixed)]
+    #[arg(long, value_enum, default_value_t = FuzzProfile::Mixed, conflicts_with_all = ["trace", "script"])]
     pub(crate) profile: FuzzProfile,
     /// Threads, each with worlds of its own; one world never uses more than one.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with = "script")]
     pub(crate) jobs: Option<usize>,
     /// Seeds divisible by this run twice and must give the same trace; 0 for none.
     #[arg(long, default_value_t = 20, value_name = "N")]
@@ -143,7 +143,7 @@ pub(crate) struct FuzzArgs {
     #[arg(long)]
     pub(crate) no_shrink: bool,
     /// Print the script of `--seed` instead of running it.
-    #[arg(long)]
+    #[arg(long, requires = "seed", conflicts_with_all = ["trace", "script"])]
     pub(crate) print: bool,
     /// Print one JSON document.
     #[arg(long)]

@@ -132,3 +132,29 @@ fn benchmarks_print_their_rows() {
     assert_eq!(cluster.ok(&["fs", "ls", "/"]), "", "a benchmark leaves nothing behind");
     cluster.fsck();
 }
+
+#[test]
+fn fuzzing_prints_counts_and_runs_scripts() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let run = |args: &[&str]| {
+        let output = Command::new(CLUTCH).current_dir(temp.path()).args(args).output().expect("runs");
+        (output.status.code(), String::from_utf8(output.stdout).expect("text"), output.stderr)
+    };
+    let (code, text, _) = run(&["fuzz", "--first-seed", "1", "--seeds", "4", "--json"]);
+    let document: serde_json::Value = serde_json::from_str(&text).expect("one document");
+    assert_eq!((code, document["violations"].as_u64()), (Some(0), Some(0)));
+    assert_eq!(document["seeds"].as_u64(), Some(4));
+    assert!(document["operations"].as_u64() > Some(100) && document["coverage"].is_object());
+    let (_, again, _) = run(&["fuzz", "--first-seed", "1", "--seeds", "4", "--jobs", "2", "--json"]);
+    let again: serde_json::Value = serde_json::from_str(&again).expect("one document");
+    assert_eq!(document["trace_hash"], again["trace_hash"], "threads change nothing");
+    // A long script on the command's own runtime must end, too.
+    let (code, script, _) = run(&["fuzz", "--seed", "2", "--print"]);
+    assert_eq!(code, Some(0));
+    std::fs::write(temp.path().join("two.script"), script).expect("writes");
+    assert_eq!(run(&["fuzz", "--script", "two.script"]).0, Some(0));
+    std::fs::write(temp.path().join("bad.script"), "0.1 c0 mkdir /a\n0.2 c0 fly /a\n").expect("writes");
+    let (code, _, error) = run(&["fuzz", "--script", "bad.script"]);
+    assert_eq!(code, Some(1));
+    assert!(String::from_utf8_lossy(&error).contains("line 2"), "{}", String::from_utf8_lossy(&error));
+}

@@ -164,18 +164,22 @@ impl Client {
         let clock = self.inner.runtime.clock.clone();
         let begin = clock.monotonic();
         let mut renewed: Option<Span> = None;
+        let mut pause = Duration::from_millis(100);
         loop {
             match self.read_span_once(renewed.as_ref().unwrap_or(span), start, count).await {
                 Err(ClientError::Unreachable(text)) => {
                     if clock.monotonic() - begin >= self.inner.options.patience {
                         return Err(ClientError::Unreachable(text));
                     }
-                    clock.sleep(Duration::from_millis(200)).await;
+                    clock.sleep(pause).await;
+                    pause = (pause * 2).min(Duration::from_secs(2));
                     if mutants::is(Mutant::ServicesUnknown) {
                         continue;
                     }
-                    let layout = self.layout(file, page.content, extent.offset).await?;
-                    renewed = layout.spans.into_iter().find(|s| s.span_id == span.span_id).or(renewed);
+                    // Without a new layout the old one is tried again; its error says more.
+                    if let Ok(layout) = self.layout(file, page.content, extent.offset).await {
+                        renewed = layout.spans.into_iter().find(|s| s.span_id == span.span_id).or(renewed);
+                    }
                 }
                 decided => return decided,
             }

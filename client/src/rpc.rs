@@ -364,7 +364,10 @@ impl Client {
         let mut backoff = Duration::from_millis(5);
         let mut maybe_done = false;
         loop {
-            let (result, answered_at) = match Box::pin(self.target(service)).await {
+            let target = Box::pin(self.target(service)).await;
+            // What went wrong on the way to the registry had no effect at the service.
+            let was_sent = target.is_ok();
+            let (result, answered_at) = match target {
                 Ok(target) => self.attempt(&target, Lane::Metadata, tag.cloned(), body.clone(), admin).await,
                 Err(error) => (Err(error), AnsweredAt::default()),
             };
@@ -380,7 +383,7 @@ impl Client {
             };
             let retry = match &error {
                 ClientError::Refused(refusal) => {
-                    maybe_done |= refusal.may_have_effect();
+                    maybe_done |= was_sent && refusal.may_have_effect();
                     let moved = matches!(
                         refusal.code,
                         Code::WrongShard | Code::NotLeader | Code::NotReady | Code::OutcomeUnknown
@@ -398,7 +401,7 @@ impl Client {
                     true
                 }
                 ClientError::Unknown(_) => {
-                    maybe_done = !mutants::is(Mutant::UnknownIsRefused);
+                    maybe_done |= was_sent && !mutants::is(Mutant::UnknownIsRefused);
                     // A leader that was cut off does not know it, and says nothing: another may have taken over.
                     *lock(&self.inner.map) = None;
                     true

@@ -41,6 +41,7 @@ pub fn strike(script: &mut Script, seed: u64) {
     let mut generator = Generator::new(seed, Profile::Mixed);
     generator.cluster = script.cluster.clone();
     generator.clients = script.clients;
+    generator.focus = None;
     generator.set_bad_disks();
     let length = script.events.last().map_or(Duration::from_secs(1), |e| e.at);
     let faults = generator.faults(length);

@@ -761,3 +761,38 @@ pub fn agrees(got: &Reply, expected: &Reply) -> bool {
         _ => got == expected,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clutch_proto::state::Entry;
+
+    use super::*;
+
+    fn entry(tag: Option<ClientTag>, body: Body) -> Bytes {
+        let body = ShardEntry { tag, body: Some(body) }.encode_to_vec().into();
+        Entry { stamp: 1, kind: Some(Kind::Body(body)) }.encode_to_vec().into()
+    }
+
+    #[test]
+    fn a_hundred_thousand_entries_are_replayed_quickly_and_a_repeated_one_once() {
+        let mut oracle = ShardOracle::default();
+        let genesis = Genesis { slot_last: 255, root_mode: 0o755, ..Genesis::default() };
+        oracle.apply(Position(1), &entry(None, Body::Genesis(genesis))).expect("decodes");
+        for n in 1..=100_000u64 {
+            let tag = ClientTag { client: 99, sequence: n, acknowledged: n - 1, issued_at: 1 };
+            let op = CreateFile {
+                dir: InodeId::ROOT.raw(),
+                name: format!("n{}", n % 5000).into(),
+                replace: true,
+                ..CreateFile::default()
+            };
+            let entry = entry(Some(tag), Body::CreateFile(op));
+            assert!(oracle.apply(Position(n + 1), &entry).expect("decodes").is_first);
+            if n % 1000 == 0 {
+                let again = oracle.apply(Position(n + 1), &entry).expect("decodes");
+                assert!(!again.is_first && matches!(again.outcome, Some(Ok(Reply::Edge(_)))));
+            }
+        }
+        assert_eq!((oracle.edges.len(), oracle.past.len()), (5000, 95_000));
+    }
+}

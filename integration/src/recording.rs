@@ -55,6 +55,14 @@ impl Recording {
         self.violations.lock().clone()
     }
 
+    /// Where one reader is told that there is nothing, no other may have been given something.
+    fn skipped(&self, id: LogId, after: Position, to: Position) {
+        let lost = self.logs.lock().get(&id).and_then(|l| l.range(after.next()..=to).next().map(|(p, _)| *p));
+        if let Some(position) = lost {
+            self.violation(format!("{id}: position {position} was delivered once and is gone"));
+        }
+    }
+
     fn delivered(&self, id: LogId, batch: &Batch) {
         let mut logs = self.logs.lock();
         let known = logs.entry(id).or_default().entry(batch.position).or_insert_with(|| batch.clone());
@@ -82,6 +90,7 @@ impl Log for RecordedLog {
     fn events(&self, from: Position) -> Box<dyn Events> {
         Box::new(RecordedEvents {
             id: self.id,
+            last: Position(from.0.saturating_sub(1)),
             events: self.log.events(from),
             recording: self.recording.clone(),
         })
@@ -114,6 +123,8 @@ impl Log for RecordedLog {
 
 struct RecordedEvents {
     id: LogId,
+    /// Up to where this reader has come.
+    last: Position,
     events: Box<dyn Events>,
     recording: Arc<Recording>,
 }
@@ -122,8 +133,16 @@ struct RecordedEvents {
 impl Events for RecordedEvents {
     async fn next(&mut self) -> Result<Event, LogFault> {
         let event = self.events.next().await?;
-        if let Event::Committed(batch) = &event {
-            self.recording.delivered(self.id, batch);
+        match &event {
+            Event::Committed(batch) => {
+                self.recording.delivered(self.id, batch);
+                self.last = batch.position;
+            }
+            Event::Gap { to } => {
+                self.recording.skipped(self.id, self.last, *to);
+                self.last = *to;
+            }
+            _ => {}
         }
         Ok(event)
     }

@@ -74,13 +74,14 @@ struct Runner {
     paused: BTreeSet<NodeId>,
     /// Nodes that lost their roles and still run.
     zombies: BTreeSet<NodeId>,
-    armed: BTreeSet<NodeId>,
+    /// Nodes whose power will go, and for how long.
+    armed: BTreeMap<NodeId, Duration>,
     blocked: BTreeMap<(NodeId, NodeId), u32>,
     clients: u32,
     faults: BTreeMap<&'static str, u64>,
     timeline: Vec<(Duration, String)>,
     /// Crashes of log replicas: when, and which.
-    pub(crate) crashes: Vec<(LogId, usize)>,
+    crashes: Vec<(LogId, usize)>,
 }
 
 enum Timed {
@@ -136,7 +137,7 @@ impl Runner {
             down: BTreeSet::new(),
             paused: BTreeSet::new(),
             zombies: BTreeSet::new(),
-            armed: BTreeSet::new(),
+            armed: BTreeMap::new(),
             blocked: BTreeMap::new(),
             clients: script.clients,
             faults: BTreeMap::new(),
@@ -173,8 +174,11 @@ impl Runner {
         let node = client_node(client);
         let runtime = self.cluster.world.node(node);
         let watcher = Arc::new(Watcher { history: self.history.clone(), runtime: runtime.clone() });
-        let worker =
-            Worker { client: self.cluster.client_on(node, Some(watcher)), history: self.history.clone() };
+        let worker = Worker {
+            client: self.cluster.client_on(node, Some(watcher)),
+            history: self.history.clone(),
+            cluster: self.cluster.cluster_id(),
+        };
         let mine: Vec<Lane> = self.lanes.lock().keys().filter(|l| l.client == client).copied().collect();
         for lane in mine {
             let (worker, lanes, busy, start) =
@@ -234,13 +238,13 @@ impl Runner {
         let more = self.cluster.world.step_until(until);
         if !self.armed.is_empty() {
             let dead: Vec<NodeId> =
-                self.armed.iter().filter(|n| self.cluster.world.disk(**n).is_dead()).copied().collect();
+                self.armed.keys().filter(|n| self.cluster.world.disk(**n).is_dead()).copied().collect();
             for node in dead {
-                self.armed.remove(&node);
+                let lasting = self.armed.remove(&node).unwrap_or(RESTART_PAUSE);
                 self.cluster.world.note("world: the power goes in the middle of a disk operation");
                 self.tell(format!("the power of node {} goes", node.0));
                 self.crash(node);
-                self.end_after(RESTART_PAUSE, End::Boot(node));
+                self.end_after(lasting, End::Boot(node));
             }
         }
         for node in self.cluster.take_failed() {
@@ -289,8 +293,10 @@ impl Runner {
     }
 
     fn strike(&mut self, fault: Fault) {
-        *self.faults.entry(fault.kind()).or_default() += 1;
         self.tell(format!("fault {fault}"));
+        if self.can_strike(&fault) {
+            *self.faults.entry(fault.kind()).or_default() += 1;
+        }
         let node = |this: &Runner, party: &Party| this.node(*party);
         match &fault {
             Fault::Loss(_, d) | Fault::Duplicate(_, d) | Fault::Delay(_, d) => {
@@ -329,11 +335,11 @@ impl Runner {
                     self.end_after(*d, End::Boot(node));
                 }
             }
-            Fault::PowerCut(party, operations, _) => {
+            Fault::PowerCut(party, operations, d) => {
                 let node = node(self, party);
                 if !self.down.contains(&node) {
                     self.cluster.world.disk(node).cut_power_after(u64::from(*operations));
-                    self.armed.insert(node);
+                    self.armed.insert(node, *d);
                 }
             }
             Fault::Pause(party, d) => {
@@ -391,6 +397,21 @@ impl Runner {
                 self.cluster.world.disk(node).wipe();
                 self.end_after(RESTART_PAUSE, End::Boot(node));
             }
+        }
+    }
+
+    /// Whether a fault does anything now: nobody is cut off from himself, and who is down cannot fall. Chances (loss,
+    /// disk errors) count once, when they begin to act.
+    fn can_strike(&self, fault: &Fault) -> bool {
+        let is_up = |party: &Party| !self.down.contains(&self.node(*party));
+        match fault {
+            Fault::Partition(a, b, _) | Fault::OneWay(a, b, _) | Fault::Clog(a, b, _) => a != b,
+            Fault::Crash(party, _) | Fault::PowerCut(party, ..) => is_up(party),
+            Fault::Pause(party, _) | Fault::Slow(party, _) => {
+                is_up(party) && !self.paused.contains(&self.node(*party))
+            }
+            Fault::Flip(disk, _) => !self.cluster.world.disk(disk_node(*disk)).files().is_empty(),
+            _ => true,
         }
     }
 
@@ -502,7 +523,7 @@ impl Runner {
         let everything = seed.is_multiple_of(2);
         // Power cuts that have not come yet must not come any more, and replicas that failed start again.
         let local = self.cluster.config().engine == Engine::Local;
-        nodes.retain(|n| everything || self.down.contains(n) || self.armed.contains(n) || local);
+        nodes.retain(|n| everything || self.down.contains(n) || self.armed.contains_key(n) || local);
         for node in nodes {
             self.crash(node);
             self.cluster.boot(node);

@@ -15,6 +15,8 @@
 
 use std::{fmt, str::FromStr, time::Duration};
 
+use clutch_proto::limits::{DATA_BLOCKS_MAX, PARITY_BLOCKS_MAX};
+
 use crate::sim_cluster::{ClusterConfig, Engine};
 
 /// A thread of a client.
@@ -314,9 +316,9 @@ impl fmt::Display for Script {
 
 /// Why a script cannot be read.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("line {line}: {what}")]
+#[error("{}{what}", if *line == 0 { String::new() } else { format!("line {line}: ") })]
 pub struct ParseError {
-    /// Counted from 1.
+    /// Counted from 1; 0 for what is wrong with the whole.
     pub line: usize,
     /// What is wrong, and what would be right.
     pub what: String,
@@ -522,7 +524,12 @@ impl Script {
         if !c.shards.is_power_of_two() || c.shards > 16 {
             return Err("shards: 1, 2, 4, 8 or 16".into());
         }
-        if c.data_blocks == 0 || blocks > 32 || c.disks < blocks || c.disks > 64 {
+        if c.data_blocks == 0 || c.data_blocks > DATA_BLOCKS_MAX || c.parity_blocks > PARITY_BLOCKS_MAX {
+            return Err(format!(
+                "policy: 1 to {DATA_BLOCKS_MAX} data and up to {PARITY_BLOCKS_MAX} parity blocks"
+            ));
+        }
+        if c.disks < blocks || c.disks > 64 {
             return Err("disks: at least as many as a span has blocks, at most 64".into());
         }
         let clients = self.events.iter().filter_map(|e| match &e.action {
@@ -585,7 +592,7 @@ impl FromStr for Script {
         for (index, line) in text.lines().enumerate() {
             script.line(line).map_err(|what| ParseError { line: index + 1, what })?;
         }
-        script.check().map_err(|what| ParseError { line: text.lines().count(), what })?;
+        script.check().map_err(|what| ParseError { line: 0, what })?;
         Ok(script)
     }
 }
@@ -611,12 +618,13 @@ mod tests {
             ("seed x", 1, "a seed"),
             ("seed 1\n0.1 c0 fly /a", 2, "not an operation"),
             ("0.1 c0 mkdir a", 1, "begin with /"),
-            ("0.1 c99 mkdir /a", 1, "0 to 63"),
+            ("0.1 c99 mkdir /a", 0, "0 to 63"),
             ("-1 c0 mkdir /a", 1, "time"),
-            ("0.1 fault crash shard7 1", 1, "does not have"),
+            ("0.1 fault crash shard7 1", 0, "does not have"),
             ("0.1 fault melt shard0", 1, "not a fault"),
-            ("cluster shards=3", 1, "1, 2, 4"),
-            ("cluster disks=2", 1, "at least as many"),
+            ("cluster shards=3", 0, "1, 2, 4"),
+            ("cluster disks=2", 0, "at least as many"),
+            ("cluster policy=20+2 disks=30", 0, "1 to 16 data"),
             ("0.1 c0 mkdir /a /b", 1, "too much"),
         ] {
             let error = text.parse::<Script>().expect_err(text);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use clutch_client::{Client, ClientError, FileAttributes};
 use clutch_proto::{
-    BlockId, InodeId, Refusal, ServiceId, Time,
+    BlockId, InodeId, Refusal, ServiceId,
     blocks::{BlocksRequest, EraseBlock, WriteBlock, blocks_request},
     certificate::{Claims, Operation as BlockOperation},
     crc,
@@ -29,6 +29,8 @@ pub struct Worker {
     pub client: Client,
     /// Where what was seen goes.
     pub history: Arc<History>,
+    /// The cluster's id, which forged certificates name.
+    pub cluster: u64,
 }
 
 fn attributes() -> FileAttributes {
@@ -231,8 +233,9 @@ impl Worker {
             5 => (first.clone(), vec![proofs[0].clone(), proofs[0].clone()], "one proof twice"),
             6 => {
                 let mut flipped = proofs[1].to_vec();
-                let at = flipped.len() / 2;
-                flipped[at] ^= 1;
+                if let Some(last) = flipped.last_mut() {
+                    *last ^= 1;
+                }
                 (first.clone(), vec![proofs[0].clone(), flipped.into()], "a proof with a flipped bit")
             }
             _ => {
@@ -270,9 +273,11 @@ impl Worker {
                 ("other data under a good certificate", blocks_request::Op::Write(op))
             }
             1 => {
+                // In the signature: nothing else is wrong with it.
                 let mut certificate = block.certificate.to_vec();
-                let at = certificate.len() / 2;
-                certificate[at] ^= 4;
+                if let Some(last) = certificate.last_mut() {
+                    *last ^= 4;
+                }
                 let op = WriteBlock { certificate: certificate.into(), data: data.to_vec().into() };
                 ("a certificate with a flipped bit", blocks_request::Op::Write(op))
             }
@@ -283,13 +288,13 @@ impl Worker {
             _ => {
                 let claims = Claims {
                     operation: BlockOperation::Write,
-                    cluster: 1,
+                    cluster: self.cluster,
                     service: ServiceId(block.service_id),
                     block: BlockId(block.block_id),
                     size: 4096,
                     crc: crc::of(data),
-                    time: Time(0),
-                    expiry: Time(u64::MAX),
+                    time: self.client.runtime().clock.now(),
+                    expiry: self.client.runtime().clock.now().plus_ms(60_000),
                 };
                 let mut key = service_key(block.service_id);
                 key.secret[5] ^= 1;

@@ -1,4 +1,5 @@
-//! Every rare state is reached by its pinned seed; every bug that the simulation found stays found, and mended.
+//! Every rare state is reached by its pinned seed, and seeds that met bugs which the simulation found pass. That those
+//! bugs would be found again is shown by their mutants (`tests/mutants.rs`).
 //!
 //! A change of timing or of the generator moves what seeds reach. Then new pins are looked for with
 //! `cargo run --release -p clutch-integration --example pin -- 1 6000`.

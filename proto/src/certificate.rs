@@ -27,6 +27,7 @@ use crate::{
     error::Refusal,
     ids::{BlockId, ServiceId, Time},
     limits::{CERTIFICATE_LIFETIME_MS, CLOCK_SKEW_MS_MAX},
+    mutants::{self, Mutant},
     types::{ClientTag, Code},
 };
 
@@ -132,7 +133,7 @@ impl Claims {
         let expected = blake3::keyed_hash(&key.secret, signed);
         // Every byte is compared, whatever the first difference is.
         let difference = expected.as_bytes()[..16].iter().zip(tag).fold(0u8, |all, (a, b)| all | (a ^ b));
-        if std::hint::black_box(difference) != 0 {
+        if std::hint::black_box(difference) != 0 && !mutants::is(Mutant::SignatureUnchecked) {
             return Err(bad("the signature does not match"));
         }
         if signed[0] != VERSION {

@@ -27,6 +27,8 @@ pub enum Mutant {
     CrcUnchecked,
     /// A proof, or a block, is taken although it is of other bytes.
     CrcNotBound,
+    /// Signatures of certificates are not looked at.
+    SignatureUnchecked,
     /// Directory moves do not wait for each other.
     LoopThroughMoves,
     /// Reads are answered before the replica knows that it is up to date.
@@ -59,7 +61,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 25] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 26] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -71,6 +73,7 @@ impl Mutant {
         (Mutant::BlockErasedInUse, &["data"]),
         (Mutant::CrcUnchecked, &["data"]),
         (Mutant::CrcNotBound, &["certificates"]),
+        (Mutant::SignatureUnchecked, &["certificates"]),
         (Mutant::LoopThroughMoves, &["invariants", "convergence"]),
         (Mutant::ReadBeforeCatchUp, &["linearizability", "linearizability by search"]),
         (Mutant::TimeGoesBack, &["log time", "linearizability", "oracle"]),

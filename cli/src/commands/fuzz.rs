@@ -62,7 +62,7 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
             "violations": summary.failures.iter().map(|f| f.report.violations.len()).sum::<usize>(),
             "failures": failures,
             "seeds": summary.seeds,
-            "first_seed": first_seed_of(args, begin),
+            "first_seed": args.script.is_none().then(|| first_seed_of(args)),
             "trace_hash": format!("{:016x}", summary.trace_hash),
             "coverage": summary.coverage,
             "seconds": begin.elapsed().as_secs_f64(),
@@ -76,7 +76,7 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
     Ok(if summary.failures.is_empty() && short.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-fn first_seed_of(args: &FuzzArgs, _begin: Instant) -> u64 {
+fn first_seed_of(args: &FuzzArgs) -> u64 {
     args.seed.or(args.first_seed).unwrap_or_else(|| {
         // Drawn once for a process: what is printed is what is run.
         static DRAWN: std::sync::OnceLock<u64> = std::sync::OnceLock::new();
@@ -94,7 +94,7 @@ fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
     {
         bail!("the trace has no operations");
     }
-    let first_seed = first_seed_of(args, begin);
+    let first_seed = first_seed_of(args);
     let time = args.minutes.map(|minutes| Duration::from_secs_f64(minutes * 60.0));
     let seeds = match (args.seed, args.seeds, time) {
         (Some(_), ..) => 1,
@@ -109,7 +109,8 @@ fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
         profile: profile(args.profile).0,
         trace,
         jobs: args.jobs.unwrap_or(1),
-        repeat_every: args.repeat_every,
+        // A single seed is run to see a failure again: it may be one of determinism.
+        repeat_every: if args.seed.is_some() { 1 } else { args.repeat_every },
         failures_max: args.failures_max,
     };
     eprintln!("clutch: fuzzing from seed {first_seed}");
@@ -178,7 +179,7 @@ fn report_failure(args: &FuzzArgs, failure: &Failure) -> Result<serde_json::Valu
         }
     };
     let mut text = String::new();
-    for violation in &failure.report.violations {
+    for violation in &report.violations {
         text.push_str(&format!("# {}: {}\n", violation.checker, violation.what.replace('\n', " ")));
     }
     text.push_str(&script.to_string());

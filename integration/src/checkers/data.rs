@@ -55,7 +55,7 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
         }
     }
     in_blocks.truncate(READ_BACK_MAX);
-    let worker = Worker { client: cluster.client(), history: history.clone() };
+    let worker = Worker { client: cluster.client(), history: history.clone(), cluster: cluster.cluster_id() };
     let read = cluster.world.run(CLIENT, Duration::from_secs(600), async move {
         let mut failed = Vec::new();
         for file in in_blocks {

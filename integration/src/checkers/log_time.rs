@@ -1,5 +1,6 @@
-//! A log's time strictly increases from entry to entry, over changes of leaders and whatever clocks do; every
-//! answer carries the time of its own entry; positions and times that one client is told never go back.
+//! A log's time is computed anew from its stamps, so that it strictly increases over changes of leaders and whatever
+//! clocks do; every answer must carry a position of the log and a time at or above the one there. That no later request
+//! is told an earlier moment is the linearizability checker's to see.
 
 use std::collections::BTreeMap;
 

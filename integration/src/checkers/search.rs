@@ -295,6 +295,21 @@ mod tests {
     }
 
     #[test]
+    fn a_hundred_thousand_requests_are_searched_quickly() {
+        // Three requests at a time on each of 1,000 names; each name is put, seen and taken again and again.
+        for name in 0..1000u64 {
+            let mut history = Vec::new();
+            for round in 0..34u64 {
+                let (at_, edge) = (round * 20 + 1, (name, round + 1));
+                history.push(at(at_, at_ + 9, put(Some(edge))));
+                history.push(at(at_ + 1, at_ + 11, Act::Saw((round % 2 == 0).then_some(edge))));
+                history.push(at(at_ + 12, at_ + 15, Act::Take(edge.0, edge.1)));
+            }
+            assert_eq!(explains(&history), Some(true));
+        }
+    }
+
+    #[test]
     fn bad_histories_are_not() {
         for history in [
             // A stale read.

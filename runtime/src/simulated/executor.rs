@@ -91,6 +91,8 @@ impl Executor {
         let id = self.next_id;
         self.next_id += 1;
         let waker = Waker::from(Arc::new(TaskWaker { id, ready: self.ready.clone() }));
+        // A world may run inside a tokio task, whose budget must not make the world's tasks wait for nothing.
+        let future: BoxFuture<()> = Box::pin(tokio::task::unconstrained(future));
         self.tasks.insert(id, Task { owner, future: Some(future), waker });
         self.ready.lock().insert(id);
     }

@@ -1,10 +1,7 @@
 //! What refusals mean: each code's sentence, errno, whether a retry can help and whether the request may
 //! have taken effect.
 
-use crate::{
-    mutants::{self, Mutant},
-    types::{Code, Error},
-};
+use crate::types::{Code, Error};
 
 /// A request was refused: it certainly had no effect unless [`Refusal::may_have_effect`] says otherwise.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -166,9 +163,6 @@ impl Code {
 
     /// Whether a request that was answered so may have taken effect.
     pub fn may_have_effect(self) -> bool {
-        if self == Code::ReplicaFault && mutants::is(Mutant::FaultIsRefusal) {
-            return false;
-        }
         // A replica that has stopped cannot say what became of another copy of the request.
         matches!(self, Code::OutcomeUnknown | Code::ExpiredUnknown | Code::Acknowledged | Code::ReplicaFault)
     }

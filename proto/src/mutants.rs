@@ -55,13 +55,11 @@ pub enum Mutant {
     OlderLeaderPlaced,
     /// A shard answers layouts, and refuses spans, before it knows any block service. A real bug once.
     ServicesUnknown,
-    /// That a replica has stopped is taken for a refusal. A real bug once.
-    FaultIsRefusal,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 26] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 25] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -87,7 +85,6 @@ impl Mutant {
         (Mutant::WalkEndsEarly, &["invariants", "convergence"]),
         (Mutant::OlderLeaderPlaced, &["convergence"]),
         (Mutant::ServicesUnknown, &["data"]),
-        (Mutant::FaultIsRefusal, &["outcomes", "transactions"]),
     ];
 }
 

@@ -24,7 +24,7 @@ cargo test --release --workspace --no-fail-fast
 step "planted bugs are found"
 cargo test --release --package clutch-integration --features mutants --test mutants --test shrinking
 step "simulation: fresh seeds"
-target/release/clutch fuzz --seeds 400 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
+target/release/clutch fuzz --seeds 700 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
 step "simulation: the same traces in a debug build"
 first=$(date +%s)
 cargo run --release --quiet --package clutch-integration --example trace -- "$first" 40 >"$scratch/release"

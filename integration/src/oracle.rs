@@ -730,6 +730,7 @@ impl ShardOracle {
     }
 }
 
+/// Written again on purpose: the oracle shares no step with the shard that it judges.
 fn attributes(id: u64, row: &InodeRow) -> Attributes {
     Attributes {
         id,

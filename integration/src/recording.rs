@@ -36,12 +36,6 @@ impl Recording {
         self.logs.lock().get(&id).map_or(0, BTreeMap::len)
     }
 
-    /// Forgets what was delivered so far, and what disagreed.
-    pub fn clear(&self) {
-        self.logs.lock().clear();
-        self.violations.lock().clear();
-    }
-
     /// Takes note of something that must not be.
     pub fn violation(&self, what: String) {
         let mut violations = self.violations.lock();

@@ -11,6 +11,8 @@ step lints
 cargo clippy --release --workspace --all-targets --quiet -- -D warnings
 step layers
 cargo xtask layers
+step operations
+cargo xtask operations
 step purity
 cargo xtask purity
 step demo

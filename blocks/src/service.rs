@@ -7,6 +7,7 @@ use clutch_proto::{
     Refusal, Time,
     blocks::{BlocksReply, BlocksRequest, blocks_request::Op},
     certificate::{Claims, Key, Operation},
+    limits::CLOCK_SKEW_MS_MAX,
     types::Code,
 };
 use clutch_runtime::Runtime;
@@ -21,12 +22,20 @@ pub struct BlockService {
     cluster: u64,
     /// Live keys, newest first.
     keys: Vec<Key>,
+    /// How far apart this service's clock and those of shards may be.
+    skew_ms_max: u64,
 }
 
 impl BlockService {
     /// A service over a disk's blocks.
     pub fn new(runtime: Runtime, store: BlockStore, cluster: u64, keys: Vec<Key>) -> BlockService {
-        BlockService { runtime, store: Arc::new(store), cluster, keys }
+        BlockService { runtime, store: Arc::new(store), cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX }
+    }
+
+    /// The same with another bound for the skew of clocks: where all of a cluster has one clock, erasing need not wait
+    /// for others.
+    pub fn with_skew_ms_max(self, skew_ms_max: u64) -> BlockService {
+        BlockService { skew_ms_max, ..self }
     }
 
     /// The disk's blocks.
@@ -37,7 +46,7 @@ impl BlockService {
     fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
         let now = self.runtime.clock.now();
         let admitted = Claims::verify(certificate, &self.keys).and_then(|claims| {
-            claims.check_grant(operation, self.cluster, self.store.service(), now)?;
+            claims.check_grant(operation, self.cluster, self.store.service(), now, self.skew_ms_max)?;
             Ok(claims)
         });
         let claims = admitted.inspect_err(|refusal| {

@@ -265,12 +265,15 @@ impl BlockStore {
     pub fn erase(&self, block: BlockId) -> Result<(), Refusal> {
         let path = self.path(block);
         match self.disk.remove(&path) {
-            Ok(()) => self
-                .disk
-                .sync_dir(path.parent().unwrap_or(&self.dir))
-                .map_err(|e| disk_fault("erase block", &e)),
-            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-            Err(e) => Err(disk_fault("erase block", &e)),
+            Ok(()) => {}
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+            Err(e) => return Err(disk_fault("erase block", &e)),
+        }
+        // Also for one that is not there: whoever removed it may not have come to the sync, and what is proven erased
+        // must not come back.
+        match self.disk.sync_dir(path.parent().unwrap_or(&self.dir)) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(disk_fault("erase block", &e)),
+            _ => Ok(()),
         }
     }
 

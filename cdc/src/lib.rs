@@ -24,7 +24,7 @@ use clutch_proto::{
     },
     mutants::{self, Mutant},
     name,
-    shard::ShardRequest,
+    shard::{ShardRequest, shard_request},
     types::{ClientTag, Code},
 };
 use clutch_state::{
@@ -96,6 +96,9 @@ impl Machine for Cdc {
             Some(Op::RemoveDirectory(op)) => begin::Op::RemoveDirectory(op),
             Some(Op::RenameFile(op)) => begin::Op::RenameFile(op),
             Some(Op::RenameDirectory(op)) => begin::Op::RenameDirectory(op),
+            Some(Op::ForgetFile(op)) => begin::Op::ForgetFile(op),
+            Some(Op::ForgetDirectory(op)) => begin::Op::ForgetDirectory(op),
+            Some(Op::UndeleteDirectory(op)) => begin::Op::UndeleteDirectory(op),
             Some(Op::ListTransactions(_)) | None => {
                 return Err(Refusal::malformed("not a transaction").into());
             }
@@ -204,6 +207,25 @@ fn check(op: &begin::Op) -> Result<(), Refusal> {
             name::check(&op.old_name)?;
             name::check(&op.new_name)
         }
+        begin::Op::ForgetFile(op) => {
+            directory(op.dir)?;
+            match InodeId::from_wire(op.target) {
+                Some(target) if !target.is_directory() => name::check(&op.name),
+                _ => {
+                    let text = format!("{:x} is not a file or link", op.target);
+                    Err(Refusal::new(Code::IsDirectory, text))
+                }
+            }
+        }
+        begin::Op::ForgetDirectory(op) => directory(op.target),
+        begin::Op::UndeleteDirectory(op) => {
+            directory(op.target)?;
+            directory(op.owner)?;
+            if op.target == op.owner {
+                return Err(Refusal::new(Code::Loop, "a directory cannot be brought back into itself"));
+            }
+            name::check(&op.name)
+        }
     }
 }
 
@@ -304,7 +326,8 @@ fn walk_blocker(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<Option<u64>, St
 
 fn send(id: u64, row: &TransactionRow, oldest: u64) -> SendStep {
     let (slot, request) = steps::request(row);
-    let tag = (row.state != State::Walk as u32).then(|| ClientTag {
+    let is_read = matches!(request.op, Some(shard_request::Op::Stat(_)));
+    let tag = (!is_read).then(|| ClientTag {
         client: STEP_CLIENT,
         sequence: id << STEP_BITS | u64::from(row.step),
         // All steps of transactions before the oldest in flight have been answered.

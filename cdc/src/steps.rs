@@ -6,6 +6,9 @@
 //! | remove directory | lock the edge | | orphan the directory* | | end the edge | unlock the edge |
 //! | move file | lock the old edge | | insert the new edge* | | end the old edge | unlock the old edge |
 //! | move directory | lock the old edge | ancestors of the new parent | insert the new edge* | set the owner | end the old edge | unlock the old edge |
+//! | forget file | end the past edge* | | | | remove the inode | |
+//! | forget directory | remove the inode* | | | | | |
+//! | undelete directory | read the inode | | insert the edge* | set the owner | | |
 //!
 //! `*` is the point of no return: when it is done, the transaction only goes forward.
 
@@ -15,8 +18,9 @@ use clutch_proto::{
     limits::PATH_DEPTH_MAX,
     mutants::{self, Mutant},
     shard::{
-        CreateDirectoryInode, InsertEdge, LockEdge, OrphanDirectory, RemoveDirectoryInode, RemoveLockedEdge,
-        SetOwner, ShardReply, ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
+        AdoptDirectory, CreateDirectoryInode, DropPastEdge, ForgetDirectoryInode, InsertEdge, LockEdge,
+        OrphanDirectory, RemoveDirectoryInode, RemoveFileInode, RemoveLockedEdge, SetOwner, ShardReply,
+        ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
     },
     types::Code,
 };
@@ -26,7 +30,7 @@ use clutch_proto::{
 pub enum State {
     /// Waits for its directories.
     Waiting = 0,
-    /// Makes the inode, or locks the edge.
+    /// Makes the inode, locks the edge, or whatever a kind begins with.
     First = 1,
     /// Reads the ancestors of the new parent, one by one.
     Walk = 2,
@@ -34,7 +38,7 @@ pub enum State {
     Insert = 3,
     /// Tells the moved directory of its new parent.
     SetOwner = 4,
-    /// Ends the old edge.
+    /// Ends the old edge, or removes the file.
     Remove = 5,
     /// Takes the first step back.
     Back = 6,
@@ -67,6 +71,9 @@ pub fn kind_name(row: &TransactionRow) -> &'static str {
         Some(Op::RemoveDirectory(_)) => "remove directory",
         Some(Op::RenameFile(_)) => "move file",
         Some(Op::RenameDirectory(_)) => "move directory",
+        Some(Op::ForgetFile(_)) => "forget file",
+        Some(Op::ForgetDirectory(_)) => "forget directory",
+        Some(Op::UndeleteDirectory(_)) => "undelete directory",
         None => "nothing",
     }
 }
@@ -83,7 +90,10 @@ pub fn state_name(row: &TransactionRow) -> String {
 /// itself decides who is first.
 pub(crate) fn directories(row: &TransactionRow) -> Vec<u64> {
     let mut dirs = match op(row) {
-        Some(Op::MakeDirectory(_)) | None => vec![],
+        // Whoever ends the past edge of a file is the only one who knows the file.
+        Some(Op::MakeDirectory(_) | Op::ForgetFile(_)) | None => vec![],
+        Some(Op::ForgetDirectory(op)) => vec![op.target],
+        Some(Op::UndeleteDirectory(op)) => vec![op.owner, op.target],
         Some(Op::RemoveDirectory(op)) => vec![op.owner, op.target],
         Some(Op::RenameFile(op)) => vec![op.old_owner, op.new_owner],
         Some(Op::RenameDirectory(op)) => vec![op.old_owner, op.new_owner, op.target],
@@ -112,7 +122,7 @@ pub(crate) fn begin_walk(row: &mut TransactionRow) {
 /// The old edge of a transaction that locks one.
 fn old_edge(op: &Op) -> Option<(u64, bytes::Bytes, u64, u64)> {
     match op {
-        Op::MakeDirectory(_) => None,
+        Op::MakeDirectory(_) | Op::ForgetFile(_) | Op::ForgetDirectory(_) | Op::UndeleteDirectory(_) => None,
         Op::RemoveDirectory(op) => Some((op.owner, op.name.clone(), op.target, op.created_at)),
         Op::RenameFile(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
         Op::RenameDirectory(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
@@ -160,6 +170,33 @@ pub(crate) fn request(row: &TransactionRow) -> (u8, ShardRequest) {
             };
             (op.new_owner, shard_request::Op::InsertEdge(insert))
         }
+        (State::Remove, Some(Op::ForgetFile(op))) => {
+            (op.target, shard_request::Op::RemoveFileInode(RemoveFileInode { id: op.target }))
+        }
+        (_, Some(Op::ForgetFile(op))) => {
+            let drop = DropPastEdge {
+                dir: op.dir,
+                name: op.name.clone(),
+                target: op.target,
+                ended_at: op.ended_at,
+                policy: op.policy,
+            };
+            (op.dir, shard_request::Op::DropPastEdge(drop))
+        }
+        (_, Some(Op::ForgetDirectory(op))) => {
+            let forget = ForgetDirectoryInode { dir: op.target, policy: op.policy };
+            (op.target, shard_request::Op::ForgetDirectoryInode(forget))
+        }
+        (State::Insert, Some(Op::UndeleteDirectory(op))) => {
+            let insert =
+                InsertEdge { dir: op.owner, name: op.name.clone(), target: op.target, replace: false };
+            (op.owner, shard_request::Op::InsertEdge(insert))
+        }
+        (State::SetOwner, Some(Op::UndeleteDirectory(op))) => {
+            let adopt = AdoptDirectory { dir: op.target, owner: op.owner };
+            (op.target, shard_request::Op::AdoptDirectory(adopt))
+        }
+        (_, Some(Op::UndeleteDirectory(op))) => (op.target, shard_request::Op::Stat(Stat { id: op.target })),
         (State::Walk, _) => (row.walk_at, shard_request::Op::Stat(Stat { id: row.walk_at })),
         (State::SetOwner, Some(Op::RenameDirectory(op))) => {
             (op.target, shard_request::Op::SetOwner(SetOwner { dir: op.target, owner: op.new_owner }))
@@ -194,6 +231,9 @@ fn done(row: &TransactionRow) -> Next {
         Some(Op::RemoveDirectory(op)) => op.target,
         Some(Op::RenameFile(op)) => op.target,
         Some(Op::RenameDirectory(op)) => op.target,
+        Some(Op::ForgetFile(op)) => op.target,
+        Some(Op::ForgetDirectory(op)) => op.target,
+        Some(Op::UndeleteDirectory(op)) => op.target,
     };
     Next::Finish(Ok(CdcReply { id, created_at: row.created_at, ..CdcReply::default() }))
 }
@@ -202,9 +242,16 @@ fn done(row: &TransactionRow) -> Next {
 pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>) -> Next {
     let is_move_of_directory = matches!(op(row), Some(Op::RenameDirectory(_)));
     let is_make = matches!(op(row), Some(Op::MakeDirectory(_)));
+    let is_undelete = matches!(op(row), Some(Op::UndeleteDirectory(_)));
     match (State::of(row), result) {
         (State::First, Err(refusal)) => Next::Finish(Err(refusal)),
         (State::First, Ok(reply)) => {
+            match op(row) {
+                Some(Op::ForgetFile(_)) => return Next::Enter(State::Remove),
+                Some(Op::ForgetDirectory(_)) => return done(row),
+                Some(Op::UndeleteDirectory(_)) => return found_removed(&reply),
+                _ => {}
+            }
             if is_make && let Some(Reply::Edge(edge)) = reply.reply {
                 row.made = edge.target;
             }
@@ -216,6 +263,8 @@ pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>
         }
         (State::Walk, Err(refusal)) => roll_back(row, &refusal),
         (State::Walk, Ok(reply)) => walked(row, reply),
+        // Nothing was done before.
+        (State::Insert, Err(refusal)) if is_undelete => Next::Finish(Err(refusal)),
         (State::Insert, Err(refusal)) => roll_back(row, &refusal),
         (State::Insert, Ok(reply)) => {
             if let Some(Reply::Edge(edge)) = reply.reply {
@@ -223,7 +272,7 @@ pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>
             }
             if is_make {
                 done(row)
-            } else if is_move_of_directory {
+            } else if is_move_of_directory || is_undelete {
                 Next::Enter(State::SetOwner)
             } else {
                 Next::Enter(State::Remove)
@@ -236,12 +285,24 @@ pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>
         {
             Next::Enter(state)
         }
+        (State::SetOwner, _) if is_undelete => done(row),
         (State::SetOwner, _) => Next::Enter(State::Remove),
         (State::Remove, _) => done(row),
         (State::Back | State::Waiting, _) => {
             let cause = row.cause.take().map(Refusal::from_wire);
             Next::Finish(Err(cause.unwrap_or_else(|| Refusal::new(Code::Stale, "rolled back"))))
         }
+    }
+}
+
+/// A directory may come back if it was removed and is still known.
+fn found_removed(reply: &ShardReply) -> Next {
+    match &reply.reply {
+        Some(Reply::Attributes(attributes)) if attributes.owner == 0 => Next::Enter(State::Insert),
+        Some(Reply::Attributes(_)) => {
+            Next::Finish(Err(Refusal::new(Code::Stale, "the directory was not removed")))
+        }
+        _ => Next::Finish(Err(Refusal::malformed("a stat without attributes"))),
     }
 }
 

@@ -64,6 +64,8 @@ pub(crate) enum Command {
     Log(LogCommand),
     /// Check the invariants of all metadata.
     Fsck(FsckArgs),
+    /// Give back the space of what was deleted or replaced and is past its policy.
+    Collect(CollectArgs),
     /// Run whole simulated clusters under faults, from seeds, and check everything.
     Fuzz(FuzzArgs),
     /// Measure.
@@ -183,6 +185,34 @@ pub(crate) struct UpArgs {
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT", value_parser = parse_address)]
     pub(crate) listen: String,
+    /// Collect what may go every so often; 0 leaves it to `clutch collect`.
+    #[arg(long, default_value_t = 60, value_name = "SECONDS")]
+    pub(crate) collect_every_s: u64,
+    /// A write of a block is allowed for so long, and no block is erased before that; at most an hour.
+    #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
+    pub(crate) grant_s: u64,
+    /// How far apart the clocks of the cluster may be; erasing waits for twice as long after the last grant.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "SECONDS")]
+    pub(crate) clock_skew_s: u64,
+    /// A file that is being written and that nobody writes to is given up after so long.
+    #[arg(long, default_value_t = 28_800, value_parser = clap::value_parser!(u64).range(1..=31_536_000), value_name = "SECONDS")]
+    pub(crate) unfinished_s: u64,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct CollectArgs {
+    /// One pass; without it, pass after pass until it is stopped.
+    #[arg(long)]
+    pub(crate) once: bool,
+    /// Seconds between two passes.
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..), conflicts_with = "once")]
+    pub(crate) every_s: u64,
+    /// Requests in a second at most; 0 for no limit.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    pub(crate) requests_per_s: u32,
+    /// Print one JSON document for each pass.
+    #[arg(long)]
+    pub(crate) json: bool,
 }
 
 fn parse_policy(text: &str) -> Result<(u32, u32), String> {
@@ -310,7 +340,7 @@ pub(crate) enum FsCommand {
         #[arg(value_parser = remote_path)]
         target: String,
     },
-    /// Remove files and links; a file stays in the history of its directory as long as that exists.
+    /// Remove files and links; they stay in the history of their directory as long as its policy keeps them.
     Rm {
         /// Directories with all that is in them.
         #[arg(short, long)]
@@ -386,7 +416,50 @@ pub(crate) enum FsCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Bring the newest deleted or replaced file of a name back.
+    /// Replace part of a file and keep the rest, or write over all of it; the file stays the same file.
+    Write {
+        /// Where the new bytes begin; what lies between the old end and here is zeros.
+        #[arg(long, default_value_t = 0)]
+        offset: u64,
+        /// Let the file end behind the new bytes.
+        #[arg(long)]
+        truncate: bool,
+        /// A local file; `-` is standard input.
+        source: PathBuf,
+        /// The remote file, which must exist.
+        #[arg(value_parser = remote_path)]
+        path: String,
+    },
+    /// Cut a file, or make it longer with zeros.
+    Truncate {
+        /// In bytes.
+        size: u64,
+        /// Of what.
+        #[arg(required = true, value_parser = remote_path)]
+        paths: Vec<String>,
+    },
+    /// Show the earlier contents of a file that was written over in place.
+    Versions {
+        /// The file.
+        #[arg(value_parser = remote_path)]
+        path: String,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make an earlier content of a file its present one.
+    Restore {
+        /// The file.
+        #[arg(value_parser = remote_path)]
+        path: String,
+        /// The content that ended at this time, as `versions` prints it; the newest when left away.
+        #[arg(long)]
+        ended: Option<u64>,
+    },
+    /// Look at a directory's policies, or change them.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Bring the newest deleted or replaced file of a name back, or a removed directory.
     Undelete {
         /// The name it had.
         #[arg(value_parser = remote_path)]
@@ -397,6 +470,115 @@ pub(crate) enum FsCommand {
         #[arg(long)]
         ended: Option<u64>,
     },
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum PolicyCommand {
+    /// Print what holds in a directory, and which of it is set there.
+    Get {
+        /// The directory.
+        #[arg(default_value = "/", value_parser = remote_path)]
+        path: String,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Change what a directory says for itself and for what is below it.
+    Set {
+        /// The directory.
+        #[arg(value_parser = remote_path)]
+        path: String,
+        /// Old versions may be collected after so long: 30s, 12h, 7d; `forever` for no such limit.
+        #[arg(long, value_parser = parse_age, value_name = "AGE")]
+        keep_age: Option<Keep<u64>>,
+        /// Of each name and file so many old versions are kept at most; `all` for no such limit.
+        #[arg(long, value_parser = parse_versions, value_name = "N")]
+        keep_versions: Option<Keep<u32>>,
+        /// Code of spans up to a size, smallest first: `64K=1+2,1M=4+2,8M=10+4`. Files are cut at the last size.
+        #[arg(long, value_parser = parse_span_class, value_delimiter = ',', value_name = "SIZE=D+P")]
+        spans: Vec<(u32, u32, u32)>,
+        /// Storage class of blocks from a size on: `0=0,1M=1`.
+        #[arg(long, value_parser = parse_storage_class, value_delimiter = ',', value_name = "SIZE=CLASS")]
+        storage: Vec<(u32, u32)>,
+        /// About the size of the cells that spans are cut into.
+        #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+        cell_size: Option<u32>,
+        /// Inherit these again.
+        #[arg(long, value_delimiter = ',', value_enum)]
+        inherit: Vec<Part>,
+    },
+}
+
+/// A limit on what is kept, or none.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Keep<T> {
+    /// At most this.
+    AtMost(T),
+    /// Without limit.
+    All,
+}
+
+/// A part of a policy.
+#[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Part {
+    /// How long old versions are kept.
+    Keep,
+    /// Codes of spans.
+    Spans,
+    /// Storage classes.
+    Storage,
+    /// Size of cells.
+    CellSize,
+}
+
+fn parse_age(text: &str) -> Result<Keep<u64>, String> {
+    if text == "forever" {
+        return Ok(Keep::All);
+    }
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let unit_ms = match unit {
+        "ms" => 1,
+        "s" | "" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        "d" => 86_400_000,
+        _ => return Err("write an age with its unit, for example 30s, 15m, 12h or 7d".into()),
+    };
+    let number: u64 = number.parse().map_err(|_| format!("{text:?} is not an age; write for example 7d"))?;
+    number.checked_mul(unit_ms).map(Keep::AtMost).ok_or_else(|| "an age that long cannot be stored".into())
+}
+
+fn parse_versions(text: &str) -> Result<Keep<u32>, String> {
+    if text == "all" {
+        return Ok(Keep::All);
+    }
+    text.parse().map(Keep::AtMost).map_err(|_| format!("{text:?} is neither a number nor `all`"))
+}
+
+fn parse_size(text: &str) -> Result<u32, String> {
+    let unit_at = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(unit_at);
+    let shift = match unit {
+        "" => 0,
+        "K" | "KiB" => 10,
+        "M" | "MiB" => 20,
+        _ => return Err(format!("{text:?} is not a size; write for example 65536, 64K or 8M")),
+    };
+    let number: u32 = number.parse().map_err(|_| format!("{text:?} is not a size"))?;
+    number.checked_mul(1 << shift).ok_or_else(|| "sizes stay below 4 GiB".into())
+}
+
+fn parse_span_class(text: &str) -> Result<(u32, u32, u32), String> {
+    let (size, code) = text.split_once('=').ok_or("write it as SIZE=D+P, for example 8M=4+2")?;
+    let (data, parity) = parse_policy(code)?;
+    Ok((parse_size(size)?, data, parity))
+}
+
+fn parse_storage_class(text: &str) -> Result<(u32, u32), String> {
+    let (size, class) = text.split_once('=').ok_or("write it as SIZE=CLASS, for example 1M=1")?;
+    let class = class.parse().map_err(|_| format!("{class:?} is not the number of a storage class"))?;
+    Ok((parse_size(size)?, class))
 }
 
 fn parse_mode(text: &str) -> Result<u32, String> {

@@ -62,6 +62,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Fs(command) => commands::fs::run(Arc::new(client()), command).await,
         Command::Log(command) => commands::log::run(client, command).await,
         Command::Fsck(args) => commands::fsck::run(&client(), args).await,
+        Command::Collect(args) => commands::collect::run(&client(), args).await,
         Command::Fuzz(args) => commands::fuzz::run(args),
         Command::Bench(command) => commands::bench::run(Arc::new(client()), command).await,
         Command::Completions { shell } => commands::shell::completions(*shell),

@@ -197,10 +197,41 @@ impl Client {
 
     /// What a directory, or one name in it, held before; oldest first.
     pub async fn history(&self, dir: InodeId, name: Option<&Bytes>) -> Result<Vec<PastEdge>, ClientError> {
+        let mut past = self.edges_of(dir, name, false).await?;
+        past.sort_by_key(|p| p.ended_at);
+        Ok(past)
+    }
+
+    /// Present and past entries of a directory, or of one name in it, in the order of names and ends. Present ones have
+    /// no end.
+    pub async fn whole_history(
+        &self,
+        dir: InodeId,
+        name: Option<&Bytes>,
+    ) -> Result<Vec<PastEdge>, ClientError> {
+        let mut all = self.edges_of(dir, name, true).await?;
+        all.sort_by(|a, b| (&a.name, a.ended_at.wrapping_sub(1)).cmp(&(&b.name, b.ended_at.wrapping_sub(1))));
+        Ok(all)
+    }
+
+    /// What a directory held at a time, as far as its history still goes; in the order of names.
+    pub async fn read_dir_at(&self, dir: InodeId, time: u64) -> Result<Vec<PastEdge>, ClientError> {
+        let mut all = self.whole_history(dir, None).await?;
+        all.retain(|edge| edge.created_at <= time && (edge.ended_at == 0 || time < edge.ended_at));
+        Ok(all)
+    }
+
+    async fn edges_of(
+        &self,
+        dir: InodeId,
+        name: Option<&Bytes>,
+        with_present: bool,
+    ) -> Result<Vec<PastEdge>, ClientError> {
         let mut past = Vec::new();
         let mut after = Bytes::new();
         loop {
-            let op = History { dir: dir.raw(), name: name.cloned().unwrap_or_default(), after };
+            let name = name.cloned().unwrap_or_default();
+            let op = History { dir: dir.raw(), name, after, with_present };
             let Reply::History(page) = self.shard_read(dir.slot(), Op::History(op)).await? else {
                 return Err(ClientError::unexpected("a history"));
             };
@@ -210,7 +241,6 @@ impl Client {
             }
             after = page.next;
         }
-        past.sort_by_key(|p| p.ended_at);
         Ok(past)
     }
 

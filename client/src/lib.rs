@@ -6,16 +6,21 @@
 //! Invariants: a mutation that was not answered is reported as unknown, never as failed; bytes that do not match
 //! their checksums are never returned; caches are bounded in entries and in time.
 
+mod draft;
 mod error;
 mod files;
+mod maintain;
 mod path;
+mod policy;
 mod read;
 mod rpc;
 mod span;
 mod write;
 
+pub use draft::Draft;
 pub use error::ClientError;
 pub use files::{Created, FileAttributes};
 pub use path::Resolved;
+pub use policy::WritePolicy;
 pub use rpc::{AnsweredAt, Call, Client, ClientOptions, Observer};
 pub use write::ContentSource;

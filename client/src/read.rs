@@ -39,8 +39,18 @@ impl Client {
         id: InodeId,
         sink: &mut (dyn FnMut(Bytes) -> std::io::Result<()> + Send),
     ) -> Result<u64, ClientError> {
+        self.read_version(id, 0, sink).await.map(|(_, bytes)| bytes)
+    }
+
+    /// Reads one content of a file, present or past; 0 stands for the present one. Which it was, and its bytes.
+    pub async fn read_version(
+        &self,
+        id: InodeId,
+        content: u64,
+        sink: &mut (dyn FnMut(Bytes) -> std::io::Result<()> + Send),
+    ) -> Result<(u64, u64), ClientError> {
         let local = |e: std::io::Error| ClientError::Local(e.to_string());
-        let mut page = self.layout(id, 0, 0).await?;
+        let mut page = self.layout(id, content, 0).await?;
         let mut done = 0u64;
         // Certificates last an hour: whoever reads more slowly than that asks for new ones.
         let mut renewed_at = None;
@@ -83,13 +93,24 @@ impl Client {
         if done != page.size {
             return Err(ClientError::unexpected("all of the file's extents"));
         }
-        Ok(done)
+        Ok((page.content, done))
     }
 
     /// Reads up to `length` bytes from `offset`; fewer only at the end of the file.
     pub async fn read_range(&self, id: InodeId, offset: u64, length: usize) -> Result<Vec<u8>, ClientError> {
+        self.read_range_of(id, 0, offset, length).await.map(|(_, bytes)| bytes)
+    }
+
+    /// The same of one content, present or past; 0 stands for the present one. Which it was, and the bytes.
+    pub async fn read_range_of(
+        &self,
+        id: InodeId,
+        content: u64,
+        offset: u64,
+        length: usize,
+    ) -> Result<(u64, Vec<u8>), ClientError> {
         let mut out = Vec::new();
-        let (mut at, mut content) = (offset, 0);
+        let (mut at, mut content) = (offset, content);
         let end = offset.saturating_add(length as u64);
         loop {
             let page = self.layout(id, content, at).await?;
@@ -113,7 +134,7 @@ impl Client {
                 at += count;
             }
             if page.next_offset == 0 || at >= end || content == 0 || at == before {
-                return Ok(out);
+                return Ok((content, out));
             }
         }
     }
@@ -164,6 +185,7 @@ impl Client {
         let clock = self.inner.runtime.clock.clone();
         let begin = clock.monotonic();
         let mut renewed: Option<Span> = None;
+        let mut looked_again = false;
         let mut pause = Duration::from_millis(100);
         loop {
             match self.read_span_once(renewed.as_ref().unwrap_or(span), start, count).await {
@@ -178,12 +200,76 @@ impl Client {
                     }
                     // Without a new layout the old one is tried again; its error says more.
                     if let Ok(layout) = self.layout(file, page.content, extent.offset).await {
-                        renewed = layout.spans.into_iter().find(|s| s.span_id == span.span_id).or(renewed);
+                        renewed = same_bytes(&layout, extent).or(renewed);
+                    }
+                }
+                // Blocks may have been moved, or the range given another span, since the layout was read.
+                Err(ClientError::DataLost(text)) if !looked_again => {
+                    looked_again = true;
+                    let layout = self.layout(file, page.content, extent.offset).await?;
+                    match same_bytes(&layout, extent) {
+                        Some(other) if places(&other) != places(renewed.as_ref().unwrap_or(span)) => {
+                            renewed = Some(other);
+                        }
+                        _ => return Err(ClientError::DataLost(text)),
                     }
                 }
                 decided => return decided,
             }
         }
+    }
+
+    /// A whole block of a span, computed from the others if it cannot be read.
+    pub(crate) async fn read_block(&self, span: &Span, index: usize) -> Result<Bytes, ClientError> {
+        let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
+        shape.check(span.size)?;
+        let blocks = shape.blocks() as usize;
+        if span.blocks.len() != blocks || span.cell_crcs.len() != blocks * shape.stripes as usize {
+            return Err(ClientError::unexpected("a whole span"));
+        }
+        let last = shape.stripes as usize - 1;
+        let mut failures = match self.read_cells(span, &span.blocks[index], index, 0, last).await {
+            Ok(cells) => return Ok(cells),
+            Err(error) => vec![error.to_string()],
+        };
+        let data = shape.data_blocks as usize;
+        let mut from: Vec<(usize, Cells)> = Vec::new();
+        for other in self.trusted_first((0..blocks).filter(|i| *i != index), span) {
+            if from.len() == data {
+                break;
+            }
+            match self.read_cells(span, &span.blocks[other], other, 0, last).await {
+                Ok(cells) => from.push((other, cells)),
+                Err(error) => failures.push(error.to_string()),
+            }
+        }
+        if from.len() < data {
+            let text = format!(
+                "block {:x} of span {:x} cannot be read or computed ({})",
+                span.blocks[index].block_id,
+                span.span_id,
+                failures.join("; ")
+            );
+            return Err(ClientError::DataLost(text));
+        }
+        let codec = self.codec(shape.data_blocks, shape.parity_blocks)?;
+        let cell = shape.cell_size as usize;
+        let work = self.inner.runtime.blocking(move || {
+            let mut whole = Vec::with_capacity(shape.block_bytes() as usize);
+            for stripe in 0..shape.stripes as usize {
+                let at = stripe * cell..(stripe + 1) * cell;
+                let cells: Vec<(usize, &[u8])> = from.iter().map(|(i, c)| (*i, &c[at.clone()])).collect();
+                whole.extend(codec.recover(index, &cells)?);
+            }
+            Ok::<_, clutch_blocks::CodecError>(Bytes::from(whole))
+        });
+        let whole = work.await.ok_or_else(|| ClientError::Local("recovery did not finish".into()))?;
+        let whole = whole.map_err(|e| ClientError::DataLost(format!("span {:x}: {e}", span.span_id)))?;
+        if !cells_match(span, index, 0, &whole) {
+            let text = format!("span {:x}: block {index} came out wrong", span.span_id);
+            return Err(ClientError::DataLost(text));
+        }
+        Ok(whole)
     }
 
     async fn read_span_once(&self, span: &Span, start: usize, count: usize) -> Result<Bytes, ClientError> {
@@ -342,6 +428,21 @@ impl Client {
     pub(crate) fn suspect(&self, service: u64) {
         let until = self.inner.runtime.clock.monotonic() + SUSPICION;
         lock(&self.inner.suspects).insert(service, until);
+    }
+}
+
+fn places(span: &Span) -> Vec<(u64, u64)> {
+    span.blocks.iter().map(|b| (b.service_id, b.block_id)).collect()
+}
+
+/// The span that holds an extent's bytes now, if it holds them at the same place within it.
+fn same_bytes(layout: &LayoutReply, extent: &Extent) -> Option<Span> {
+    let now = layout.extents.iter().find(|e| (e.offset, e.length) == (extent.offset, extent.length))?;
+    match (&now.source, &extent.source) {
+        (Some(Source::Span(now)), Some(Source::Span(before))) if now.offset == before.offset => {
+            layout.spans.iter().find(|s| s.span_id == now.span_id).cloned()
+        }
+        _ => None,
     }
 }
 

@@ -23,7 +23,7 @@ use clutch_proto::{
 use clutch_runtime::{Endpoint, HybridClock, Lane, Runtime};
 use prost::Message as _;
 
-use crate::{error::ClientError, path::EdgeCache};
+use crate::{error::ClientError, path::EdgeCache, policy::PolicyCache};
 
 /// One request as its caller sees it, with all its attempts.
 #[derive(Clone, Debug)]
@@ -108,6 +108,7 @@ pub(crate) struct Inner {
     pub(crate) edges: EdgeCache,
     pub(crate) writing: tokio::sync::Semaphore,
     pub(crate) codecs: Mutex<std::collections::BTreeMap<(u32, u32), Arc<Codec>>>,
+    pub(crate) policies: Mutex<PolicyCache>,
     /// Services that failed lately, and until when they are tried last.
     pub(crate) suspects: Mutex<std::collections::BTreeMap<u64, Duration>>,
 }
@@ -177,6 +178,7 @@ impl Client {
                 edges,
                 writing,
                 codecs: Mutex::default(),
+                policies: Mutex::default(),
                 suspects: Mutex::default(),
             }),
         }

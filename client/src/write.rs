@@ -8,23 +8,21 @@ use std::{sync::Arc, time::Duration};
 use bytes::Bytes;
 use clutch_blocks::Codec;
 use clutch_proto::{
-    InodeId, Refusal, Slot,
+    InodeId, Refusal,
     blocks::{WriteBlock, blocks_request},
     limits::INLINE_BYTES_MAX,
-    shard::{
-        AddHole, AddInline, CertifySpan, ContentReply, CreateFile, InitiateSpan, LinkFile, StartContent,
-        shard_reply::Reply, shard_request::Op,
-    },
-    types::{Block, Code, Span, SpanShape},
+    shard::{CertifySpan, CreateFile, InitiateSpan, shard_reply::Reply, shard_request::Op},
+    types::{Block, Code, Span},
 };
 use futures_util::future::join_all;
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::{
+    draft::Draft,
     error::ClientError,
     files::{Created, FileAttributes, created},
     rpc::{Client, lock},
-    span::{Encoded, encode},
+    span::Encoded,
 };
 
 /// Where a file's bytes come from.
@@ -35,7 +33,6 @@ impl<T: AsyncRead + Send + Unpin> ContentSource for T {}
 const PLACEMENTS_MAX: usize = 6;
 /// Times one block is tried on its service.
 const BLOCK_ATTEMPTS_MAX: usize = 4;
-const SPAN_BYTES_DEFAULT: u32 = 8 << 20;
 
 impl Client {
     /// Stores a file: nothing of it is visible before all of it is durable.
@@ -47,11 +44,7 @@ impl Client {
         replace: bool,
         source: &mut dyn ContentSource,
     ) -> Result<Created, ClientError> {
-        let map = self.map().await?;
-        let policy = map.default_policy.unwrap_or_default();
-        let span_bytes =
-            if policy.span_size_max == 0 { SPAN_BYTES_DEFAULT } else { policy.span_size_max } as usize;
-        let first = read_up_to(source, span_bytes).await?;
+        let mut first = read_up_to(source, INLINE_BYTES_MAX + 1).await?;
         let FileAttributes { mode, uid, gid, mtime } = attributes;
         if first.len() <= INLINE_BYTES_MAX {
             let op = CreateFile {
@@ -66,67 +59,32 @@ impl Client {
             };
             return created(self.shard_write(dir.slot(), Op::CreateFile(op)).await?);
         }
-        let (data_blocks, parity_blocks) = (policy.data_blocks.max(1), policy.parity_blocks);
-        let content =
-            match self.shard_write(dir.slot(), Op::StartContent(StartContent { dir: dir.raw() })).await? {
-                Reply::Content(content) => content,
-                _ => return Err(ClientError::unexpected("a content")),
-            };
-        let (mut chunk, mut offset) = (first, 0);
+        let policy = self.write_policy(dir).await?;
+        let span_bytes = policy.span_bytes();
+        first.extend(read_up_to(source, span_bytes.saturating_sub(first.len())).await?);
+        let mut draft = self.start_draft(dir).await?;
+        let mut chunk = first;
         while !chunk.is_empty() {
-            let length = chunk.len() as u64;
-            self.append(dir.slot(), &content, offset, chunk, data_blocks, parity_blocks).await?;
-            offset += length;
-            chunk =
-                if length < span_bytes as u64 { Vec::new() } else { read_up_to(source, span_bytes).await? };
+            let length = chunk.len();
+            self.append(&mut draft, chunk, &policy).await?;
+            chunk = if length < span_bytes { Vec::new() } else { read_up_to(source, span_bytes).await? };
         }
-        let ContentReply { content, cookie, .. } = content;
-        let op =
-            LinkFile { dir: dir.raw(), name: name.clone(), content, cookie, mode, uid, gid, mtime, replace };
-        created(self.shard_write(dir.slot(), Op::LinkFile(op)).await?)
+        self.link(draft, dir, name, attributes, replace).await
     }
 
-    async fn append(
+    /// Initiates, writes the blocks and certifies; elsewhere again when a service fails. `never` are services that must
+    /// not get a block, whatever happens.
+    pub(crate) async fn write_span(
         &self,
-        slot: Slot,
-        to: &ContentReply,
-        offset: u64,
-        chunk: Vec<u8>,
-        data_blocks: u32,
-        parity_blocks: u32,
-    ) -> Result<(), ClientError> {
-        let (content, cookie, length) = (to.content, to.cookie.clone(), chunk.len() as u64);
-        if chunk.len() <= INLINE_BYTES_MAX {
-            let op = AddInline { content, cookie, offset, data: chunk.into() };
-            return self.shard_write(slot, Op::AddInline(op)).await.map(drop);
-        }
-        if chunk.iter().all(|b| *b == 0) {
-            return self
-                .shard_write(slot, Op::AddHole(AddHole { content, cookie, offset, length }))
-                .await
-                .map(drop);
-        }
-        let mib = (length >> 20) as u32 + 1;
-        let permits = mib.min(self.inner.options.write_mib_max.max(1));
-        let writing = self.inner.writing.acquire_many(permits).await;
-        let _writing = writing.map_err(|_| ClientError::Local("the client was closed".into()))?;
-        let codec = self.codec(data_blocks, parity_blocks)?;
-        let shape = SpanShape::for_size(chunk.len() as u32, data_blocks, parity_blocks);
-        let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
-        let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
-        let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
-        self.write_span(slot, to, offset, &encoded).await
-    }
-
-    /// Initiates, writes the blocks and certifies; elsewhere again when a service fails.
-    async fn write_span(
-        &self,
-        slot: Slot,
-        to: &ContentReply,
+        to: &Draft,
         offset: u64,
         encoded: &Encoded,
-    ) -> Result<(), ClientError> {
+        storage_class: u32,
+        never: &[u64],
+    ) -> Result<Span, ClientError> {
+        let slot = to.slot;
         let mut avoid = self.suspects();
+        avoid.extend_from_slice(never);
         let mut failures: Vec<String> = Vec::new();
         for attempt in 0..PLACEMENTS_MAX {
             if attempt > 0 {
@@ -140,7 +98,7 @@ impl Client {
                 crc: encoded.crc,
                 shape: Some(encoded.shape),
                 cell_crcs: encoded.cell_crcs.clone(),
-                storage_class: 0,
+                storage_class,
                 avoid_services: avoid.clone(),
                 avoid_failure_domains: Vec::new(),
             };
@@ -148,9 +106,11 @@ impl Client {
                 Ok(Reply::Span(span)) => span,
                 Ok(_) => return Err(ClientError::unexpected("a span")),
                 // Services that failed for somebody else are better than none.
-                Err(error) if error.code() == Some(Code::NoSpace) && attempt < 2 && !avoid.is_empty() => {
+                Err(error)
+                    if error.code() == Some(Code::NoSpace) && attempt < 2 && avoid.len() > never.len() =>
+                {
                     self.inner.runtime.note("write: suspects are better than none");
-                    avoid.clear();
+                    avoid = never.to_vec();
                     continue;
                 }
                 Err(ClientError::Refused(refusal))
@@ -169,7 +129,8 @@ impl Client {
                         span_id: span.span_id,
                         proofs,
                     };
-                    return self.shard_write(slot, Op::CertifySpan(op)).await.map(drop);
+                    self.shard_write(slot, Op::CertifySpan(op)).await?;
+                    return Ok(span);
                 }
                 Err(failed) => {
                     for (service, error) in failed {
@@ -207,7 +168,7 @@ impl Client {
     }
 
     /// Writes one block; what may pass is tried again, because writing the same block twice is the same as once.
-    async fn write_block(&self, block: &Block, data: Bytes) -> Result<Bytes, ClientError> {
+    pub(crate) async fn write_block(&self, block: &Block, data: Bytes) -> Result<Bytes, ClientError> {
         let mut pause = Duration::from_millis(50);
         for _ in 1..BLOCK_ATTEMPTS_MAX {
             match self.write_block_once(block, data.clone()).await {
@@ -241,7 +202,7 @@ impl Client {
 }
 
 /// Reads until there are `limit` bytes or no more.
-async fn read_up_to(source: &mut dyn ContentSource, limit: usize) -> Result<Vec<u8>, ClientError> {
+pub(crate) async fn read_up_to(source: &mut dyn ContentSource, limit: usize) -> Result<Vec<u8>, ClientError> {
     let mut bytes = Vec::new();
     source.take(limit as u64).read_to_end(&mut bytes).await.map_err(|e| ClientError::Local(e.to_string()))?;
     Ok(bytes)

@@ -4,7 +4,10 @@
 
 use std::sync::Arc;
 
-use clutch_proto::shard::{History, Layout, Lookup, ReadDir, ShardRequest, Stat, shard_request::Op};
+use clutch_proto::shard::{
+    ContentHistory, History, Layout, Lookup, ReadDir, ShardRequest, Stat, VisitBlocks, VisitDeadSpans, VisitInodes,
+    VisitPastContents, VisitTransients, shard_request::Op,
+};
 use clutch_shard::{Shard, ShardFacts, invariants};
 use clutch_state::{Applier, Machine as _, MemoryStore, Store as _, applier::rescan};
 use libfuzzer_sys::fuzz_target;
@@ -38,6 +41,13 @@ fuzz_target!(|data: &[u8]| {
             Op::ReadDir(ReadDir { dir: id, cursor: 0, limit: 2 }),
             Op::Layout(Layout { id, ..Layout::default() }),
             Op::History(History { dir: id, ..History::default() }),
+            Op::History(History { dir: id, with_present: true, ..History::default() }),
+            Op::ContentHistory(ContentHistory { id, after: 0 }),
+            Op::VisitInodes(VisitInodes { slot: id as u32 & 0xff, kind: 2, ..VisitInodes::default() }),
+            Op::VisitTransients(VisitTransients { slot: id as u32 & 0xff, ..VisitTransients::default() }),
+            Op::VisitPastContents(VisitPastContents { slot: id as u32 & 0xff, ..VisitPastContents::default() }),
+            Op::VisitDeadSpans(VisitDeadSpans { slot: id as u32 & 0xff, ..VisitDeadSpans::default() }),
+            Op::VisitBlocks(VisitBlocks { slot: id as u32 & 0xff, service_id: id, ..VisitBlocks::default() }),
         ] {
             let _ = Shard::read(&*store, &ShardRequest { op: Some(op) }, &facts);
         }

@@ -8,7 +8,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use clutch_cdc::{Cdc, steps, tables};
 use clutch_client::ClientError;
 use clutch_log::LogId;
-use clutch_proto::{cdc::TransactionRow, types::Code};
+use clutch_proto::{
+    cdc::TransactionRow,
+    shard::{shard_entry::Body, shard_reply::Reply},
+    types::Code,
+};
 use clutch_runtime::simulated::World;
 use clutch_state::{Applier, MemoryStore};
 
@@ -59,6 +63,9 @@ const CRASHED: &[(&str, &[&str])] = &[
     ("remove directory", &["first", "insert", "remove", "back"]),
     ("move file", &["first", "insert", "remove", "back"]),
     ("move directory", &["first", "walk", "insert", "setowner", "remove", "back"]),
+    ("forget file", &["first", "remove"]),
+    ("forget directory", &["first"]),
+    ("undelete directory", &["first", "insert", "setowner"]),
 ];
 
 /// States that are read off the logs and the answers.
@@ -69,6 +76,20 @@ const FOUND: &[&str] = &[
     "log: an entry of a client that is long forgotten",
     "log: a transaction is turned back",
     "log: a directory move waits for another",
+    "log: a content that is being written is not collected",
+    "log: a file's last owner is forgotten",
+    "log: a past content comes back",
+    "log: a past content is forgotten",
+    "log: a policy keeps what was proposed",
+    "log: a published content is replaced",
+    "log: a publication comes too late",
+    "log: a range is shared",
+    "log: a removed directory comes back",
+    "log: a removed directory is forgotten",
+    "log: a span is removed",
+    "log: a span moves to another content",
+    "log: blocks are exchanged",
+    "log: spans are exchanged",
     "history: unknown, and done",
     "history: unknown, and not done",
     "history: never answered, and done",
@@ -87,6 +108,8 @@ const ANSWERS: &[Code] = &[
     Code::NoSpace,
     Code::TransientGone,
     Code::BadProof,
+    Code::TooEarly,
+    Code::CrcMismatch,
 ];
 
 /// All states, in order.
@@ -151,9 +174,11 @@ fn entries(evidence: &Evidence, reached: &mut BTreeSet<String>) {
             let is_step = tag.client == clutch_cdc::STEP_CLIENT;
             let transaction = tag.sequence >> 24;
             if step.is_first {
-                use clutch_proto::shard::shard_entry::Body;
                 if matches!(step.body, Some(Body::UnlockEdge(_) | Body::RemoveDirectoryInode(_))) {
                     turned_back.insert(transaction);
+                }
+                if let Some(what) = step.body.as_ref().and_then(|body| upkeep(body, outcome)) {
+                    note(what);
                 }
                 continue;
             }
@@ -168,6 +193,31 @@ fn entries(evidence: &Evidence, reached: &mut BTreeSet<String>) {
             }
         }
     }
+}
+
+/// What looking after stored data did for the first time.
+fn upkeep(body: &Body, outcome: &Result<Reply, Code>) -> Option<&'static str> {
+    Some(match (body, outcome) {
+        (Body::CollectContent(_), Err(Code::TooEarly)) => {
+            "log: a content that is being written is not collected"
+        }
+        (Body::ForgetEdge(_) | Body::ForgetContent(_) | Body::DropPastEdge(_), Err(Code::TooEarly)) => {
+            "log: a policy keeps what was proposed"
+        }
+        (Body::PublishContent(_), Err(Code::Stale)) => "log: a publication comes too late",
+        (Body::RemoveFileInode(_), Ok(_)) => "log: a file's last owner is forgotten",
+        (Body::RestoreContent(_), Ok(_)) => "log: a past content comes back",
+        (Body::ForgetContent(_), Ok(_)) => "log: a past content is forgotten",
+        (Body::PublishContent(_), Ok(_)) => "log: a published content is replaced",
+        (Body::ShareRange(_), Ok(_)) => "log: a range is shared",
+        (Body::AdoptDirectory(_), Ok(_)) => "log: a removed directory comes back",
+        (Body::ForgetDirectoryInode(_), Ok(_)) => "log: a removed directory is forgotten",
+        (Body::RemoveSpan(_), Ok(_)) => "log: a span is removed",
+        (Body::MoveSpan(_), Ok(_)) => "log: a span moves to another content",
+        (Body::SwapBlocks(_), Ok(_)) => "log: blocks are exchanged",
+        (Body::SwapSpans(_), Ok(_)) => "log: spans are exchanged",
+        _ => return None,
+    })
 }
 
 fn answers(evidence: &Evidence, reached: &mut BTreeSet<String>) {

@@ -25,7 +25,7 @@ pub enum Profile {
 }
 
 /// Kinds of operations; every seed weighs them anew.
-const KINDS: usize = 17;
+const KINDS: usize = 28;
 /// Names that directories and files of one directory can have.
 const NAMES: u32 = 12;
 /// Directories that a script makes at a time.
@@ -87,11 +87,22 @@ impl Generator {
         let mut weights = [0; KINDS];
         for (kind, weight) in weights.iter_mut().enumerate() {
             // Looking is cheap and finds stale answers; a kind is left out now and then.
-            let most = if matches!(kind, 8..=10) { 12 } else { 6 };
+            let most = match kind {
+                8..=10 => 12,
+                // Many requests each.
+                23 | 27 => 1,
+                25 | 26 => 3,
+                _ => 6,
+            };
             *weight = if rng.random_ratio(1, 6) { 0 } else { rng.random_range(1..=most) };
         }
         match profile {
-            Profile::Metadata => (weights[4], weights[6], weights[7], weights[15]) = (0, 1, 0, 0),
+            Profile::Metadata => {
+                for kind in [4, 7, 15, 18, 19, 24, 25, 26] {
+                    weights[kind] = 0;
+                }
+                weights[6] = 1;
+            }
             Profile::Data => (weights[4], weights[6], weights[7]) = (8, 10, 6),
             _ => {}
         }
@@ -139,6 +150,11 @@ impl Generator {
         let mut at: Vec<u64> = vec![0; lanes as usize];
         let mut events = Vec::new();
         let mut count = 0;
+        if self.weights[23] > 0 {
+            // Where nothing is said, everything is kept for days.
+            let action = Action::Operate(Lane { client: 0, thread: 0 }, self.keep("/".into()));
+            events.push(Event { at: Duration::ZERO, action });
+        }
         if self.weights[13] > 0 {
             // A tree that is deep enough for moves to meet in it.
             for path in ["/d0", "/d1", "/d0/d2", "/d1/d3", "/d0/d2/d4", "/d1/d3/d5"] {
@@ -229,6 +245,16 @@ impl Generator {
                 let below = format!("{path}/");
                 if !self.directories.iter().chain(&self.files).any(|p| p.starts_with(&below)) {
                     self.directories.remove(&path);
+                    self.removed.push(path.clone());
+                }
+                if self.rng.random_ratio(1, 6) {
+                    // One that was just made is empty; it comes back at once.
+                    let (path, to) = (format!("{path}/e0"), format!("{path}/e1"));
+                    return vec![
+                        (0, Operation::MakeDirectory(path.clone())),
+                        (0, Operation::RemoveDirectory(path.clone())),
+                        (0, Operation::Undelete(path, to)),
+                    ];
                 }
                 one(Operation::RemoveDirectory(path))
             }
@@ -285,7 +311,7 @@ impl Generator {
                 self.removed.push(path.clone());
                 one(Operation::Remove(path))
             }
-            15 => one(Operation::Forge(self.new_name(), self.rng.random_range(0..8))),
+            15 => one(Operation::Forge(self.new_name(), self.rng.random_range(0..11))),
             16 if !self.removed.is_empty() => {
                 let from = self.removed.choose(&mut self.rng).expect("not empty").clone();
                 let parent = from.rsplit_once('/').map_or("", |(parent, _)| parent);
@@ -293,8 +319,76 @@ impl Generator {
                 self.files.insert(to.clone());
                 one(Operation::Undelete(from, to))
             }
+            22 if self.rng.random() => {
+                // A file that lives elsewhere than its last directory goes through the CDC.
+                let (from, to) = (self.file(), self.new_name());
+                self.files.remove(&from);
+                vec![
+                    (0, Operation::Move(from, to.clone())),
+                    (0, Operation::Remove(to.clone())),
+                    (0, Operation::Forget(to, 0)),
+                ]
+            }
+            24 if self.rng.random_ratio(1, 4) => {
+                // Writes of its blocks may still be under way when their span is collected.
+                let (path, bytes) = (self.new_name(), self.rng.random_range(600..self.bytes_max));
+                vec![(0, Operation::Scrap(path, bytes, self.next_salt())), (0, Operation::Collect(false))]
+            }
+            18.. => one(self.upkeep(kind.unwrap_or(18))),
             _ => one(Operation::ChangeMode(self.file(), self.rng.random_range(0..0o1000))),
         }
+    }
+
+    /// What looks after files that exist.
+    fn upkeep(&mut self, kind: usize) -> Operation {
+        match kind {
+            18 => {
+                let bytes = *[1, 200, 5000, self.bytes_max].choose(&mut self.rng).expect("some");
+                let offset = self.rng.random_range(0..u64::from(self.bytes_max));
+                let offset = *[0, offset].choose(&mut self.rng).expect("some");
+                let bytes = self.rng.random_range(1..=bytes);
+                Operation::Patch(self.file(), offset, bytes, self.next_salt())
+            }
+            19 if self.rng.random() => Operation::Restore(self.file()),
+            19 => Operation::Truncate(self.file(), self.rng.random_range(0..u64::from(self.bytes_max) * 2)),
+            20 => Operation::Contents(self.file()),
+            21 => {
+                let path = self.directory();
+                self.keep(if path.is_empty() { "/".into() } else { path })
+            }
+            22 => {
+                let path = match self.removed.choose(&mut self.rng) {
+                    Some(path) if self.rng.random() => path.clone(),
+                    _ => self.file(),
+                };
+                Operation::Forget(path, *[0, 1, 50, 3_600_000].choose(&mut self.rng).expect("some"))
+            }
+            23 => Operation::Collect(self.rng.random_ratio(1, 4)),
+            24 => {
+                let (path, bytes) = (self.new_name(), self.rng.random_range(600..self.bytes_max));
+                if self.rng.random() {
+                    return Operation::Scrap(path, bytes, self.next_salt());
+                }
+                self.files.insert(path.clone());
+                // Zeros are no spans, and only spans can be put together.
+                self.salt += 1;
+                Operation::Assemble(path, bytes, self.salt)
+            }
+            25 => Operation::MoveBlock(self.file(), self.rng.random_range(0..8)),
+            26 => Operation::Recode(self.file()),
+            _ => Operation::Survey(self.rng.random_range(0..self.cluster.disks)),
+        }
+    }
+
+    /// A policy that lets things go within the time of a script, mostly.
+    fn keep(&mut self, path: String) -> Operation {
+        let (age_ms, versions) = match self.rng.random_range(0..5) {
+            0 => (None, None),
+            1 => (None, Some(self.rng.random_range(0..3))),
+            2 => (Some(self.rng.random_range(0..2000)), Some(2)),
+            _ => (Some(*[0, 1, 20, 500].choose(&mut self.rng).expect("some")), None),
+        };
+        Operation::Policy(path, age_ms, versions)
     }
 
     /// One move of a directory, or two at the same time that would make a loop together.
@@ -400,6 +494,13 @@ impl Generator {
                     let at = at + Duration::from_micros(self.rng.random_range(100..50_000));
                     let crash = Fault::Crash(*party, Duration::from_millis(2));
                     events.push(Event { at, action: Action::Strike(crash) });
+                }
+                if let Fault::DiskErrors(Party::Disk(disk), _, lasting) = &fault
+                    && self.rng.random()
+                {
+                    // What was not synced shows when the power goes.
+                    let crash = Fault::Crash(Party::Disk(*disk), Duration::from_millis(2));
+                    events.push(Event { at: at + *lasting, action: Action::Strike(crash) });
                 }
                 if let Fault::Move(party, lasting) = &fault
                     && self.rng.random_ratio(1, 4)

@@ -61,8 +61,10 @@ struct Inner {
     order: u64,
     records: Vec<Record>,
     performed: Vec<Performed>,
-    /// What files hold, by acknowledgement.
+    /// What files hold as long as their contents are not told apart, by acknowledgement.
     stored: BTreeMap<InodeId, Data>,
+    /// What contents hold whose ids their writers know; nothing when a part is not known.
+    contents: BTreeMap<u64, Option<Arc<Vec<u8>>>>,
     violations: Vec<(&'static str, String)>,
 }
 
@@ -83,9 +85,21 @@ impl History {
         self.inner.lock().stored.insert(file, data);
     }
 
-    /// What a file must hold, if a client was told that it was stored.
-    pub fn data_of(&self, file: InodeId) -> Option<Data> {
-        self.inner.lock().stored.get(&file).copied()
+    /// Takes note of what a content will hold, before anybody can see it; `None` when that is not known.
+    pub fn content(&self, content: u64, bytes: Option<Vec<u8>>) {
+        self.inner.lock().contents.insert(content, bytes.map(Arc::new));
+    }
+
+    /// What a content of a file must hold, as far as anybody can know.
+    pub fn bytes_of_content(&self, file: InodeId, content: u64) -> Option<Arc<Vec<u8>>> {
+        if content == 0 {
+            return Some(Arc::default());
+        }
+        let inner = self.inner.lock();
+        match inner.contents.get(&content) {
+            Some(known) => known.clone(),
+            None => inner.stored.get(&file).map(|data| Arc::new(bytes_of(*data))),
+        }
     }
 
     /// Takes note of something that must not be, under the checker's name.

@@ -13,6 +13,7 @@ pub mod script;
 pub mod shrink;
 pub mod sim_cluster;
 pub mod sim_store;
+mod upkeep;
 pub mod workload;
 
 pub use sim_cluster::SimCluster;

@@ -59,7 +59,31 @@ pub enum Operation {
     ChangeMode(String, u32),
     /// Brings the last version that was deleted under a name back under another.
     Undelete(String, String),
-    /// Tries to have a span accepted, or a block written, that must not be; the kind is 0..8.
+    /// Replaces a range of a file's bytes.
+    Patch(String, u64, u32, u64),
+    /// Cuts a file or makes it longer.
+    Truncate(String, u64),
+    /// Makes the newest past content of a file its present one.
+    Restore(String),
+    /// Asks for a file's past contents.
+    Contents(String),
+    /// Sets how long a directory keeps what was: milliseconds and versions; neither lets it be inherited.
+    Policy(String, Option<u64>, Option<u32>),
+    /// Proposes to forget the newest past entry of a name, whatever its age, under a policy of so many milliseconds.
+    Forget(String, u64),
+    /// Collects what may go; `true` proposes contents that are still being written, too.
+    Collect(bool),
+    /// Writes a content and gives it up.
+    Scrap(String, u32, u64),
+    /// Writes a file as two contents that are put together.
+    Assemble(String, u32, u64),
+    /// Moves a block of a file to another disk.
+    MoveBlock(String, u32),
+    /// Gives a file's spans other places.
+    Recode(String),
+    /// Looks at all inodes, and at the blocks of a disk.
+    Survey(u32),
+    /// Tries to have a span accepted, or a block written, that must not be; the kind is 0..11.
     Forge(String, u32),
 }
 
@@ -214,6 +238,10 @@ pub struct Script {
     pub events: Vec<Event>,
 }
 
+fn or_dash(number: Option<&impl fmt::Display>) -> String {
+    number.map_or_else(|| "-".to_owned(), ToString::to_string)
+}
+
 fn seconds(duration: Duration) -> String {
     format!("{}.{:06}", duration.as_secs(), duration.subsec_micros())
 }
@@ -254,6 +282,20 @@ impl fmt::Display for Operation {
             Operation::ChangeMode(p, mode) => write!(f, "chmod {p} {mode:o}"),
             Operation::Undelete(p, to) => write!(f, "undelete {p} {to}"),
             Operation::Forge(p, kind) => write!(f, "forge {p} {kind}"),
+            Operation::Patch(p, offset, bytes, salt) => write!(f, "patch {p} {offset} {bytes} {salt}"),
+            Operation::Truncate(p, size) => write!(f, "truncate {p} {size}"),
+            Operation::Restore(p) => write!(f, "restore {p}"),
+            Operation::Contents(p) => write!(f, "contents {p}"),
+            Operation::Policy(p, age, versions) => {
+                write!(f, "policy {p} {} {}", or_dash(age.as_ref()), or_dash(versions.as_ref()))
+            }
+            Operation::Forget(p, age) => write!(f, "forget {p} {age}"),
+            Operation::Collect(early) => f.write_str(if *early { "collect-early" } else { "collect" }),
+            Operation::Scrap(p, bytes, salt) => write!(f, "scrap {p} {bytes} {salt}"),
+            Operation::Assemble(p, bytes, salt) => write!(f, "assemble {p} {bytes} {salt}"),
+            Operation::MoveBlock(p, index) => write!(f, "move-block {p} {index}"),
+            Operation::Recode(p) => write!(f, "recode {p}"),
+            Operation::Survey(disk) => write!(f, "survey disk{disk}"),
         }
     }
 }
@@ -336,6 +378,14 @@ impl<'a> Words<'a> {
         word.parse().map_err(|_| format!("{word:?} is not {what}"))
     }
 
+    /// A number, or nothing.
+    fn or_dash<T: FromStr>(&mut self, what: &str) -> Result<Option<T>, String> {
+        match self.next(what)? {
+            "-" => Ok(None),
+            word => word.parse().map(Some).map_err(|_| format!("{word:?} is neither {what} nor -")),
+        }
+    }
+
     fn path(&mut self) -> Result<String, String> {
         let word = self.next("a path")?;
         if word.starts_with('/') {
@@ -400,6 +450,32 @@ impl<'a> Words<'a> {
             }
             "undelete" => Operation::Undelete(self.path()?, self.path()?),
             "forge" => Operation::Forge(self.path()?, self.number("a kind")?),
+            "patch" => Operation::Patch(
+                self.path()?,
+                self.number("an offset")?,
+                self.number("a number of bytes")?,
+                self.number("a salt")?,
+            ),
+            "truncate" => Operation::Truncate(self.path()?, self.number("a size")?),
+            "restore" => Operation::Restore(self.path()?),
+            "contents" => Operation::Contents(self.path()?),
+            "policy" => Operation::Policy(
+                self.path()?,
+                self.or_dash("milliseconds")?,
+                self.or_dash("a number of versions")?,
+            ),
+            "forget" => Operation::Forget(self.path()?, self.number("milliseconds")?),
+            "collect" => Operation::Collect(false),
+            "collect-early" => Operation::Collect(true),
+            "scrap" => {
+                Operation::Scrap(self.path()?, self.number("a number of bytes")?, self.number("a salt")?)
+            }
+            "assemble" => {
+                Operation::Assemble(self.path()?, self.number("a number of bytes")?, self.number("a salt")?)
+            }
+            "move-block" => Operation::MoveBlock(self.path()?, self.number("the number of a block")?),
+            "recode" => Operation::Recode(self.path()?),
+            "survey" => Operation::Survey(self.disk()?),
             other => return Err(format!("{other:?} is not an operation")),
         })
     }

@@ -16,7 +16,7 @@ use clutch_server::{
     ClusterFile, Node, NodeConfig, Roles,
     stores::{LogProvider, StoreProvider},
 };
-use clutch_shard::Keyring;
+use clutch_shard::{Keyring, Lifetimes};
 use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
 use parking_lot::Mutex;
 
@@ -30,6 +30,11 @@ pub const CDC: NodeId = NodeId(2);
 pub const CLIENT: NodeId = NodeId(500);
 /// Nodes from here on take over roles of others.
 const SPARE: u32 = 1000;
+
+/// Short, so that grants and contents expire within a script.
+pub const LIFETIMES: Lifetimes = Lifetimes { grant_ms: 400, transient_ms: 4000 };
+/// Generated scripts keep clocks closer than this.
+pub const CLOCK_SKEW_MS_MAX: u64 = 450;
 
 /// The first node of a shard.
 pub fn shard_node(number: u32) -> NodeId {
@@ -270,6 +275,8 @@ impl SimCluster {
                 keyring,
                 system_key: [7; 32],
                 process_usage: || None,
+                lifetimes: LIFETIMES,
+                clock_skew_ms_max: CLOCK_SKEW_MS_MAX,
                 runtime: runtime.clone(),
             };
             match Node::start(config).await {

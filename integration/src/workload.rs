@@ -33,7 +33,7 @@ pub struct Worker {
     pub cluster: u64,
 }
 
-fn attributes() -> FileAttributes {
+pub(crate) fn attributes() -> FileAttributes {
     FileAttributes { mode: 0o644, uid: 1, gid: 2, mtime: 0 }
 }
 
@@ -85,8 +85,8 @@ impl Worker {
             }
             Operation::ReadRange(path, offset, bytes) => {
                 let at = client.resolve(path).await?;
-                let got = client.read_range(at.id, *offset, *bytes as usize).await?;
-                self.compare(at.id, *offset, &got, Some(*bytes as usize));
+                let (content, got) = client.read_range_of(at.id, 0, *offset, *bytes as usize).await?;
+                self.compare((at.id, content), *offset, &got, Some(*bytes as usize));
                 Ok(format!("{} bytes", got.len()))
             }
             Operation::Stat(path) => {
@@ -113,7 +113,9 @@ impl Worker {
             }
             Operation::History(path) => {
                 let dir = client.resolve_directory(path).await?;
-                Ok(format!("{} past entries", client.history(dir, None).await?.len()))
+                let past = client.history(dir, None).await?;
+                let whole = client.whole_history(dir, None).await?;
+                Ok(format!("{} past entries, {} with present ones", past.len(), whole.len()))
             }
             Operation::Move(from, to) => {
                 let at = client.resolve(from).await?;
@@ -136,12 +138,18 @@ impl Worker {
                 let (parent, name) = client.resolve_parent(path).await?;
                 let (_, new_name) = client.resolve_parent(to).await?;
                 let history = client.history(parent, Some(&name)).await?;
-                let past = history.iter().rev().find(|p| p.owned);
-                let past = past.ok_or_else(|| Refusal::new(Code::NotFound, "no version that was deleted"))?;
-                let made = client.undelete(parent, past, &new_name).await?;
-                Ok(format!("brought back {}", made.id))
+                if let Some(past) = history.iter().rev().find(|p| p.owned) {
+                    let made = client.undelete(parent, past, &new_name).await?;
+                    return Ok(format!("brought back {}", made.id));
+                }
+                let mut past = history.iter().rev().filter_map(|p| InodeId::from_wire(p.target));
+                let dir = past.find(|id| id.is_directory());
+                let dir = dir.ok_or_else(|| Refusal::new(Code::NotFound, "no version that was deleted"))?;
+                let made = client.undelete_directory(dir, parent, &new_name).await?;
+                Ok(format!("brought back directory {}", made.id))
             }
-            Operation::Forge(path, kind) => self.forge(path, *kind).await,
+            Operation::Forge(path, kind) if *kind < 8 => self.forge(path, *kind).await,
+            other => self.look_after(other).await,
         }
     }
 
@@ -160,14 +168,13 @@ impl Worker {
             got.extend_from_slice(&bytes);
             Ok(())
         };
-        self.client.read_file(file, &mut sink).await?;
-        self.compare(file, 0, &got, None);
+        let (content, _) = self.client.read_version(file, 0, &mut sink).await?;
+        self.compare((file, content), 0, &got, None);
         Ok(format!("{} bytes", got.len()))
     }
 
-    fn compare(&self, file: InodeId, offset: u64, got: &[u8], asked: Option<usize>) {
-        let Some(data) = self.history.data_of(file) else { return };
-        let expected = bytes_of(data);
+    fn compare(&self, (file, content): (InodeId, u64), offset: u64, got: &[u8], asked: Option<usize>) {
+        let Some(expected) = self.history.bytes_of_content(file, content) else { return };
         let start = (offset as usize).min(expected.len());
         let end = asked.map_or(expected.len(), |asked| (start + asked).min(expected.len()));
         if got != &expected[start..end] {

@@ -12,7 +12,10 @@ use clutch_proto::{
     registry::{RegistryRequest, SwapChain, registry_request},
     session::{Request, Response, Role},
     shard::{shard_request::Op, *},
-    types::{ClientTag, Code, SpanShape},
+    types::{
+        ClientTag, Code, DirectoryPolicy, SnapshotPolicy, SpanClass, SpanClasses, SpanShape, StorageClass,
+        StorageClasses, StripePolicy,
+    },
 };
 use clutch_runtime::{Lane, Runtime};
 use prost::Message as _;
@@ -49,11 +52,13 @@ fn shard_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
         Op::ReadDir(ReadDir { dir: id, cursor: id, limit: small }),
         Op::ReadDir(ReadDir { dir: InodeId::ROOT.raw(), cursor: id, limit: small }),
         Op::Layout(Layout { id, offset: id, content: id }),
-        Op::History(History { dir: id, name: name.clone(), after: name.clone() }),
+        Op::History(History { dir: id, name: name.clone(), after: name.clone(), with_present: false }),
+        Op::History(History { dir: id, name: name.clone(), after: name.clone(), with_present: true }),
         Op::History(History {
             dir: InodeId::ROOT.raw(),
-            name: Bytes::new(),
             after: Bytes::from(vec![7; 40]),
+            with_present: number.is_multiple_of(2),
+            ..History::default()
         }),
         Op::CreateFile(CreateFile {
             dir: id,
@@ -123,6 +128,87 @@ fn shard_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
     ]
 }
 
+/// The same for what looks after stored data.
+fn upkeep_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
+    let (small, id, cookie) = (number as u32, number, cookie.clone());
+    let name = Bytes::from_static(b"n");
+    let odd = Bytes::from(number.to_le_bytes()[..(number % 9) as usize].to_vec());
+    let policy = Some(SnapshotPolicy { age_ms: Some(number), versions: Some(small) });
+    let whole = DirectoryPolicy {
+        snapshot: policy,
+        spans: Some(SpanClasses {
+            classes: vec![SpanClass { size_max: small, data_blocks: small, parity_blocks: small }; 2],
+        }),
+        storage: Some(StorageClasses { classes: vec![StorageClass::default(); small as usize % 100] }),
+        stripe: Some(StripePolicy { cell_size: small }),
+    };
+    let visits =
+        [Bytes::new(), odd.clone(), Bytes::from(vec![small as u8; 40])].into_iter().flat_map(|after| {
+            let slot = small;
+            [
+                Op::VisitInodes(VisitInodes { slot, after: after.clone(), kind: small, limit: small }),
+                Op::VisitInodes(VisitInodes { slot, after: after.clone(), kind: 3, limit: small }),
+                Op::VisitTransients(VisitTransients { slot, after: after.clone() }),
+                Op::VisitPastContents(VisitPastContents { slot, after: after.clone() }),
+                Op::VisitDeadSpans(VisitDeadSpans { slot, after: after.clone() }),
+                Op::VisitBlocks(VisitBlocks { slot, after, service_id: id }),
+            ]
+        });
+    let dir = InodeId::ROOT.raw();
+    let mut all = vec![
+        Op::ContentHistory(ContentHistory { id, after: id }),
+        Op::SetPolicy(SetPolicy { id: dir, policy: Some(whole), inherit: vec![small as i32] }),
+        Op::SetPolicy(SetPolicy { id, policy: None, inherit: vec![small as i32; 3] }),
+        Op::StartContent(StartContent { dir: id }),
+        Op::ShareRange(ShareRange {
+            content,
+            cookie: cookie.clone(),
+            offset: 0,
+            from_content: id,
+            from_offset: id,
+            length: id,
+        }),
+        Op::ShareRange(ShareRange { content, offset: id, from_content: content, ..ShareRange::default() }),
+        Op::PublishContent(PublishContent {
+            id,
+            content,
+            cookie: cookie.clone(),
+            expected_content: id,
+            ..PublishContent::default()
+        }),
+        Op::RestoreContent(RestoreContent { id, content, ended_at: id, ..RestoreContent::default() }),
+        Op::ScrapContent(ScrapContent { content: id, cookie: odd.clone() }),
+        Op::SwapBlocks(SwapBlocks { span_a: id, block_a: id, span_b: id ^ 256, block_b: id }),
+        Op::SwapSpans(SwapSpans {
+            content_a: id,
+            offset_a: id,
+            span_a: id,
+            content_b: content,
+            offset_b: id,
+            span_b: id,
+        }),
+        Op::MoveSpan(MoveSpan {
+            from_content: content,
+            from_cookie: cookie.clone(),
+            content,
+            cookie,
+            span_id: id,
+            offset: id,
+        }),
+        Op::ForgetEdge(ForgetEdge { dir, name: name.clone(), target: id, ended_at: id, policy }),
+        Op::ForgetEdge(ForgetEdge { dir: id, name: odd.clone(), target: id, ended_at: id, policy: None }),
+        Op::ForgetContent(ForgetContent { id, content, policy, ended_at: id }),
+        Op::CollectContent(CollectContent { content: id }),
+        Op::RemoveSpan(RemoveSpan { span_id: id, proofs: vec![odd; small as usize % 40] }),
+        Op::DropPastEdge(DropPastEdge { dir, name, target: id, ended_at: id, policy }),
+        Op::RemoveFileInode(RemoveFileInode { id }),
+        Op::AdoptDirectory(AdoptDirectory { dir: id, owner: id }),
+        Op::ForgetDirectoryInode(ForgetDirectoryInode { dir: id, policy }),
+    ];
+    all.extend(visits);
+    all
+}
+
 async fn still_serves(client: &Client, name: &str) {
     let name = Bytes::copy_from_slice(name.as_bytes());
     let data = vec![3u8; 10_000];
@@ -144,7 +230,8 @@ fn numbers_at_every_edge_get_an_answer() {
         let mut sequence = 0;
         let mut refused = 0;
         for number in EDGES {
-            for op in shard_operations(number, content.content, &content.cookie) {
+            let upkeep = upkeep_operations(number, content.content, &content.cookie);
+            for op in shard_operations(number, content.content, &content.cookie).into_iter().chain(upkeep) {
                 for shard in [0, 1, 7] {
                     sequence += 1;
                     let body = ShardRequest { op: Some(op.clone()) }.encode_to_vec();
@@ -223,6 +310,30 @@ fn wrong_slots_tags_and_times_are_refused() {
             code("node2", envelope(Role::Cdc, 0, Some(tag(6)), mkdir)).await,
             Some(Code::InvalidArgument)
         );
+        for (n, number) in EDGES.iter().copied().enumerate() {
+            let name = Bytes::from_static(b"n");
+            let ops = [
+                cdc_request::Op::ForgetFile(cdc::ForgetFile {
+                    dir: InodeId::ROOT.raw(),
+                    name: name.clone(),
+                    target: number,
+                    ended_at: number,
+                    policy: None,
+                }),
+                cdc_request::Op::ForgetDirectory(cdc::ForgetDirectory { target: number, policy: None }),
+                cdc_request::Op::UndeleteDirectory(cdc::UndeleteDirectory {
+                    target: number,
+                    owner: InodeId::ROOT.raw(),
+                    name,
+                }),
+            ];
+            for (m, op) in ops.into_iter().enumerate() {
+                let body = CdcRequest { op: Some(op) }.encode_to_vec();
+                let sequence = 100 + (n * 3 + m) as u64;
+                let refused = code("node2", envelope(Role::Cdc, 0, Some(tag(sequence)), body)).await;
+                assert!(refused.is_some(), "number {number:x} in transaction {m}");
+            }
+        }
         for op in [
             blocks_request::Op::Write(WriteBlock {
                 certificate: Bytes::new(),
@@ -258,7 +369,8 @@ fn flipped_cut_and_random_messages_get_an_answer() {
         let nodes = ["node1", "node2", "node300", "node10", "node11"];
         for round in 0..6000 {
             sequence += 1;
-            let ops = shard_operations(EDGES[round % EDGES.len()], 1, &Bytes::new());
+            let mut ops = shard_operations(EDGES[round % EDGES.len()], 1, &Bytes::new());
+            ops.extend(upkeep_operations(EDGES[round % EDGES.len()], 1, &Bytes::new()));
             let body = ShardRequest { op: Some(ops[round % ops.len()].clone()) }.encode_to_vec();
             let role = [Role::Registry, Role::Cdc, Role::Shard, Role::Blocks][round % 4];
             let mut request = envelope(role, round as u64 % 2, Some(tag(sequence)), body);

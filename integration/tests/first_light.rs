@@ -66,6 +66,9 @@ async fn in_production_form() {
         disks: Some(6),
         policy: None,
         segment_bytes_max: 64 << 20,
+        lifetimes: clutch_shard::Lifetimes::default(),
+        clock_skew_ms_max: clutch_proto::limits::CLOCK_SKEW_MS_MAX,
+        collect_pause: None,
     };
     let runtime = clutch_runtime::production::runtime();
     let up = Up::start(runtime.clone(), config()).await.expect("starts");

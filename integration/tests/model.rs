@@ -15,7 +15,7 @@ use clutch_proto::{
     cdc::{self, CdcEntry, CdcReply, CdcRequest, StepDone, cdc_request},
     shard::*,
     state::{Entry, entry::Kind},
-    types::{ClientTag, Code},
+    types::{ClientTag, Code, SnapshotPolicy},
 };
 use clutch_shard::{Shard, ShardFacts, invariants};
 use clutch_state::{Applier, EntryOutcome, Machine, MemoryStore, ProduceContext, Stop, applier::rescan};
@@ -359,7 +359,9 @@ impl Test {
             52..64 => self.rename_inside(),
             64..78 => self.rename_across(),
             78..84 => self.change_mode(),
-            84..89 => self.undelete(),
+            84..88 => self.undelete(),
+            88..91 => self.forget(),
+            91..94 => self.forget_or_undelete_directory(),
             _ => self.look(),
         }
     }
@@ -547,7 +549,7 @@ impl Test {
             return;
         }
         let new_name = self.pick_name(dir);
-        let op = Op::History(History { dir: dir.raw(), name: name.clone(), after: Bytes::new() });
+        let op = Op::History(History { dir: dir.raw(), name: name.clone(), ..History::default() });
         let Ok(Reply::History(history)) = self.system.read(dir.slot().0, op) else { panic!("no history") };
         let past = history
             .past
@@ -570,6 +572,128 @@ impl Test {
             self.model.deleted.remove(at);
             self.model.put(dir, &new_name, target, created_at);
         }
+    }
+
+    /// Forgets a deleted file for good, through its shard or, when it lives in another, through the CDC.
+    fn forget(&mut self) {
+        if self.model.deleted.is_empty() {
+            return;
+        }
+        let at = self.system.rng.random_range(0..self.model.deleted.len());
+        let too_early = self.system.rng.random_ratio(1, 5);
+        self.forget_at(at, too_early);
+    }
+
+    fn forget_at(&mut self, at: usize, too_early: bool) {
+        let (dir, name, target) = self.model.deleted[at].clone();
+        let op = Op::History(History { dir: dir.raw(), name: name.clone(), ..History::default() });
+        let Ok(Reply::History(history)) = self.system.read(dir.slot().0, op) else { panic!("no history") };
+        let past = history.past.iter().find(|p| p.target == target.raw() && p.owned).expect("deleted");
+        let policy = match too_early {
+            true => SnapshotPolicy { age_ms: Some(u64::MAX / 1_000_000), versions: Some(1000) },
+            false => SnapshotPolicy { age_ms: Some(0), versions: None },
+        };
+        let expected = if too_early { Err(Code::TooEarly) } else { Ok(()) };
+        let (dir_raw, target_raw, ended_at) = (dir.raw(), target.raw(), past.ended_at);
+        let policy = Some(policy);
+        let shard = |slot: u8| usize::from(slot) * self.system.shards.len() / 256;
+        let done = if shard(dir.slot().0) == shard(target.slot().0) {
+            let op = ForgetEdge { dir: dir_raw, name, target: target_raw, ended_at, policy };
+            compare("forget", self.system.write(dir.slot().0, Op::ForgetEdge(op)), expected).is_some()
+        } else {
+            let op = cdc::ForgetFile { dir: dir_raw, name, target: target_raw, ended_at, policy };
+            compare("forget", self.system.transaction(cdc_request::Op::ForgetFile(op)), expected).is_some()
+        };
+        if done {
+            self.model.deleted.remove(at);
+            self.model.files.remove(&target);
+            let gone = self.system.read(target.slot().0, Op::Stat(Stat { id: target.raw() }));
+            compare("stat", gone, Err(Code::NotFound));
+        }
+    }
+
+    fn forget_or_undelete_directory(&mut self) {
+        let removed: Vec<_> = self.model.removed.iter().copied().collect();
+        let Some(dir) = removed.choose(&mut self.system.rng).copied() else { return };
+        if self.system.rng.random() {
+            let op = Op::History(History { dir: dir.raw(), ..History::default() });
+            let Ok(Reply::History(history)) = self.system.read(dir.slot().0, op) else {
+                panic!("no history")
+            };
+            let expected = if history.past.is_empty() { Ok(()) } else { Err(Code::NotEmpty) };
+            self.forget_directory(dir, expected);
+            return;
+        }
+        let owner = self.pick_dir();
+        let name = self.pick_name(owner);
+        let expected =
+            if owner == dir { Err(Code::Loop) } else { self.model.can_put(owner, &name, true, false) };
+        let op = cdc::UndeleteDirectory { target: dir.raw(), owner: owner.raw(), name: name.clone() };
+        let got = self.system.transaction(cdc_request::Op::UndeleteDirectory(op));
+        if let Some(reply) = compare("undelete directory", got, expected) {
+            self.model.put(owner, &name, dir, reply.created_at);
+            self.model.dirs.insert(dir, BTreeMap::new());
+            self.model.parents.insert(dir, owner);
+            self.model.removed.remove(&dir);
+        }
+    }
+
+    fn forget_directory(&mut self, dir: InodeId, expected: Expected) {
+        let policy = Some(SnapshotPolicy { age_ms: Some(0), versions: None });
+        let op = cdc::ForgetDirectory { target: dir.raw(), policy };
+        let got = self.system.transaction(cdc_request::Op::ForgetDirectory(op));
+        if compare("forget directory", got, expected).is_some() {
+            self.model.removed.remove(&dir);
+        }
+    }
+
+    /// Forgets all that is past: only what is there now stays, in the rows of every shard.
+    fn sweep(&mut self) {
+        while !self.model.deleted.is_empty() {
+            self.forget_at(self.model.deleted.len() - 1, false);
+        }
+        let at_once = Some(SnapshotPolicy { age_ms: Some(0), versions: None });
+        for dir in self.model.dirs.keys().chain(&self.model.removed).copied().collect::<Vec<_>>() {
+            let op = Op::History(History { dir: dir.raw(), ..History::default() });
+            let Ok(Reply::History(history)) = self.system.read(dir.slot().0, op) else {
+                panic!("no history")
+            };
+            for past in history.past {
+                // Only traces of moves are left.
+                assert!(!past.owned);
+                let PastEdge { name, target, ended_at, .. } = past;
+                let op = ForgetEdge { dir: dir.raw(), name, target, ended_at, policy: at_once };
+                compare("forget", self.system.write(dir.slot().0, Op::ForgetEdge(op)), Ok(()));
+            }
+        }
+        for dir in self.model.removed.clone() {
+            self.forget_directory(dir, Ok(()));
+        }
+        for slot in 0..=255u8 {
+            let visit = VisitTransients { slot: slot.into(), after: Bytes::new() };
+            let Ok(Reply::VisitTransients(page)) = self.system.read(slot, Op::VisitTransients(visit)) else {
+                panic!("no page")
+            };
+            for transient in page.transients {
+                let content = transient.content;
+                let op = Op::CollectContent(CollectContent { content });
+                compare("collect", self.system.write(content as u8, op), Ok(()));
+            }
+        }
+        let (mut inodes, mut past, mut contents) = (0, 0, 0);
+        for shard in &self.system.shards {
+            let (_, facts) = invariants::check_shard(&**shard.applier.store()).expect("reads");
+            inodes += facts.inodes.len();
+            past += facts.past_edges;
+            contents += facts.contents;
+        }
+        let files = self
+            .model
+            .files
+            .iter()
+            .filter(|(id, (data, _))| id.kind() == InodeKind::File && !data.is_empty());
+        assert_eq!(inodes, self.model.dirs.len() + self.model.files.len());
+        assert_eq!((past, contents), (0, files.count() as u64));
     }
 
     fn look(&mut self) {
@@ -627,15 +751,11 @@ fn random_operations_match_the_naive_filesystem() {
         for _ in 0..BATCH {
             test.operate();
         }
-        // The history only grows until collection exists: a fresh start keeps the checks fast.
         test.system.check();
-        if test.model.files.len() > 3000 {
-            test.model = Model::default();
-            test.model.dirs.insert(InodeId::ROOT, BTreeMap::new());
-            let seed = test.system.rng.random();
-            let crashed_in = std::mem::take(&mut test.system.crashed_in);
-            let performed = test.system.performed;
-            test.system = System { crashed_in, performed, ..System::new(seed, 4) };
+        // Without it the history only grows, and the checks become slow.
+        if test.model.deleted.len() > 2000 {
+            test.sweep();
+            test.system.check();
         }
     }
     let states =
@@ -645,6 +765,9 @@ fn random_operations_match_the_naive_filesystem() {
         states("remove directory", &["first", "insert", "remove", "back"]),
         states("move file", &["first", "insert", "remove", "back"]),
         states("move directory", &["first", "walk", "insert", "setowner", "remove", "back"]),
+        states("forget file", &["first", "remove"]),
+        states("forget directory", &["first"]),
+        states("undelete directory", &["first", "insert", "setowner"]),
     ]
     .concat()
     .into_iter()

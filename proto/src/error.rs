@@ -158,6 +158,7 @@ impl Code {
                 | Code::BadCookie
                 | Code::BadProof
                 | Code::CrcMismatch
+                | Code::TooEarly
         )
     }
 
@@ -165,5 +166,30 @@ impl Code {
     pub fn may_have_effect(self) -> bool {
         // A replica that has stopped cannot say what became of another copy of the request.
         matches!(self, Code::OutcomeUnknown | Code::ExpiredUnknown | Code::Acknowledged | Code::ReplicaFault)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_page_of_operations_lists_every_code_as_it_is() {
+        let page = include_str!("../../docs/operations.md");
+        let section = page.split_once("## Codes").and_then(|(_, rest)| rest.split_once("\n## "));
+        let section = section.expect("a section of codes").0;
+        let mut listed = std::collections::BTreeMap::new();
+        for line in section.lines().filter(|line| line.starts_with("| `")) {
+            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+            listed.insert(cells[0].trim_matches('`').to_owned(), (cells[1].to_owned(), cells[2].to_owned()));
+        }
+        for number in 1..400 {
+            let Ok(code) = Code::try_from(number) else { continue };
+            let name = format!("{code:?}");
+            let (errno, meaning) = listed.remove(&name).unwrap_or_else(|| panic!("{name} is not listed"));
+            assert_eq!(errno, code.errno().to_string(), "{name}");
+            assert!(meaning.starts_with(code.meaning()), "{name}: {meaning}");
+        }
+        assert!(listed.is_empty(), "not codes: {listed:?}");
     }
 }

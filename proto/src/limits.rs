@@ -26,6 +26,22 @@ pub const FILE_BYTES_MAX: u64 = 1 << 62;
 pub const READDIR_ENTRIES_MAX: usize = 4096;
 /// Extents of one page of a layout.
 pub const LAYOUT_EXTENTS_MAX: usize = 512;
+/// Rows of one page of a visit: inodes, unpublished contents, past contents, blocks.
+pub const VISIT_ROWS_MAX: usize = 1024;
+/// Dead spans of one page: each carries a certificate for every block.
+pub const VISIT_SPANS_MAX: usize = 64;
+/// Extents that one request shares, moves or takes apart: bounds the work of an entry.
+pub const EXTENTS_PER_ENTRY_MAX: usize = 256;
+/// Past contents that go with their file in one entry; of more, the rest is forgotten first.
+pub const CONTENTS_PER_ENTRY_MAX: usize = 256;
+/// Newer versions that a snapshot policy may ask for: bounds the look at a name's history.
+pub const SNAPSHOT_VERSIONS_MAX: u32 = 1000;
+/// How long what was deleted is kept where no directory says otherwise: time to notice a mistake.
+pub const SNAPSHOT_AGE_MS_DEFAULT: u64 = 7 * 24 * 60 * 60 * 1000;
+/// Classes in one part of a directory's policy.
+pub const POLICY_CLASSES_MAX: usize = 16;
+/// Bytes of a cell that a policy may ask for.
+pub const CELL_BYTES_MAX: u32 = 16 << 20;
 /// Bytes of one request or answer on the wire; a block with its certificate must fit.
 pub const MESSAGE_BYTES_MAX: usize = BLOCK_BYTES_MAX as usize + (1 << 20);
 /// Bytes of one metadata request; keeps a log record small.

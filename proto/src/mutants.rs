@@ -55,11 +55,25 @@ pub enum Mutant {
     OlderLeaderPlaced,
     /// A shard answers layouts, and refuses spans, before it knows any block service. A real bug once.
     ServicesUnknown,
+    /// Blocks may be erased while writes of them are still granted.
+    EraseBeforeGrantsEnd,
+    /// What a collector proposes is not compared with the policy again.
+    PolicyNotRechecked,
+    /// A range that is shared is not counted as a use of its span.
+    SharedUseNotCounted,
+    /// Publishing replaces whatever content a file has.
+    PublishIgnoresExpected,
+    /// Blocks that are exchanged stay where they were in the index.
+    SwapNotIndexed,
+    /// A file that is forgotten leaves its content behind.
+    ContentLeaks,
+    /// Contents that are being written can be collected.
+    LiveTransientCollected,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 25] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 32] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -85,6 +99,13 @@ impl Mutant {
         (Mutant::WalkEndsEarly, &["invariants", "convergence"]),
         (Mutant::OlderLeaderPlaced, &["convergence"]),
         (Mutant::ServicesUnknown, &["data"]),
+        (Mutant::EraseBeforeGrantsEnd, &["leaks"]),
+        (Mutant::PolicyNotRechecked, &["oracle", "linearizability"]),
+        (Mutant::SharedUseNotCounted, &["invariants", "oracle"]),
+        (Mutant::PublishIgnoresExpected, &["oracle", "linearizability"]),
+        (Mutant::SwapNotIndexed, &["invariants"]),
+        (Mutant::ContentLeaks, &["invariants", "oracle"]),
+        (Mutant::LiveTransientCollected, &["oracle", "linearizability"]),
     ];
 }
 

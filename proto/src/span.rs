@@ -32,11 +32,19 @@ impl SpanShape {
     /// # Panics
     /// When `data_blocks` or `size` is 0; both are checked where they enter.
     pub fn for_size(size: u32, data_blocks: u32, parity_blocks: u32) -> SpanShape {
+        SpanShape::for_size_with(size, data_blocks, parity_blocks, 1 << 20)
+    }
+
+    /// The same for another target cell size.
+    ///
+    /// # Panics
+    /// When `data_blocks` or `size` is 0.
+    pub fn for_size_with(size: u32, data_blocks: u32, parity_blocks: u32, cell_target: u32) -> SpanShape {
         assert!(size > 0 && data_blocks > 0);
-        const CELL_TARGET: u64 = 1 << 20;
+        let cell_target = u64::from(cell_target.max(PAGE_BYTES));
         let page = u64::from(PAGE_BYTES);
         let (size, d) = (u64::from(size), u64::from(data_blocks));
-        let stripes = size.div_ceil(d * CELL_TARGET).clamp(1, u64::from(STRIPES_MAX));
+        let stripes = size.div_ceil(d * cell_target).clamp(1, u64::from(STRIPES_MAX));
         let cell = size.div_ceil(d * stripes).next_multiple_of(page);
         // Rounding cells up can leave whole stripes empty; they are dropped.
         let stripes = size.div_ceil(d * cell);

@@ -26,8 +26,38 @@ pub struct Checked {
     pub violations: BTreeSet<String>,
     /// Rows of the shards.
     pub rows: u64,
+    /// What the shards hold.
+    pub counts: Counts,
     /// Whether what spans shards was checked, too; it cannot be while the CDC is at work.
     pub across: bool,
+}
+
+/// How much of everything there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Counts {
+    /// Inodes, the root and removed directories among them.
+    pub inodes: u64,
+    /// Current entries of directories.
+    pub edges: u64,
+    /// Past entries, as far as they are kept.
+    pub past_edges: u64,
+    /// Contents: present, past, unpublished.
+    pub contents: u64,
+    /// Spans, dead ones among them.
+    pub spans: u64,
+    /// Blocks that the metadata knows.
+    pub blocks: u64,
+}
+
+impl Counts {
+    fn add(&mut self, facts: &invariants::Facts) {
+        self.inodes += facts.inodes.len() as u64;
+        self.edges += facts.edges.len() as u64;
+        self.past_edges += facts.past_edges;
+        self.contents += facts.contents;
+        self.spans += facts.spans;
+        self.blocks += facts.blocks.len() as u64;
+    }
 }
 
 /// Checks all shards, each at one moment of its own, and what spans them.
@@ -50,6 +80,7 @@ pub async fn check(client: &Client, progress: &mut (dyn FnMut(u64, u64) + Send))
         agreeing += 1;
         match &mut result {
             Some(before) if before.across => {
+                before.counts = round.counts;
                 before.violations.retain(|violation| round.violations.contains(violation))
             }
             other => *other = Some(round),
@@ -104,6 +135,7 @@ async fn round(
         checked
             .violations
             .extend(wrong.into_iter().chain(hashes.differences).map(|w| format!("shard {shard}: {w}")));
+        checked.counts.add(&of_shard);
         facts.push(of_shard);
         progress(done as u64 + 1, shards.len() as u64);
     }

@@ -7,6 +7,7 @@
 
 pub mod cdc_driver;
 pub mod cluster_file;
+pub mod collector;
 pub mod fsck;
 pub mod handler;
 pub mod keys;

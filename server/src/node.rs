@@ -28,7 +28,7 @@ use clutch_proto::{
 };
 use clutch_registry::Registry;
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime};
-use clutch_shard::{Keyring, Shard, ShardFacts};
+use clutch_shard::{Keyring, Lifetimes, Shard, ShardFacts};
 use clutch_state::{Applier, Machine, Replica, ReplicaConfig, ReplicaHandle, replica::LeaderEvent};
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -84,6 +84,10 @@ pub struct NodeConfig {
     pub keyring: Keyring,
     /// What the parts of the cluster know each other by.
     pub system_key: [u8; 32],
+    /// How long what clients are given is good.
+    pub lifetimes: Lifetimes,
+    /// How far apart the clocks of the cluster's nodes may be, in milliseconds.
+    pub clock_skew_ms_max: u64,
     /// What the process uses; a simulated node has no process of its own.
     pub process_usage: ProcessUsage,
 }
@@ -107,6 +111,7 @@ impl Node {
         let facts = Arc::new(ShardFacts {
             cluster,
             keyring: std::sync::RwLock::new(config.keyring.clone()),
+            lifetimes: config.lifetimes,
             ..ShardFacts::default()
         });
 
@@ -142,7 +147,9 @@ impl Node {
             let store = BlockStore::open(runtime.disk.clone(), dir.clone(), cluster, ServiceId(*service))
                 .with_context(|| format!("open disk {}", dir.display()))?;
             let keys = config.keyring.of(ServiceId(*service)).to_vec();
-            blocks.insert(*service, Arc::new(BlockService::new(runtime.clone(), store, cluster, keys)));
+            let service_of_disk = BlockService::new(runtime.clone(), store, cluster, keys)
+                .with_skew_ms_max(config.clock_skew_ms_max);
+            blocks.insert(*service, Arc::new(service_of_disk));
         }
 
         let replicas: Vec<ReplicaHandle> = registry

@@ -13,13 +13,20 @@ use std::{
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail};
 use clutch_log_local::{LocalEngine, Options};
 use clutch_runtime::{Endpoint, Runtime};
+use clutch_shard::Lifetimes;
 
-use crate::{ClusterFile, Node, NodeConfig, Roles, keys, stores::RocksStores};
+use crate::{
+    ClusterFile, Node, NodeConfig, Roles,
+    collector::{self, CollectOptions},
+    keys,
+    stores::RocksStores,
+};
 
 /// What `up` was asked for. Sizes of an existing directory are kept; asking for others is refused.
 #[derive(Clone, Debug)]
@@ -36,7 +43,16 @@ pub struct UpConfig {
     pub policy: Option<(u32, u32)>,
     /// A log segment is closed when it is larger than this.
     pub segment_bytes_max: u64,
+    /// How long what clients are given is good.
+    pub lifetimes: Lifetimes,
+    /// How far apart clocks may be, in milliseconds.
+    pub clock_skew_ms_max: u64,
+    /// How long the collector rests between two passes; `None` for no collector.
+    pub collect_pause: Option<Duration>,
 }
+
+/// Requests of the background collector in a second: a small part of what a shard can do.
+const COLLECT_REQUESTS_PER_S: u32 = 2000;
 
 /// A running cluster and the lock on its directory.
 pub struct Up {
@@ -120,8 +136,17 @@ impl Up {
             engine: "local".into(),
             keyring,
             system_key,
+            lifetimes: config.lifetimes,
+            clock_skew_ms_max: config.clock_skew_ms_max,
         })
         .await?;
+        if let Some(pause) = config.collect_pause {
+            let options =
+                CollectOptions { requests_per_s: COLLECT_REQUESTS_PER_S, ..CollectOptions::default() };
+            // With a name and sessions of its own, so that what it waits for holds up nobody else.
+            let client = node.client().sibling();
+            node.client().runtime().spawn("collector", collector::run(client, options, pause));
+        }
         Ok(Up { node, cluster, created, _lock: lock })
     }
 

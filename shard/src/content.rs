@@ -1,22 +1,22 @@
 //! Contents and spans: from the first cookie to the last certified block.
 //!
 //! Invariants: a content's extents are contiguous from 0 and sum to its size; a span's `uses` is the number of
-//! extents that name it; every block of every span row is in the block index, also of spans that were given up,
+//! extents that name it; a span is dead if nothing uses it and no content waits for it; every block of every span row is in the block index, also of spans that were given up,
 //! so that nothing on the disks is unknown here.
 
 use clutch_proto::{
-    BlockId, ContentId, ServiceId, Slot, SpanId, Time,
-    limits::{FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS},
+    BlockId, ContentId, InodeKind, ServiceId, Slot, SpanId, Time,
+    limits::{CERTIFICATE_LIFETIME_MS, FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS},
     mutants::{self, Mutant},
     shard::{
-        AddHole, AddInline, CertifySpanEntry, ContentReply, ContentRow, ExtentRow, InitiateSpanEntry,
-        StartContentEntry, extent_row::Source, shard_reply::Reply,
+        AddHole, AddInline, CertifySpanEntry, ContentReply, ContentRow, Done, ExtentRow, InitiateSpanEntry,
+        ScrapContent, StartContentEntry, extent_row::Source, shard_reply::Reply,
     },
     types::{Block, BlockService, Code, Span, SpanRange},
 };
 use clutch_state::{Stop, StoreError, Tx};
 
-use crate::{FLAG_GONE, FLAG_NO_WRITE, Reapplied, Rows, check_slot, inode, parse_directory, tables};
+use crate::{FLAG_GONE, FLAG_NO_WRITE, Reapplied, Rows, check_slot, inode, parse_inode, span, tables};
 
 fn from_counter(sequence: u64, slot: Slot) -> u64 {
     sequence << 8 | u64::from(slot.0)
@@ -30,8 +30,8 @@ pub(crate) fn next_id(tx: &mut Tx<'_>, slot: Slot) -> Result<ContentId, Stop> {
     Ok(ContentId(from_counter(sequence, slot)))
 }
 
-fn bumped(time: Time) -> u64 {
-    time.plus_ms(TRANSIENT_LIFETIME_MS).0
+fn bumped(time: Time, row: &ContentRow) -> u64 {
+    time.plus_ms(if row.lifetime_ms == 0 { TRANSIENT_LIFETIME_MS } else { row.lifetime_ms }).0
 }
 
 /// An unpublished content that the caller may write to.
@@ -53,27 +53,54 @@ pub(crate) fn transient(
     Ok(row)
 }
 
-fn put_transient(tx: &mut Tx<'_>, time: Time, id: ContentId, mut row: ContentRow) {
+pub(crate) fn put_transient(tx: &mut Tx<'_>, time: Time, id: ContentId, mut row: ContentRow) {
     tx.delete(tables::TRANSIENT, &tables::transient_key(row.deadline, id));
-    row.deadline = bumped(time);
+    row.deadline = bumped(time, &row);
     tx.put(tables::TRANSIENT, &tables::transient_key(row.deadline, id), Vec::new());
     tx.put_row(tables::CONTENT, &tables::content_key(id), &row);
 }
 
 pub(crate) fn start(tx: &mut Tx<'_>, time: Time, entry: StartContentEntry) -> Reapplied {
     let op = entry.op.ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
-    let dir = parse_directory(tx, op.dir)?;
-    inode::live_directory(tx, dir)?;
-    let id = next_id(tx, dir.slot())?;
-    let row =
-        ContentRow { cookie: entry.cookie, deadline: bumped(time), dir: dir.raw(), ..ContentRow::default() };
+    let home = parse_inode(op.dir)?;
+    check_slot(tx, home.slot())?;
+    match home.kind() {
+        InodeKind::Directory => drop(inode::live_directory(tx, home)?),
+        InodeKind::File => drop(inode::get(tx, home)?),
+        InodeKind::Symlink => {
+            return Err(Stop::refuse(Code::InvalidArgument, "a symbolic link has no content"));
+        }
+    }
+    let id = next_id(tx, home.slot())?;
+    let mut row = ContentRow {
+        cookie: entry.cookie,
+        dir: home.raw(),
+        lifetime_ms: entry.lifetime_ms,
+        ..ContentRow::default()
+    };
+    row.deadline = bumped(time, &row);
     let reply = ContentReply { content: id.0, cookie: row.cookie.clone(), deadline: row.deadline };
     put_transient(tx, time, id, row);
     Ok(Reply::Content(reply))
 }
 
+/// Ends a content's life at once: from here on it is as one that has expired.
+pub(crate) fn expire(tx: &mut Tx<'_>, id: ContentId, row: ContentRow) {
+    tx.delete(tables::TRANSIENT, &tables::transient_key(row.deadline, id));
+    tx.put(tables::TRANSIENT, &tables::transient_key(0, id), Vec::new());
+    let row = ContentRow { size: row.size, pending_span: row.pending_span, ..ContentRow::default() };
+    tx.put_row(tables::CONTENT, &tables::content_key(id), &row);
+}
+
+pub(crate) fn scrap(tx: &mut Tx<'_>, time: Time, op: &ScrapContent) -> Reapplied {
+    let id = ContentId(op.content);
+    let row = transient(tx, time, id, &op.cookie)?;
+    expire(tx, id, row);
+    Ok(Reply::Done(Done {}))
+}
+
 /// The row as long as `offset` is where it ends and `length` more fits.
-fn extended(row: &ContentRow, offset: u64, length: u64) -> Result<u64, Stop> {
+pub(crate) fn extended(row: &ContentRow, offset: u64, length: u64) -> Result<u64, Stop> {
     if offset != row.size {
         let text = format!("offset {offset}, but the content has {} bytes so far", row.size);
         return Err(Stop::refuse(Code::InvalidArgument, text));
@@ -87,7 +114,7 @@ fn extended(row: &ContentRow, offset: u64, length: u64) -> Result<u64, Stop> {
         .ok_or_else(|| Stop::refuse(Code::TooLarge, format!("files have at most {FILE_BYTES_MAX} bytes")))
 }
 
-fn append(
+pub(crate) fn append(
     tx: &mut Tx<'_>,
     time: Time,
     id: ContentId,
@@ -103,7 +130,7 @@ fn append(
     Ok(())
 }
 
-fn progress(tx: &mut Tx<'_>, id: ContentId) -> Reapplied {
+pub(crate) fn progress(tx: &mut Tx<'_>, id: ContentId) -> Reapplied {
     let row: ContentRow = tx
         .get_row(tables::CONTENT, &tables::content_key(id))?
         .ok_or_else(|| StoreError::Broken(format!("content {id} vanished")))?;
@@ -153,6 +180,9 @@ pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) ->
         size: op.size,
         crc: op.crc,
         storage_class: op.storage_class,
+        granted_until: time
+            .plus_ms(if entry.grant_ms == 0 { CERTIFICATE_LIFETIME_MS } else { entry.grant_ms })
+            .0,
         ..Span::default()
     };
     let crcs = shape.block_crcs(&op.cell_crcs);
@@ -176,7 +206,8 @@ pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) ->
     }
     span_row.cell_crcs = op.cell_crcs;
     tx.put_row(tables::SPAN, &tables::span_key(span), &span_row);
-    // A span that was pending before stays behind with no use: it was given up, and collection finds it.
+    // A span that was pending before was given up; its blocks may be on their disks.
+    span::bury(tx, row.pending_span);
     row.pending_span = span.0;
     put_transient(tx, time, id, row);
     Ok(Reply::Span(span_row))

@@ -4,14 +4,15 @@ use clutch_proto::{
     InodeKind, Slot, Time,
     mutants::{self, Mutant},
     shard::{
-        CreateDirectoryInode, Done, EdgeReply, EdgeRow, InodeRow, InsertEdge, LockEdge, OrphanDirectory,
-        RemoveDirectoryInode, RemoveLockedEdge, SetOwner, UnlockEdge, shard_reply::Reply,
+        AdoptDirectory, CreateDirectoryInode, Done, EdgeReply, EdgeRow, ForgetDirectoryInode, InodeRow,
+        InsertEdge, LockEdge, OrphanDirectory, RemoveDirectoryInode, RemoveLockedEdge, SetOwner, UnlockEdge,
+        shard_reply::Reply,
     },
     types::Code,
 };
 use clutch_state::{Stop, Tx, key_after};
 
-use crate::{Reapplied, check_slot, edge, inode, parse_directory, parse_inode, tables};
+use crate::{Reapplied, check_slot, edge, inode, parse_directory, parse_inode, policy, tables};
 
 const DONE: Reply = Reply::Done(Done {});
 
@@ -108,7 +109,36 @@ pub(crate) fn orphan(tx: &mut Tx<'_>, time: Time, op: &OrphanDirectory) -> Reapp
     if has_rows(tx, tables::EDGE, dir)? && !mutants::is(Mutant::RemoveNotEmpty) {
         return Err(Stop::refuse(Code::NotEmpty, "the directory is not empty"));
     }
-    inode::put(tx, dir, &InodeRow { owner: 0, ctime: time.0, nlink: 0, ..row });
+    let former_owner = row.owner;
+    inode::put(tx, dir, &InodeRow { owner: 0, former_owner, ctime: time.0, nlink: 0, ..row });
+    Ok(DONE)
+}
+
+/// Puts a removed directory back into the tree; the edge that leads to it is there already.
+pub(crate) fn adopt(tx: &mut Tx<'_>, time: Time, op: &AdoptDirectory) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let owner = parse_inode(op.owner)?;
+    let row = inode::get(tx, dir)?;
+    if row.owner != 0 {
+        return Err(Stop::refuse(Code::Stale, "the directory was not removed"));
+    }
+    inode::put(tx, dir, &InodeRow { owner: owner.raw(), former_owner: 0, ctime: time.0, nlink: 2, ..row });
+    Ok(DONE)
+}
+
+/// Forgets a removed directory for good.
+pub(crate) fn forget(tx: &mut Tx<'_>, time: Time, op: &ForgetDirectoryInode) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let row = inode::get(tx, dir)?;
+    if row.owner != 0 {
+        return Err(Stop::refuse(Code::Stale, "the directory was not removed"));
+    }
+    // Its change time is that of its removal, or later.
+    policy::may_go(op.policy.as_ref(), time, row.ctime, || Ok(0))?;
+    if has_rows(tx, tables::EDGE, dir)? || has_rows(tx, tables::PAST_EDGE, dir)? {
+        return Err(Stop::refuse(Code::NotEmpty, "the directory still has a history"));
+    }
+    tx.delete(tables::INODE, &tables::inode_key(dir));
     Ok(DONE)
 }
 

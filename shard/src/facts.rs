@@ -8,7 +8,7 @@ use std::{
 use clutch_proto::{
     BlockId, ServiceId, Time,
     certificate::{Claims, Key, Operation},
-    limits::CERTIFICATE_LIFETIME_MS,
+    limits::{CERTIFICATE_LIFETIME_MS, TRANSIENT_LIFETIME_MS},
     mutants::{self, Mutant},
     shard::{ShardReply, shard_reply::Reply},
     types::{Block, BlockService, Span},
@@ -36,11 +36,28 @@ impl Keyring {
     }
 }
 
+/// How long what clients are given is good. Frozen into the entries that give it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Lifetimes {
+    /// A permission to write a block; at most [`CERTIFICATE_LIFETIME_MS`].
+    pub grant_ms: u64,
+    /// An unpublished content that nobody uses.
+    pub transient_ms: u64,
+}
+
+impl Default for Lifetimes {
+    fn default() -> Lifetimes {
+        Lifetimes { grant_ms: CERTIFICATE_LIFETIME_MS, transient_ms: TRANSIENT_LIFETIME_MS }
+    }
+}
+
 /// Shared by the shards of a node; the shell keeps it up to date.
 #[derive(Default)]
 pub struct ShardFacts {
     /// The cluster that certificates name.
     pub cluster: u64,
+    /// How long grants and unpublished contents are good.
+    pub lifetimes: Lifetimes,
     /// What signs certificates.
     pub keyring: RwLock<Keyring>,
     /// The registry's newest list; placement and addresses come from it.
@@ -67,12 +84,27 @@ impl ShardFacts {
         })
     }
 
+    /// Whether a proof says that a block was erased.
+    pub(crate) fn proves_erased(&self, proof: &[u8], block: &Block) -> bool {
+        let keyring = self.keyring.read().unwrap_or_else(|e| e.into_inner());
+        let service = ServiceId(block.service_id);
+        Claims::verify(proof, keyring.of(service)).is_ok_and(|claims| {
+            claims.operation == Operation::Erased
+                && claims.cluster == self.cluster
+                && claims.service == service
+                && claims.block == BlockId(block.block_id)
+        })
+    }
+
     /// Adds certificates and addresses to the blocks of a reply.
     pub(crate) fn sign(&self, reply: &mut ShardReply, now: Time) {
         match &mut reply.reply {
             Some(Reply::Span(span)) if !span.certified => self.grant(span, Operation::Write, now),
             Some(Reply::Layout(layout)) => {
                 layout.spans.iter_mut().for_each(|s| self.grant(s, Operation::Read, now))
+            }
+            Some(Reply::VisitDeadSpans(dead)) => {
+                dead.spans.iter_mut().for_each(|s| self.grant(s, Operation::Erase, now))
             }
             _ => {}
         }
@@ -82,6 +114,15 @@ impl ShardFacts {
         let services = self.services();
         let keyring = self.keyring.read().unwrap_or_else(|e| e.into_inner());
         let size = span.shape.map_or(0, |s| s.block_bytes());
+        let lifetime_end = now.plus_ms(CERTIFICATE_LIFETIME_MS);
+        let expiry = match operation {
+            // However often a grant is given again, it ends when the span's grants end.
+            Operation::Write => lifetime_end.min(Time(span.granted_until)),
+            // An erase names the end of the grants for writing: no block comes back after it.
+            Operation::Erase if mutants::is(Mutant::EraseBeforeGrantsEnd) => Time(0),
+            Operation::Erase => Time(span.granted_until),
+            _ => lifetime_end,
+        };
         for block in &mut span.blocks {
             let service = ServiceId(block.service_id);
             if let Some(known) = services.iter().find(|s| s.service_id == service.0) {
@@ -97,7 +138,7 @@ impl ShardFacts {
                     size,
                     crc: block.crc,
                     time: now,
-                    expiry: now.plus_ms(CERTIFICATE_LIFETIME_MS),
+                    expiry,
                 };
                 block.certificate = claims.sign(key);
             }

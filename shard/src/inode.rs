@@ -100,5 +100,7 @@ pub(crate) fn attributes(id: InodeId, row: InodeRow) -> Attributes {
         edge_time: row.edge_time,
         content: row.content,
         symlink_target: row.symlink_target,
+        policy: row.policy,
+        former_owner: row.former_owner,
     }
 }

@@ -9,13 +9,15 @@
 //! 6. a span's `uses` is the number of extents that name it; what is used is certified and long enough
 //! 7. the block index holds exactly the blocks of the spans; no block twice, no two of a span on one service
 //! 8. exactly the unpublished contents are in the index of transients
+//! 9. a span is dead exactly if nothing uses it and no content waits for it
+//! 10. a published content is its file's present one or has exactly one row among the file's past ones
 //!
 //! Of all shards, when the CDC has nothing in flight:
-//! 9. every current edge leads to an inode that exists
-//! 10. a file or link has exactly one owner: a current edge or an owned past edge
-//! 11. a directory has an owner if and only if exactly one current edge leads to it, from that owner (root aside)
-//! 12. no edge is locked
-//! 13. every directory that has an owner lies below the root: there are no loops
+//! 11. every current edge leads to an inode that exists
+//! 12. a file or link has exactly one owner: a current edge or an owned past edge
+//! 13. a directory has an owner if and only if exactly one current edge leads to it, from that owner (root aside)
+//! 14. no edge is locked
+//! 15. every directory that has an owner lies below the root: there are no loops
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,7 +25,7 @@ use bytes::Bytes;
 use clutch_proto::{
     ContentId, InodeId, SpanId,
     name::hash63,
-    shard::{ContentRow, EdgeRow, ExtentRow, InodeRow, PastEdgeRow, extent_row::Source},
+    shard::{ContentRow, EdgeRow, ExtentRow, InodeRow, PastContentRow, PastEdgeRow, extent_row::Source},
     types::Span,
 };
 use clutch_state::{StoreError, Table, View, key_after, store::decode_row};
@@ -42,6 +44,21 @@ pub struct Facts {
     pub owned_past: Vec<u64>,
     /// Blocks: service and block.
     pub blocks: Vec<(u64, u64)>,
+    /// Past edges.
+    pub past_edges: u64,
+    /// Contents, published or not.
+    pub contents: u64,
+    /// Spans, dead ones among them.
+    pub spans: u64,
+}
+
+/// What contents say of spans.
+#[derive(Default)]
+struct SpanUses {
+    /// The ranges of each span that are used.
+    ranges: BTreeMap<u64, Vec<(u64, u64)>>,
+    /// Spans that an unpublished content waits for.
+    pending: BTreeSet<u64>,
 }
 
 /// Calls `each` for all rows of a table, page by page.
@@ -73,8 +90,8 @@ pub fn check_shard(view: &dyn View) -> Result<(Vec<String>, Facts), StoreError> 
         }
     })?;
     check_edges(view, &inodes, &mut wrong, &mut facts)?;
-    let uses = check_contents(view, &inodes, &mut wrong)?;
-    check_spans(view, uses, &mut wrong, &mut facts)?;
+    let spans = check_contents(view, &inodes, &mut wrong, &mut facts)?;
+    check_spans(view, spans, &mut wrong, &mut facts)?;
     facts.inodes = inodes.into_iter().map(|(id, row)| (id, row.owner)).collect();
     Ok((wrong, facts))
 }
@@ -91,6 +108,7 @@ fn check_edges(
         let Some((dir, hash, name, ended)) = tables::parse_past_edge_key(key) else {
             return wrong.push(format!("past edge with the key {}", clutch_state::store::hex(key)));
         };
+        facts.past_edges += 1;
         let at = format!("past edge {:?} of directory {dir}", shown(name));
         if hash != hash63(name) {
             wrong.push(format!("{at}: the stored hash is not the name's"));
@@ -140,18 +158,20 @@ fn check_edges(
     })
 }
 
-/// How often each span is used, while contents are checked.
+/// Checks contents and says how they use spans.
 fn check_contents(
     view: &dyn View,
     inodes: &BTreeMap<InodeId, InodeRow>,
     wrong: &mut Vec<String>,
-) -> Result<BTreeMap<u64, Vec<(u64, u64)>>, StoreError> {
+    facts: &mut Facts,
+) -> Result<SpanUses, StoreError> {
     let mut contents: BTreeMap<u64, ContentRow> = BTreeMap::new();
     for_rows(view, tables::CONTENT, |key, row: ContentRow| match tables::parse_single(key) {
         Some(id) => drop(contents.insert(id, row)),
         None => wrong.push(format!("content row with the key {}", clutch_state::store::hex(key))),
     })?;
-    let mut uses: BTreeMap<u64, Vec<(u64, u64)>> = BTreeMap::new();
+    facts.contents = contents.len() as u64;
+    let mut uses = SpanUses::default();
     let mut ends: BTreeMap<u64, u64> = BTreeMap::new();
     for_rows(view, tables::EXTENT, |key, row: ExtentRow| {
         let Some((content, offset)) = tables::parse_pair(key) else {
@@ -164,7 +184,7 @@ fn check_contents(
         *end = offset.saturating_add(row.length);
         match row.source {
             Some(Source::Span(range)) => {
-                uses.entry(range.span_id).or_default().push((u64::from(range.offset), row.length))
+                uses.ranges.entry(range.span_id).or_default().push((u64::from(range.offset), row.length))
             }
             Some(Source::Inline(data)) if data.len() as u64 != row.length => {
                 wrong.push(format!("content {content:x}: an inline extent of another length"));
@@ -187,9 +207,13 @@ fn check_contents(
         }
         if row.file != 0 {
             let file = InodeId::from_wire(row.file).and_then(|f| inodes.get(&f));
+            // Whether a past content is known as such is checked with the past ones.
             if file.is_none_or(|f| f.content == *id && f.size != row.size) {
                 wrong.push(format!("content {id:x}: its file does not exist or has another size"));
             }
+        }
+        if row.pending_span != 0 {
+            uses.pending.insert(row.pending_span);
         }
         if row.pending_span != 0
             && view.get(tables::SPAN, &tables::span_key(SpanId(row.pending_span)))?.is_none()
@@ -202,6 +226,7 @@ fn check_contents(
             wrong.push(format!("file {id}: its content {:x} does not exist or is another's", row.content));
         }
     }
+    check_past_contents(view, inodes, &contents, wrong)?;
     for_rows(view, tables::TRANSIENT, |key, (): ()| {
         let known = tables::parse_pair(key)
             .and_then(|(deadline, id)| contents.get(&id).filter(|c| c.deadline == deadline));
@@ -212,16 +237,58 @@ fn check_contents(
     Ok(uses)
 }
 
+fn check_past_contents(
+    view: &dyn View,
+    inodes: &BTreeMap<InodeId, InodeRow>,
+    contents: &BTreeMap<u64, ContentRow>,
+    wrong: &mut Vec<String>,
+) -> Result<(), StoreError> {
+    let mut past: BTreeSet<u64> = BTreeSet::new();
+    for_rows(view, tables::PAST_CONTENT, |key, row: PastContentRow| {
+        let file = tables::parse_pair(key).and_then(|(file, _)| InodeId::from_wire(file));
+        let Some(file) = file.filter(|f| inodes.contains_key(f)) else {
+            return wrong.push(format!("content {:x} is a past one of no file", row.content));
+        };
+        if contents.get(&row.content).is_none_or(|c| c.file != file.raw()) {
+            wrong
+                .push(format!("content {:x} is a past one of file {file}, but not that file's", row.content));
+        }
+        if !past.insert(row.content) {
+            wrong.push(format!("content {:x} is a past one twice", row.content));
+        }
+    })?;
+    for (id, row) in contents.iter().filter(|(_, row)| row.file != 0) {
+        let is_present =
+            InodeId::from_wire(row.file).and_then(|f| inodes.get(&f)).is_some_and(|f| f.content == *id);
+        if is_present == past.contains(id) {
+            let what = if is_present { "both present and past" } else { "neither present nor past" };
+            wrong.push(format!("content {id:x} of file {:x} is {what}", row.file));
+        }
+    }
+    Ok(())
+}
+
 fn check_spans(
     view: &dyn View,
-    mut uses: BTreeMap<u64, Vec<(u64, u64)>>,
+    mut uses: SpanUses,
     wrong: &mut Vec<String>,
     facts: &mut Facts,
 ) -> Result<(), StoreError> {
+    let mut dead: BTreeSet<u64> = BTreeSet::new();
+    for_rows(view, tables::DEAD_SPAN, |key, (): ()| match tables::parse_single(key) {
+        Some(id) => drop(dead.insert(id)),
+        None => wrong.push(format!("dead span with the key {}", clutch_state::store::hex(key))),
+    })?;
     let mut held: BTreeMap<(u64, u64), u64> = BTreeMap::new();
     for_rows(view, tables::SPAN, |_, span: Span| {
         let id = span.span_id;
-        let used = uses.remove(&id).unwrap_or_default();
+        facts.spans += 1;
+        let used = uses.ranges.remove(&id).unwrap_or_default();
+        let should_be_dead = used.is_empty() && !uses.pending.contains(&id);
+        if should_be_dead != dead.remove(&id) {
+            let what = if should_be_dead { "of no use, but not dead" } else { "dead, but of use" };
+            wrong.push(format!("span {id:x} is {what}"));
+        }
         if used.len() != span.uses as usize {
             wrong.push(format!("span {id:x}: counts {} uses, has {}", span.uses, used.len()));
         }
@@ -241,7 +308,10 @@ fn check_spans(
             }
         }
     })?;
-    for span in uses.keys() {
+    for span in &dead {
+        wrong.push(format!("dead span {span:x} does not exist"));
+    }
+    for span in uses.ranges.keys() {
         wrong.push(format!("span {span:x} is used, but does not exist"));
     }
     let mut indexed = BTreeSet::new();

@@ -5,6 +5,7 @@
 //!
 //! Invariants are listed and checked in [`invariants`].
 
+mod collect;
 mod content;
 mod directory;
 mod edge;
@@ -12,9 +13,13 @@ mod facts;
 mod inode;
 pub mod invariants;
 mod placement;
+pub mod policy;
 mod produce;
+mod publish;
 mod read;
+mod span;
 pub mod tables;
+mod visit;
 
 use clutch_log::Position;
 use clutch_proto::{
@@ -28,7 +33,7 @@ use clutch_proto::{
 };
 use clutch_state::{Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, machine::Effects};
 
-pub use facts::{Keyring, ShardFacts};
+pub use facts::{Keyring, Lifetimes, ShardFacts};
 pub use placement::{FLAG_GONE, FLAG_NO_WRITE};
 
 /// The shard's machine.
@@ -49,19 +54,17 @@ impl Machine for Shard {
     type Facts = ShardFacts;
 
     fn is_read(request: &ShardRequest) -> bool {
-        matches!(
-            request.op,
-            None | Some(Op::Lookup(_) | Op::Stat(_) | Op::ReadDir(_) | Op::Layout(_) | Op::History(_))
-        )
+        request.op.as_ref().is_none_or(is_read)
     }
 
     fn read(view: &dyn View, request: &ShardRequest, facts: &ShardFacts) -> Result<ShardReply, Stop> {
         let reply = read::read(view, request)?;
-        if let Reply::Layout(layout) = &reply
-            && !layout.spans.is_empty()
-            && facts.services().is_empty()
-            && !mutants::is(Mutant::ServicesUnknown)
-        {
+        let has_blocks = match &reply {
+            Reply::Layout(layout) => !layout.spans.is_empty(),
+            Reply::VisitDeadSpans(dead) => !dead.spans.is_empty(),
+            _ => false,
+        };
+        if has_blocks && facts.services().is_empty() && !mutants::is(Mutant::ServicesUnknown) {
             // Blocks without addresses would look lost.
             let text = "the shard does not know the block services yet; try again";
             return Err(Stop::refuse(Code::NotReady, text));
@@ -103,6 +106,24 @@ impl Machine for Shard {
     }
 }
 
+/// Whether an operation only looks.
+pub fn is_read(op: &Op) -> bool {
+    matches!(
+        op,
+        Op::Lookup(_)
+            | Op::Stat(_)
+            | Op::ReadDir(_)
+            | Op::Layout(_)
+            | Op::History(_)
+            | Op::ContentHistory(_)
+            | Op::VisitInodes(_)
+            | Op::VisitTransients(_)
+            | Op::VisitPastContents(_)
+            | Op::VisitDeadSpans(_)
+            | Op::VisitBlocks(_)
+    )
+}
+
 fn apply_body(tx: &mut Tx<'_>, time: Time, body: Body) -> Reapplied {
     match body {
         Body::Genesis(genesis) => apply_genesis(tx, time, &genesis),
@@ -119,6 +140,18 @@ fn apply_body(tx: &mut Tx<'_>, time: Time, body: Body) -> Reapplied {
         Body::CertifySpan(op) => content::certify(tx, time, &op),
         Body::AddInline(op) => content::add_inline(tx, time, op),
         Body::AddHole(op) => content::add_hole(tx, time, &op),
+        Body::ScrapContent(op) => content::scrap(tx, time, &op),
+        Body::SetPolicy(op) => policy::set(tx, time, op),
+        Body::ShareRange(op) => publish::share_range(tx, time, &op),
+        Body::PublishContent(op) => publish::publish(tx, time, &op),
+        Body::RestoreContent(op) => publish::restore(tx, time, &op),
+        Body::SwapBlocks(op) => span::swap_blocks(tx, &op),
+        Body::SwapSpans(op) => span::swap_spans(tx, &op),
+        Body::MoveSpan(op) => span::move_span(tx, time, &op),
+        Body::ForgetEdge(op) => collect::forget_edge(tx, time, op),
+        Body::ForgetContent(op) => collect::forget_content(tx, time, &op),
+        Body::CollectContent(op) => collect::collect_content(tx, time, &op),
+        Body::RemoveSpan(op) => collect::remove_span(tx, &op),
         Body::CreateDirectoryInode(op) => directory::create_inode(tx, time, &op),
         Body::InsertEdge(op) => directory::insert_edge(tx, time, &op),
         Body::LockEdge(op) => directory::lock_edge(tx, &op),
@@ -127,6 +160,10 @@ fn apply_body(tx: &mut Tx<'_>, time: Time, body: Body) -> Reapplied {
         Body::SetOwner(op) => directory::set_owner(tx, time, &op),
         Body::OrphanDirectory(op) => directory::orphan(tx, time, &op),
         Body::RemoveDirectoryInode(op) => directory::remove_inode(tx, &op),
+        Body::DropPastEdge(op) => collect::drop_past_edge(tx, time, &op),
+        Body::RemoveFileInode(op) => collect::remove_file_inode(tx, &op),
+        Body::AdoptDirectory(op) => directory::adopt(tx, time, &op),
+        Body::ForgetDirectoryInode(op) => directory::forget(tx, time, &op),
     }
 }
 
@@ -160,6 +197,9 @@ fn apply_services(tx: &mut Tx<'_>, changed: ServicesChanged) -> Reapplied {
     Ok(Reply::Done(clutch_proto::shard::Done {}))
 }
 
+/// Keys and values as they are stored.
+type RawRows = Vec<(bytes::Bytes, bytes::Bytes)>;
+
 /// Reads either from a view or from a transaction.
 trait Rows {
     fn row<M: prost::Message + Default>(
@@ -167,9 +207,27 @@ trait Rows {
         table: clutch_state::Table,
         key: &[u8],
     ) -> Result<Option<M>, StoreError>;
+
+    fn page(
+        &mut self,
+        table: clutch_state::Table,
+        from: &[u8],
+        until: &[u8],
+        limit: usize,
+    ) -> Result<RawRows, StoreError>;
 }
 
 impl Rows for Tx<'_> {
+    fn page(
+        &mut self,
+        table: clutch_state::Table,
+        from: &[u8],
+        until: &[u8],
+        limit: usize,
+    ) -> Result<RawRows, StoreError> {
+        self.scan(table, from, until, limit)
+    }
+
     fn row<M: prost::Message + Default>(
         &mut self,
         table: clutch_state::Table,
@@ -180,6 +238,16 @@ impl Rows for Tx<'_> {
 }
 
 impl Rows for &dyn View {
+    fn page(
+        &mut self,
+        table: clutch_state::Table,
+        from: &[u8],
+        until: &[u8],
+        limit: usize,
+    ) -> Result<RawRows, StoreError> {
+        (**self).scan(table, from, until, limit)
+    }
+
     fn row<M: prost::Message + Default>(
         &mut self,
         table: clutch_state::Table,
@@ -205,6 +273,14 @@ fn check_slot(rows: &mut impl Rows, slot: Slot) -> Result<(), Stop> {
         ));
     }
     Ok(())
+}
+
+/// Reads a slot that came from outside and checks that it is this shard's.
+fn parse_slot(rows: &mut impl Rows, raw: u32) -> Result<Slot, Stop> {
+    let slot = u8::try_from(raw)
+        .map_err(|_| Stop::refuse(Code::InvalidArgument, format!("slot {raw}; slots go from 0 to 255")))?;
+    check_slot(rows, Slot(slot))?;
+    Ok(Slot(slot))
 }
 
 /// Reads an inode id that came from outside.

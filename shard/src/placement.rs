@@ -16,12 +16,14 @@ pub const FLAG_GONE: u32 = 2;
 
 /// Draws `count` services for blocks of `block_bytes`.
 ///
-/// Domains are drawn in random order and each gives one service before any gives a second.
+/// Each domain gives one service before any gives a second. Within that, services of the file's span before come
+/// first, then those that win a draw against another by having more room.
 pub(crate) fn place(
     services: &[BlockService],
     op: &InitiateSpan,
     count: usize,
     block_bytes: u32,
+    earlier: &[u64],
     random: &mut dyn FnMut() -> u64,
 ) -> Result<Vec<u64>, Stop> {
     if services.is_empty() && !mutants::is(Mutant::ServicesUnknown) {
@@ -37,9 +39,14 @@ pub(crate) fn place(
             && !op.avoid_services.contains(&s.service_id)
             && !op.avoid_failure_domains.contains(&s.failure_domain)
     };
-    let mut domains: BTreeMap<&str, Vec<u64>> = BTreeMap::new();
+    let mut domains: BTreeMap<&str, Vec<Candidate>> = BTreeMap::new();
     for service in services.iter().filter(fits) {
-        domains.entry(&service.failure_domain).or_default().push(service.service_id);
+        let candidate = Candidate {
+            service: service.service_id,
+            room: service.available_bytes,
+            is_new: !earlier.contains(&service.service_id),
+        };
+        domains.entry(&service.failure_domain).or_default().push(candidate);
     }
     let usable: usize = domains.values().map(Vec::len).sum();
     if usable < count {
@@ -52,16 +59,17 @@ pub(crate) fn place(
             ),
         ));
     }
-    let mut domains: Vec<Vec<u64>> = domains.into_values().collect();
+    let mut domains: Vec<Vec<Candidate>> = domains.into_values().collect();
     for services in &mut domains {
-        shuffle(services, random);
+        order(services, |c| *c, random);
     }
-    shuffle(&mut domains, random);
+    // A domain is as good as its best service.
+    order(&mut domains, |services| services[0], random);
     let mut placed = Vec::with_capacity(count);
     for round in 0.. {
         for services in &domains {
-            if let Some(service) = services.get(round) {
-                placed.push(*service);
+            if let Some(candidate) = services.get(round) {
+                placed.push(candidate.service);
                 if placed.len() == count {
                     return Ok(placed);
                 }
@@ -71,9 +79,24 @@ pub(crate) fn place(
     Ok(placed)
 }
 
-fn shuffle<T>(items: &mut [T], random: &mut dyn FnMut() -> u64) {
-    for i in (1..items.len()).rev() {
-        items.swap(i, (random() % (i as u64 + 1)) as usize);
+#[derive(Clone, Copy)]
+struct Candidate {
+    service: u64,
+    room: u64,
+    is_new: bool,
+}
+
+/// Puts those of the span before first, and the others in random order that leans towards room: each place goes to
+/// the roomier of two that were drawn (the power of two choices; Mitzenmacher, 2001).
+fn order<T>(items: &mut [T], of: impl Fn(&T) -> Candidate, random: &mut dyn FnMut() -> u64) {
+    items.sort_by_key(|item| of(item).is_new);
+    let first_new = items.partition_point(|item| !of(item).is_new);
+    let items = &mut items[first_new..];
+    for i in 0..items.len() {
+        let left = (items.len() - i) as u64;
+        let (a, b) = (i + (random() % left) as usize, i + (random() % left) as usize);
+        let roomier = if of(&items[a]).room >= of(&items[b]).room { a } else { b };
+        items.swap(i, roomier);
     }
 }
 
@@ -102,7 +125,7 @@ mod tests {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
             state >> 33
         };
-        place(&services(domains), op, count, 4096, &mut random)
+        place(&services(domains), op, count, 4096, &[], &mut random)
     }
 
     #[test]
@@ -133,6 +156,32 @@ mod tests {
                 "{per_domain:?}"
             );
         }
+    }
+
+    #[test]
+    fn the_span_before_comes_first_and_room_counts() {
+        let mut state = 1u64;
+        let mut random = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state >> 33
+        };
+        let mut services = services(&[1; 12]);
+        let op = InitiateSpan::default();
+        for _ in 0..100 {
+            let placed = place(&services, &op, 4, 4096, &[3, 5, 99], &mut random).expect("enough");
+            assert!(placed.contains(&3) && placed.contains(&5), "{placed:?}");
+        }
+        // The first half has ten times the room.
+        for service in &mut services[..6] {
+            service.available_bytes *= 10;
+        }
+        let mut drawn = [0; 2];
+        for _ in 0..1000 {
+            for service in place(&services, &op, 3, 4096, &[], &mut random).expect("enough") {
+                drawn[usize::from(service > 6)] += 1;
+            }
+        }
+        assert!(drawn[0] > 2 * drawn[1] && drawn[1] > 200, "{drawn:?}");
     }
 
     #[test]

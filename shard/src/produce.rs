@@ -3,16 +3,17 @@
 use bytes::Bytes;
 use clutch_proto::{
     ContentId, Refusal, SpanId, Time,
-    limits::AVOID_MAX,
+    limits::{AVOID_MAX, CERTIFICATE_LIFETIME_MS, TRANSIENT_LIFETIME_MS},
     shard::{
-        CertifySpan, CertifySpanEntry, InitiateSpan, InitiateSpanEntry, ShardEntry, ShardRequest,
-        StartContentEntry, shard_entry::Body, shard_request::Op,
+        CertifySpan, CertifySpanEntry, ContentRow, ExtentRow, InitiateSpan, InitiateSpanEntry, RemoveSpan,
+        RemoveSpanEntry, ShardEntry, ShardRequest, StartContentEntry, extent_row::Source, shard_entry::Body,
+        shard_request::Op,
     },
-    types::{ClientTag, Code, Span},
+    types::{BlockService, ClientTag, Code, Span},
 };
 use clutch_state::{ProduceContext, Stop, View, client_table::SYSTEM_CLIENTS, get_row};
 
-use crate::{ShardFacts, check_slot, content, parse_inode, placement, tables};
+use crate::{FLAG_GONE, ShardFacts, check_slot, content, parse_inode, placement, tables};
 
 pub(crate) fn produce(
     mut view: &dyn View,
@@ -27,9 +28,6 @@ pub(crate) fn produce(
     }
     let from_cdc = tag.as_ref().is_some_and(|t| t.client < SYSTEM_CLIENTS);
     let body = match op {
-        Op::Lookup(_) | Op::Stat(_) | Op::ReadDir(_) | Op::Layout(_) | Op::History(_) => {
-            return Err(Refusal::malformed("a read is not logged").into());
-        }
         Op::CreateFile(op) => Body::CreateFile(op),
         Op::CreateSymlink(op) => Body::CreateSymlink(op),
         Op::LinkFile(op) => Body::LinkFile(op),
@@ -43,11 +41,26 @@ pub(crate) fn produce(
             let mut cookie = Vec::with_capacity(16);
             cookie.extend_from_slice(&(context.random)().to_le_bytes());
             cookie.extend_from_slice(&(context.random)().to_le_bytes());
-            Body::StartContent(StartContentEntry { op: Some(op), cookie: cookie.into() })
+            // 0 stands for the default: it need not be in the log.
+            let lifetime_ms = Some(facts.lifetimes.transient_ms).filter(|ms| *ms != TRANSIENT_LIFETIME_MS);
+            let lifetime_ms = lifetime_ms.unwrap_or(0);
+            Body::StartContent(StartContentEntry { op: Some(op), cookie: cookie.into(), lifetime_ms })
         }
+        Op::ScrapContent(op) => Body::ScrapContent(op),
+        Op::SetPolicy(op) => Body::SetPolicy(op),
+        Op::ShareRange(op) => Body::ShareRange(op),
+        Op::PublishContent(op) => Body::PublishContent(op),
+        Op::RestoreContent(op) => Body::RestoreContent(op),
+        Op::SwapBlocks(op) => Body::SwapBlocks(op),
+        Op::SwapSpans(op) => Body::SwapSpans(op),
+        Op::MoveSpan(op) => Body::MoveSpan(op),
+        Op::ForgetEdge(op) => Body::ForgetEdge(op),
+        Op::ForgetContent(op) => Body::ForgetContent(op),
+        Op::CollectContent(op) => Body::CollectContent(op),
+        Op::RemoveSpan(op) => Body::RemoveSpan(remove(view, op, facts)?),
         Op::InitiateSpan(op) => Body::InitiateSpan(initiate(view, op, context, facts)?),
         Op::CertifySpan(op) => Body::CertifySpan(certify(view, op, context.now, facts)?),
-        _ if !from_cdc => {
+        op if !from_cdc && !crate::is_read(&op) => {
             return Err(Stop::refuse(
                 Code::Permission,
                 "directories are made, moved and removed through the CDC",
@@ -61,6 +74,21 @@ pub(crate) fn produce(
         Op::SetOwner(op) => Body::SetOwner(op),
         Op::OrphanDirectory(op) => Body::OrphanDirectory(op),
         Op::RemoveDirectoryInode(op) => Body::RemoveDirectoryInode(op),
+        Op::DropPastEdge(op) => Body::DropPastEdge(op),
+        Op::RemoveFileInode(op) => Body::RemoveFileInode(op),
+        Op::AdoptDirectory(op) => Body::AdoptDirectory(op),
+        Op::ForgetDirectoryInode(op) => Body::ForgetDirectoryInode(op),
+        Op::Lookup(_)
+        | Op::Stat(_)
+        | Op::ReadDir(_)
+        | Op::Layout(_)
+        | Op::History(_)
+        | Op::ContentHistory(_)
+        | Op::VisitInodes(_)
+        | Op::VisitTransients(_)
+        | Op::VisitPastContents(_)
+        | Op::VisitDeadSpans(_)
+        | Op::VisitBlocks(_) => return Err(Refusal::malformed("a read is not logged").into()),
     };
     Ok(ShardEntry { tag, body: Some(body) })
 }
@@ -76,6 +104,11 @@ fn slot_of(op: &Op) -> Option<u64> {
         Op::Unlink(op) => Some(op.dir),
         Op::Undelete(op) => Some(op.dir),
         Op::SetAttributes(op) => Some(op.id),
+        Op::SetPolicy(op) => Some(op.id),
+        Op::PublishContent(op) => Some(op.id),
+        Op::RestoreContent(op) => Some(op.id),
+        Op::ForgetEdge(op) => Some(op.dir),
+        Op::ForgetContent(op) => Some(op.id),
         _ => None,
     }
 }
@@ -87,7 +120,7 @@ fn initiate(
     facts: &ShardFacts,
 ) -> Result<InitiateSpanEntry, Stop> {
     // Refused here and not only in apply, so that nobody can fill the log with what cannot work.
-    content::transient(&mut view, context.now, ContentId(op.content), &op.cookie)?;
+    let row = content::transient(&mut view, context.now, ContentId(op.content), &op.cookie)?;
     let shape = op.shape.ok_or_else(|| Refusal::malformed("a span without a shape"))?;
     shape.check(op.size)?;
     shape.check_crcs(op.size, op.crc, &op.cell_crcs)?;
@@ -98,10 +131,52 @@ fn initiate(
         ));
     }
     let blocks = shape.blocks() as usize;
-    let services = placement::place(&facts.services(), &op, blocks, shape.block_bytes(), context.random)?;
+    let earlier = earlier_services(view, &op, &row)?;
+    let services =
+        placement::place(&facts.services(), &op, blocks, shape.block_bytes(), &earlier, context.random)?;
     // What was to be avoided has done its work and need not be in the log.
     let op = InitiateSpan { avoid_services: Vec::new(), avoid_failure_domains: Vec::new(), ..op };
-    Ok(InitiateSpanEntry { op: Some(op), services })
+    let grant_ms = Some(facts.lifetimes.grant_ms).filter(|ms| *ms < CERTIFICATE_LIFETIME_MS).unwrap_or(0);
+    Ok(InitiateSpanEntry { op: Some(op), services, grant_ms })
+}
+
+/// The services of the span before: a file that is lost with any few disks is lost with the same few.
+fn earlier_services(mut view: &dyn View, op: &InitiateSpan, row: &ContentRow) -> Result<Vec<u64>, Stop> {
+    if row.size == 0 {
+        return Ok(Vec::new());
+    }
+    let at = crate::read::start_of(&mut view, ContentId(op.content), row.size - 1)?;
+    let key = tables::extent_key(ContentId(op.content), at);
+    let Some(ExtentRow { source: Some(Source::Span(range)), .. }) = get_row(view, tables::EXTENT, &key)?
+    else {
+        return Ok(Vec::new());
+    };
+    let span: Option<Span> = get_row(view, tables::SPAN, &tables::span_key(SpanId(range.span_id)))?;
+    Ok(span.map_or_else(Vec::new, |s| s.blocks.iter().map(|b| b.service_id).collect()))
+}
+
+/// Checks the proofs that a dead span's blocks are erased.
+fn remove(view: &dyn View, op: RemoveSpan, facts: &ShardFacts) -> Result<RemoveSpanEntry, Stop> {
+    let mut rows = view;
+    check_slot(&mut rows, SpanId(op.span_id).slot())?;
+    let span: Span = get_row(view, tables::SPAN, &tables::span_key(SpanId(op.span_id)))?
+        .ok_or_else(|| Stop::refuse(Code::NotFound, format!("span {:x} does not exist", op.span_id)))?;
+    if op.proofs.len() != span.blocks.len() {
+        let text = format!("{} proofs for {} blocks", op.proofs.len(), span.blocks.len());
+        return Err(Stop::refuse(Code::InvalidArgument, text));
+    }
+    let mut first_bad = 0;
+    for (i, (proof, block)) in op.proofs.iter().zip(&span.blocks).enumerate() {
+        let service: Option<BlockService> = get_row(view, tables::SERVICE, &block.service_id.to_be_bytes())?;
+        let is_gone = service.is_some_and(|s| s.flags & FLAG_GONE != 0);
+        let is_proven = facts.proves_erased(proof, block) || is_gone && proof.is_empty();
+        if !is_proven {
+            first_bad = i as u32 + 1;
+            break;
+        }
+    }
+    let op = RemoveSpan { proofs: Vec::new(), ..op };
+    Ok(RemoveSpanEntry { op: Some(op), first_bad })
 }
 
 fn certify(

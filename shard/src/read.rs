@@ -1,5 +1,6 @@
 //! Requests that only read.
 
+use bytes::Bytes;
 use clutch_proto::{
     ContentId, InodeKind, Refusal, SpanId,
     limits::{LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX},
@@ -14,7 +15,7 @@ use clutch_proto::{
 };
 use clutch_state::{Stop, StoreError, View, get_row, key_after, store::decode_row};
 
-use crate::{check_slot, inode, parse_directory, parse_inode, tables};
+use crate::{Rows, check_slot, inode, parse_directory, parse_inode, tables, visit};
 
 pub(crate) fn read(view: &dyn View, request: &ShardRequest) -> Result<Reply, Stop> {
     match &request.op {
@@ -22,7 +23,14 @@ pub(crate) fn read(view: &dyn View, request: &ShardRequest) -> Result<Reply, Sto
         Some(Op::Stat(op)) => stat(view, op),
         Some(Op::ReadDir(op)) => read_dir(view, op),
         Some(Op::Layout(op)) => layout(view, op),
+        Some(Op::History(op)) if op.with_present => whole_history(view, op),
         Some(Op::History(op)) => history(view, op),
+        Some(Op::ContentHistory(op)) => visit::content_history(view, op),
+        Some(Op::VisitInodes(op)) => visit::inodes(view, op),
+        Some(Op::VisitTransients(op)) => visit::transients(view, op),
+        Some(Op::VisitPastContents(op)) => visit::past_contents(view, op),
+        Some(Op::VisitDeadSpans(op)) => visit::dead_spans(view, op),
+        Some(Op::VisitBlocks(op)) => visit::blocks(view, op),
         _ => Err(Refusal::malformed("a request without an operation that this build knows").into()),
     }
 }
@@ -115,7 +123,7 @@ fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {
     let found = found.ok_or_else(|| Stop::refuse(Code::NotFound, "the file has no such content"))?;
     reply.size = found.size;
     let until = key_after(&tables::extent_key(content, 0)[..9]);
-    let from = start_of(view, content, op.offset)?;
+    let from = start_of(&mut view, content, op.offset)?;
     let rows =
         view.scan(tables::EXTENT, &tables::extent_key(content, from), &until, LAYOUT_EXTENTS_MAX + 1)?;
     for (key, value) in rows {
@@ -146,10 +154,8 @@ fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {
 }
 
 /// The offset of the extent that holds `offset`. Extents are contiguous, so the last one that begins at or below.
-fn start_of(view: &dyn View, content: ContentId, offset: u64) -> Result<u64, Stop> {
-    if offset == 0
-        || get_row::<ExtentRow>(view, tables::EXTENT, &tables::extent_key(content, offset))?.is_some()
-    {
+pub(crate) fn start_of(rows: &mut impl Rows, content: ContentId, offset: u64) -> Result<u64, Stop> {
+    if offset == 0 || rows.row::<ExtentRow>(tables::EXTENT, &tables::extent_key(content, offset))?.is_some() {
         return Ok(offset);
     }
     // Spans are at most 100 MiB, so a window below the offset holds the start unless a hole is longer.
@@ -157,13 +163,76 @@ fn start_of(view: &dyn View, content: ContentId, offset: u64) -> Result<u64, Sto
     loop {
         let from = offset.saturating_sub(window);
         let (low, high) = (tables::extent_key(content, from), tables::extent_key(content, offset));
-        if let Some((key, _)) = view.scan(tables::EXTENT, &low, &high, usize::MAX)?.last() {
+        if let Some((key, _)) = rows.page(tables::EXTENT, &low, &high, usize::MAX)?.last() {
             return Ok(tables::parse_pair(key).map_or(0, |(_, offset)| offset));
         }
         if from == 0 {
             return Ok(0);
         }
         window = window.saturating_mul(16);
+    }
+}
+
+/// Present and past entries of a directory, or of one name, of one moment. What has one hash comes on one page.
+fn whole_history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
+    let dir = parse_directory(&mut view, op.dir)?;
+    inode::get(&mut view, dir)?;
+    let first = match op.after.as_ref() {
+        [] => 0,
+        after => after
+            .try_into()
+            .map(u64::from_be_bytes)
+            .map_err(|_| Stop::refuse(Code::InvalidArgument, "`after` is not from a page of this listing"))?,
+    };
+    let (from, until) = if op.name.is_empty() {
+        (tables::edge_from(dir, first), key_after(&tables::directory_prefix(dir)))
+    } else {
+        name::check(&op.name)?;
+        let prefix = tables::edge_from(dir, name::hash63(&op.name));
+        (prefix.clone(), key_after(&prefix))
+    };
+    let broken = || StoreError::Broken("an edge's key".into());
+    let mut fetch = READDIR_ENTRIES_MAX + 1;
+    loop {
+        let (present, past) = (
+            view.scan(tables::EDGE, &from, &until, fetch)?,
+            view.scan(tables::PAST_EDGE, &from, &until, fetch)?,
+        );
+        let hash_of = |rows: &[(Bytes, Bytes)]| match rows.last() {
+            // Both kinds of keys have the hash at the same place.
+            Some((key, _)) if rows.len() == fetch => {
+                tables::parse_edge_key(key).map(|(_, hash, _)| hash).ok_or_else(broken)
+            }
+            _ => Ok(u64::MAX),
+        };
+        let cut = hash_of(&present)?.min(hash_of(&past)?);
+        let mut all: Vec<(u64, PastEdge)> = Vec::new();
+        for (key, value) in present {
+            let (_, hash, name) = tables::parse_edge_key(&key).ok_or_else(broken)?;
+            let row: EdgeRow = decode_row(tables::EDGE, &key, value)?;
+            let name = Bytes::copy_from_slice(name);
+            let EdgeRow { target, created_at, .. } = row;
+            all.push((hash, PastEdge { name, target, created_at, ended_at: 0, owned: true }));
+        }
+        for (key, value) in past {
+            let (_, hash, name, ended_at) = tables::parse_past_edge_key(&key).ok_or_else(broken)?;
+            let PastEdgeRow { target, created_at, owned } = decode_row(tables::PAST_EDGE, &key, value)?;
+            let name = Bytes::copy_from_slice(name);
+            all.push((hash, PastEdge { name, target, created_at, ended_at, owned }));
+        }
+        all.retain(|(hash, edge)| *hash < cut && (op.name.is_empty() || edge.name == op.name));
+        if all.is_empty() && cut != u64::MAX {
+            // More of one hash than a page holds: the page grows.
+            fetch *= 2;
+            continue;
+        }
+        all.sort_by(|(a, x), (b, y)| {
+            let end = |edge: &PastEdge| edge.ended_at.wrapping_sub(1);
+            (a, &x.name, end(x)).cmp(&(b, &y.name, end(y)))
+        });
+        let past = all.into_iter().map(|(_, edge)| edge).collect();
+        let next = if cut == u64::MAX { Bytes::new() } else { Bytes::copy_from_slice(&cut.to_be_bytes()) };
+        return Ok(Reply::History(HistoryReply { past, next }));
     }
 }
 

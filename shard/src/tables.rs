@@ -23,6 +23,10 @@ pub const SPAN: Table = Table(69);
 pub const TRANSIENT: Table = Table(70);
 /// slot, service, block → span.
 pub const BLOCK: Table = Table(71);
+/// slot, file, end → `PastContentRow`.
+pub const PAST_CONTENT: Table = Table(73);
+/// slot, span that nothing will use again → nothing.
+pub const DEAD_SPAN: Table = Table(74);
 /// slot → `CounterRow`.
 pub const COUNTER: Table = Table(72);
 
@@ -98,6 +102,16 @@ pub fn content_key(id: ContentId) -> Vec<u8> {
 /// Key of an extent; with offset 0, the first that a content can have.
 pub fn extent_key(content: ContentId, offset: u64) -> Vec<u8> {
     key(content.slot(), &[content.0, offset])
+}
+
+/// Key of a past content; with end 0, what all of a file's are at or above.
+pub fn past_content_key(file: InodeId, ended_at: u64) -> Vec<u8> {
+    key(file.slot(), &[file.raw(), ended_at])
+}
+
+/// A slot's rows from a number on.
+pub fn from_number(slot: Slot, number: u64) -> Vec<u8> {
+    key(slot, &[number])
 }
 
 /// Key of a span.

@@ -1,5 +1,8 @@
 //! Gates that no compiler checks. `cargo xtask layers` compares the crates' dependencies with the table below;
-//! `cargo xtask purity` shows that a planted clock or hash map in an applier does not get past the lints.
+//! `cargo xtask purity` shows that a planted clock or hash map in an applier does not get past the lints;
+//! `cargo xtask operations` compares the page of all operations with the protocol.
+
+mod operations;
 
 use std::{collections::BTreeMap, path::Path, process::Command};
 
@@ -83,7 +86,8 @@ fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("layers") => layers(),
         Some("purity") => purity(),
-        _ => bail!("usage: cargo xtask layers | purity"),
+        Some("operations") => operations::check(),
+        _ => bail!("usage: cargo xtask layers | purity | operations"),
     }
 }
 

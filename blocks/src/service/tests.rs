@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clutch_proto::{BlockId, ServiceId, blocks::*, limits::PAGE_BYTES};
-use clutch_runtime::simulated::{NodeId, World};
+use clutch_runtime::simulated::{DiskFaults, NodeId, World};
 
 use super::*;
 
@@ -135,4 +135,26 @@ fn an_erase_waits_until_no_write_can_be_granted() {
     assert_eq!(Claims::verify(&proof, &[key()]).expect("good").operation, Operation::Erased);
     assert_eq!(read(&world, 0, 1).expect_err("gone").code, Code::BlockNotFound);
     assert!(call(&world, erase()).is_ok(), "again is fine");
+}
+
+#[test]
+fn what_is_proven_erased_does_not_come_back() {
+    let block = BlockId(0x1234);
+    let mut half_way = 0;
+    for seed in 1..=60 {
+        let world = World::new(seed);
+        write(&world).expect("writes");
+        let (runtime, disk) = (world.node(NODE), world.disk(NODE));
+        let store = BlockStore::open(runtime.disk.clone(), PathBuf::from("d"), 1, SERVICE).expect("opens");
+        let is_there = |store: &BlockStore| store.list().expect("lists").contains(&block);
+        disk.set_faults(DiskFaults { write_error_permille: 500, ..DiskFaults::default() });
+        let first = store.erase(block);
+        disk.set_faults(DiskFaults::default());
+        // Removed, but not durably: nothing was proven yet.
+        half_way += usize::from(first.is_err() && !is_there(&store));
+        store.erase(block).expect("erases");
+        world.crash(NODE);
+        assert!(!is_there(&store), "seed {seed}: the block came back");
+    }
+    assert!(half_way > 3, "{half_way} erases stopped half-way");
 }

@@ -39,10 +39,13 @@ pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
     }
     let clean = checked.violations.is_empty();
     if args.json {
-        let (violations, rows) = (&checked.violations, checked.rows);
-        output::json(
-            &json!({ "clean": clean, "violations": violations, "rows": rows, "rescanned_rows": rescanned }),
-        )?;
+        output::json(&json!({
+            "clean": clean,
+            "violations": &checked.violations,
+            "rows": checked.rows,
+            "rescanned_rows": rescanned,
+            "counts": checked.counts,
+        }))?;
     } else {
         for violation in &checked.violations {
             output::line(violation)?;
@@ -52,6 +55,11 @@ pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
             "{} ({} rows{rescan})",
             if clean { "clean" } else { "NOT clean" },
             checked.rows
+        ))?;
+        let counts = &checked.counts;
+        output::line(format!(
+            "{} inodes, {} entries and {} past ones, {} contents, {} spans, {} blocks",
+            counts.inodes, counts.edges, counts.past_edges, counts.contents, counts.spans, counts.blocks
         ))?;
     }
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })

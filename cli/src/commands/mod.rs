@@ -1,6 +1,7 @@
 //! One module for each command.
 
 pub(crate) mod bench;
+pub(crate) mod collect;
 pub(crate) mod fs;
 pub(crate) mod fsck;
 pub(crate) mod fuzz;

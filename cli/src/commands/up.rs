@@ -1,10 +1,11 @@
 //! `clutch up`.
 
-use std::process::ExitCode;
+use std::{process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clutch_runtime::Runtime;
 use clutch_server::up::{Up, UpConfig};
+use clutch_shard::Lifetimes;
 
 use crate::args::UpArgs;
 
@@ -19,6 +20,9 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
         disks: args.disks,
         policy: args.policy,
         segment_bytes_max: args.segment_mib << 20,
+        lifetimes: Lifetimes { grant_ms: args.grant_s * 1000, transient_ms: args.unfinished_s * 1000 },
+        clock_skew_ms_max: args.clock_skew_s * 1000,
+        collect_pause: Some(Duration::from_secs(args.collect_every_s)).filter(|pause| !pause.is_zero()),
     };
     let up = tokio::select! {
         up = Up::start(runtime, config) => up?,

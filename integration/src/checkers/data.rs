@@ -8,7 +8,7 @@ use clutch_runtime::simulated::SimDisk;
 
 use super::{Evidence, Violation};
 use crate::{
-    history::{History, bytes_of},
+    history::History,
     oracle::Source,
     sim_cluster::{CLIENT, SimCluster, disk_node},
     workload::Worker,
@@ -35,9 +35,9 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
         known.extend(shard.oracle.spans.values().flat_map(|s| s.blocks.iter().copied()));
         for (id, row) in &shard.oracle.inodes {
             let Some(file) = InodeId::from_wire(*id) else { continue };
-            let Some(data) = history.data_of(file) else { continue };
+            let Some(expected) = history.bytes_of_content(file, row.content) else { continue };
             let extents = shard.oracle.contents.get(&row.content).map_or(&[][..], |c| &c.extents);
-            if extents.iter().any(|(_, _, source)| matches!(source, Source::Span(_))) {
+            if extents.iter().any(|(_, _, source)| source.span().is_some()) {
                 in_blocks.push(file);
                 continue;
             }
@@ -48,7 +48,7 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
                     _ => stored.resize(stored.len() + *length as usize, 0),
                 }
             }
-            if stored != bytes_of(data) {
+            if stored != *expected {
                 violations
                     .push(Violation::new("data", format!("file {file} does not hold what was acknowledged")));
             }

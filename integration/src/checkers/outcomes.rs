@@ -8,8 +8,7 @@ use clutch_proto::shard::shard_request;
 use super::{Evidence, Violation};
 
 fn is_step(op: &shard_request::Op) -> bool {
-    use shard_request::Op;
-    !matches!(op, Op::Lookup(_) | Op::Stat(_) | Op::ReadDir(_) | Op::Layout(_) | Op::History(_))
+    !clutch_shard::is_read(op)
 }
 
 /// Checks every mutation of a shard.

@@ -204,7 +204,11 @@ fn acts(record: &Record) -> Vec<(Name, Request)> {
                 );
                 acts
             }
-            cdc_request::Op::ListTransactions(_) => vec![],
+            cdc_request::Op::UndeleteDirectory(op) => put((op.owner, op.name), edge, false),
+            // Of what is past, names know nothing.
+            cdc_request::Op::ForgetFile(_)
+            | cdc_request::Op::ForgetDirectory(_)
+            | cdc_request::Op::ListTransactions(_) => vec![],
         };
     }
     let request = clutch_proto::shard::ShardRequest::decode(record.call.body.clone());

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use clutch_log::LogId;
 use clutch_proto::{
-    shard::{ContentRow, EdgeRow, ExtentRow, InodeRow, PastEdgeRow, extent_row},
+    shard::{ContentRow, EdgeRow, ExtentRow, InodeRow, PastContentRow, PastEdgeRow, extent_row},
     types::Span,
 };
 use clutch_shard::tables;
@@ -18,8 +18,8 @@ use crate::oracle::{Edge, Past, Source};
 /// The states that full replays gave.
 pub type Replayed = BTreeMap<LogId, std::sync::Arc<MemoryStore>>;
 
-/// Size, whether it is certified, and services and blocks.
-type SpanFacts = (u32, bool, Vec<(u64, u64)>);
+/// Size, whether it is certified, its uses, and services and blocks.
+type SpanFacts = (u32, bool, usize, Vec<(u64, u64)>);
 
 pub(crate) fn rows<M: Message + Default>(store: &MemoryStore, table: Table) -> Vec<(Bytes, M)> {
     let rows = store.scan(table, &[], &[], usize::MAX).unwrap_or_default();
@@ -82,13 +82,19 @@ pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
             .collect();
         let expected = oracle.contents.iter().map(|(id, c)| (*id, (c.size, c.file))).collect();
         compare("content", &contents, &expected, &mut wrong);
+        let past_contents: BTreeMap<(u64, u64), (u64, u64)> =
+            rows::<PastContentRow>(store, tables::PAST_CONTENT)
+                .into_iter()
+                .filter_map(|(key, p)| Some((tables::parse_pair(&key)?, (p.content, p.dir))))
+                .collect();
+        compare("past content", &past_contents, &oracle.past_contents, &mut wrong);
         let extents: BTreeMap<(u64, u64), (u64, Source)> = rows::<ExtentRow>(store, tables::EXTENT)
             .into_iter()
             .filter_map(|(key, e)| {
                 let source = match e.source? {
                     extent_row::Source::Inline(data) => Source::Inline(data),
                     extent_row::Source::Hole(_) => Source::Hole,
-                    extent_row::Source::Span(range) => Source::Span(range.span_id),
+                    extent_row::Source::Span(range) => Source::Span(range.span_id, range.offset),
                 };
                 Some((tables::parse_pair(&key)?, (e.length, source)))
             })
@@ -103,12 +109,14 @@ pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
             .into_iter()
             .map(|(_, s)| {
                 let blocks = s.blocks.iter().map(|b| (b.service_id, b.block_id)).collect();
-                (s.span_id, (s.size, s.certified, blocks))
+                (s.span_id, (s.size, s.certified, s.uses as usize, blocks))
             })
             .collect();
-        let expected =
-            oracle.spans.iter().map(|(id, s)| (*id, (s.size, s.certified, s.blocks.clone()))).collect();
-        compare("span", &spans, &expected, &mut wrong);
+        let expected = oracle
+            .spans
+            .iter()
+            .map(|(id, s)| (*id, (s.size, s.certified, oracle.uses(*id), s.blocks.clone())));
+        compare("span", &spans, &expected.collect(), &mut wrong);
         violations
             .extend(wrong.into_iter().take(5).map(|what| Violation::new("oracle", format!("{id}: {what}"))));
     }

@@ -29,6 +29,10 @@ struct Traces {
     ended_edge: bool,
     orphaned: bool,
     owner_set: bool,
+    dropped: bool,
+    file_removed: bool,
+    adopted: bool,
+    forgotten: bool,
 }
 
 impl Traces {
@@ -42,6 +46,19 @@ impl Traces {
                 _ => Err("made an edge and took its directory away"),
             },
             Op::RemoveDirectory(_) => self.judge_ended(self.orphaned),
+            Op::ForgetFile(_) => match (self.dropped, self.file_removed) {
+                (true, true) => Ok(true),
+                (false, false) => Ok(false),
+                (true, false) => Err("dropped the last owner of a file and left the file"),
+                (false, true) => Err("removed a file that something still owns"),
+            },
+            Op::ForgetDirectory(_) => Ok(self.forgotten),
+            Op::UndeleteDirectory(_) => match (self.inserted_at.is_some(), self.adopted) {
+                (true, true) => Ok(true),
+                (false, false) => Ok(false),
+                (true, false) => Err("made an edge to a directory that is still removed"),
+                (false, true) => Err("brought a directory back that nothing leads to"),
+            },
             Op::RenameFile(_) => self.judge_ended(self.inserted_at.is_some()),
             Op::RenameDirectory(_) => {
                 if self.inserted_at.is_some() && !self.owner_set {
@@ -103,6 +120,10 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
             (Body::SetOwner(_), _) => trace.owner_set = true,
             (Body::OrphanDirectory(_), _) => trace.orphaned = true,
             (Body::RemoveDirectoryInode(_), _) => trace.unmade = true,
+            (Body::DropPastEdge(_), _) => trace.dropped = true,
+            (Body::RemoveFileInode(_), _) => trace.file_removed = true,
+            (Body::AdoptDirectory(_), _) => trace.adopted = true,
+            (Body::ForgetDirectoryInode(_), _) => trace.forgotten = true,
             _ => {}
         }
     }

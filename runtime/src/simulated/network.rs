@@ -93,8 +93,9 @@ impl SimNetwork {
         }
     }
 
-    /// Carries a request to its handler and the answer back, as a task of the target's node.
-    fn deliver(&self, to: &Endpoint, request: Bytes, answer: oneshot::Sender<Bytes>) {
+    /// Carries a request to its handler, after a while longer than it takes anyway, and the answer back, as a task of
+    /// the target's node.
+    fn deliver(&self, to: &Endpoint, request: Bytes, answer: oneshot::Sender<Bytes>, late: Duration) {
         let (shared, from, to) = (self.shared.clone(), self.node, to.clone());
         let listener =
             shared.network.lock().listeners.get(&to).map(|(node, _, handler)| (*node, handler.clone()));
@@ -102,7 +103,7 @@ impl SimNetwork {
         let Some(there) = Self::travel(&shared, from, target) else { return };
         let task_shared = shared.clone();
         let task = async move {
-            Sleep::new(task_shared.clone(), there).await;
+            Sleep::new(task_shared.clone(), there + late).await;
             Self::unclogged(&task_shared, from, target).await;
             task_shared.record("deliver", request.len() as u64);
             let reply = handler.handle(request).await;
@@ -170,9 +171,14 @@ impl Network for SimNetwork {
         if self.shared.below(1000) < u64::from(duplicate_permille) {
             let (ignored, _) = oneshot::channel();
             self.shared.network.lock().counts.duplicated += 1;
-            self.deliver(to, request.clone(), ignored);
+            // Some come much later than what they repeat: long after the sender has gone on, or given up.
+            let late = match self.shared.below(4) {
+                0 => Duration::from_micros(1 << (10 + self.shared.below(10))),
+                _ => Duration::ZERO,
+            };
+            self.deliver(to, request.clone(), ignored, late);
         }
-        self.deliver(to, request, answer);
+        self.deliver(to, request, answer, Duration::ZERO);
         let limit = Sleep::new(self.shared.clone(), timeout);
         tokio::select! {
             biased;

@@ -2,8 +2,10 @@
 
 mod get;
 mod list;
+mod policy;
 mod put;
 mod small;
+mod versions;
 
 use std::{process::ExitCode, sync::Arc};
 
@@ -35,6 +37,13 @@ pub(crate) async fn run(client: Arc<Client>, command: &FsCommand) -> Result<Exit
         FsCommand::Chmod { mode, paths } => small::chmod(&client, *mode, paths).await?,
         FsCommand::Chown { owner, paths } => small::chown(&client, owner, paths).await?,
         FsCommand::Touch { date, paths } => small::touch(&client, date.as_deref(), paths).await?,
+        FsCommand::Write { offset, truncate, source, path } => {
+            versions::write(&client, source, path, *offset, *truncate).await?
+        }
+        FsCommand::Truncate { size, paths } => versions::truncate(&client, *size, paths).await?,
+        FsCommand::Versions { path, json } => versions::list(&client, path, *json).await?,
+        FsCommand::Restore { path, ended } => versions::restore(&client, path, *ended).await?,
+        FsCommand::Policy(command) => policy::run(&client, command).await?,
         FsCommand::Undelete { path, new_path, ended } => {
             small::undelete(&client, path, new_path.as_deref(), *ended).await?
         }

@@ -3,7 +3,11 @@
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use clutch_client::{Client, FileAttributes};
-use clutch_proto::{InodeId, shard::SetAttributes, types::Code};
+use clutch_proto::{
+    InodeId,
+    shard::{PastEdge, SetAttributes},
+    types::Code,
+};
 
 use super::identity;
 
@@ -181,6 +185,28 @@ fn parse_time(text: &str) -> Result<u64> {
     u64::try_from(time.as_nanosecond()).context("times before 1970 cannot be stored")
 }
 
+/// The directory that a name led to, if that was removed and nothing newer of the name can be brought back.
+async fn removed_directory(
+    client: &Client,
+    past: &[PastEdge],
+    ended: Option<u64>,
+) -> Result<Option<InodeId>> {
+    for edge in past.iter().rev().filter(|p| ended.is_none_or(|ended| p.ended_at == ended)) {
+        if edge.owned {
+            return Ok(None);
+        }
+        let Some(id) = InodeId::from_wire(edge.target).filter(|id| id.is_directory()) else { continue };
+        match client.stat(id).await {
+            Ok(attributes) if attributes.owner == 0 => return Ok(Some(id)),
+            // Moved away, or brought back already.
+            Ok(_) => {}
+            Err(error) if error.is_not_found() => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(None)
+}
+
 pub(super) async fn undelete(
     client: &Client,
     path: &str,
@@ -189,6 +215,14 @@ pub(super) async fn undelete(
 ) -> Result<()> {
     let (dir, name) = client.resolve_parent(path).await?;
     let past = client.history(dir, Some(&name)).await?;
+    if let Some(removed) = removed_directory(client, &past, ended).await? {
+        let (new_dir, new_name) = match new_path {
+            Some(new_path) => client.resolve_parent(new_path).await?,
+            None => (dir, name),
+        };
+        client.undelete_directory(removed, new_dir, &new_name).await.with_context(|| path.to_owned())?;
+        return Ok(());
+    }
     let chosen = match ended {
         Some(ended) => past.iter().find(|p| p.ended_at == ended && p.owned),
         None => past.iter().rev().find(|p| p.owned),

@@ -1,7 +1,13 @@
 //! A naive shard: what every entry of a shard's log must do, in plain maps, written apart from the real one.
 //!
+//! [`contents`](self) knows bytes, `collect` what goes, `read` what is seen.
+//!
 //! It is given the log that was in fact agreed on and says what each entry must have answered, what each read must
 //! have seen, and what must be left at the end.
+
+mod collect;
+mod contents;
+mod read;
 
 use std::collections::BTreeMap;
 
@@ -9,18 +15,18 @@ use bytes::Bytes;
 use clutch_log::Position;
 use clutch_proto::{
     InodeId, InodeKind,
-    limits::{
-        CLIENT_IDLE_LIFETIME_MS, FILE_BYTES_MAX, INLINE_BYTES_MAX, READDIR_ENTRIES_MAX, SYMLINK_BYTES_MAX,
-        TRANSIENT_LIFETIME_MS,
-    },
-    name::{self, hash63},
+    limits::{CLIENT_IDLE_LIFETIME_MS, INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
+    name,
     shard::*,
     state::{self, entry::Kind},
-    types::{Attributes, ClientTag, Code},
+    types::{ClientTag, Code},
 };
 use prost::Message as _;
 use shard_entry::Body;
 use shard_reply::Reply;
+
+pub use read::agrees;
+use read::attributes;
 
 type Outcome = Result<Reply, Code>;
 
@@ -53,8 +59,18 @@ pub enum Source {
     Inline(Bytes),
     /// Zeros.
     Hole,
-    /// A whole span.
-    Span(u64),
+    /// A span, from an offset in it on.
+    Span(u64, u32),
+}
+
+impl Source {
+    /// The span, if it is one.
+    pub fn span(&self) -> Option<u64> {
+        match self {
+            Source::Span(id, _) => Some(*id),
+            _ => None,
+        }
+    }
 }
 
 /// One version of a file's bytes.
@@ -67,6 +83,8 @@ pub struct Content {
     /// Where each extent begins, how long it is and where it comes from.
     pub extents: Vec<(u64, u64, Source)>,
     cookie: Bytes,
+    /// How far use bumps the deadline; 0 for the default.
+    lifetime_ms: u64,
     deadline: u64,
     pending: u64,
 }
@@ -80,6 +98,9 @@ pub struct Span {
     pub certified: bool,
     /// Service and block.
     pub blocks: Vec<(u64, u64)>,
+    crc: u32,
+    block_bytes: u32,
+    block_crcs: Vec<u32>,
 }
 
 #[derive(Default)]
@@ -117,6 +138,8 @@ pub struct ShardOracle {
     pub edges: BTreeMap<(u64, Bytes), Edge>,
     /// Past edges by directory, name and end.
     pub past: BTreeMap<(u64, Bytes, u64), Past>,
+    /// Past contents by file and end: the content and the directory in which it ended.
+    pub past_contents: BTreeMap<(u64, u64), (u64, u64)>,
     /// Contents.
     pub contents: BTreeMap<u64, Content>,
     /// Spans.
@@ -200,6 +223,18 @@ impl ShardOracle {
             Body::CertifySpan(op) => self.certify(&op),
             Body::AddInline(op) => self.add_inline(op),
             Body::AddHole(op) => self.add_hole(&op),
+            Body::ScrapContent(op) => self.scrap(&op),
+            Body::SetPolicy(op) => self.set_policy(op),
+            Body::ShareRange(op) => self.share_range(&op),
+            Body::PublishContent(op) => self.publish(&op),
+            Body::RestoreContent(op) => self.restore(&op),
+            Body::SwapBlocks(op) => self.swap_blocks(&op),
+            Body::SwapSpans(op) => self.swap_spans(&op),
+            Body::MoveSpan(op) => self.move_span(&op),
+            Body::ForgetEdge(op) => self.forget_edge(&op),
+            Body::ForgetContent(op) => self.forget_content(&op),
+            Body::CollectContent(op) => self.collect_content(&op),
+            Body::RemoveSpan(op) => self.remove_span(&op),
             Body::CreateDirectoryInode(op) => self.create_directory(&op),
             Body::InsertEdge(op) => self.insert_edge(op),
             Body::LockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, true),
@@ -208,6 +243,10 @@ impl ShardOracle {
             Body::SetOwner(op) => self.set_owner(&op),
             Body::OrphanDirectory(op) => self.orphan(&op),
             Body::RemoveDirectoryInode(op) => self.remove_directory(&op),
+            Body::DropPastEdge(op) => self.drop_past_edge(&op),
+            Body::RemoveFileInode(op) => self.remove_file_inode(&op),
+            Body::AdoptDirectory(op) => self.adopt(&op),
+            Body::ForgetDirectoryInode(op) => self.forget_directory(&op),
         }
     }
 
@@ -357,132 +396,6 @@ impl ShardOracle {
         Ok(self.insert(op.dir, &op.name, id))
     }
 
-    fn transient(&self, id: u64, cookie: &Bytes) -> Result<Content, Code> {
-        self.check_slot(id as u8)?;
-        let content = self.contents.get(&id).filter(|c| c.file == 0 && self.time <= c.deadline);
-        let content = content.ok_or(Code::TransientGone)?;
-        if content.cookie == *cookie { Ok(content.clone()) } else { Err(Code::BadCookie) }
-    }
-
-    fn bump(&mut self, id: u64, mut content: Content) -> Outcome {
-        content.deadline = self.time + TRANSIENT_LIFETIME_MS * 1_000_000;
-        let reply = ContentReply { content: id, cookie: content.cookie.clone(), deadline: content.deadline };
-        self.contents.insert(id, content);
-        Ok(Reply::Content(reply))
-    }
-
-    fn start_content(&mut self, entry: StartContentEntry) -> Outcome {
-        let op = entry.op.ok_or(Code::Malformed)?;
-        self.live(op.dir)?;
-        let counter = self.counter(op.dir as u8);
-        counter.content += 1;
-        let id = counter.content << 8 | op.dir & 0xff;
-        self.bump(id, Content { cookie: entry.cookie, ..Content::default() })
-    }
-
-    fn extend(content: &Content, offset: u64, length: u64) -> Result<(), Code> {
-        if offset != content.size || length == 0 {
-            return Err(Code::InvalidArgument);
-        }
-        match offset.checked_add(length) {
-            Some(size) if size <= FILE_BYTES_MAX => Ok(()),
-            _ => Err(Code::TooLarge),
-        }
-    }
-
-    fn append(&mut self, id: u64, mut content: Content, length: u64, source: Source) -> Outcome {
-        content.extents.push((content.size, length, source));
-        content.size += length;
-        self.bump(id, content)
-    }
-
-    fn add_inline(&mut self, op: AddInline) -> Outcome {
-        let content = self.transient(op.content, &op.cookie)?;
-        let length = op.data.len() as u64;
-        Self::extend(&content, op.offset, length)?;
-        if op.data.len() > INLINE_BYTES_MAX {
-            return Err(Code::TooLarge);
-        }
-        self.append(op.content, content, length, Source::Inline(op.data))
-    }
-
-    fn add_hole(&mut self, op: &AddHole) -> Outcome {
-        let content = self.transient(op.content, &op.cookie)?;
-        Self::extend(&content, op.offset, op.length)?;
-        self.append(op.content, content, op.length, Source::Hole)
-    }
-
-    fn initiate(&mut self, entry: InitiateSpanEntry) -> Outcome {
-        let op = entry.op.ok_or(Code::Malformed)?;
-        let mut content = self.transient(op.content, &op.cookie)?;
-        Self::extend(&content, op.offset, u64::from(op.size))?;
-        let shape = op.shape.ok_or(Code::Malformed)?;
-        shape.check(op.size).map_err(|r| r.code)?;
-        let count = shape.blocks() as usize;
-        if op.cell_crcs.len() != count * shape.stripes as usize || entry.services.len() != count {
-            return Err(Code::Malformed);
-        }
-        for (i, service) in entry.services.iter().enumerate() {
-            if entry.services[..i].contains(service) {
-                return Err(Code::Malformed);
-            }
-            if self.services.get(service).is_none_or(|flags| flags & 3 != 0) {
-                return Err(Code::NotReady);
-            }
-        }
-        let slot = op.content as u8;
-        let counter = self.counter(slot);
-        counter.span += 1;
-        let id = counter.span << 8 | u64::from(slot);
-        let first = counter.block + 1;
-        counter.block += count as u64;
-        let block = |i: usize| (first + i as u64) << 8 | u64::from(slot);
-        let blocks: Vec<(u64, u64)> =
-            entry.services.iter().enumerate().map(|(i, service)| (*service, block(i))).collect();
-        let reply = clutch_proto::types::Span {
-            span_id: id,
-            size: op.size,
-            crc: op.crc,
-            shape: Some(shape),
-            ..Default::default()
-        };
-        self.spans.insert(id, Span { size: op.size, certified: false, blocks });
-        content.pending = id;
-        self.bump(op.content, content)?;
-        Ok(Reply::Span(reply))
-    }
-
-    fn certify(&mut self, entry: &CertifySpanEntry) -> Outcome {
-        let op = entry.op.as_ref().ok_or(Code::Malformed)?;
-        let mut content = self.transient(op.content, &op.cookie)?;
-        if content.pending == 0 || content.pending != op.span_id {
-            return Err(Code::Stale);
-        }
-        if entry.first_bad != 0 {
-            return Err(Code::BadProof);
-        }
-        let span = self.spans.get_mut(&op.span_id).ok_or(Code::NotFound)?;
-        span.certified = true;
-        let size = u64::from(span.size);
-        content.pending = 0;
-        self.append(op.content, content, size, Source::Span(op.span_id))
-    }
-
-    fn link_file(&mut self, op: LinkFile) -> Outcome {
-        self.live(op.dir)?;
-        let mut content = self.transient(op.content, &op.cookie)?;
-        if op.content as u8 != op.dir as u8 || content.pending != 0 {
-            return Err(Code::InvalidArgument);
-        }
-        self.may_insert(op.dir, &op.name, false, op.replace)?;
-        let id = self.next_inode(InodeKind::File, op.dir as u8);
-        let mut row = self.new_inode(op.mode, op.uid, op.gid, op.mtime);
-        (row.size, row.content, content.file) = (content.size, op.content, id);
-        self.contents.insert(op.content, content);
-        self.inodes.insert(id, row);
-        Ok(self.insert(op.dir, &op.name, id))
-    }
-
     fn rename(&mut self, op: RenameInDirectory) -> Outcome {
         self.live(op.dir)?;
         self.expect_free(op.dir, &op.old_name, op.target, op.created_at)?;
@@ -603,7 +516,7 @@ impl ShardOracle {
         }
         let time = self.time;
         if let Some(row) = self.inodes.get_mut(&op.dir) {
-            (row.owner, row.nlink, row.ctime) = (0, 0, time);
+            (row.owner, row.former_owner, row.nlink, row.ctime) = (0, row.owner, 0, time);
         }
         Ok(Reply::Done(Done {}))
     }
@@ -620,146 +533,6 @@ impl ShardOracle {
         }
         self.inodes.remove(&op.dir);
         Ok(Reply::Done(Done {}))
-    }
-
-    /// What a read must see now; `None` for reads that are not modelled.
-    pub fn read(&self, op: &shard_request::Op) -> Option<Outcome> {
-        use shard_request::Op;
-        Some(match op {
-            Op::Lookup(op) => self.lookup(op),
-            Op::Stat(op) => self.stat(op),
-            Op::ReadDir(op) => self.read_dir(op),
-            Op::Layout(op) => self.layout(op),
-            Op::History(op) => self.history(op)?,
-            _ => return None,
-        })
-    }
-
-    fn lookup(&self, op: &Lookup) -> Outcome {
-        self.directory_here(op.dir)?;
-        name::check(&op.name).map_err(|r| r.code)?;
-        let edge = self.edges.get(&(op.dir, op.name.clone())).ok_or(Code::NotFound)?;
-        let Edge { target, created_at, locked } = *edge;
-        Ok(Reply::Edge(EdgeReply { target, created_at, locked, replaced: 0 }))
-    }
-
-    fn stat(&self, op: &Stat) -> Outcome {
-        let id = kind_of(op.id)?;
-        self.check_slot(id.slot().0)?;
-        let row = self.inodes.get(&op.id).ok_or(Code::NotFound)?;
-        Ok(Reply::Attributes(attributes(op.id, row)))
-    }
-
-    fn read_dir(&self, op: &ReadDir) -> Outcome {
-        self.directory_here(op.dir)?;
-        if !self.inodes.contains_key(&op.dir) {
-            return Err(Code::NotFound);
-        }
-        if op.cursor >> 63 != 0 {
-            return Err(Code::InvalidArgument);
-        }
-        let limit = match op.limit as usize {
-            0 => READDIR_ENTRIES_MAX,
-            asked => asked.min(READDIR_ENTRIES_MAX),
-        };
-        let all = self.edges.range((op.dir, Bytes::new())..).take_while(|((d, _), _)| *d == op.dir);
-        let mut names: Vec<(u64, DirEntry)> = all
-            .map(|((_, name), e)| {
-                (hash63(name), DirEntry { name: name.clone(), target: e.target, created_at: e.created_at })
-            })
-            .filter(|(hash, _)| *hash >= op.cursor)
-            .collect();
-        names.sort_by(|(a, x), (b, y)| (a, &x.name).cmp(&(b, &y.name)));
-        let next_cursor = if names.len() <= limit { 0 } else { names[limit].0 };
-        // Equal hashes stay together; the names here never have equal ones.
-        names.truncate(limit);
-        Ok(Reply::ReadDir(ReadDirReply { entries: names.into_iter().map(|(_, e)| e).collect(), next_cursor }))
-    }
-
-    /// Content, size and lengths; the spans' certificates are not modelled.
-    fn layout(&self, op: &Layout) -> Outcome {
-        let id = kind_of(op.id)?;
-        self.check_slot(id.slot().0)?;
-        match id.kind() {
-            InodeKind::File => {}
-            InodeKind::Directory => return Err(Code::IsDirectory),
-            InodeKind::Symlink => return Err(Code::InvalidArgument),
-        }
-        let row = self.inodes.get(&op.id).ok_or(Code::NotFound)?;
-        let content = if op.content == 0 { row.content } else { op.content };
-        let mut reply = LayoutReply { content, ..LayoutReply::default() };
-        if content != 0 {
-            let found = self.contents.get(&content).filter(|c| c.file == op.id).ok_or(Code::NotFound)?;
-            reply.size = found.size;
-        }
-        Ok(Reply::Layout(reply))
-    }
-
-    /// Only first pages that are the last, too.
-    fn history(&self, op: &History) -> Option<Outcome> {
-        if let Err(code) = self.directory_here(op.dir) {
-            return Some(Err(code));
-        }
-        if !self.inodes.contains_key(&op.dir) {
-            return Some(Err(Code::NotFound));
-        }
-        if !op.name.is_empty()
-            && let Err(refusal) = name::check(&op.name)
-        {
-            return Some(Err(refusal.code));
-        }
-        let all = self.past.range((op.dir, Bytes::new(), 0)..).take_while(|((d, ..), _)| *d == op.dir);
-        let mut past: Vec<(u64, PastEdge)> = all
-            .filter(|((_, name, _), _)| op.name.is_empty() || *name == op.name)
-            .map(|((_, name, ended_at), p)| {
-                let Past { target, created_at, owned } = *p;
-                (
-                    hash63(name),
-                    PastEdge { name: name.clone(), target, created_at, ended_at: *ended_at, owned },
-                )
-            })
-            .collect();
-        if past.len() >= READDIR_ENTRIES_MAX || !op.after.is_empty() {
-            return None;
-        }
-        past.sort_by(|(a, x), (b, y)| {
-            (a, x.name.len(), &x.name, x.ended_at).cmp(&(b, y.name.len(), &y.name, y.ended_at))
-        });
-        let past = past.into_iter().map(|(_, p)| p).collect();
-        Some(Ok(Reply::History(HistoryReply { past, next: Bytes::new() })))
-    }
-}
-
-/// Written again on purpose: the oracle shares no step with the shard that it judges.
-fn attributes(id: u64, row: &InodeRow) -> Attributes {
-    Attributes {
-        id,
-        mode: row.mode,
-        uid: row.uid,
-        gid: row.gid,
-        size: row.size,
-        mtime: row.mtime,
-        ctime: row.ctime,
-        atime: row.atime,
-        nlink: row.nlink,
-        owner: row.owner,
-        edge_time: row.edge_time,
-        content: row.content,
-        symlink_target: row.symlink_target.clone(),
-    }
-}
-
-/// Whether an answer is what the oracle says, as far as the oracle models it.
-pub fn agrees(got: &Reply, expected: &Reply) -> bool {
-    match (got, expected) {
-        (Reply::Span(got), Reply::Span(expected)) => {
-            (got.span_id, got.size, got.crc, got.shape)
-                == (expected.span_id, expected.size, expected.crc, expected.shape)
-        }
-        (Reply::Layout(got), Reply::Layout(expected)) => {
-            (got.content, got.size) == (expected.content, expected.size)
-        }
-        _ => got == expected,
     }
 }
 

@@ -1,0 +1,253 @@
+//! Contents that are being written: nothing of a draft can be seen before it is linked or published, all at once.
+//!
+//! A draft that is dropped expires at its shard; [`Client::scrap`] gives its space back sooner.
+
+use bytes::Bytes;
+use clutch_proto::{
+    InodeId, Refusal, Slot,
+    limits::INLINE_BYTES_MAX,
+    shard::{
+        AddHole, AddInline, ContentReply, LinkFile, PublishContent, ScrapContent, ShareRange, StartContent,
+        shard_reply::Reply, shard_request::Op,
+    },
+    types::{Attributes, Code, Span, SpanShape},
+};
+
+use crate::{
+    error::ClientError,
+    files::{Created, FileAttributes, created},
+    path::Resolved,
+    policy::WritePolicy,
+    rpc::Client,
+    span::encode,
+    write::{ContentSource, read_up_to},
+};
+
+/// A content that is not published yet. Appends go in order, one at a time.
+#[derive(Clone, Debug)]
+pub struct Draft {
+    pub(crate) slot: Slot,
+    pub(crate) content: u64,
+    pub(crate) cookie: Bytes,
+    pub(crate) size: u64,
+    /// The span that was appended last and how many bytes it has; 0 when the last extent is no span.
+    pub(crate) last_span: u64,
+    pub(crate) last_length: u64,
+}
+
+impl Draft {
+    /// The content's id.
+    pub fn content(&self) -> u64 {
+        self.content
+    }
+
+    /// What proves that it is the caller's.
+    pub fn cookie(&self) -> &Bytes {
+        &self.cookie
+    }
+
+    /// The span that was appended last; `None` when the last extent is not a span.
+    pub fn last_span(&self) -> Option<u64> {
+        (self.last_span != 0).then_some(self.last_span)
+    }
+
+    /// Bytes so far.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+}
+
+fn attributes_of(reply: Reply) -> Result<Attributes, ClientError> {
+    match reply {
+        Reply::Attributes(attributes) => Ok(attributes),
+        _ => Err(ClientError::unexpected("attributes")),
+    }
+}
+
+impl Client {
+    /// Begins a content, for the directory in which it will be linked or for the file that will get it.
+    pub async fn start_draft(&self, home: InodeId) -> Result<Draft, ClientError> {
+        let op = Op::StartContent(StartContent { dir: home.raw() });
+        match self.shard_write(home.slot(), op).await? {
+            Reply::Content(ContentReply { content, cookie, .. }) => {
+                Ok(Draft { slot: home.slot(), content, cookie, size: 0, last_span: 0, last_length: 0 })
+            }
+            _ => Err(ClientError::unexpected("a content")),
+        }
+    }
+
+    /// Appends bytes, at most a span of them: inline when they are few, as a hole when they are zeros.
+    pub async fn append(
+        &self,
+        draft: &mut Draft,
+        chunk: Vec<u8>,
+        policy: &WritePolicy,
+    ) -> Result<(), ClientError> {
+        let (content, cookie, length) = (draft.content, draft.cookie.clone(), chunk.len() as u64);
+        let offset = draft.size;
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        if chunk.len() <= INLINE_BYTES_MAX {
+            let op = AddInline { content, cookie, offset, data: chunk.into() };
+            self.shard_write(draft.slot, Op::AddInline(op)).await?;
+            draft.last_span = 0;
+        } else if chunk.iter().all(|b| *b == 0) {
+            return self.append_hole(draft, length).await;
+        } else {
+            draft.last_span = self.append_span(draft, offset, chunk, policy).await?.span_id;
+            draft.last_length = length;
+        }
+        draft.size += length;
+        Ok(())
+    }
+
+    /// Appends zeros that take no space.
+    pub async fn append_hole(&self, draft: &mut Draft, length: u64) -> Result<(), ClientError> {
+        if length == 0 {
+            return Ok(());
+        }
+        let op = AddHole { content: draft.content, cookie: draft.cookie.clone(), offset: draft.size, length };
+        self.shard_write(draft.slot, Op::AddHole(op)).await?;
+        (draft.size, draft.last_span) = (draft.size + length, 0);
+        Ok(())
+    }
+
+    /// Appends a range of a published content of the same slot; its blocks are shared, not copied.
+    pub async fn append_shared(
+        &self,
+        draft: &mut Draft,
+        from_content: u64,
+        mut from_offset: u64,
+        length: u64,
+    ) -> Result<(), ClientError> {
+        let end = from_offset.saturating_add(length);
+        let mut part = length;
+        while from_offset < end {
+            part = part.min(end - from_offset);
+            let op = ShareRange {
+                content: draft.content,
+                cookie: draft.cookie.clone(),
+                offset: draft.size,
+                from_content,
+                from_offset,
+                length: part,
+            };
+            match self.shard_write(draft.slot, Op::ShareRange(op)).await {
+                Ok(_) => {
+                    (draft.size, draft.last_span) = (draft.size + part, 0);
+                    from_offset += part;
+                }
+                // More extents than one entry takes.
+                Err(error) if error.code() == Some(Code::TooLarge) && part > 1 => part = part.div_ceil(2),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
+    }
+
+    async fn append_span(
+        &self,
+        draft: &Draft,
+        offset: u64,
+        chunk: Vec<u8>,
+        policy: &WritePolicy,
+    ) -> Result<Span, ClientError> {
+        let size = u32::try_from(chunk.len())
+            .map_err(|_| Refusal::new(Code::TooLarge, "more bytes than a span may have"))?;
+        let mib = (size >> 20) + 1;
+        let permits = mib.min(self.inner.options.write_mib_max.max(1));
+        let writing = self.inner.writing.acquire_many(permits).await;
+        let _writing = writing.map_err(|_| ClientError::Local("the client was closed".into()))?;
+        let (data_blocks, parity_blocks) = policy.code_of(size);
+        let codec = self.codec(data_blocks, parity_blocks)?;
+        let shape = SpanShape::for_size_with(size, data_blocks, parity_blocks, policy.cell_size);
+        let storage_class = policy.storage_class_of(shape.block_bytes());
+        let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
+        let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
+        let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
+        self.write_span(draft, offset, &encoded, storage_class, &[]).await
+    }
+
+    /// Makes the draft a new file.
+    pub async fn link(
+        &self,
+        draft: Draft,
+        dir: InodeId,
+        name: &Bytes,
+        attributes: FileAttributes,
+        replace: bool,
+    ) -> Result<Created, ClientError> {
+        let FileAttributes { mode, uid, gid, mtime } = attributes;
+        let Draft { content, cookie, .. } = draft;
+        let op =
+            LinkFile { dir: dir.raw(), name: name.clone(), content, cookie, mode, uid, gid, mtime, replace };
+        created(self.shard_write(dir.slot(), Op::LinkFile(op)).await?)
+    }
+
+    /// Makes the draft the content of a file that exists. Refused as stale when the file has another content by now
+    /// than the one that is named. `dir` is where the file was found: its policy keeps the old content.
+    pub async fn publish(
+        &self,
+        draft: Draft,
+        file: InodeId,
+        expected_content: u64,
+        dir: InodeId,
+    ) -> Result<Attributes, ClientError> {
+        let op = PublishContent {
+            id: file.raw(),
+            content: draft.content,
+            cookie: draft.cookie,
+            expected_content,
+            mtime: 0,
+            dir: dir.raw(),
+        };
+        attributes_of(self.shard_write(file.slot(), Op::PublishContent(op)).await?)
+    }
+
+    /// Gives a draft up.
+    pub async fn scrap(&self, draft: &Draft) -> Result<(), ClientError> {
+        let op = ScrapContent { content: draft.content, cookie: draft.cookie.clone() };
+        self.shard_write(draft.slot, Op::ScrapContent(op)).await.map(drop)
+    }
+
+    /// Replaces bytes of a file from an offset on and keeps the rest, or with `truncate` nothing behind them. The file
+    /// keeps its id; what does not change is shared with the content before; readers see the old bytes until all new
+    /// ones are durable. Refused as stale when somebody else has changed the file meanwhile.
+    pub async fn write_range(
+        &self,
+        file: &Resolved,
+        offset: u64,
+        truncate: bool,
+        source: &mut dyn ContentSource,
+    ) -> Result<Attributes, ClientError> {
+        let before = self.stat(file.id).await?;
+        let policy = self.write_policy(file.parent).await?;
+        let mut draft = self.start_draft(file.id).await?;
+        let kept = offset.min(before.size);
+        self.append_shared(&mut draft, before.content, 0, kept).await?;
+        self.append_hole(&mut draft, offset - kept).await?;
+        loop {
+            let chunk = read_up_to(source, policy.span_bytes()).await?;
+            let length = chunk.len();
+            self.append(&mut draft, chunk, &policy).await?;
+            if length < policy.span_bytes() {
+                break;
+            }
+        }
+        if !truncate && draft.size < before.size {
+            let from = draft.size;
+            self.append_shared(&mut draft, before.content, from, before.size - from).await?;
+        }
+        self.publish(draft, file.id, before.content, file.parent).await
+    }
+
+    /// Cuts a file, or makes it longer with zeros.
+    pub async fn truncate(&self, file: &Resolved, size: u64) -> Result<Attributes, ClientError> {
+        let before = self.stat(file.id).await?;
+        let mut draft = self.start_draft(file.id).await?;
+        self.append_shared(&mut draft, before.content, 0, size.min(before.size)).await?;
+        self.append_hole(&mut draft, size.saturating_sub(before.size)).await?;
+        self.publish(draft, file.id, before.content, file.parent).await
+    }
+}

@@ -1,0 +1,196 @@
+//! What new bytes get: the policies of their directory, or of the nearest one above that says something.
+
+use std::time::Duration;
+
+use clutch_proto::{
+    InodeId,
+    limits::{PATH_DEPTH_MAX, SNAPSHOT_AGE_MS_DEFAULT},
+    shard::{SetPolicy, shard_reply::Reply, shard_request::Op},
+    types::{Attributes, DirectoryPolicy, PolicyPart, SnapshotPolicy},
+};
+
+use crate::{
+    error::ClientError,
+    rpc::{Client, lock},
+};
+
+/// How long a policy is believed.
+const POLICY_LIFETIME: Duration = Duration::from_secs(5);
+/// Directories whose policies are remembered.
+const POLICIES_MAX: usize = 4096;
+const SPAN_BYTES_DEFAULT: u32 = 8 << 20;
+const CELL_BYTES_DEFAULT: u32 = 1 << 20;
+
+/// How bytes become spans.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WritePolicy {
+    /// Sizes, data and parity blocks; in the order of the sizes.
+    classes: Vec<(u32, u32, u32)>,
+    /// Sizes of blocks and their storage class; in the order of the sizes.
+    storage: Vec<(u32, u32)>,
+    /// About the size of a cell.
+    pub(crate) cell_size: u32,
+}
+
+impl WritePolicy {
+    /// One code for everything.
+    pub fn plain(span_bytes: u32, data_blocks: u32, parity_blocks: u32) -> WritePolicy {
+        let classes = vec![(span_bytes.max(1), data_blocks.max(1), parity_blocks)];
+        WritePolicy { classes, storage: Vec::new(), cell_size: CELL_BYTES_DEFAULT }
+    }
+
+    /// Data and parity blocks of a span of that size.
+    pub fn code_of(&self, size: u32) -> (u32, u32) {
+        let class = self.classes.iter().find(|c| size <= c.0).or(self.classes.last());
+        class.map_or((1, 0), |c| (c.1, c.2))
+    }
+
+    /// Files are cut into spans of this size.
+    pub fn span_bytes(&self) -> usize {
+        self.classes.last().map_or(SPAN_BYTES_DEFAULT, |c| c.0) as usize
+    }
+
+    /// About the size of a cell.
+    pub fn cell_bytes(&self) -> u32 {
+        self.cell_size
+    }
+
+    /// Where blocks of that size go.
+    pub fn storage_class_of(&self, block_bytes: u32) -> u32 {
+        self.storage.iter().rev().find(|s| block_bytes >= s.0).map_or(0, |s| s.1)
+    }
+}
+
+/// Policies that were looked up lately.
+#[derive(Default)]
+pub(crate) struct PolicyCache {
+    known: std::collections::BTreeMap<InodeId, (DirectoryPolicy, Duration)>,
+}
+
+/// Fills what is not set from above.
+fn inherit(own: DirectoryPolicy, above: &DirectoryPolicy) -> DirectoryPolicy {
+    DirectoryPolicy {
+        snapshot: own.snapshot.or(above.snapshot),
+        spans: own.spans.or_else(|| above.spans.clone()),
+        storage: own.storage.or_else(|| above.storage.clone()),
+        stripe: own.stripe.or(above.stripe),
+    }
+}
+
+fn is_whole(policy: &DirectoryPolicy) -> bool {
+    policy.snapshot.is_some() && policy.spans.is_some() && policy.storage.is_some() && policy.stripe.is_some()
+}
+
+impl Client {
+    /// The policies that hold in a directory, inherited parts among them; what nobody sets is not there.
+    pub async fn effective_policy(&self, dir: InodeId) -> Result<DirectoryPolicy, ClientError> {
+        let now = self.inner.runtime.clock.monotonic();
+        let mut chain: Vec<(InodeId, DirectoryPolicy)> = Vec::new();
+        let mut policy = DirectoryPolicy::default();
+        let mut at = dir;
+        for _ in 0..=PATH_DEPTH_MAX {
+            let known = lock(&self.inner.policies).known.get(&at).cloned();
+            if let Some((known, _)) = known.filter(|(_, since)| now.saturating_sub(*since) < POLICY_LIFETIME)
+            {
+                policy = known;
+                break;
+            }
+            let attributes = match self.stat(at).await {
+                Ok(attributes) => attributes,
+                // A parent that is gone for good says nothing; the directory itself must be there.
+                Err(error) if error.is_not_found() && at != dir => break,
+                Err(error) => return Err(error),
+            };
+            let own = attributes.policy.clone().unwrap_or_default();
+            let ends = is_whole(&own) || at == InodeId::ROOT;
+            chain.push((at, own));
+            match parent_of(&attributes) {
+                Some(parent) if !ends => at = parent,
+                _ => break,
+            }
+        }
+        let mut cache = lock(&self.inner.policies);
+        if cache.known.len() + chain.len() > POLICIES_MAX {
+            cache.known.clear();
+        }
+        for (id, own) in chain.into_iter().rev() {
+            policy = inherit(own, &policy);
+            cache.known.insert(id, (policy.clone(), now));
+        }
+        Ok(policy)
+    }
+
+    /// How bytes of new files in a directory become spans.
+    pub async fn write_policy(&self, dir: InodeId) -> Result<WritePolicy, ClientError> {
+        let found = self.effective_policy(dir).await?;
+        let default = self.map().await?.default_policy.unwrap_or_default();
+        let span_bytes = if default.span_size_max == 0 { SPAN_BYTES_DEFAULT } else { default.span_size_max };
+        let mut policy = WritePolicy::plain(span_bytes, default.data_blocks, default.parity_blocks);
+        if let Some(spans) = found.spans {
+            policy.classes =
+                spans.classes.iter().map(|c| (c.size_max, c.data_blocks, c.parity_blocks)).collect();
+        }
+        if let Some(storage) = found.storage {
+            policy.storage = storage.classes.iter().map(|c| (c.size_min, c.storage_class)).collect();
+        }
+        policy.cell_size = found.stripe.map_or(CELL_BYTES_DEFAULT, |s| s.cell_size);
+        Ok(policy)
+    }
+
+    /// How long old versions in a directory are kept.
+    pub async fn snapshot_policy(&self, dir: InodeId) -> Result<SnapshotPolicy, ClientError> {
+        let default = SnapshotPolicy { age_ms: Some(SNAPSHOT_AGE_MS_DEFAULT), versions: None };
+        Ok(self.effective_policy(dir).await?.snapshot.unwrap_or(default))
+    }
+
+    /// Sets parts of a directory's own policies and lets others be inherited again. Other clients follow within seconds.
+    pub async fn set_policy(
+        &self,
+        dir: InodeId,
+        policy: DirectoryPolicy,
+        inherit: &[PolicyPart],
+    ) -> Result<Attributes, ClientError> {
+        let inherit = inherit.iter().map(|part| *part as i32).collect();
+        let op = Op::SetPolicy(SetPolicy { id: dir.raw(), policy: Some(policy), inherit });
+        let reply = self.shard_write(dir.slot(), op).await;
+        // Of this directory and of all that inherit from it.
+        lock(&self.inner.policies).known.clear();
+        match reply? {
+            Reply::Attributes(attributes) => Ok(attributes),
+            _ => Err(ClientError::unexpected("attributes")),
+        }
+    }
+}
+
+/// The directory above, or the one that was above before a directory was removed.
+fn parent_of(attributes: &Attributes) -> Option<InodeId> {
+    InodeId::from_wire(if attributes.owner == 0 { attributes.former_owner } else { attributes.owner })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn classes_are_found_by_size() {
+        let policy = WritePolicy {
+            classes: vec![(65_536, 1, 2), (1 << 20, 4, 2), (8 << 20, 10, 4)],
+            storage: vec![(65_536, 1), (1 << 20, 2)],
+            cell_size: 4096,
+        };
+        assert_eq!(policy.code_of(1), (1, 2));
+        assert_eq!(policy.code_of(65_537), (4, 2));
+        assert_eq!(policy.code_of(100 << 20), (10, 4));
+        assert_eq!([1, 65_536, 1 << 19, 4 << 20].map(|b| policy.storage_class_of(b)), [0, 1, 1, 2]);
+        assert_eq!(policy.span_bytes(), 8 << 20);
+    }
+
+    #[test]
+    fn what_is_set_below_wins() {
+        let snapshot = |age_ms| Some(SnapshotPolicy { age_ms: Some(age_ms), versions: None });
+        let above = DirectoryPolicy { snapshot: snapshot(1), ..DirectoryPolicy::default() };
+        assert_eq!(inherit(DirectoryPolicy::default(), &above).snapshot, snapshot(1));
+        let own = DirectoryPolicy { snapshot: snapshot(2), ..DirectoryPolicy::default() };
+        assert_eq!(inherit(own, &above).snapshot, snapshot(2));
+    }
+}

@@ -1,0 +1,356 @@
+//! Gives space back: goes through all slots and proposes what their policies let go.
+//!
+//! In this order, so that one pass gets everything that can go: past edges (and files with them), removed directories,
+//! past contents, expired contents, blocks of dead spans. The shards decide; whoever stops half-way leaves nothing
+//! that the next pass does not find. Any number may run at the same time.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+use clutch_client::{Client, ClientError};
+use clutch_proto::{
+    ContentId, InodeId, Time,
+    shard::{PastContent, PastEdge},
+    types::{Attributes, Code, SnapshotPolicy},
+};
+use futures_util::stream::{FuturesUnordered, StreamExt as _};
+
+/// How a pass goes.
+#[derive(Clone, Copy, Debug)]
+pub struct CollectOptions {
+    /// Requests in a second at most, so that users come first; 0 for no limit.
+    pub requests_per_s: u32,
+    /// Requests that are on their way at a time.
+    pub concurrency: usize,
+    /// Proposes contents that have not expired by this clock, too. Only tests of the shards do that.
+    pub eager: bool,
+}
+
+impl Default for CollectOptions {
+    fn default() -> CollectOptions {
+        CollectOptions { requests_per_s: 0, concurrency: 16, eager: false }
+    }
+}
+
+/// What a pass did.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Collected {
+    /// Past edges that were forgotten.
+    pub past_edges: u64,
+    /// Files and links among them whose last owner that was.
+    pub files: u64,
+    /// Removed directories that were forgotten.
+    pub directories: u64,
+    /// Past contents that were forgotten.
+    pub past_contents: u64,
+    /// Contents that were taken apart.
+    pub contents: u64,
+    /// Spans whose blocks were erased.
+    pub spans: u64,
+    /// Blocks of those.
+    pub blocks: u64,
+    /// Dead spans that must wait until no write of their blocks can come any more.
+    pub too_early: u64,
+    /// What could not be done, a sentence each; the next pass tries it again.
+    pub failures: Vec<String>,
+}
+
+/// Sentences of failures that are kept.
+const FAILURES_MAX: usize = 20;
+
+impl Collected {
+    fn failed(&mut self, what: &str, error: &ClientError) {
+        if self.failures.len() < FAILURES_MAX {
+            self.failures.push(format!("{what}: {error}"));
+        }
+    }
+
+    /// Counts one proposal. What changed since it was looked at is no failure.
+    fn count(&mut self, what: &str, result: Result<(), ClientError>) -> bool {
+        match result {
+            Ok(()) => true,
+            Err(error) => {
+                let moved_on = matches!(
+                    error.code(),
+                    Some(Code::NotFound | Code::Stale | Code::TooEarly | Code::NotEmpty)
+                );
+                if !moved_on {
+                    self.failed(what, &error);
+                }
+                false
+            }
+        }
+    }
+}
+
+/// Paces requests.
+struct Pace {
+    client: Client,
+    options: CollectOptions,
+    begun: Duration,
+    sent: u64,
+}
+
+impl Pace {
+    async fn next(&mut self) {
+        self.sent += 1;
+        if self.options.requests_per_s > 0 {
+            let clock = &self.client.runtime().clock;
+            let due = self.begun + Duration::from_secs(self.sent) / self.options.requests_per_s;
+            let now = clock.monotonic();
+            if due > now {
+                clock.sleep(due - now).await;
+            }
+        }
+    }
+}
+
+/// One pass over the whole cluster.
+pub async fn collect(client: &Client, options: CollectOptions) -> Result<Collected, ClientError> {
+    client.refresh_map().await?;
+    let begun = client.runtime().clock.monotonic();
+    let mut pace = Pace { client: client.clone(), options, begun, sent: 0 };
+    let mut done = Collected::default();
+    directories(&mut pace, &mut done).await?;
+    past_contents(&mut pace, &mut done).await?;
+    transients(&mut pace, &mut done).await?;
+    dead_spans(&mut pace, &mut done).await?;
+    Ok(done)
+}
+
+/// Runs one future for each item, some at a time, each paced; calls `each` with what came of them.
+async fn for_all<T, F>(
+    pace: &mut Pace,
+    items: Vec<T>,
+    run: impl Fn(Client, T) -> F,
+    mut each: impl FnMut(F::Output),
+) where
+    F: Future,
+{
+    let mut running = FuturesUnordered::new();
+    for item in items {
+        if running.len() >= pace.options.concurrency.max(1)
+            && let Some(output) = running.next().await
+        {
+            each(output);
+        }
+        pace.next().await;
+        running.push(run(pace.client.clone(), item));
+    }
+    while let Some(output) = running.next().await {
+        each(output);
+    }
+}
+
+/// Whether a policy seems to let something go; the shard has the last word.
+fn may_go(policy: &SnapshotPolicy, now: Time, ended_at: u64, newer: usize) -> bool {
+    policy.age_ms.is_some_and(|age| now >= Time(ended_at).plus_ms(age))
+        || policy.versions.is_some_and(|versions| newer >= versions as usize)
+}
+
+fn now_of(client: &Client) -> Time {
+    client.runtime().clock.now().max(client.seen_time())
+}
+
+async fn directories(pace: &mut Pace, done: &mut Collected) -> Result<(), ClientError> {
+    /// The kind of inodes that are directories.
+    const DIRECTORIES: u32 = 1;
+    let mut after = Bytes::new();
+    loop {
+        pace.next().await;
+        let (inodes, next) = pace.client.visit_inodes(DIRECTORIES, after).await?;
+        for attributes in inodes {
+            if let Some(dir) = InodeId::from_wire(attributes.id).filter(|id| id.is_directory()) {
+                directory(pace, dir, &attributes, done).await?;
+            }
+        }
+        if next.is_empty() {
+            return Ok(());
+        }
+        after = next;
+    }
+}
+
+async fn directory(
+    pace: &mut Pace,
+    dir: InodeId,
+    attributes: &Attributes,
+    done: &mut Collected,
+) -> Result<(), ClientError> {
+    let client = pace.client.clone();
+    let policy = match client.snapshot_policy(dir).await {
+        Ok(policy) => policy,
+        Err(error) if error.is_not_found() => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    pace.next().await;
+    let past = match client.history(dir, None).await {
+        Ok(past) => past,
+        Err(error) if error.is_not_found() => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    let total = past.len();
+    let now = now_of(&client);
+    let mut newer: BTreeMap<Bytes, usize> = BTreeMap::new();
+    let mut doomed = Vec::new();
+    for edge in past.into_iter().rev() {
+        let count = newer.entry(edge.name.clone()).or_default();
+        if may_go(&policy, now, edge.ended_at, *count) {
+            doomed.push(edge);
+        }
+        *count += 1;
+    }
+    // Oldest first, so that what is newer still counts.
+    doomed.reverse();
+    let mut forgotten = 0;
+    let forget = |client: Client, edge: PastEdge| async move {
+        let mut result = client.forget_edge(dir, &edge, policy).await;
+        if result.as_ref().is_err_and(|e| e.code() == Some(Code::TooLarge)) {
+            // A file with a long history of its own, all of which goes with it.
+            result = forget_contents_of(&client, &edge).await;
+            if result.is_ok() {
+                result = client.forget_edge(dir, &edge, policy).await;
+            }
+        }
+        (edge.owned, result)
+    };
+    for_all(pace, doomed, forget, |(owned, result)| {
+        if done.count("forget a past edge", result) {
+            forgotten += 1;
+            done.past_edges += 1;
+            done.files += u64::from(owned);
+        }
+    })
+    .await;
+    let is_removed = attributes.owner == 0;
+    if is_removed && forgotten == total && may_go(&policy, now, attributes.ctime, 0) {
+        pace.next().await;
+        if done.count("forget a directory", client.forget_directory(dir, policy).await) {
+            done.directories += 1;
+        }
+    }
+    Ok(())
+}
+
+/// Forgets all past contents of a file that is about to go.
+async fn forget_contents_of(client: &Client, edge: &PastEdge) -> Result<(), ClientError> {
+    let Some(file) = InodeId::from_wire(edge.target) else { return Ok(()) };
+    let at_once = SnapshotPolicy { age_ms: Some(0), versions: None };
+    for past in client.content_history(file).await? {
+        client.forget_content(&past, at_once).await?;
+    }
+    Ok(())
+}
+
+async fn past_contents(pace: &mut Pace, done: &mut Collected) -> Result<(), ClientError> {
+    let mut all: Vec<PastContent> = Vec::new();
+    let mut after = Bytes::new();
+    loop {
+        pace.next().await;
+        let (page, next) = pace.client.visit_past_contents(after).await?;
+        all.extend(page);
+        // All of one file are looked at together, and a page may end within a file.
+        let last = all.last().filter(|_| !next.is_empty()).map(|last| last.file);
+        let whole = match last {
+            Some(file) => all.iter().rposition(|p| p.file != file).map_or(0, |at| at + 1),
+            None => all.len(),
+        };
+        let part: Vec<PastContent> = all.drain(..whole).collect();
+        forget_past_contents(pace, part, done).await?;
+        if next.is_empty() {
+            return Ok(());
+        }
+        after = next;
+    }
+}
+
+async fn forget_past_contents(
+    pace: &mut Pace,
+    past: Vec<PastContent>,
+    done: &mut Collected,
+) -> Result<(), ClientError> {
+    let now = now_of(&pace.client);
+    let mut doomed = Vec::new();
+    let mut newer: BTreeMap<u64, usize> = BTreeMap::new();
+    for past in past.into_iter().rev() {
+        let dir = InodeId::from_wire(past.dir).filter(|dir| dir.is_directory()).unwrap_or(InodeId::ROOT);
+        let policy = match pace.client.snapshot_policy(dir).await {
+            Ok(policy) => policy,
+            // The directory is gone for good: what holds above everything holds here.
+            Err(error) if error.is_not_found() => pace.client.snapshot_policy(InodeId::ROOT).await?,
+            Err(error) => return Err(error),
+        };
+        let count = newer.entry(past.file).or_default();
+        if may_go(&policy, now, past.ended_at, *count) {
+            doomed.push((past, policy));
+        }
+        *count += 1;
+    }
+    doomed.reverse();
+    let forget = |client: Client, (past, policy): (PastContent, SnapshotPolicy)| async move {
+        client.forget_content(&past, policy).await
+    };
+    for_all(pace, doomed, forget, |result| {
+        done.past_contents += u64::from(done.count("forget a past content", result));
+    })
+    .await;
+    Ok(())
+}
+
+async fn transients(pace: &mut Pace, done: &mut Collected) -> Result<(), ClientError> {
+    let mut after = Bytes::new();
+    loop {
+        pace.next().await;
+        let (page, next) = pace.client.visit_transients(after).await?;
+        let now = now_of(&pace.client);
+        let eager = pace.options.eager;
+        let expired: Vec<ContentId> =
+            page.iter().filter(|t| now.0 > t.deadline || eager).map(|t| ContentId(t.content)).collect();
+        let run = |client: Client, content| async move { client.collect_content(content).await.map(drop) };
+        for_all(pace, expired, run, |result| {
+            done.contents += u64::from(done.count("take a content apart", result));
+        })
+        .await;
+        if next.is_empty() {
+            return Ok(());
+        }
+        after = next;
+    }
+}
+
+async fn dead_spans(pace: &mut Pace, done: &mut Collected) -> Result<(), ClientError> {
+    let mut after = Bytes::new();
+    loop {
+        pace.next().await;
+        let (spans, next) = pace.client.visit_dead_spans(after).await?;
+        let run = |client: Client, span: clutch_proto::types::Span| async move {
+            (span.blocks.len() as u64, client.remove_span(&span).await)
+        };
+        for_all(pace, spans, run, |(blocks, result)| {
+            if result.as_ref().is_err_and(|e| e.code() == Some(Code::TooEarly)) {
+                done.too_early += 1;
+            } else if done.count("remove a span", result) {
+                done.spans += 1;
+                done.blocks += blocks;
+            }
+        })
+        .await;
+        if next.is_empty() {
+            return Ok(());
+        }
+        after = next;
+    }
+}
+
+/// Collects again and again, until the task ends. `pause` lies between two passes.
+pub async fn run(client: Client, options: CollectOptions, pause: Duration) {
+    let clock = client.runtime().clock.clone();
+    loop {
+        clock.sleep(pause).await;
+        match collect(&client, options).await {
+            Ok(done) if done.failures.is_empty() => tracing::debug!(?done, "collected"),
+            Ok(done) => tracing::warn!(failures = ?done.failures, "collected, but for some"),
+            Err(error) => tracing::warn!(%error, "collect"),
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! Directories' policies: what new files get, and how long old versions stay.
+//!
+//! A part that a directory does not set comes from its parent; whoever asks walks up the owners. What is collected by
+//! a policy is compared with it again in `apply`, by the log's time.
+
+use clutch_proto::{
+    Time,
+    limits::{
+        CELL_BYTES_MAX, DATA_BLOCKS_MAX, PAGE_BYTES, PARITY_BLOCKS_MAX, POLICY_CLASSES_MAX,
+        SNAPSHOT_VERSIONS_MAX, SPAN_BYTES_MAX,
+    },
+    mutants::{self, Mutant},
+    shard::{InodeRow, SetPolicy, shard_reply::Reply},
+    types::{Code, DirectoryPolicy, PolicyPart, SnapshotPolicy, SpanClasses, StorageClasses, StripePolicy},
+};
+use clutch_state::{Stop, Tx};
+
+use crate::{Reapplied, inode, parse_directory};
+
+fn bad(what: String) -> Stop {
+    Stop::refuse(Code::InvalidArgument, what)
+}
+
+fn check_snapshot(policy: &SnapshotPolicy) -> Result<(), Stop> {
+    match policy.versions {
+        Some(versions) if versions > SNAPSHOT_VERSIONS_MAX => {
+            Err(bad(format!("{versions} versions; at most {SNAPSHOT_VERSIONS_MAX} are allowed")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn check_sizes(what: &str, sizes: impl Iterator<Item = u32>) -> Result<(), Stop> {
+    let sizes: Vec<u32> = sizes.collect();
+    if sizes.is_empty() || sizes.len() > POLICY_CLASSES_MAX {
+        return Err(bad(format!("{} {what}; 1 to {POLICY_CLASSES_MAX} are allowed", sizes.len())));
+    }
+    if !sizes.is_sorted_by(|a, b| a < b) {
+        return Err(bad(format!("{what} must be in the order of their sizes, each size once")));
+    }
+    Ok(())
+}
+
+fn check_spans(policy: &SpanClasses) -> Result<(), Stop> {
+    check_sizes("classes of spans", policy.classes.iter().map(|c| c.size_max))?;
+    for class in &policy.classes {
+        if class.size_max < PAGE_BYTES || class.size_max > SPAN_BYTES_MAX {
+            let text =
+                format!("spans of {} bytes; {PAGE_BYTES} to {SPAN_BYTES_MAX} are allowed", class.size_max);
+            return Err(bad(text));
+        }
+        let (data, parity) = (class.data_blocks, class.parity_blocks);
+        if data == 0 || data > DATA_BLOCKS_MAX || parity > PARITY_BLOCKS_MAX {
+            let text = format!(
+                "{data} data and {parity} parity blocks; 1 to {DATA_BLOCKS_MAX} and 0 to {PARITY_BLOCKS_MAX} are \
+                 allowed"
+            );
+            return Err(bad(text));
+        }
+    }
+    Ok(())
+}
+
+fn check_storage(policy: &StorageClasses) -> Result<(), Stop> {
+    check_sizes("storage classes", policy.classes.iter().map(|c| c.size_min))
+}
+
+fn check_stripe(policy: &StripePolicy) -> Result<(), Stop> {
+    let cell = policy.cell_size;
+    if cell == 0 || !cell.is_multiple_of(PAGE_BYTES) || cell > CELL_BYTES_MAX {
+        let text =
+            format!("cells of {cell} bytes; multiples of {PAGE_BYTES} up to {CELL_BYTES_MAX} are allowed");
+        return Err(bad(text));
+    }
+    Ok(())
+}
+
+/// Changes the parts that are named.
+pub(crate) fn set(tx: &mut Tx<'_>, time: Time, op: SetPolicy) -> Reapplied {
+    let id = parse_directory(tx, op.id)?;
+    let row = inode::get(tx, id)?;
+    let mut policy = row.policy.clone().unwrap_or_default();
+    let change = op.policy.unwrap_or_default();
+    change.snapshot.as_ref().map_or(Ok(()), check_snapshot)?;
+    change.spans.as_ref().map_or(Ok(()), check_spans)?;
+    change.storage.as_ref().map_or(Ok(()), check_storage)?;
+    change.stripe.as_ref().map_or(Ok(()), check_stripe)?;
+    for part in &op.inherit {
+        match PolicyPart::try_from(*part) {
+            Ok(PolicyPart::Snapshot) => policy.snapshot = None,
+            Ok(PolicyPart::Spans) => policy.spans = None,
+            Ok(PolicyPart::Storage) => policy.storage = None,
+            Ok(PolicyPart::Stripe) => policy.stripe = None,
+            Ok(PolicyPart::Unspecified) | Err(_) => {
+                return Err(bad(format!("{part} is not a part of a policy")));
+            }
+        }
+    }
+    policy.snapshot = change.snapshot.or(policy.snapshot);
+    policy.spans = change.spans.or(policy.spans);
+    policy.storage = change.storage.or(policy.storage);
+    policy.stripe = change.stripe.or(policy.stripe);
+    let policy = Some(policy).filter(|p| *p != DirectoryPolicy::default());
+    let row = InodeRow { policy, ctime: time.0, ..row };
+    inode::put(tx, id, &row);
+    Ok(Reply::Attributes(inode::attributes(id, row)))
+}
+
+/// Whether a policy lets something go that ended at a time. `newer` counts the newer versions, as far as
+/// [`SNAPSHOT_VERSIONS_MAX`].
+pub(crate) fn may_go(
+    policy: Option<&SnapshotPolicy>,
+    time: Time,
+    ended_at: u64,
+    newer: impl FnOnce() -> Result<usize, Stop>,
+) -> Result<(), Stop> {
+    let policy = policy.copied().unwrap_or_default();
+    check_snapshot(&policy)?;
+    let is_old = policy.age_ms.is_some_and(|age| time >= Time(ended_at).plus_ms(age));
+    if is_old || mutants::is(Mutant::PolicyNotRechecked) {
+        return Ok(());
+    }
+    if let Some(versions) = policy.versions
+        && newer()? >= versions as usize
+    {
+        return Ok(());
+    }
+    Err(Stop::refuse(Code::TooEarly, "the policy still keeps it"))
+}

@@ -70,7 +70,10 @@ impl BlockService {
             None => Err(Refusal::malformed("a request without an operation that this build knows")),
             Some(Op::Write(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Write)?;
-                self.runtime.blocking(move || store.write(&expected, &op.data)).await.ok_or_else(gone)??;
+                let (clock, expiry) = (self.runtime.clock.clone(), claims.expiry);
+                let is_granted = move || clock.now() <= expiry;
+                let write = move || store.write(&expected, &op.data, &is_granted);
+                self.runtime.blocking(write).await.ok_or_else(gone)??;
                 Ok(self.proof(&claims, Operation::Written))
             }
             Some(Op::Read(op)) => {

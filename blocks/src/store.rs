@@ -95,7 +95,15 @@ impl BlockStore {
     }
 
     /// Writes a block durably. The same block again is fine; another one under its id is refused.
-    pub fn write(&self, expected: &Expected, data: &[u8]) -> Result<(), Refusal> {
+    ///
+    /// `is_granted` is asked once more before the block gets its name: a write that took so long that its grant has
+    /// ended may come after an erase.
+    pub fn write(
+        &self,
+        expected: &Expected,
+        data: &[u8],
+        is_granted: &dyn Fn() -> bool,
+    ) -> Result<(), Refusal> {
         if data.len() != expected.size as usize {
             let text = format!("{} bytes for a block of {}", data.len(), expected.size);
             return Err(Refusal::invalid(text));
@@ -136,8 +144,12 @@ impl BlockStore {
             time: expected.time,
             table_crc: crc32fast::hash(&table),
         };
-        self.write_file(&path, &header.encode(), &table, data, data_offset(expected.size))
-            .map_err(|e| disk_fault("write block", &e))
+        let at = data_offset(expected.size);
+        match self.write_file(&path, &header.encode(), &table, data, at, is_granted) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(Refusal::new(Code::CertificateExpired, "the write took longer than its grant")),
+            Err(error) => Err(disk_fault("write block", &error)),
+        }
     }
 
     /// Makes a block that is in place durable.
@@ -169,7 +181,16 @@ impl BlockStore {
         Ok(())
     }
 
-    fn write_file(&self, path: &Path, header: &[u8], table: &[u8], data: &[u8], at: u64) -> io::Result<()> {
+    /// False when it must not get its name any more.
+    fn write_file(
+        &self,
+        path: &Path,
+        header: &[u8],
+        table: &[u8],
+        data: &[u8],
+        at: u64,
+        is_granted: &dyn Fn() -> bool,
+    ) -> io::Result<bool> {
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
         let dir = path.parent().unwrap_or(&self.dir);
         self.make_directory(dir)?;
@@ -185,10 +206,14 @@ impl BlockStore {
             file.write_at(&head, 0)?;
             file.write_at(data, at)?;
             file.sync()?;
+            if !is_granted() {
+                return Ok(false);
+            }
             self.disk.rename(&temporary, path)?;
-            self.disk.sync_dir(dir)
+            self.disk.sync_dir(dir)?;
+            Ok(true)
         })();
-        if written.is_err() && self.disk.exists(&temporary) {
+        if !matches!(written, Ok(true)) && self.disk.exists(&temporary) {
             // The write has failed already; what stays behind is removed at the next start.
             let _ = self.disk.remove(&temporary);
         }

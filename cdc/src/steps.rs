@@ -19,8 +19,8 @@ use clutch_proto::{
     mutants::{self, Mutant},
     shard::{
         AdoptDirectory, CreateDirectoryInode, DropPastEdge, ForgetDirectoryInode, InsertEdge, LockEdge,
-        OrphanDirectory, RemoveDirectoryInode, RemoveFileInode, RemoveLockedEdge, SetOwner, ShardReply,
-        ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
+        OrphanDirectory, Remaining, RemoveDirectoryInode, RemoveFileInode, RemoveLockedEdge, SetOwner,
+        ShardReply, ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
     },
     types::Code,
 };
@@ -287,6 +287,10 @@ pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>
         }
         (State::SetOwner, _) if is_undelete => done(row),
         (State::SetOwner, _) => Next::Enter(State::Remove),
+        // A file with a long history goes in parts.
+        (State::Remove, Ok(ShardReply { reply: Some(Reply::Remaining(Remaining { gone: false, .. })) })) => {
+            Next::Enter(State::Remove)
+        }
         (State::Remove, _) => done(row),
         (State::Back | State::Waiting, _) => {
             let cause = row.cause.take().map(Refusal::from_wire);

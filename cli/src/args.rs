@@ -491,7 +491,8 @@ pub(crate) enum PolicyCommand {
         /// Old versions may be collected after so long: 30s, 12h, 7d; `forever` for no such limit.
         #[arg(long, value_parser = parse_age, value_name = "AGE")]
         keep_age: Option<Keep<u64>>,
-        /// Of each name and file so many old versions are kept at most; `all` for no such limit.
+        /// Of each name and file so many old versions are kept at most; `all` for no such limit. Of age and versions, what
+        /// is not named is set to what holds now.
         #[arg(long, value_parser = parse_versions, value_name = "N")]
         keep_versions: Option<Keep<u32>>,
         /// Code of spans up to a size, smallest first: `64K=1+2,1M=4+2,8M=10+4`. Files are cut at the last size.

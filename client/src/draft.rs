@@ -20,7 +20,7 @@ use crate::{
     policy::WritePolicy,
     rpc::Client,
     span::encode,
-    write::{ContentSource, read_up_to},
+    write::{ContentSource, Never, read_up_to},
 };
 
 /// A content that is not published yet. Appends go in order, one at a time.
@@ -166,7 +166,7 @@ impl Client {
         let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
         let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
         let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
-        self.write_span(draft, offset, &encoded, storage_class, &[]).await
+        self.write_span(draft, offset, &encoded, storage_class, &Never::default()).await
     }
 
     /// Makes the draft a new file.
@@ -224,30 +224,47 @@ impl Client {
         let before = self.stat(file.id).await?;
         let policy = self.write_policy(file.parent).await?;
         let mut draft = self.start_draft(file.id).await?;
-        let kept = offset.min(before.size);
-        self.append_shared(&mut draft, before.content, 0, kept).await?;
-        self.append_hole(&mut draft, offset - kept).await?;
-        loop {
-            let chunk = read_up_to(source, policy.span_bytes()).await?;
-            let length = chunk.len();
-            self.append(&mut draft, chunk, &policy).await?;
-            if length < policy.span_bytes() {
-                break;
+        let written = async {
+            let kept = offset.min(before.size);
+            self.append_shared(&mut draft, before.content, 0, kept).await?;
+            self.append_hole(&mut draft, offset - kept).await?;
+            loop {
+                let chunk = read_up_to(source, policy.span_bytes()).await?;
+                let length = chunk.len();
+                self.append(&mut draft, chunk, &policy).await?;
+                if length < policy.span_bytes() {
+                    break;
+                }
             }
-        }
-        if !truncate && draft.size < before.size {
-            let from = draft.size;
-            self.append_shared(&mut draft, before.content, from, before.size - from).await?;
-        }
-        self.publish(draft, file.id, before.content, file.parent).await
+            if !truncate && draft.size < before.size {
+                let from = draft.size;
+                self.append_shared(&mut draft, before.content, from, before.size - from).await?;
+            }
+            self.publish(draft.clone(), file.id, before.content, file.parent).await
+        };
+        let written = written.await;
+        self.give_up(&draft, &written).await;
+        written
     }
 
     /// Cuts a file, or makes it longer with zeros.
     pub async fn truncate(&self, file: &Resolved, size: u64) -> Result<Attributes, ClientError> {
         let before = self.stat(file.id).await?;
         let mut draft = self.start_draft(file.id).await?;
-        self.append_shared(&mut draft, before.content, 0, size.min(before.size)).await?;
-        self.append_hole(&mut draft, size.saturating_sub(before.size)).await?;
-        self.publish(draft, file.id, before.content, file.parent).await
+        let written = async {
+            self.append_shared(&mut draft, before.content, 0, size.min(before.size)).await?;
+            self.append_hole(&mut draft, size.saturating_sub(before.size)).await?;
+            self.publish(draft.clone(), file.id, before.content, file.parent).await
+        };
+        let written = written.await;
+        self.give_up(&draft, &written).await;
+        written
+    }
+
+    /// Gives the space of a draft back at once that was certainly not published. If that fails, it expires.
+    pub(crate) async fn give_up<T>(&self, draft: &Draft, written: &Result<T, ClientError>) {
+        if matches!(written, Err(ClientError::Refused(_) | ClientError::Local(_))) {
+            let _ = self.scrap(draft).await;
+        }
     }
 }

@@ -18,6 +18,7 @@ use clutch_proto::{
 
 use crate::{
     draft::Draft, error::ClientError, files::Created, policy::WritePolicy, rpc::Client, span::Encoded,
+    write::Never,
 };
 
 impl Client {
@@ -154,7 +155,13 @@ impl Client {
             return self.cdc(cdc_request::Op::ForgetFile(op)).await.map(drop);
         }
         let op = ForgetEdge { dir: dir_raw, name, target: target_raw, ended_at, policy };
-        self.shard_write(dir.slot(), Op::ForgetEdge(op)).await.map(drop)
+        loop {
+            // A file with a long history goes in parts.
+            match self.shard_write(dir.slot(), Op::ForgetEdge(op.clone())).await? {
+                Reply::Remaining(Remaining { gone: false, .. }) => {}
+                _ => return Ok(()),
+            }
+        }
     }
 
     /// Forgets a removed directory that holds nothing, not even a history, and that a policy lets go.
@@ -231,8 +238,8 @@ impl Client {
         let mut draft = self.start_draft(file).await?;
         let moved = self.exchange_block(&mut draft, span, block, &encoded).await;
         // The scratch holds the old block now, or nothing of worth: either way it goes; if this fails, it expires.
-        let scrapped = self.scrap(&draft).await;
-        moved.and(scrapped)
+        let _ = self.scrap(&draft).await;
+        moved
     }
 
     async fn exchange_block(
@@ -243,7 +250,20 @@ impl Client {
         encoded: &Encoded,
     ) -> Result<(), ClientError> {
         let services: Vec<u64> = span.blocks.iter().map(|b| b.service_id).collect();
-        let other = self.write_span(draft, 0, encoded, span.storage_class, &services).await?;
+        let map = self.map().await?;
+        let is_other = |service: u64| service != block.service_id && services.contains(&service);
+        let domains =
+            map.services.iter().filter(|s| is_other(s.service_id)).map(|s| s.failure_domain.clone());
+        let mut never = Never { services: services.clone(), domains: domains.collect() };
+        let written = match self.write_span(draft, 0, encoded, span.storage_class, &never).await {
+            // Two blocks in one domain are better than a block on a bad disk.
+            Err(error) if error.code() == Some(Code::NoSpace) => {
+                never.domains.clear();
+                self.write_span(draft, 0, encoded, span.storage_class, &never).await
+            }
+            decided => decided,
+        };
+        let other = written?;
         let new = other.blocks.first().ok_or_else(|| ClientError::unexpected("a block"))?;
         let op = SwapBlocks {
             span_a: span.span_id,
@@ -282,8 +302,9 @@ impl Client {
             self.shard_write(draft.slot, Op::SwapSpans(op)).await.map(drop)
         };
         let exchanged = exchanged.await;
-        let scrapped = self.scrap(&draft).await;
-        exchanged.and(scrapped)
+        // What was exchanged is in the draft now; if this fails, it expires.
+        let _ = self.scrap(&draft).await;
+        exchanged
     }
 
     /// Appends the last span of one draft to another: spans of one file can be written at the same time, each in a

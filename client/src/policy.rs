@@ -85,20 +85,30 @@ impl Client {
     /// The policies that hold in a directory, inherited parts among them; what nobody sets is not there.
     pub async fn effective_policy(&self, dir: InodeId) -> Result<DirectoryPolicy, ClientError> {
         let now = self.inner.runtime.clock.monotonic();
+        self.policy_since(dir, now.saturating_sub(POLICY_LIFETIME)).await
+    }
+
+    /// The same, with nothing in it that was read before a moment of the client's clock.
+    async fn policy_since(&self, dir: InodeId, not_before: Duration) -> Result<DirectoryPolicy, ClientError> {
+        let mut read_at = self.inner.runtime.clock.monotonic();
         let mut chain: Vec<(InodeId, DirectoryPolicy)> = Vec::new();
         let mut policy = DirectoryPolicy::default();
         let mut at = dir;
         for _ in 0..=PATH_DEPTH_MAX {
             let known = lock(&self.inner.policies).known.get(&at).cloned();
-            if let Some((known, _)) = known.filter(|(_, since)| now.saturating_sub(*since) < POLICY_LIFETIME)
-            {
+            if let Some((known, since)) = known.filter(|(_, since)| *since >= not_before) {
                 policy = known;
+                // What is derived from something old is as old.
+                read_at = read_at.min(since);
                 break;
             }
             let attributes = match self.stat(at).await {
                 Ok(attributes) => attributes,
-                // A parent that is gone for good says nothing; the directory itself must be there.
-                Err(error) if error.is_not_found() && at != dir => break,
+                // A parent that is gone for good says nothing; what holds above everything holds here.
+                Err(error) if error.is_not_found() && at != dir => {
+                    at = InodeId::ROOT;
+                    continue;
+                }
                 Err(error) => return Err(error),
             };
             let own = attributes.policy.clone().unwrap_or_default();
@@ -115,7 +125,7 @@ impl Client {
         }
         for (id, own) in chain.into_iter().rev() {
             policy = inherit(own, &policy);
-            cache.known.insert(id, (policy.clone(), now));
+            cache.known.insert(id, (policy.clone(), read_at));
         }
         Ok(policy)
     }
@@ -141,6 +151,13 @@ impl Client {
     pub async fn snapshot_policy(&self, dir: InodeId) -> Result<SnapshotPolicy, ClientError> {
         let default = SnapshotPolicy { age_ms: Some(SNAPSHOT_AGE_MS_DEFAULT), versions: None };
         Ok(self.effective_policy(dir).await?.snapshot.unwrap_or(default))
+    }
+
+    /// The same, as it is now and not as it was a moment ago: before something is forgotten for good.
+    pub async fn snapshot_policy_now(&self, dir: InodeId) -> Result<SnapshotPolicy, ClientError> {
+        let default = SnapshotPolicy { age_ms: Some(SNAPSHOT_AGE_MS_DEFAULT), versions: None };
+        let now = self.inner.runtime.clock.monotonic();
+        Ok(self.policy_since(dir, now).await?.snapshot.unwrap_or(default))
     }
 
     /// Sets parts of a directory's own policies and lets others be inherited again. Other clients follow within seconds.

@@ -228,10 +228,11 @@ impl Client {
             return Err(ClientError::unexpected("a whole span"));
         }
         let last = shape.stripes as usize - 1;
-        let mut failures = match self.read_cells(span, &span.blocks[index], index, 0, last).await {
-            Ok(cells) => return Ok(cells),
-            Err(error) => vec![error.to_string()],
-        };
+        let (mut failures, mut may_pass) =
+            match self.read_cells(span, &span.blocks[index], index, 0, last).await {
+                Ok(cells) => return Ok(cells),
+                Err(error) => (vec![error.to_string()], error.may_pass()),
+            };
         let data = shape.data_blocks as usize;
         let mut from: Vec<(usize, Cells)> = Vec::new();
         for other in self.trusted_first((0..blocks).filter(|i| *i != index), span) {
@@ -240,7 +241,10 @@ impl Client {
             }
             match self.read_cells(span, &span.blocks[other], other, 0, last).await {
                 Ok(cells) => from.push((other, cells)),
-                Err(error) => failures.push(error.to_string()),
+                Err(error) => {
+                    may_pass |= error.may_pass() || error.code() == Some(Code::CertificateExpired);
+                    failures.push(error.to_string());
+                }
             }
         }
         if from.len() < data {
@@ -250,7 +254,7 @@ impl Client {
                 span.span_id,
                 failures.join("; ")
             );
-            return Err(ClientError::DataLost(text));
+            return Err(if may_pass { ClientError::Unreachable(text) } else { ClientError::DataLost(text) });
         }
         let codec = self.codec(shape.data_blocks, shape.parity_blocks)?;
         let cell = shape.cell_size as usize;

@@ -394,7 +394,9 @@ impl Client {
                         self.inner.runtime.note("client: was sent elsewhere");
                         *lock(&self.inner.map) = None;
                     }
-                    refusal.is_retryable() || moved
+                    // A refusal that is in no log binds only its own attempt: an earlier one may be on its way still.
+                    let is_open = maybe_done && tag.is_some() && answered_at.position == 0;
+                    refusal.is_retryable() || moved || is_open && refusal.code.is_decision()
                 }
                 ClientError::Unreachable(_) => {
                     self.inner.runtime.note("client: nobody listens");
@@ -420,7 +422,9 @@ impl Client {
                 return Err(match error {
                     // Once it may have been done, only an answer that says what became of it is better.
                     ClientError::Refused(refusal)
-                        if maybe_done && tag.is_some() && !refusal.code.is_decision() =>
+                        if maybe_done
+                            && tag.is_some()
+                            && (!refusal.code.is_decision() || answered_at.position == 0) =>
                     {
                         self.inner.runtime.note("client: a refusal after an unknown attempt stays unknown");
                         ClientError::Unknown(refusal.to_string())

@@ -34,6 +34,13 @@ const PLACEMENTS_MAX: usize = 6;
 /// Times one block is tried on its service.
 const BLOCK_ATTEMPTS_MAX: usize = 4;
 
+/// Where a span must not go, whatever fails elsewhere.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Never {
+    pub(crate) services: Vec<u64>,
+    pub(crate) domains: Vec<String>,
+}
+
 impl Client {
     /// Stores a file: nothing of it is visible before all of it is durable.
     pub async fn write_file(
@@ -63,28 +70,32 @@ impl Client {
         let span_bytes = policy.span_bytes();
         first.extend(read_up_to(source, span_bytes.saturating_sub(first.len())).await?);
         let mut draft = self.start_draft(dir).await?;
-        let mut chunk = first;
-        while !chunk.is_empty() {
-            let length = chunk.len();
-            self.append(&mut draft, chunk, &policy).await?;
-            chunk = if length < span_bytes { Vec::new() } else { read_up_to(source, span_bytes).await? };
-        }
-        self.link(draft, dir, name, attributes, replace).await
+        let written = async {
+            let mut chunk = first;
+            while !chunk.is_empty() {
+                let length = chunk.len();
+                self.append(&mut draft, chunk, &policy).await?;
+                chunk = if length < span_bytes { Vec::new() } else { read_up_to(source, span_bytes).await? };
+            }
+            self.link(draft.clone(), dir, name, attributes, replace).await
+        };
+        let written = written.await;
+        self.give_up(&draft, &written).await;
+        written
     }
 
-    /// Initiates, writes the blocks and certifies; elsewhere again when a service fails. `never` are services that must
-    /// not get a block, whatever happens.
+    /// Initiates, writes the blocks and certifies; elsewhere again when a service fails.
     pub(crate) async fn write_span(
         &self,
         to: &Draft,
         offset: u64,
         encoded: &Encoded,
         storage_class: u32,
-        never: &[u64],
+        never: &Never,
     ) -> Result<Span, ClientError> {
         let slot = to.slot;
         let mut avoid = self.suspects();
-        avoid.extend_from_slice(never);
+        avoid.extend_from_slice(&never.services);
         let mut failures: Vec<String> = Vec::new();
         for attempt in 0..PLACEMENTS_MAX {
             if attempt > 0 {
@@ -100,17 +111,19 @@ impl Client {
                 cell_crcs: encoded.cell_crcs.clone(),
                 storage_class,
                 avoid_services: avoid.clone(),
-                avoid_failure_domains: Vec::new(),
+                avoid_failure_domains: never.domains.clone(),
             };
             let span = match self.shard_write(slot, Op::InitiateSpan(initiate)).await {
                 Ok(Reply::Span(span)) => span,
                 Ok(_) => return Err(ClientError::unexpected("a span")),
                 // Services that failed for somebody else are better than none.
                 Err(error)
-                    if error.code() == Some(Code::NoSpace) && attempt < 2 && avoid.len() > never.len() =>
+                    if error.code() == Some(Code::NoSpace)
+                        && attempt < 2
+                        && avoid.len() > never.services.len() =>
                 {
                     self.inner.runtime.note("write: suspects are better than none");
-                    avoid = never.to_vec();
+                    avoid = never.services.clone();
                     continue;
                 }
                 Err(ClientError::Refused(refusal))

@@ -295,10 +295,15 @@ impl Generator {
             }
             12 => {
                 let (from, to) = (self.file(), self.new_name());
-                if self.rng.random_ratio(1, 8) {
-                    // Onto a directory: it is turned back.
-                    let onto = self.directory();
-                    return one(Operation::Move(from, if onto.is_empty() { to } else { onto }));
+                if self.rng.random_ratio(1, 3) {
+                    // Onto a directory: it is turned back, if there is something to move.
+                    let (onto, from) = (self.directory(), self.new_name());
+                    let salt = self.next_salt();
+                    self.files.insert(from.clone());
+                    return vec![
+                        (0, Operation::Create(from.clone(), 1, salt)),
+                        (0, Operation::Move(from, if onto.is_empty() { to } else { onto })),
+                    ];
                 }
                 self.files.remove(&from);
                 self.files.insert(to.clone());

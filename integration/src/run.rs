@@ -44,6 +44,9 @@ pub struct Report {
     pub elapsed: Duration,
 }
 
+/// How long a clock drifts before somebody sets it: not so long that nobody believes its node any more.
+const DRIFT: Duration = Duration::from_secs(8);
+
 /// What ends a fault.
 #[derive(Clone, Debug)]
 enum End {
@@ -56,6 +59,7 @@ enum End {
     Stop(NodeId),
     Hear(LogId, NodeId),
     HealDisk(Party),
+    SetClock(NodeId),
 }
 
 type Lanes = Arc<Mutex<BTreeMap<Lane, VecDeque<(Duration, Operation)>>>>;
@@ -372,7 +376,11 @@ impl Runner {
                 }
             }
             Fault::Skew(party, ms) => self.cluster.world.set_skew_ms(node(self, party), i64::from(*ms)),
-            Fault::Drift(party, ppm) => self.cluster.world.set_drift_ppm(node(self, party), i64::from(*ppm)),
+            Fault::Drift(party, ppm) => {
+                let node = node(self, party);
+                self.cluster.world.set_drift_ppm(node, i64::from(*ppm));
+                self.end_after(DRIFT, End::SetClock(node));
+            }
             Fault::Suspend(d) => self.cluster.world.suspend_ms(d.as_millis() as u64),
             Fault::Flip(disk, draw) => self.flip(*disk, *draw),
             Fault::Misdirect(disk) => self.cluster.world.disk(disk_node(*disk)).misdirect_next(),
@@ -479,6 +487,7 @@ impl Runner {
                     self.paused.remove(&node);
                 }
             }
+            End::SetClock(node) => self.cluster.world.set_drift_ppm(node, 0),
             End::Hear(log, node) => self.cluster.logs.set_deaf(log, u64::from(node.0), false),
             End::HealDisk(party) => {
                 let node = self.node(party);

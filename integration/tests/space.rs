@@ -160,7 +160,7 @@ fn a_hundred_cycles_leave_rows_and_disks_as_they_were() {
 
 #[test]
 fn a_long_history_goes_in_bounded_steps() {
-    let cluster = SimCluster::start(13, 1, DISKS);
+    let cluster = SimCluster::start(13, 4, DISKS);
     let client = cluster.client();
     let (done, counts) = run(&cluster, async move {
         let c = &client;
@@ -188,7 +188,21 @@ fn a_long_history_goes_in_bounded_steps() {
         let whole: Vec<u8> = (0..600u32).flat_map(|n| vec![(n % 255) as u8 + 1; 3]).collect();
         assert_eq!(bytes, whole[100..1600]);
         keep_nothing(c).await;
-        c.unlink(&at(c, "/f").await).await.expect("unlinks");
+        // From a directory of another shard the file is forgotten through the CDC, in parts, too.
+        let mut n = 0;
+        let (dir, path) = loop {
+            n += 1;
+            let name = Bytes::from(format!("d{n}"));
+            let dir = c.make_directory(root, &name, attributes()).await.expect("makes").id;
+            if dir.slot().0 >= 64 {
+                break (dir, format!("/d{n}/f"));
+            }
+        };
+        c.rename(&at(c, "/f").await, dir, &Bytes::from_static(b"f")).await.expect("moves");
+        c.unlink(&at(c, &path).await).await.expect("unlinks");
+        for n in 1..=n {
+            c.remove_directory(&at(c, &format!("/d{n}")).await).await.expect("removes");
+        }
         c.unlink(&at(c, "/many").await).await.expect("unlinks");
         (collect_all(c).await, counts(c).await.0)
     });

@@ -32,7 +32,9 @@ pub const VISIT_ROWS_MAX: usize = 1024;
 pub const VISIT_SPANS_MAX: usize = 64;
 /// Extents that one request shares, moves or takes apart: bounds the work of an entry.
 pub const EXTENTS_PER_ENTRY_MAX: usize = 256;
-/// Past contents that go with their file in one entry; of more, the rest is forgotten first.
+/// Rows of one name's history, present ones among them, that one answer may hold.
+pub const WHOLE_HISTORY_ROWS_MAX: usize = 40_000;
+/// Past contents that go with their file in one entry; the file goes with the last of them.
 pub const CONTENTS_PER_ENTRY_MAX: usize = 256;
 /// Newer versions that a snapshot policy may ask for: bounds the look at a name's history.
 pub const SNAPSHOT_VERSIONS_MAX: u32 = 1000;

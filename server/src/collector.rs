@@ -83,24 +83,22 @@ impl Collected {
     }
 }
 
-/// Paces requests.
+/// Paces requests: what was not sent in time is not made up for.
 struct Pace {
     client: Client,
     options: CollectOptions,
-    begun: Duration,
-    sent: u64,
+    due: Duration,
 }
 
 impl Pace {
     async fn next(&mut self) {
-        self.sent += 1;
         if self.options.requests_per_s > 0 {
             let clock = &self.client.runtime().clock;
-            let due = self.begun + Duration::from_secs(self.sent) / self.options.requests_per_s;
             let now = clock.monotonic();
-            if due > now {
-                clock.sleep(due - now).await;
+            if self.due > now {
+                clock.sleep(self.due - now).await;
             }
+            self.due = self.due.max(now) + Duration::from_secs(1) / self.options.requests_per_s;
         }
     }
 }
@@ -108,13 +106,21 @@ impl Pace {
 /// One pass over the whole cluster.
 pub async fn collect(client: &Client, options: CollectOptions) -> Result<Collected, ClientError> {
     client.refresh_map().await?;
-    let begun = client.runtime().clock.monotonic();
-    let mut pace = Pace { client: client.clone(), options, begun, sent: 0 };
+    let mut pace = Pace { client: client.clone(), options, due: client.runtime().clock.monotonic() };
     let mut done = Collected::default();
-    directories(&mut pace, &mut done).await?;
-    past_contents(&mut pace, &mut done).await?;
-    transients(&mut pace, &mut done).await?;
-    dead_spans(&mut pace, &mut done).await?;
+    // One that fails does not hold up the others.
+    if let Err(error) = directories(&mut pace, &mut done).await {
+        done.failed("visit directories", &error);
+    }
+    if let Err(error) = past_contents(&mut pace, &mut done).await {
+        done.failed("visit past contents", &error);
+    }
+    if let Err(error) = transients(&mut pace, &mut done).await {
+        done.failed("visit unpublished contents", &error);
+    }
+    if let Err(error) = dead_spans(&mut pace, &mut done).await {
+        done.failed("visit dead spans", &error);
+    }
     Ok(done)
 }
 
@@ -160,8 +166,11 @@ async fn directories(pace: &mut Pace, done: &mut Collected) -> Result<(), Client
         pace.next().await;
         let (inodes, next) = pace.client.visit_inodes(DIRECTORIES, after).await?;
         for attributes in inodes {
-            if let Some(dir) = InodeId::from_wire(attributes.id).filter(|id| id.is_directory()) {
-                directory(pace, dir, &attributes, done).await?;
+            if let Some(dir) = InodeId::from_wire(attributes.id).filter(|id| id.is_directory())
+                && let Err(error) = directory(pace, dir, &attributes, done).await
+                && !error.is_not_found()
+            {
+                done.failed(&format!("directory {dir}"), &error);
             }
         }
         if next.is_empty() {
@@ -178,40 +187,21 @@ async fn directory(
     done: &mut Collected,
 ) -> Result<(), ClientError> {
     let client = pace.client.clone();
-    let policy = match client.snapshot_policy(dir).await {
-        Ok(policy) => policy,
-        Err(error) if error.is_not_found() => return Ok(()),
-        Err(error) => return Err(error),
-    };
     pace.next().await;
-    let past = match client.history(dir, None).await {
-        Ok(past) => past,
-        Err(error) if error.is_not_found() => return Ok(()),
-        Err(error) => return Err(error),
-    };
+    let past = client.history(dir, None).await?;
     let total = past.len();
     let now = now_of(&client);
-    let mut newer: BTreeMap<Bytes, usize> = BTreeMap::new();
-    let mut doomed = Vec::new();
-    for edge in past.into_iter().rev() {
-        let count = newer.entry(edge.name.clone()).or_default();
-        if may_go(&policy, now, edge.ended_at, *count) {
-            doomed.push(edge);
-        }
-        *count += 1;
+    let is_removed = attributes.owner == 0;
+    let mut policy = client.snapshot_policy(dir).await?;
+    let mut doomed = doomed_of(&past, &policy, now);
+    if !doomed.is_empty() || is_removed {
+        // What was remembered decides what is looked at, but only what holds now, read after the history, lets go.
+        policy = client.snapshot_policy_now(dir).await?;
+        doomed = doomed_of(&past, &policy, now);
     }
-    // Oldest first, so that what is newer still counts.
-    doomed.reverse();
     let mut forgotten = 0;
     let forget = |client: Client, edge: PastEdge| async move {
-        let mut result = client.forget_edge(dir, &edge, policy).await;
-        if result.as_ref().is_err_and(|e| e.code() == Some(Code::TooLarge)) {
-            // A file with a long history of its own, all of which goes with it.
-            result = forget_contents_of(&client, &edge).await;
-            if result.is_ok() {
-                result = client.forget_edge(dir, &edge, policy).await;
-            }
-        }
+        let result = client.forget_edge(dir, &edge, policy).await;
         (edge.owned, result)
     };
     for_all(pace, doomed, forget, |(owned, result)| {
@@ -222,7 +212,6 @@ async fn directory(
         }
     })
     .await;
-    let is_removed = attributes.owner == 0;
     if is_removed && forgotten == total && may_go(&policy, now, attributes.ctime, 0) {
         pace.next().await;
         if done.count("forget a directory", client.forget_directory(dir, policy).await) {
@@ -232,14 +221,19 @@ async fn directory(
     Ok(())
 }
 
-/// Forgets all past contents of a file that is about to go.
-async fn forget_contents_of(client: &Client, edge: &PastEdge) -> Result<(), ClientError> {
-    let Some(file) = InodeId::from_wire(edge.target) else { return Ok(()) };
-    let at_once = SnapshotPolicy { age_ms: Some(0), versions: None };
-    for past in client.content_history(file).await? {
-        client.forget_content(&past, at_once).await?;
+/// Past edges that a policy seems to let go, oldest first, so that what is newer still counts.
+fn doomed_of(past: &[PastEdge], policy: &SnapshotPolicy, now: Time) -> Vec<PastEdge> {
+    let mut newer: BTreeMap<Bytes, usize> = BTreeMap::new();
+    let mut doomed = Vec::new();
+    for edge in past.iter().rev() {
+        let count = newer.entry(edge.name.clone()).or_default();
+        if may_go(policy, now, edge.ended_at, *count) {
+            doomed.push(edge.clone());
+        }
+        *count += 1;
     }
-    Ok(())
+    doomed.reverse();
+    doomed
 }
 
 async fn past_contents(pace: &mut Pace, done: &mut Collected) -> Result<(), ClientError> {
@@ -264,6 +258,17 @@ async fn past_contents(pace: &mut Pace, done: &mut Collected) -> Result<(), Clie
     }
 }
 
+/// A directory's policy, as remembered or as it is now. One that is gone for good has that of the root.
+async fn policy_of(client: &Client, dir: InodeId, now: bool) -> Result<SnapshotPolicy, ClientError> {
+    let of = |dir: InodeId| async move {
+        if now { client.snapshot_policy_now(dir).await } else { client.snapshot_policy(dir).await }
+    };
+    match of(dir).await {
+        Err(error) if error.is_not_found() => of(InodeId::ROOT).await,
+        found => found,
+    }
+}
+
 async fn forget_past_contents(
     pace: &mut Pace,
     past: Vec<PastContent>,
@@ -274,15 +279,12 @@ async fn forget_past_contents(
     let mut newer: BTreeMap<u64, usize> = BTreeMap::new();
     for past in past.into_iter().rev() {
         let dir = InodeId::from_wire(past.dir).filter(|dir| dir.is_directory()).unwrap_or(InodeId::ROOT);
-        let policy = match pace.client.snapshot_policy(dir).await {
-            Ok(policy) => policy,
-            // The directory is gone for good: what holds above everything holds here.
-            Err(error) if error.is_not_found() => pace.client.snapshot_policy(InodeId::ROOT).await?,
-            Err(error) => return Err(error),
-        };
         let count = newer.entry(past.file).or_default();
-        if may_go(&policy, now, past.ended_at, *count) {
-            doomed.push((past, policy));
+        if may_go(&policy_of(&pace.client, dir, false).await?, now, past.ended_at, *count) {
+            let policy = policy_of(&pace.client, dir, true).await?;
+            if may_go(&policy, now, past.ended_at, *count) {
+                doomed.push((past, policy));
+            }
         }
         *count += 1;
     }
@@ -323,6 +325,10 @@ async fn dead_spans(pace: &mut Pace, done: &mut Collected) -> Result<(), ClientE
     loop {
         pace.next().await;
         let (spans, next) = pace.client.visit_dead_spans(after).await?;
+        // Before its grants end nobody erases anything of a span.
+        let now = now_of(&pace.client).0;
+        let (spans, waiting): (Vec<_>, Vec<_>) = spans.into_iter().partition(|s| s.granted_until <= now);
+        done.too_early += waiting.len() as u64;
         let run = |client: Client, span: clutch_proto::types::Span| async move {
             (span.blocks.len() as u64, client.remove_span(&span).await)
         };

@@ -6,7 +6,7 @@
 
 use clutch_proto::{
     ContentId, InodeId, ServiceId, SpanId, Time,
-    limits::{CONTENTS_PER_ENTRY_MAX, EXTENTS_PER_ENTRY_MAX, SNAPSHOT_VERSIONS_MAX},
+    limits::{CONTENTS_PER_ENTRY_MAX, EXTENTS_PER_ENTRY_MAX},
     mutants::{self, Mutant},
     name,
     shard::{
@@ -22,6 +22,8 @@ use crate::{
 };
 
 const DONE: Reply = Reply::Done(Done {});
+const GONE: Reply = Reply::Remaining(Remaining { bytes: 0, gone: true });
+const LEFT: Reply = Reply::Remaining(Remaining { bytes: 0, gone: false });
 
 /// A past edge that its policy lets go, and its key.
 fn past_edge(
@@ -40,11 +42,9 @@ fn past_edge(
         let shown = String::from_utf8_lossy(name);
         Stop::refuse(Code::NotFound, format!("no such past version of {shown:?}"))
     })?;
-    policy::may_go(policy, time, ended_at, || {
+    policy::may_go(policy, time, ended_at, |limit| {
         let until = key_after(&tables::past_edge_prefix(dir, name));
-        let newer =
-            tx.scan(tables::PAST_EDGE, &[&key[..], &[0]].concat(), &until, SNAPSHOT_VERSIONS_MAX as usize)?;
-        Ok(newer.len())
+        Ok(tx.scan(tables::PAST_EDGE, &[&key[..], &[0]].concat(), &until, limit)?.len())
     })?;
     Ok((key, row))
 }
@@ -60,10 +60,13 @@ pub(crate) fn forget_edge(tx: &mut Tx<'_>, time: Time, op: ForgetEdge) -> Reappl
             }
             fault => fault,
         })?;
-        remove_file(tx, target)?;
+        if !remove_file(tx, target)? {
+            // The edge stays, and with it whoever brings it back in between has what is left.
+            return Ok(LEFT);
+        }
     }
     tx.delete(tables::PAST_EDGE, &key);
-    Ok(DONE)
+    Ok(GONE)
 }
 
 /// The first half of forgetting a file of another shard.
@@ -81,32 +84,31 @@ pub(crate) fn drop_past_edge(tx: &mut Tx<'_>, time: Time, op: &DropPastEdge) -> 
 pub(crate) fn remove_file_inode(tx: &mut Tx<'_>, op: &RemoveFileInode) -> Reapplied {
     let id = parse_inode(op.id)?;
     check_slot(tx, id.slot())?;
-    remove_file(tx, id)?;
-    Ok(DONE)
+    Ok(if remove_file(tx, id)? { GONE } else { LEFT })
 }
 
-/// Removes a file or link and gives its contents to collection.
-fn remove_file(tx: &mut Tx<'_>, id: InodeId) -> Result<(), Stop> {
+/// Removes a file or link and gives its contents to collection: the oldest past ones first, a bounded number at a
+/// time. False while there are more.
+fn remove_file(tx: &mut Tx<'_>, id: InodeId) -> Result<bool, Stop> {
     if id.is_directory() {
         return Err(Stop::refuse(Code::IsDirectory, format!("{id} is a directory")));
     }
     let row = inode::get(tx, id)?;
-    let past = publish::past_contents(tx, id, CONTENTS_PER_ENTRY_MAX + 1)?;
-    if past.len() > CONTENTS_PER_ENTRY_MAX {
-        let text = format!(
-            "the file has more than {CONTENTS_PER_ENTRY_MAX} past contents; forget some of them first"
-        );
-        return Err(Stop::refuse(Code::TooLarge, text));
-    }
-    if row.content != 0 && !mutants::is(Mutant::ContentLeaks) {
-        disown(tx, ContentId(row.content))?;
-    }
+    let mut past = publish::past_contents(tx, id, CONTENTS_PER_ENTRY_MAX + 1)?;
+    let has_more = past.len() > CONTENTS_PER_ENTRY_MAX;
+    past.truncate(CONTENTS_PER_ENTRY_MAX);
     for (key, past) in past {
         disown(tx, ContentId(past.content))?;
         tx.delete(tables::PAST_CONTENT, &key);
     }
+    if has_more {
+        return Ok(false);
+    }
+    if row.content != 0 && !mutants::is(Mutant::ContentLeaks) {
+        disown(tx, ContentId(row.content))?;
+    }
     tx.delete(tables::INODE, &tables::inode_key(id));
-    Ok(())
+    Ok(true)
 }
 
 /// Makes a published content one that has expired.
@@ -123,10 +125,9 @@ pub(crate) fn forget_content(tx: &mut Tx<'_>, time: Time, op: &ForgetContent) ->
     check_slot(tx, id.slot())?;
     inode::get(tx, id)?;
     let (key, row) = publish::past(tx, id, op.ended_at, op.content)?;
-    policy::may_go(op.policy.as_ref(), time, op.ended_at, || {
+    policy::may_go(op.policy.as_ref(), time, op.ended_at, |limit| {
         let until = key_after(&key[..9]);
-        let from = [&key[..], &[0]].concat();
-        Ok(tx.scan(tables::PAST_CONTENT, &from, &until, SNAPSHOT_VERSIONS_MAX as usize)?.len())
+        Ok(tx.scan(tables::PAST_CONTENT, &[&key[..], &[0]].concat(), &until, limit)?.len())
     })?;
     disown(tx, ContentId(row.content))?;
     tx.delete(tables::PAST_CONTENT, &key);
@@ -146,9 +147,9 @@ pub(crate) fn collect_content(tx: &mut Tx<'_>, time: Time, op: &CollectContent) 
     }
     span::bury(tx, std::mem::take(&mut row.pending_span));
     span::take_apart(tx, id, &mut row, EXTENTS_PER_ENTRY_MAX)?;
-    if row.size > 0 {
+    if row.begin < row.size {
         tx.put_row(tables::CONTENT, &tables::content_key(id), &row);
-        return Ok(Reply::Remaining(Remaining { bytes: row.size, gone: false }));
+        return Ok(Reply::Remaining(Remaining { bytes: row.size - row.begin, gone: false }));
     }
     tx.delete(tables::CONTENT, &tables::content_key(id));
     tx.delete(tables::TRANSIENT, &tables::transient_key(row.deadline, id));

@@ -5,7 +5,8 @@
 //! 2. a removed directory has no current edges
 //! 3. a directory's `edge_time` is at or above the times of its edges; an edge is newer than its predecessors
 //! 4. no past edge owns a directory
-//! 5. a content's extents are contiguous from 0 and sum to its size; a file's content and size agree
+//! 5. a content's extents are contiguous from 0, or from where its collection stands, to its size; a file's content
+//!    and size agree
 //! 6. a span's `uses` is the number of extents that name it; what is used is certified and long enough
 //! 7. the block index holds exactly the blocks of the spans; no block twice, no two of a span on one service
 //! 8. exactly the unpublished contents are in the index of transients
@@ -177,7 +178,7 @@ fn check_contents(
         let Some((content, offset)) = tables::parse_pair(key) else {
             return wrong.push(format!("extent with the key {}", clutch_state::store::hex(key)));
         };
-        let end = ends.entry(content).or_default();
+        let end = ends.entry(content).or_insert_with(|| contents.get(&content).map_or(0, |c| c.begin));
         if *end != offset || row.length == 0 {
             wrong.push(format!("content {content:x}: an extent at {offset}, expected at {end}"));
         }
@@ -197,7 +198,10 @@ fn check_contents(
         }
     })?;
     for (id, row) in &contents {
-        if ends.get(id).copied().unwrap_or(0) != row.size {
+        if row.begin > 0 && row.file != 0 {
+            wrong.push(format!("content {id:x}: is published and begins at {}", row.begin));
+        }
+        if ends.get(id).copied().unwrap_or(row.begin) != row.size {
             wrong.push(format!("content {id:x}: its extents do not sum to its size {}", row.size));
         }
         let transient =
@@ -295,7 +299,7 @@ fn check_spans(
         if !used.is_empty() && !span.certified {
             wrong.push(format!("span {id:x}: used, but not certified"));
         }
-        if used.iter().any(|(offset, length)| offset + length > u64::from(span.size)) {
+        if used.iter().any(|(offset, length)| offset.saturating_add(*length) > u64::from(span.size)) {
             wrong.push(format!("span {id:x}: used beyond its end"));
         }
         let services: BTreeSet<u64> = span.blocks.iter().map(|b| b.service_id).collect();

@@ -53,8 +53,9 @@ pub(crate) fn place(
         return Err(Stop::refuse(
             Code::NoSpace,
             format!(
-                "a span of {count} blocks needs {count} block services with room; {usable} of {} can be used \
-                 (add disks, or choose a policy with fewer blocks)",
+                "a span of {count} blocks needs {count} block services of storage class {} with room; {usable} of {} \
+                 can be used (add disks, or choose a policy with fewer blocks or another class)",
+                op.storage_class,
                 services.len()
             ),
         ));

@@ -106,13 +106,13 @@ pub(crate) fn set(tx: &mut Tx<'_>, time: Time, op: SetPolicy) -> Reapplied {
     Ok(Reply::Attributes(inode::attributes(id, row)))
 }
 
-/// Whether a policy lets something go that ended at a time. `newer` counts the newer versions, as far as
-/// [`SNAPSHOT_VERSIONS_MAX`].
+/// Whether a policy lets something go that ended at a time. `newer` counts the newer versions, as far as it
+/// is told.
 pub(crate) fn may_go(
     policy: Option<&SnapshotPolicy>,
     time: Time,
     ended_at: u64,
-    newer: impl FnOnce() -> Result<usize, Stop>,
+    newer: impl FnOnce(usize) -> Result<usize, Stop>,
 ) -> Result<(), Stop> {
     let policy = policy.copied().unwrap_or_default();
     check_snapshot(&policy)?;
@@ -121,7 +121,7 @@ pub(crate) fn may_go(
         return Ok(());
     }
     if let Some(versions) = policy.versions
-        && newer()? >= versions as usize
+        && newer(versions as usize)? >= versions as usize
     {
         return Ok(());
     }

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use clutch_proto::{
     ContentId, InodeKind, Refusal, SpanId,
-    limits::{LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX},
+    limits::{LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX, WHOLE_HISTORY_ROWS_MAX},
     mutants::{self, Mutant},
     name,
     shard::{
@@ -154,22 +154,42 @@ fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {
 }
 
 /// The offset of the extent that holds `offset`. Extents are contiguous, so the last one that begins at or below.
+///
+/// Rows can only be scanned upwards: a window below the offset is moved and halved until it holds few rows, so that
+/// the work is bounded also for contents of very many small extents.
 pub(crate) fn start_of(rows: &mut impl Rows, content: ContentId, offset: u64) -> Result<u64, Stop> {
+    /// Rows that are looked at in one step.
+    const ROWS_MAX: usize = 64;
+    /// A few spans of the usual size.
+    const FIRST_WINDOW: u64 = 16 << 20;
     if offset == 0 || rows.row::<ExtentRow>(tables::EXTENT, &tables::extent_key(content, offset))?.is_some() {
         return Ok(offset);
     }
-    // Spans are at most 100 MiB, so a window below the offset holds the start unless a hole is longer.
-    let mut window = u64::from(clutch_proto::limits::SPAN_BYTES_MAX);
+    // What is looked for begins below `high`, and at `low` or above once that is known.
+    let (mut low, mut high, mut window) = (None, offset, FIRST_WINDOW);
     loop {
-        let from = offset.saturating_sub(window);
-        let (low, high) = (tables::extent_key(content, from), tables::extent_key(content, offset));
-        if let Some((key, _)) = rows.page(tables::EXTENT, &low, &high, usize::MAX)?.last() {
-            return Ok(tables::parse_pair(key).map_or(0, |(_, offset)| offset));
+        let from = match low {
+            Some(low) => low + (high - low) / 2,
+            None => offset.saturating_sub(window),
+        };
+        let (begin, until) = (tables::extent_key(content, from), tables::extent_key(content, high));
+        let found = rows.page(tables::EXTENT, &begin, &until, ROWS_MAX)?;
+        let last = found.last().and_then(|(key, _)| tables::parse_pair(key)).map(|(_, offset)| offset);
+        match last {
+            Some(last) if found.len() < ROWS_MAX => return Ok(last),
+            // There are more, or there may be.
+            Some(last) => low = Some(last),
+            None if from == 0 => return Ok(0),
+            None => {
+                high = from;
+                window = window.saturating_mul(16);
+            }
         }
-        if from == 0 {
-            return Ok(0);
+        if let Some(low) = low
+            && high - low <= 1
+        {
+            return Ok(low);
         }
-        window = window.saturating_mul(16);
     }
 }
 
@@ -222,8 +242,12 @@ fn whole_history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
         }
         all.retain(|(hash, edge)| *hash < cut && (op.name.is_empty() || edge.name == op.name));
         if all.is_empty() && cut != u64::MAX {
-            // More of one hash than a page holds: the page grows.
+            // More of one hash than a page holds: the page grows, as far as an answer may.
             fetch *= 2;
+            if fetch > WHOLE_HISTORY_ROWS_MAX {
+                let text = "one name has too long a history to be read at once; read what is past in pages";
+                return Err(Stop::refuse(Code::TooLarge, text));
+            }
             continue;
         }
         all.sort_by(|(a, x), (b, y)| {
@@ -266,4 +290,40 @@ fn history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
         });
     }
     Ok(Reply::History(reply))
+}
+
+#[cfg(test)]
+mod tests {
+    use clutch_state::{MemoryStore, Store as _};
+    use prost::Message as _;
+
+    use super::*;
+
+    #[test]
+    fn the_extent_of_an_offset_is_found_among_few_and_many() {
+        let content = ContentId(0x100);
+        // One byte, ten thousand times; a long one; some of all sizes.
+        let lengths = std::iter::repeat_n(1u64, 10_000)
+            .chain([1 << 40])
+            .chain((0..2000u64).map(|i| 1 + i * i * 7919 % 100_000));
+        let store = MemoryStore::new();
+        let (mut at, mut starts) = (0, Vec::new());
+        for length in lengths {
+            let row = ExtentRow { length, source: Some(extent_row::Source::Hole(true)) };
+            let key = tables::EXTENT.stored_key(&tables::extent_key(content, at));
+            store.write(vec![(key, Some(row.encode_to_vec().into()))]).expect("writes");
+            starts.push(at);
+            at += length;
+        }
+        let mut view: &dyn View = &store;
+        let end = at;
+        let mut found = |offset: u64| start_of(&mut view, content, offset).expect("reads");
+        for window in starts.windows(2).step_by(37) {
+            for offset in [window[0], window[0] + (window[1] - window[0]) / 2, window[1] - 1] {
+                assert_eq!(found(offset), window[0], "of {offset}");
+            }
+        }
+        assert_eq!(Some(found(end - 1)), starts.last().copied());
+        assert_eq!(Some(found(u64::MAX)), starts.last().copied());
+    }
 }

@@ -12,7 +12,7 @@ use clutch_proto::{
     },
     types::{Code, Span},
 };
-use clutch_state::{Stop, StoreError, Tx};
+use clutch_state::{Stop, StoreError, Tx, key_after, store::decode_row};
 
 use crate::{Reapplied, check_slot, content, read, tables};
 
@@ -29,9 +29,12 @@ fn known(tx: &mut Tx<'_>, id: SpanId) -> Result<Span, StoreError> {
 }
 
 /// Counts one use more.
-pub(crate) fn acquire(tx: &mut Tx<'_>, id: SpanId) -> Result<(), StoreError> {
+pub(crate) fn acquire(tx: &mut Tx<'_>, id: SpanId) -> Result<(), Stop> {
     let span = known(tx, id)?;
-    let span = Span { uses: span.uses + 1, ..span };
+    let uses = span.uses.checked_add(1).ok_or_else(|| {
+        Stop::refuse(Code::TooLarge, format!("span {id} is used too often; write the bytes anew"))
+    })?;
+    let span = Span { uses, ..span };
     tx.put_row(tables::SPAN, &tables::span_key(id), &span);
     Ok(())
 }
@@ -153,27 +156,24 @@ pub(crate) fn move_span(tx: &mut Tx<'_>, time: Time, op: &MoveSpan) -> Reapplied
     content::progress(tx, to)
 }
 
-/// Takes the last extents of a content away, as many as one entry may.
+/// Takes the first extents of a content away, as many as one entry may.
 pub(crate) fn take_apart(
     tx: &mut Tx<'_>,
     id: ContentId,
     row: &mut ContentRow,
     limit: usize,
 ) -> Result<(), Stop> {
-    for _ in 0..limit {
-        if row.size == 0 {
-            return Ok(());
-        }
-        let offset = read::start_of(tx, id, row.size - 1)?;
-        let key = tables::extent_key(id, offset);
-        let extent: ExtentRow = tx
-            .get_row(tables::EXTENT, &key)?
-            .ok_or_else(|| StoreError::Broken(format!("content {id} has no extent at {offset}")))?;
+    let from = tables::extent_key(id, row.begin);
+    for (key, value) in tx.scan(tables::EXTENT, &from, &key_after(&from[..9]), limit)? {
+        let extent: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
         if let Some(Source::Span(range)) = extent.source {
             release(tx, SpanId(range.span_id))?;
         }
         tx.delete(tables::EXTENT, &key);
-        row.size = offset;
+        row.begin = row.begin.saturating_add(extent.length);
+    }
+    if row.begin > row.size {
+        return Err(StoreError::Broken(format!("content {id} has extents beyond its size")).into());
     }
     Ok(())
 }

@@ -11,10 +11,15 @@ use crate::{args::CollectArgs, output};
 pub(crate) async fn run(client: &Client, args: &CollectArgs) -> Result<ExitCode> {
     let options = CollectOptions { requests_per_s: args.requests_per_s, ..CollectOptions::default() };
     loop {
-        let done = collect(client, options).await?;
-        show(&done, args.json)?;
-        if args.once {
-            return Ok(if done.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        match collect(client, options).await {
+            Ok(done) => {
+                show(&done, args.json)?;
+                if args.once {
+                    return Ok(if done.failures.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+                }
+            }
+            Err(error) if args.once => return Err(error.into()),
+            Err(error) => eprintln!("clutch: {error}; the next pass tries again"),
         }
         client.runtime().clock.sleep(Duration::from_secs(args.every_s)).await;
     }

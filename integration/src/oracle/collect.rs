@@ -12,6 +12,10 @@ use super::{Outcome, Past, ShardOracle, kind_of};
 
 const DONE: Outcome = Ok(Reply::Done(Done {}));
 
+fn remaining(gone: bool) -> Outcome {
+    Ok(Reply::Remaining(Remaining { bytes: 0, gone }))
+}
+
 impl ShardOracle {
     /// Whether a policy lets something go that ended at a time and has so many newer ones.
     fn may_go(&self, policy: Option<SnapshotPolicy>, ended_at: u64, newer: usize) -> Result<(), Code> {
@@ -50,10 +54,12 @@ impl ShardOracle {
         if past.owned {
             let target = kind_of(op.target)?;
             self.check_slot(target.slot().0).map_err(|_| Code::InvalidArgument)?;
-            self.remove_file(op.target)?;
+            if !self.remove_file(op.target)? {
+                return remaining(false);
+            }
         }
         self.past.remove(&(op.dir, op.name.clone(), op.ended_at));
-        DONE
+        remaining(true)
     }
 
     pub(super) fn drop_past_edge(&mut self, op: &DropPastEdge) -> Outcome {
@@ -68,26 +74,29 @@ impl ShardOracle {
     pub(super) fn remove_file_inode(&mut self, op: &RemoveFileInode) -> Outcome {
         let id = kind_of(op.id)?;
         self.check_slot(id.slot().0)?;
-        self.remove_file(op.id)?;
-        DONE
+        let gone = self.remove_file(op.id)?;
+        remaining(gone)
     }
 
-    fn remove_file(&mut self, id: u64) -> Result<(), Code> {
+    /// Whether the file is gone; one with a long history goes in parts.
+    fn remove_file(&mut self, id: u64) -> Result<bool, Code> {
         if kind_of(id)?.is_directory() {
             return Err(Code::IsDirectory);
         }
         let row = self.inodes.get(&id).ok_or(Code::NotFound)?;
-        let mut contents = vec![row.content];
+        let present = row.content;
         let past: Vec<(u64, u64)> = self.past_contents.keys().filter(|(f, _)| *f == id).copied().collect();
+        for key in past.iter().take(CONTENTS_PER_ENTRY_MAX) {
+            if let Some((content, _)) = self.past_contents.remove(key) {
+                self.disown(content);
+            }
+        }
         if past.len() > CONTENTS_PER_ENTRY_MAX {
-            return Err(Code::TooLarge);
+            return Ok(false);
         }
-        contents.extend(past.iter().filter_map(|key| self.past_contents.remove(key)).map(|(c, _)| c));
-        for content in contents {
-            self.disown(content);
-        }
+        self.disown(present);
         self.inodes.remove(&id);
-        Ok(())
+        Ok(true)
     }
 
     pub(super) fn forget_content(&mut self, op: &ForgetContent) -> Outcome {
@@ -116,14 +125,13 @@ impl ShardOracle {
             return Err(Code::TooEarly);
         }
         content.pending = 0;
-        let left = content.extents.len().saturating_sub(EXTENTS_PER_ENTRY_MAX);
-        content.extents.truncate(left);
-        content.size = content.extents.iter().map(|(_, length, _)| length).sum();
-        let bytes = content.size;
-        if left == 0 {
+        let taken = content.extents.len().min(EXTENTS_PER_ENTRY_MAX);
+        content.extents.drain(..taken);
+        let bytes = content.extents.iter().map(|(_, length, _)| length).sum();
+        if bytes == 0 {
             self.contents.remove(&op.content);
         }
-        Ok(Reply::Remaining(Remaining { bytes, gone: left == 0 }))
+        Ok(Reply::Remaining(Remaining { bytes, gone: bytes == 0 }))
     }
 
     pub(super) fn remove_span(&mut self, entry: &RemoveSpanEntry) -> Outcome {

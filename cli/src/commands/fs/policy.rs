@@ -20,7 +20,7 @@ pub(super) async fn run(client: &Client, command: &PolicyCommand) -> Result<()> 
             let dir = client.resolve_directory(path).await?;
             let snapshot = match (keep_age, keep_versions) {
                 (None, None) => None,
-                // The limit that is not named stays as it holds now.
+                // The limit that is not named stays as it holds now, from wherever it came.
                 (age, versions) => {
                     let now = client.snapshot_policy(dir).await?;
                     Some(SnapshotPolicy {

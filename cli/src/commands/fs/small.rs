@@ -188,6 +188,7 @@ fn parse_time(text: &str) -> Result<u64> {
 /// The directory that a name led to, if that was removed and nothing newer of the name can be brought back.
 async fn removed_directory(
     client: &Client,
+    dir: InodeId,
     past: &[PastEdge],
     ended: Option<u64>,
 ) -> Result<Option<InodeId>> {
@@ -197,7 +198,9 @@ async fn removed_directory(
         }
         let Some(id) = InodeId::from_wire(edge.target).filter(|id| id.is_directory()) else { continue };
         match client.stat(id).await {
-            Ok(attributes) if attributes.owner == 0 => return Ok(Some(id)),
+            Ok(attributes) if attributes.owner == 0 && attributes.former_owner == dir.raw() => {
+                return Ok(Some(id));
+            }
             // Moved away, or brought back already.
             Ok(_) => {}
             Err(error) if error.is_not_found() => {}
@@ -215,7 +218,7 @@ pub(super) async fn undelete(
 ) -> Result<()> {
     let (dir, name) = client.resolve_parent(path).await?;
     let past = client.history(dir, Some(&name)).await?;
-    if let Some(removed) = removed_directory(client, &past, ended).await? {
+    if let Some(removed) = removed_directory(client, dir, &past, ended).await? {
         let (new_dir, new_name) = match new_path {
             Some(new_path) => client.resolve_parent(new_path).await?,
             None => (dir, name),

@@ -180,9 +180,11 @@ pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) ->
         size: op.size,
         crc: op.crc,
         storage_class: op.storage_class,
-        granted_until: time
-            .plus_ms(if entry.grant_ms == 0 { CERTIFICATE_LIFETIME_MS } else { entry.grant_ms })
-            .0,
+        granted_until: match entry.grant_ms {
+            _ if mutants::is(Mutant::EraseBeforeGrantsEnd) => 0,
+            0 => time.plus_ms(CERTIFICATE_LIFETIME_MS).0,
+            grant_ms => time.plus_ms(grant_ms).0,
+        },
         ..Span::default()
     };
     let crcs = shape.block_crcs(&op.cell_crcs);

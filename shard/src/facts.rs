@@ -117,9 +117,10 @@ impl ShardFacts {
         let lifetime_end = now.plus_ms(CERTIFICATE_LIFETIME_MS);
         let expiry = match operation {
             // However often a grant is given again, it ends when the span's grants end.
-            Operation::Write => lifetime_end.min(Time(span.granted_until)),
+            Operation::Write if !mutants::is(Mutant::EraseBeforeGrantsEnd) => {
+                lifetime_end.min(Time(span.granted_until))
+            }
             // An erase names the end of the grants for writing: no block comes back after it.
-            Operation::Erase if mutants::is(Mutant::EraseBeforeGrantsEnd) => Time(0),
             Operation::Erase => Time(span.granted_until),
             _ => lifetime_end,
         };

@@ -23,7 +23,7 @@ fuzz_target!(|data: &[u8]| {
     }
     let _ = store.read(&expected, 100, 5000);
     let _ = store.read(&expected, u32::MAX, u32::MAX);
-    let _ = store.write(&expected, data);
+    let _ = store.write(&expected, data, &|| true);
     let _ = store.list();
 });
 

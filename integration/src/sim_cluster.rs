@@ -1,11 +1,6 @@
 //! A simulated cluster: registry, CDC, shards, disks and clients, each on a node of its own.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use clutch_client::{Client, ClientOptions, Observer};
@@ -97,8 +92,6 @@ pub struct SimCluster {
     spares: Mutex<u32>,
     /// Nodes whose start failed; whoever drives the world starts them again.
     failed: Arc<Mutex<Vec<NodeId>>>,
-    /// Nodes that have begun to start and have not come to an end with it.
-    starting: Arc<Mutex<BTreeSet<NodeId>>>,
 }
 
 struct SimLogProvider {
@@ -185,7 +178,6 @@ impl SimCluster {
             homes: Mutex::new(homes),
             spares: Mutex::new(0),
             failed: Arc::default(),
-            starting: Arc::default(),
         };
         for node in this.nodes() {
             this.boot(node);
@@ -251,8 +243,6 @@ impl SimCluster {
         let (cluster, roles, failed) = (self.cluster.clone(), self.roles(node), self.failed.clone());
         let stores = SimStores { images: self.images.clone(), runtime: runtime.clone(), node };
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
-        let starting = self.starting.clone();
-        starting.lock().insert(node);
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
@@ -290,10 +280,7 @@ impl SimCluster {
                 runtime: runtime.clone(),
             };
             match Node::start(config).await {
-                Ok(_node) => {
-                    starting.lock().remove(&node);
-                    std::future::pending::<()>().await;
-                }
+                Ok(_node) => std::future::pending::<()>().await,
                 Err(error) => {
                     tracing::debug!(node = node.0, %error, "a simulated node does not start");
                     runtime.note("node: does not start");
@@ -301,16 +288,6 @@ impl SimCluster {
                 }
             }
         });
-    }
-
-    /// Waits until every node that has a role now has started.
-    pub fn all_started(&self, runtime: Runtime) -> impl Future<Output = ()> + Send + 'static {
-        let (starting, nodes) = (self.starting.clone(), self.nodes());
-        async move {
-            while nodes.iter().any(|node| starting.lock().contains(node)) {
-                runtime.clock.sleep(Duration::from_millis(100)).await;
-            }
-        }
     }
 
     /// Nodes whose start failed since this was asked last.

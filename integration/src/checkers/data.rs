@@ -26,6 +26,20 @@ fn blocks_on(disk: &SimDisk) -> Vec<u64> {
     disk.files().into_iter().filter_map(|(path, _)| hexadecimal(path)).collect()
 }
 
+/// Reads files whole; what cannot be read, or nothing when that does not come to an end.
+fn read_back(cluster: &SimCluster, history: &Arc<History>, files: Vec<InodeId>) -> Option<Vec<String>> {
+    let worker = Worker { client: cluster.client(), history: history.clone(), cluster: cluster.cluster_id() };
+    cluster.world.run(CLIENT, Duration::from_secs(600), async move {
+        let mut failed = Vec::new();
+        for file in files {
+            if let Err(error) = worker.read(file).await {
+                failed.push(format!("file {file} cannot be read after the faults: {error}"));
+            }
+        }
+        failed
+    })
+}
+
 /// Compares what is stored with what was acknowledged.
 pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) -> Vec<Violation> {
     let mut violations = Vec::new();
@@ -55,16 +69,13 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
         }
     }
     in_blocks.truncate(READ_BACK_MAX);
-    let worker = Worker { client: cluster.client(), history: history.clone(), cluster: cluster.cluster_id() };
-    let read = cluster.world.run(CLIENT, Duration::from_secs(600), async move {
-        let mut failed = Vec::new();
-        for file in in_blocks {
-            if let Err(error) = worker.read(file).await {
-                failed.push(format!("file {file} cannot be read after the faults: {error}"));
-            }
-        }
-        failed
-    });
+    let mut read = read_back(cluster, history, in_blocks.clone());
+    // A node that was cut off while it started may give up only now: whoever looks after it starts it again.
+    let gave_up = cluster.take_failed();
+    if !gave_up.is_empty() {
+        gave_up.into_iter().for_each(|node| cluster.restart(node));
+        read = read_back(cluster, history, in_blocks);
+    }
     match read {
         Some(failed) => violations.extend(failed.into_iter().map(|what| Violation::new("data", what))),
         None => violations.push(Violation::new("data", "reading back does not come to an end".into())),

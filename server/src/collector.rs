@@ -277,11 +277,20 @@ async fn forget_past_contents(
     let now = now_of(&pace.client);
     let mut doomed = Vec::new();
     let mut newer: BTreeMap<u64, usize> = BTreeMap::new();
+    // All of these were read before: a policy is asked for once.
+    let mut fresh: BTreeMap<InodeId, SnapshotPolicy> = BTreeMap::new();
     for past in past.into_iter().rev() {
         let dir = InodeId::from_wire(past.dir).filter(|dir| dir.is_directory()).unwrap_or(InodeId::ROOT);
         let count = newer.entry(past.file).or_default();
         if may_go(&policy_of(&pace.client, dir, false).await?, now, past.ended_at, *count) {
-            let policy = policy_of(&pace.client, dir, true).await?;
+            let policy = match fresh.get(&dir) {
+                Some(policy) => *policy,
+                None => {
+                    let policy = policy_of(&pace.client, dir, true).await?;
+                    fresh.insert(dir, policy);
+                    policy
+                }
+            };
             if may_go(&policy, now, past.ended_at, *count) {
                 doomed.push((past, policy));
             }

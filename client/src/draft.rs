@@ -15,7 +15,7 @@ use clutch_proto::{
 
 use crate::{
     error::ClientError,
-    files::{Created, FileAttributes, created},
+    files::{Created, FileAttributes, attributes_of, created},
     path::Resolved,
     policy::WritePolicy,
     rpc::Client,
@@ -41,11 +41,6 @@ impl Draft {
         self.content
     }
 
-    /// What proves that it is the caller's.
-    pub fn cookie(&self) -> &Bytes {
-        &self.cookie
-    }
-
     /// The span that was appended last; `None` when the last extent is not a span.
     pub fn last_span(&self) -> Option<u64> {
         (self.last_span != 0).then_some(self.last_span)
@@ -54,13 +49,6 @@ impl Draft {
     /// Bytes so far.
     pub fn size(&self) -> u64 {
         self.size
-    }
-}
-
-fn attributes_of(reply: Reply) -> Result<Attributes, ClientError> {
-    match reply {
-        Reply::Attributes(attributes) => Ok(attributes),
-        _ => Err(ClientError::unexpected("attributes")),
     }
 }
 

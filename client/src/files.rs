@@ -45,6 +45,13 @@ pub(crate) fn created(reply: Reply) -> Result<Created, ClientError> {
     }
 }
 
+pub(crate) fn attributes_of(reply: Reply) -> Result<Attributes, ClientError> {
+    match reply {
+        Reply::Attributes(attributes) => Ok(attributes),
+        _ => Err(ClientError::unexpected("attributes")),
+    }
+}
+
 impl Client {
     /// An inode's attributes.
     pub async fn stat(&self, id: InodeId) -> Result<Attributes, ClientError> {
@@ -189,10 +196,7 @@ impl Client {
         change: SetAttributes,
     ) -> Result<Attributes, ClientError> {
         let op = Op::SetAttributes(SetAttributes { id: id.raw(), ..change });
-        match self.shard_write(id.slot(), op).await? {
-            Reply::Attributes(attributes) => Ok(attributes),
-            _ => Err(ClientError::unexpected("attributes")),
-        }
+        attributes_of(self.shard_write(id.slot(), op).await?)
     }
 
     /// What a directory, or one name in it, held before; oldest first.

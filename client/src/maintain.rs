@@ -17,7 +17,12 @@ use clutch_proto::{
 };
 
 use crate::{
-    draft::Draft, error::ClientError, files::Created, policy::WritePolicy, rpc::Client, span::Encoded,
+    draft::Draft,
+    error::ClientError,
+    files::{Created, attributes_of},
+    policy::WritePolicy,
+    rpc::Client,
+    span::Encoded,
     write::Never,
 };
 
@@ -112,10 +117,7 @@ impl Client {
             dir: dir.raw(),
             ended_at: past.ended_at,
         };
-        match self.shard_write(file.slot(), Op::RestoreContent(op)).await? {
-            Reply::Attributes(attributes) => Ok(attributes),
-            _ => Err(ClientError::unexpected("attributes")),
-        }
+        attributes_of(self.shard_write(file.slot(), Op::RestoreContent(op)).await?)
     }
 
     /// Forgets a past content that a policy lets go.
@@ -334,10 +336,8 @@ impl Client {
 }
 
 fn last_span(draft: &Draft) -> Result<u64, ClientError> {
-    match draft.last_span {
-        0 => Err(Refusal::new(Code::InvalidArgument, "the draft's last extent is not a span").into()),
-        span => Ok(span),
-    }
+    let none = || Refusal::new(Code::InvalidArgument, "the draft's last extent is not a span").into();
+    draft.last_span().ok_or_else(none)
 }
 
 /// The slot at which a visit goes on.

@@ -5,12 +5,13 @@ use std::time::Duration;
 use clutch_proto::{
     InodeId,
     limits::{PATH_DEPTH_MAX, SNAPSHOT_AGE_MS_DEFAULT},
-    shard::{SetPolicy, shard_reply::Reply, shard_request::Op},
+    shard::{SetPolicy, shard_request::Op},
     types::{Attributes, DirectoryPolicy, PolicyPart, SnapshotPolicy},
 };
 
 use crate::{
     error::ClientError,
+    files::attributes_of,
     rpc::{Client, lock},
 };
 
@@ -172,10 +173,7 @@ impl Client {
         let reply = self.shard_write(dir.slot(), op).await;
         // Of this directory and of all that inherit from it.
         lock(&self.inner.policies).known.clear();
-        match reply? {
-            Reply::Attributes(attributes) => Ok(attributes),
-            _ => Err(ClientError::unexpected("attributes")),
-        }
+        attributes_of(reply?)
     }
 }
 

@@ -55,10 +55,7 @@ pub(crate) fn attributes_of(reply: Reply) -> Result<Attributes, ClientError> {
 impl Client {
     /// An inode's attributes.
     pub async fn stat(&self, id: InodeId) -> Result<Attributes, ClientError> {
-        match self.shard_read(id.slot(), Op::Stat(Stat { id: id.raw() })).await? {
-            Reply::Attributes(attributes) => Ok(attributes),
-            _ => Err(ClientError::unexpected("attributes")),
-        }
+        attributes_of(self.shard_read(id.slot(), Op::Stat(Stat { id: id.raw() })).await?)
     }
 
     /// One page of a directory: entries, and the cursor of the next page or 0.

@@ -2,7 +2,7 @@
 //! bugs would be found again is shown by their mutants (`tests/mutants.rs`).
 //!
 //! A change of timing or of the generator moves what seeds reach. Then new pins are looked for with
-//! `cargo run --release -p clutch-integration --example pin -- 1 6000`.
+//! `cargo run --release -p clutch-integration --example pin`, which keeps the pins that still hold.
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -663,12 +663,13 @@ pub(crate) struct FsckArgs {
 pub(crate) enum BenchCommand {
     /// Metadata operations.
     Meta {
-        /// Comma-separated: mkdir, create, lookup, stat, readdir, rename, unlink, rmdir.
+        /// Comma-separated: mkdir, create, lookup, stat, readdir, rename, unlink, rename-dir, rmdir.
         #[arg(
             long,
-            default_value = "mkdir,create,lookup,stat,readdir,rename,unlink,rmdir",
+            default_value = "mkdir,create,lookup,stat,readdir,rename,unlink,rename-dir,rmdir",
             value_delimiter = ',',
-            value_parser = ["mkdir", "create", "lookup", "stat", "readdir", "rename", "unlink", "rmdir"]
+            value_parser =
+                ["mkdir", "create", "lookup", "stat", "readdir", "rename", "unlink", "rename-dir", "rmdir"]
         )]
         ops: Vec<String>,
         /// Clients, each with a session of its own.
@@ -699,4 +700,31 @@ pub(crate) enum BenchCommand {
         #[arg(long)]
         json: bool,
     },
+    /// The whole table, on clusters that it starts for itself: rates, latencies, processor time, memory, restart, disk.
+    Table(TableArgs),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TableArgs {
+    /// Clusters are made in new directories under this one, and removed afterwards.
+    #[arg(long, default_value = ".")]
+    pub(crate) dir: PathBuf,
+    /// Where the clusters for file data are made: a file system in memory, so that the disk does not count.
+    #[arg(long, default_value = "/dev/shm")]
+    pub(crate) memory_dir: PathBuf,
+    /// Comma-separated parts of the table; all of them when nothing is said.
+    #[arg(long, value_delimiter = ',', value_parser = ["files", "directories", "many", "data"])]
+    pub(crate) parts: Vec<String>,
+    /// Files of the rows on files and directories.
+    #[arg(long, default_value_t = 100_000, value_parser = clap::value_parser!(u64).range(1..=100_000_000))]
+    pub(crate) files: u64,
+    /// Files of the rows on memory, restart and disk.
+    #[arg(long, default_value_t = 1_000_000, value_parser = clap::value_parser!(u64).range(1..=1_000_000_000))]
+    pub(crate) many: u64,
+    /// MiB of file data.
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+    pub(crate) data_mib: u64,
+    /// Print one JSON document.
+    #[arg(long)]
+    pub(crate) json: bool,
 }

@@ -6,7 +6,7 @@
 
 #![allow(unsafe_code)]
 
-use std::process::ExitCode;
+use std::{io::Write as _, process::ExitCode};
 
 use anyhow::{Result, bail};
 
@@ -65,6 +65,16 @@ extern "C" fn on_signal(signal: libc::c_int) {
     unsafe {
         libc::raise(signal);
     }
+}
+
+/// Ends the process at once, without the destructors of C++ statics: threads that still work with them would fall over
+/// what is destroyed, and a clean stop would look like a crash.
+pub(crate) fn end(code: ExitCode) -> ! {
+    // What cannot be written any more has been reported where it was printed.
+    let _ = std::io::stdout().flush();
+    let number = (0..=u8::MAX).find(|number| ExitCode::from(*number) == code).unwrap_or(1);
+    // SAFETY: has no preconditions and does not return.
+    unsafe { libc::_exit(i32::from(number)) }
 }
 
 /// Crashes on purpose, for the test of all this.

@@ -35,7 +35,7 @@ fn main() -> ExitCode {
     };
     // Owners on threads of their own must not see the timers end under them: the process ends them all.
     std::mem::forget(runtime);
-    code
+    crash::end(code)
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {

@@ -4,9 +4,10 @@ use bytes::Bytes;
 use clutch_proto::{
     InodeId, Refusal,
     cdc::{MakeDirectory, RemoveDirectory, RenameDirectory, RenameFile, cdc_request},
+    listing::{self, DirEntry},
     shard::{
-        CreateSymlink, DirEntry, EdgeReply, History, PastEdge, ReadDir, RenameInDirectory, SetAttributes,
-        Stat, Undelete, Unlink, shard_reply::Reply, shard_request::Op,
+        CreateSymlink, EdgeReply, History, PastEdge, ReadDir, RenameInDirectory, SetAttributes, Stat,
+        Undelete, Unlink, shard_reply::Reply, shard_request::Op,
     },
     types::{Attributes, Code},
 };
@@ -66,7 +67,7 @@ impl Client {
     ) -> Result<(Vec<DirEntry>, u64), ClientError> {
         let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor, limit: 0 });
         match self.shard_read(dir.slot(), op).await? {
-            Reply::ReadDir(page) => Ok((page.entries, page.next_cursor)),
+            Reply::ReadDir(page) => Ok((listing::entries(page.entries)?, page.next_cursor)),
             _ => Err(ClientError::unexpected("a page")),
         }
     }
@@ -127,13 +128,14 @@ impl Client {
         self.shard_write(at.parent.slot(), Op::Unlink(op)).await.map(drop)
     }
 
-    /// Gives a file or directory another name or place. A file of the new name is replaced.
+    /// Gives a file or directory another name or place, and returns it as it is found there. A file of the new name is
+    /// replaced.
     pub async fn rename(
         &self,
         at: &Resolved,
         new_owner: InodeId,
         new_name: &Bytes,
-    ) -> Result<(), ClientError> {
+    ) -> Result<Resolved, ClientError> {
         if at.name.is_empty() {
             return Err(Refusal::new(Code::InvalidArgument, "the root directory cannot be moved").into());
         }
@@ -147,8 +149,11 @@ impl Client {
                 created_at,
                 new_name: new_name.clone(),
             };
-            return self.shard_write(new_owner.slot(), Op::RenameInDirectory(op)).await.map(drop);
+            let made = created(self.shard_write(new_owner.slot(), Op::RenameInDirectory(op)).await?)?;
+            return Ok(Resolved { name: new_name.clone(), created_at: made.created_at, ..at.clone() });
         }
+        let moved =
+            |created_at| Resolved { parent: new_owner, name: new_name.clone(), created_at, ..at.clone() };
         let (new_owner, new_name) = (new_owner.raw(), new_name.clone());
         let op = if at.id.is_directory() {
             cdc_request::Op::RenameDirectory(RenameDirectory {
@@ -169,7 +174,7 @@ impl Client {
                 new_name,
             })
         };
-        self.cdc(op).await.map(drop)
+        self.cdc(op).await.map(|reply| moved(reply.created_at))
     }
 
     /// Makes a symbolic link.

@@ -65,6 +65,16 @@ impl View for SimStore {
         self.memory.get(table, key)
     }
 
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        self.memory.visit(table, from, until, each)
+    }
+
     fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
         self.memory.scan(table, from, until, limit)
     }

@@ -104,7 +104,7 @@ impl Worker {
                     let Reply::ReadDir(page) = client.shard_read(dir.slot(), Op::ReadDir(op)).await? else {
                         return Err(Refusal::malformed("not a page").into());
                     };
-                    count += page.entries.len();
+                    count += clutch_proto::listing::entries(page.entries)?.len();
                     if page.next_cursor == 0 {
                         return Ok(format!("{count} entries"));
                     }

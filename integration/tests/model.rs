@@ -13,6 +13,7 @@ use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, InodeKind, Refusal,
     cdc::{self, CdcEntry, CdcReply, CdcRequest, StepDone, cdc_request},
+    listing,
     shard::*,
     state::{Entry, entry::Kind},
     types::{ClientTag, Code, SnapshotPolicy},
@@ -709,7 +710,7 @@ impl Test {
         loop {
             let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor, limit });
             let Ok(Reply::ReadDir(page)) = self.system.read(dir.slot().0, op) else { panic!("no page") };
-            for entry in page.entries {
+            for entry in listing::entries(page.entries).expect("a page") {
                 let id = InodeId::from_wire(entry.target).expect("an inode");
                 assert!(
                     listed.insert(entry.name, (id, entry.created_at)).is_none(),

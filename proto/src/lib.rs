@@ -8,6 +8,7 @@ pub mod crc;
 pub mod error;
 pub mod ids;
 pub mod limits;
+pub mod listing;
 pub mod mutants;
 pub mod name;
 pub mod span;

@@ -4,16 +4,21 @@ use bytes::Bytes;
 use clutch_proto::{
     ContentId, InodeKind, Refusal, SpanId,
     limits::{LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX, WHOLE_HISTORY_ROWS_MAX},
+    listing,
     mutants::{self, Mutant},
     name,
     shard::{
-        ContentRow, DirEntry, EdgeReply, EdgeRow, ExtentRow, History, HistoryReply, Layout, LayoutReply,
-        Lookup, PastEdge, PastEdgeRow, ReadDir, ReadDirReply, ShardRequest, Stat, extent_row,
-        shard_reply::Reply, shard_request::Op,
+        ContentRow, EdgeReply, EdgeRow, ExtentRow, History, HistoryReply, Layout, LayoutReply, Lookup,
+        PastEdge, PastEdgeRow, ReadDir, ReadDirReply, ShardRequest, Stat, extent_row, shard_reply::Reply,
+        shard_request::Op,
     },
     types::{Code, Extent, Span, extent::Source},
 };
-use clutch_state::{Stop, StoreError, View, get_row, key_after, store::decode_row};
+use clutch_state::{
+    Stop, StoreError, View, get_row, key_after,
+    store::{decode_row, hex},
+};
+use prost::Message as _;
 
 use crate::{Rows, check_slot, inode, parse_directory, parse_inode, tables, visit};
 
@@ -68,37 +73,29 @@ fn read_dir(mut view: &dyn View, op: &ReadDir) -> Result<Reply, Stop> {
         asked => asked.min(READDIR_ENTRIES_MAX),
     };
     let until = key_after(&tables::directory_prefix(dir));
-    let mut fetch = limit + 1;
-    loop {
-        let rows = view.scan(tables::EDGE, &tables::edge_from(dir, op.cursor), &until, fetch)?;
-        let hash_of = |key: &[u8]| tables::parse_edge_key(key).map(|(_, hash, _)| hash);
-        let (page, next_cursor) = if rows.len() < fetch {
-            (&rows[..], 0)
-        } else {
-            let next = hash_of(&rows[rows.len() - 1].0).unwrap_or(0);
-            let end = rows.partition_point(|(key, _)| hash_of(key).unwrap_or(0) < next);
-            if end == 0 {
-                // More names of one hash than a page holds: the page grows.
-                fetch *= 2;
-                continue;
-            }
-            (&rows[..end], next)
+    let mut reply = ReadDirReply::default();
+    let mut page = Vec::new();
+    let (mut count, mut last_hash) = (0, 0);
+    let mut broken = None;
+    view.visit(tables::EDGE, &tables::edge_from(dir, op.cursor), &until, &mut |key, value| {
+        let parsed = tables::parse_edge_key(key).zip(EdgeRow::decode(value).ok());
+        let Some(((_, hash, name), edge)) = parsed else {
+            broken = Some(StoreError::Broken(format!("the edge at key {} cannot be decoded", hex(key))));
+            return false;
         };
-        let next_cursor = match next_cursor {
-            0 => 0,
-            next => next + u64::from(mutants::is(Mutant::ListingSkips)),
-        };
-        let mut reply = ReadDirReply { entries: Vec::with_capacity(page.len()), next_cursor };
-        for (key, value) in page {
-            let edge: EdgeRow = decode_row(tables::EDGE, key, value.clone())?;
-            reply.entries.push(DirEntry {
-                name: key.slice(17..),
-                target: edge.target,
-                created_at: edge.created_at,
-            });
+        if count >= limit && hash != last_hash {
+            reply.next_cursor = hash + u64::from(mutants::is(Mutant::ListingSkips));
+            return false;
         }
-        return Ok(Reply::ReadDir(reply));
+        listing::push(&mut page, name, edge.target, edge.created_at);
+        (count, last_hash) = (count + 1, hash);
+        true
+    })?;
+    if let Some(error) = broken {
+        return Err(error.into());
     }
+    reply.entries = page.into();
+    Ok(Reply::ReadDir(reply))
 }
 
 fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {

@@ -37,18 +37,37 @@ impl MemoryStore {
     }
 }
 
-fn scan(map: &Map, table: Table, from: &[u8], until: &[u8], limit: usize) -> Rows {
+fn range<'a>(
+    map: &'a Map,
+    table: Table,
+    from: &[u8],
+    until: &[u8],
+) -> impl Iterator<Item = (&'a [u8], &'a Bytes)> {
     let start = table.stored_key(from);
     let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
-    if start >= end {
-        return Rows::new();
-    }
-    map.range(start..end).take(limit).map(|(k, v)| (Bytes::copy_from_slice(&k[1..]), v.clone())).collect()
+    let range = (start < end).then(|| map.range(start..end));
+    range.into_iter().flatten().map(|(key, value)| (&key[1..], value))
+}
+
+fn scan(map: &Map, table: Table, from: &[u8], until: &[u8], limit: usize) -> Rows {
+    range(map, table, from, until).take(limit).map(|(k, v)| (Bytes::copy_from_slice(k), v.clone())).collect()
 }
 
 impl View for Map {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
         Ok(BTreeMap::get(self, &table.stored_key(key)).cloned())
+    }
+
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        // Ends at the first row that nothing wants to follow.
+        let _ = range(self, table, from, until).all(|(key, value)| each(key, value));
+        Ok(())
     }
 
     fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
@@ -59,6 +78,16 @@ impl View for Map {
 impl View for MemoryStore {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
         Ok(self.rows.read().get(&table.stored_key(key)).cloned())
+    }
+
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        self.rows.read().visit(table, from, until, each)
     }
 
     fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {

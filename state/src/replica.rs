@@ -278,6 +278,8 @@ impl<M: Machine> Replica<M> {
                         if let Err(error) = flushed {
                             tracing::error!(replica = %self.config.name, %error, "flush at stop");
                         }
+                        // Whoever is told so may open the store again.
+                        drop((events, self));
                         // The asker may be gone.
                         let _ = stopped.send(());
                         return;

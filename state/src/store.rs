@@ -69,8 +69,27 @@ pub type Rows = Vec<(Bytes, Bytes)>;
 pub trait View: Send + Sync {
     /// One row.
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
+    /// Shows the rows with `from <= key < until`, ascending, until `each` returns false; an empty `until` means to the
+    /// table's end. Keys and values are not copied.
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError>;
+
     /// Up to `limit` rows with `from <= key < until`, ascending; an empty `until` means to the table's end.
-    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError>;
+    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
+        let mut rows = Rows::new();
+        if limit > 0 {
+            self.visit(table, from, until, &mut |key, value| {
+                rows.push((Bytes::copy_from_slice(key), Bytes::copy_from_slice(value)));
+                rows.len() < limit
+            })?;
+        }
+        Ok(rows)
+    }
 }
 
 /// Rows to write: the key as stored, and the value or `None` to delete.

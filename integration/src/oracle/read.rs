@@ -4,6 +4,7 @@ use bytes::Bytes;
 use clutch_proto::{
     InodeKind,
     limits::{READDIR_ENTRIES_MAX, VISIT_ROWS_MAX, VISIT_SPANS_MAX},
+    listing,
     name::{self, hash63},
     shard::*,
     types::{Attributes, Code},
@@ -60,17 +61,19 @@ impl ShardOracle {
             asked => asked.min(READDIR_ENTRIES_MAX),
         };
         let all = self.edges.range((op.dir, Bytes::new())..).take_while(|((d, _), _)| *d == op.dir);
-        let mut names: Vec<(u64, DirEntry)> = all
-            .map(|((_, name), e)| {
-                (hash63(name), DirEntry { name: name.clone(), target: e.target, created_at: e.created_at })
-            })
-            .filter(|(hash, _)| *hash >= op.cursor)
+        let mut names: Vec<(u64, &Bytes, &Edge)> = all
+            .map(|((_, name), edge)| (hash63(name), name, edge))
+            .filter(|(hash, ..)| *hash >= op.cursor)
             .collect();
-        names.sort_by(|(a, x), (b, y)| (a, &x.name).cmp(&(b, &y.name)));
+        names.sort_by_key(|(hash, name, _)| (*hash, *name));
         let next_cursor = if names.len() <= limit { 0 } else { names[limit].0 };
         // Equal hashes stay together; the names here never have equal ones.
         names.truncate(limit);
-        Ok(Reply::ReadDir(ReadDirReply { entries: names.into_iter().map(|(_, e)| e).collect(), next_cursor }))
+        let mut entries = Vec::new();
+        for (_, name, edge) in names {
+            listing::push(&mut entries, name, edge.target, edge.created_at);
+        }
+        Ok(Reply::ReadDir(ReadDirReply { entries: entries.into(), next_cursor }))
     }
 
     /// Content, size and lengths; the spans' certificates are not modelled.

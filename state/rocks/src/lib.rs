@@ -7,7 +7,7 @@
 use std::{path::Path, sync::Arc};
 
 use bytes::Bytes;
-use clutch_state::store::{Rows, Store, StoreError, Table, View, WriteBatch, key_after};
+use clutch_state::store::{Store, StoreError, Table, View, WriteBatch, key_after};
 use rocksdb::{
     BlockBasedOptions, Cache, DB, DBCompressionType, FlushOptions, Options, ReadOptions, ReadTier,
     WriteBufferManager, WriteOptions, checkpoint::Checkpoint,
@@ -77,33 +77,30 @@ impl RocksStore {
     }
 }
 
-fn scan(
+fn visit(
     db: &DB,
     mut options: ReadOptions,
     table: Table,
     from: &[u8],
     until: &[u8],
-    limit: usize,
-) -> Result<Rows, StoreError> {
+    each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+) -> Result<(), StoreError> {
     let start = table.stored_key(from);
     let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
-    let mut rows = Rows::new();
-    if limit == 0 || !end.is_empty() && start >= end {
-        return Ok(rows);
+    if !end.is_empty() && start >= end {
+        return Ok(());
     }
     if !end.is_empty() {
         options.set_iterate_upper_bound(end);
     }
     let mut iterator = db.raw_iterator_opt(options);
     iterator.seek(&start);
-    while rows.len() < limit
-        && let Some((key, value)) = iterator.item()
+    while let Some((key, value)) = iterator.item()
+        && each(&key[1..], value)
     {
-        rows.push((Bytes::copy_from_slice(&key[1..]), Bytes::copy_from_slice(value)));
         iterator.next();
     }
-    iterator.status().map_err(engine)?;
-    Ok(rows)
+    iterator.status().map_err(engine)
 }
 
 impl View for RocksStore {
@@ -111,8 +108,14 @@ impl View for RocksStore {
         Ok(self.db.get(table.stored_key(key)).map_err(engine)?.map(Bytes::from))
     }
 
-    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
-        scan(&self.db, ReadOptions::default(), table, from, until, limit)
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        visit(&self.db, ReadOptions::default(), table, from, until, each)
     }
 }
 
@@ -174,10 +177,16 @@ impl View for RocksSnapshot {
         Ok(self.snapshot.get(table.stored_key(key)).map_err(engine)?.map(Bytes::from))
     }
 
-    fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
         let mut options = ReadOptions::default();
         options.set_snapshot(&self.snapshot);
-        scan(&self.db, options, table, from, until, limit)
+        visit(&self.db, options, table, from, until, each)
     }
 }
 

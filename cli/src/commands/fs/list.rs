@@ -2,7 +2,7 @@
 
 use anyhow::{Context as _, Result};
 use clutch_client::Client;
-use clutch_proto::{InodeId, InodeKind, shard::DirEntry, types::Attributes};
+use clutch_proto::{InodeId, InodeKind, listing::DirEntry, types::Attributes};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 

@@ -64,7 +64,8 @@ pub(super) async fn mv(client: &Client, source: &str, target: &str) -> Result<()
         (dir, &name) != (from.parent, &from.name) || source == target,
         "{source} and {target} are the same"
     );
-    client.rename(&from, dir, &name).await.with_context(|| format!("move {source} to {target}"))
+    client.rename(&from, dir, &name).await.with_context(|| format!("move {source} to {target}"))?;
+    Ok(())
 }
 
 pub(super) async fn rm(client: &Client, paths: &[String], recursive: bool, force: bool) -> Result<()> {

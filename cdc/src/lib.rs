@@ -15,6 +15,7 @@ mod locks;
 pub mod steps;
 pub mod tables;
 
+use bytes::Bytes;
 use clutch_log::Position;
 use clutch_proto::{
     InodeId, Refusal, Time,
@@ -28,7 +29,8 @@ use clutch_proto::{
     types::{ClientTag, Code},
 };
 use clutch_state::{
-    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, machine::Effects, store::decode_row,
+    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, get_row, key_after, machine::Effects,
+    store::decode_row,
 };
 
 use steps::{Next, State};
@@ -151,7 +153,8 @@ impl Machine for Cdc {
 }
 
 fn live(view: &dyn View) -> Result<Vec<(u64, TransactionRow)>, StoreError> {
-    let rows = view.scan(tables::TRANSACTION, &[], &[], usize::MAX)?;
+    let counters: CountersRow = get_row(view, tables::COUNTERS, &[])?.unwrap_or_default();
+    let rows = view.scan(tables::TRANSACTION, &tables::key(counters.oldest), &[], usize::MAX)?;
     rows.into_iter()
         .map(|(key, value)| Ok((tables::parse(&key)?, decode_row(tables::TRANSACTION, &key, value)?)))
         .collect()
@@ -259,6 +262,9 @@ fn apply_begin(
         return Err(Stop::refuse(Code::Overloaded, format!("{TRANSACTIONS_MAX} transactions are in flight")));
     }
     counters.transaction += 1;
+    if counters.live == 0 {
+        counters.oldest = counters.transaction;
+    }
     counters.live += 1;
     tx.put_row(tables::COUNTERS, &[], &counters);
     let id = counters.transaction;
@@ -304,12 +310,11 @@ fn issue(
     {
         row.walk_blocked_by = blocker;
         put(tx, id, &row);
+        tx.put(tables::BLOCKED_WALK, &tables::pair(blocker, id), Bytes::new());
         return Ok(());
     }
     put(tx, id, &row);
-    let oldest = tx.scan(tables::TRANSACTION, &[], &[], 1)?;
-    let oldest = oldest.first().map(|(key, _)| tables::parse(key)).transpose()?.unwrap_or(id);
-    effects.actions.push(send(id, &row, oldest));
+    effects.actions.push(send(id, &row, counters(tx)?.oldest));
     Ok(())
 }
 
@@ -362,6 +367,12 @@ fn finish(
     tx.delete(tables::TRANSACTION, &tables::key(id));
     let mut counters = counters(tx)?;
     counters.live -= 1;
+    if counters.oldest == id {
+        // What was deleted before the oldest is never looked at again.
+        let next = tx.scan(tables::TRANSACTION, &tables::key(id + 1), &[], 1)?;
+        let next = next.first().map(|(key, _)| tables::parse(key)).transpose()?;
+        counters.oldest = next.unwrap_or(counters.transaction + 1);
+    }
     tx.put_row(tables::COUNTERS, &[], &counters);
     if let Some(tag) = &row.tag {
         effects.resolve(*tag, result);
@@ -369,13 +380,13 @@ fn finish(
     if let Some(moved) = steps::moved_directory(row) {
         tx.delete(tables::MOVING, &tables::key(moved));
         // Walks that met this move begin again from their start.
-        let waiting = tx.scan(tables::TRANSACTION, &[], &[], usize::MAX)?;
-        for (key, value) in waiting {
-            let mut other: TransactionRow = decode_row(tables::TRANSACTION, &key, value)?;
-            if other.walk_blocked_by == id {
-                steps::begin_walk(&mut other);
-                issue(tx, tables::parse(&key)?, other, State::Walk, effects)?;
-            }
+        let until = key_after(&tables::key(id));
+        for (key, _) in tx.scan(tables::BLOCKED_WALK, &tables::pair(id, 0), &until, usize::MAX)? {
+            tx.delete(tables::BLOCKED_WALK, &key);
+            let waiting = tables::second(&key)?;
+            let mut other = get(tx, waiting)?;
+            steps::begin_walk(&mut other);
+            issue(tx, waiting, other, State::Walk, effects)?;
         }
     }
     for ready in locks::release(tx, id, &steps::directories(row))? {

@@ -1,21 +1,27 @@
 //! Queues of transactions in front of directories.
 
+use bytes::Bytes;
 use clutch_proto::cdc::LockQueueRow;
-use clutch_state::{StoreError, Tx};
+use clutch_state::{StoreError, Tx, key_after};
 
 use crate::tables;
 
-fn queue(tx: &mut Tx<'_>, dir: u64) -> Result<LockQueueRow, StoreError> {
-    Ok(tx.get_row(tables::LOCK, &tables::key(dir))?.unwrap_or_default())
+fn queue(tx: &mut Tx<'_>, dir: u64) -> Result<Option<LockQueueRow>, StoreError> {
+    tx.get_row(tables::LOCK, &tables::key(dir))
 }
 
 /// Enters all queues at once; true if the transaction heads every one of them.
 pub(crate) fn enqueue(tx: &mut Tx<'_>, id: u64, dirs: &[u64]) -> Result<bool, StoreError> {
     let mut heads_all = true;
     for dir in dirs {
-        let mut row = queue(tx, *dir)?;
-        heads_all &= row.transactions.is_empty();
-        row.transactions.push(id);
+        let row = match queue(tx, *dir)? {
+            None => LockQueueRow { head: id, waiting: 0 },
+            Some(row) => {
+                heads_all = false;
+                tx.put(tables::LOCK_WAITER, &tables::pair(*dir, id), Bytes::new());
+                LockQueueRow { waiting: row.waiting + 1, ..row }
+            }
+        };
         tx.put_row(tables::LOCK, &tables::key(*dir), &row);
     }
     Ok(heads_all)
@@ -25,18 +31,24 @@ pub(crate) fn enqueue(tx: &mut Tx<'_>, id: u64, dirs: &[u64]) -> Result<bool, St
 pub(crate) fn release(tx: &mut Tx<'_>, id: u64, dirs: &[u64]) -> Result<Vec<u64>, StoreError> {
     let mut heads = Vec::new();
     for dir in dirs {
-        let mut row = queue(tx, *dir)?;
-        if row.transactions.first() != Some(&id) {
-            return Err(StoreError::Broken(format!("transaction {id} does not hold directory {dir:x}")));
+        let row = queue(tx, *dir)?.filter(|row| row.head == id);
+        let row = row
+            .ok_or_else(|| StoreError::Broken(format!("transaction {id} does not hold directory {dir:x}")))?;
+        if row.waiting == 0 {
+            tx.delete(tables::LOCK, &tables::key(*dir));
+            continue;
         }
-        row.transactions.remove(0);
-        match row.transactions.first() {
-            Some(head) => {
-                heads.push(*head);
-                tx.put_row(tables::LOCK, &tables::key(*dir), &row);
-            }
-            None => tx.delete(tables::LOCK, &tables::key(*dir)),
-        }
+        // Who waits is younger than the head, so what left the queue before is never looked at again.
+        let from = tables::pair(*dir, id + 1);
+        let next = tx.scan(tables::LOCK_WAITER, &from, &key_after(&tables::key(*dir)), 1)?;
+        let (key, _) = next.first().ok_or_else(|| {
+            StoreError::Broken(format!("{} wait for directory {dir:x}, but none is there", row.waiting))
+        })?;
+        let head = tables::second(key)?;
+        tx.delete(tables::LOCK_WAITER, key);
+        let row = LockQueueRow { head, waiting: row.waiting - 1 };
+        tx.put_row(tables::LOCK, &tables::key(*dir), &row);
+        heads.push(head);
     }
     heads.sort_unstable();
     heads.dedup();
@@ -45,7 +57,7 @@ pub(crate) fn release(tx: &mut Tx<'_>, id: u64, dirs: &[u64]) -> Result<Vec<u64>
         let transaction = crate::get(tx, head)?;
         let mut heads_all = transaction.run_order == 0;
         for dir in crate::steps::directories(&transaction) {
-            heads_all &= queue(tx, dir)?.transactions.first() == Some(&head);
+            heads_all &= queue(tx, dir)?.is_some_and(|row| row.head == head);
         }
         if heads_all {
             ready.push(head);

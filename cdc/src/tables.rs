@@ -13,6 +13,27 @@ pub const LOCK: Table = Table(19);
 /// Directory that is being moved → transaction.
 pub const MOVING: Table = Table(20);
 
+/// Directory and transaction that waits for it behind the head of its queue → nothing.
+pub const LOCK_WAITER: Table = Table(21);
+/// Transaction that moves a directory and one whose walk met it → nothing.
+pub const BLOCKED_WALK: Table = Table(22);
+
+/// Two numbers as key.
+pub fn pair(first: u64, second: u64) -> [u8; 16] {
+    let mut key = [0; 16];
+    key[..8].copy_from_slice(&first.to_be_bytes());
+    key[8..].copy_from_slice(&second.to_be_bytes());
+    key
+}
+
+/// The second number of a key of two.
+pub fn second(key: &[u8]) -> Result<u64, StoreError> {
+    match key.split_at_checked(8) {
+        Some((_, second)) => parse(second),
+        None => parse(key),
+    }
+}
+
 /// A number as key.
 pub fn key(number: u64) -> [u8; 8] {
     number.to_be_bytes()

@@ -16,10 +16,15 @@ use bytes::Bytes;
 use clutch_log::LogId;
 use clutch_runtime::{Runtime, simulated::NodeId};
 use clutch_state::{
-    MemoryStore, Store, StoreError, Table, View,
+    BufferedStore, MemoryStore, RowCache, Store, StoreError, Table, View,
     store::{Rows, WriteBatch},
 };
 use parking_lot::Mutex;
+
+/// Rows that a simulated replica holds back.
+const WAITING_ROWS_MAX: usize = 12;
+/// So small that rows leave it.
+const CACHE_BYTES: usize = 4096;
 
 type Image = Arc<Mutex<Arc<MemoryStore>>>;
 
@@ -44,12 +49,14 @@ impl SimImages {
             true => "store: begins empty",
             false => "store: begins in mid-log",
         });
-        Arc::new(SimStore {
+        let store = Arc::new(SimStore {
             memory,
             image,
             runtime: runtime.clone(),
             flush_permille: self.flush_permille.clone(),
-        })
+        });
+        // Rows wait in memory as in production, but not so many that hardly any crash finds them written.
+        Arc::new(BufferedStore::new(store, RowCache::new(CACHE_BYTES), WAITING_ROWS_MAX, 1 << 20))
     }
 }
 

@@ -88,7 +88,8 @@ impl NodeHandler {
                         format!("block service {:x} is not on this node", request.number),
                     )
                 })?;
-                let reply = service.handle(request.body).await?;
+                // In a box of its own: requests to the logs, which are many and small, must not carry its size.
+                let reply = Box::pin(service.handle(request.body)).await?;
                 return Ok(Response { body: reply.encode_to_vec().into(), ..Response::default() });
             }
             Role::Unspecified => {
@@ -101,7 +102,7 @@ impl NodeHandler {
         if request.admin {
             let op = AdminRequest::decode(request.body)
                 .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
-            let mut reply = replica.admin(op).await?;
+            let mut reply = Box::pin(replica.admin(op)).await?;
             add_process(&mut reply, self.process_usage);
             return Ok(Response { body: reply.encode_to_vec().into(), ..Response::default() });
         }

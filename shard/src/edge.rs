@@ -54,7 +54,7 @@ fn unlocked(edge: EdgeRow, name: &[u8]) -> Result<EdgeRow, Stop> {
 pub(crate) fn end(tx: &mut Tx<'_>, time: Time, dir: InodeId, name: &[u8], edge: &EdgeRow, owned: bool) {
     tx.delete(tables::EDGE, &tables::edge_key(dir, name));
     let past = PastEdgeRow { target: edge.target, created_at: edge.created_at, owned };
-    tx.put_row(tables::PAST_EDGE, &tables::past_edge_key(dir, name, time.0), &past);
+    tx.insert_row(tables::PAST_EDGE, &tables::past_edge_key(dir, name, time.0), &past);
 }
 
 /// Puts an edge in place of whatever file has the name; returns the inode that was replaced, or 0.
@@ -115,11 +115,11 @@ pub(crate) fn create_file(tx: &mut Tx<'_>, time: Time, op: CreateFile) -> Reappl
         row.size = op.data.len() as u64;
         row.content = content.0;
         let content_row = ContentRow { size: row.size, file: id.raw(), ..ContentRow::default() };
-        tx.put_row(tables::CONTENT, &tables::content_key(content), &content_row);
+        tx.insert_row(tables::CONTENT, &tables::content_key(content), &content_row);
         let extent = ExtentRow { length: row.size, source: Some(Source::Inline(op.data)) };
-        tx.put_row(tables::EXTENT, &tables::extent_key(content, 0), &extent);
+        tx.insert_row(tables::EXTENT, &tables::extent_key(content, 0), &extent);
     }
-    inode::put(tx, id, &row);
+    inode::insert(tx, id, &row);
     touch(tx, time, dir, dir_row);
     Ok(made(time, id, replaced))
 }
@@ -139,7 +139,7 @@ pub(crate) fn create_symlink(tx: &mut Tx<'_>, time: Time, op: CreateSymlink) -> 
     let mut row = inode::new_row(time, 0o777, op.uid, op.gid, op.mtime);
     row.size = op.target.len() as u64;
     row.symlink_target = op.target;
-    inode::put(tx, id, &row);
+    inode::insert(tx, id, &row);
     touch(tx, time, dir, dir_row);
     Ok(made(time, id, replaced))
 }
@@ -165,7 +165,7 @@ pub(crate) fn link_file(tx: &mut Tx<'_>, time: Time, op: LinkFile) -> Reapplied 
     tx.put_row(tables::CONTENT, &tables::content_key(content), &content_row);
     let mut row = inode::new_row(time, op.mode, op.uid, op.gid, op.mtime);
     (row.size, row.content) = (content_row.size, content.0);
-    inode::put(tx, id, &row);
+    inode::insert(tx, id, &row);
     touch(tx, time, dir, dir_row);
     Ok(made(time, id, replaced))
 }

@@ -97,13 +97,15 @@ impl ShardFacts {
     }
 
     /// Adds certificates and addresses to the blocks of a reply.
-    pub(crate) fn sign(&self, reply: &mut ShardReply, now: Time) {
+    pub(crate) fn sign(&self, reply: &mut ShardReply, now: &dyn Fn() -> Time) {
         match &mut reply.reply {
-            Some(Reply::Span(span)) if !span.certified => self.grant(span, Operation::Write, now),
+            Some(Reply::Span(span)) if !span.certified => self.grant(span, Operation::Write, now()),
             Some(Reply::Layout(layout)) => {
+                let now = now();
                 layout.spans.iter_mut().for_each(|s| self.grant(s, Operation::Read, now))
             }
             Some(Reply::VisitDeadSpans(dead)) => {
+                let now = now();
                 dead.spans.iter_mut().for_each(|s| self.grant(s, Operation::Erase, now))
             }
             _ => {}

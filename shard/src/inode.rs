@@ -31,6 +31,11 @@ pub(crate) fn put(tx: &mut Tx<'_>, id: InodeId, row: &InodeRow) {
     tx.put_row(tables::INODE, &tables::inode_key(id), row);
 }
 
+/// Writes the row of an inode whose id was drawn just now.
+pub(crate) fn insert(tx: &mut Tx<'_>, id: InodeId, row: &InodeRow) {
+    tx.insert_row(tables::INODE, &tables::inode_key(id), row);
+}
+
 /// Draws the next numbers of a slot.
 pub(crate) fn with_counters<T>(
     tx: &mut Tx<'_>,

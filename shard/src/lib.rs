@@ -101,7 +101,7 @@ impl Machine for Shard {
         Ok(Applied::Reply(ShardReply { reply: Some(reply) }))
     }
 
-    fn finish(reply: &mut ShardReply, now: Time, facts: &ShardFacts) {
+    fn finish(reply: &mut ShardReply, now: &dyn Fn() -> Time, facts: &ShardFacts) {
         facts.sign(reply, now);
     }
 }

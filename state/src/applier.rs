@@ -165,6 +165,11 @@ impl<M: Machine> Applier<M> {
         self.recent.get(after.checked_sub(1)?).map(|(_, hash)| *hash)
     }
 
+    /// What is known of a request before anything is logged.
+    pub(crate) fn peek(&mut self, tag: &ClientTag) -> Result<Result<Known, Refusal>, StoreError> {
+        self.clients.peek(&*self.store, tag, self.time)
+    }
+
     /// How checks went.
     pub fn checks(&self) -> CheckCounts {
         self.checks

@@ -43,6 +43,8 @@ pub enum Known {
 #[derive(Default)]
 pub struct ClientTable {
     cached: BTreeMap<u64, Client>,
+    /// The oldest minute that a client may have been used in and be kept, when all older ones were forgotten last.
+    forgotten_before: u64,
 }
 
 #[derive(Clone, Default)]
@@ -99,19 +101,32 @@ fn check_age(tag: &ClientTag, last_time: Time) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// What a producer can tell from the rows, before anything is logged.
-pub fn peek(view: &dyn View, tag: &ClientTag, last_time: Time) -> Result<Result<Known, Refusal>, StoreError> {
-    if let Err(refusal) = check_form(tag) {
-        return Ok(Err(refusal));
-    }
-    if let Err(refusal) = check_age(tag, last_time) {
-        return Ok(Err(refusal));
-    }
-    let row: Option<ClientRow> = get_row(view, Table::CLIENTS, &tag.client.to_be_bytes())?;
-    Ok(row.map_or(Ok(Known::New), |row| Client::from_row(row).check(tag)))
-}
-
 impl ClientTable {
+    /// What a producer can tell before anything is logged: what the batches applied so far have left.
+    pub fn peek(
+        &mut self,
+        view: &dyn View,
+        tag: &ClientTag,
+        last_time: Time,
+    ) -> Result<Result<Known, Refusal>, StoreError> {
+        if let Err(refusal) = check_form(tag) {
+            return Ok(Err(refusal));
+        }
+        if let Err(refusal) = check_age(tag, last_time) {
+            return Ok(Err(refusal));
+        }
+        let client = match self.cached.entry(tag.client) {
+            btree_map::Entry::Occupied(client) => client.into_mut(),
+            btree_map::Entry::Vacant(vacant) => {
+                let row: Option<ClientRow> = get_row(view, Table::CLIENTS, &tag.client.to_be_bytes())?;
+                // Nobody who only asks takes room here.
+                let Some(row) = row else { return Ok(Ok(Known::New)) };
+                vacant.insert(Client::from_row(row))
+            }
+        };
+        Ok(client.check(tag))
+    }
+
     fn client(&mut self, tx: &mut Tx<'_>, id: u64) -> Result<&mut Client, StoreError> {
         match self.cached.entry(id) {
             btree_map::Entry::Occupied(client) => Ok(client.into_mut()),
@@ -201,8 +216,17 @@ impl ClientTable {
             };
             tx.put_row(Table::CLIENTS, &id.to_be_bytes(), &row);
         }
+        // What is cached must not matter: dropping it only costs reading it again.
+        if self.cached.len() > CACHED_CLIENTS_MAX {
+            self.cached.clear();
+        }
         let oldest = minute.saturating_sub(CLIENT_IDLE_LIFETIME_MS / 60_000 + 1);
+        if oldest == self.forgotten_before {
+            // Looked already, and nobody becomes older without the minute moving on.
+            return Ok(());
+        }
         let idle = tx.scan(Table::CLIENTS_BY_MINUTE, &[], &oldest.to_be_bytes(), FORGOTTEN_PER_BATCH_MAX)?;
+        let idle_count = idle.len();
         for (key, _) in idle {
             tx.delete(Table::CLIENTS_BY_MINUTE, &key);
             let id = key.get(8..).and_then(|id| id.try_into().ok()).map(u64::from_be_bytes);
@@ -210,9 +234,8 @@ impl ClientTable {
             tx.delete(Table::CLIENTS, &id.to_be_bytes());
             self.cached.remove(&id);
         }
-        // What is cached must not matter: dropping it only costs reading it again.
-        if self.cached.len() > CACHED_CLIENTS_MAX {
-            self.cached.clear();
+        if idle_count < FORGOTTEN_PER_BATCH_MAX {
+            self.forgotten_before = oldest;
         }
         Ok(())
     }

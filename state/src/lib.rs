@@ -10,6 +10,7 @@
 //! * A refusal advances the applied position; a storage fault stops the replica and is never a reply.
 
 pub mod applier;
+pub mod buffered;
 pub mod client_table;
 pub mod conformance;
 pub mod hash;
@@ -20,6 +21,7 @@ pub mod replica;
 pub mod store;
 
 pub use applier::{AppliedBatch, Applier, EntryOutcome, Fault};
+pub use buffered::{BufferedStore, RowCache};
 pub use hash::StateHash;
 pub use machine::{Applied, Machine, ProduceContext, Stop};
 pub use memory::MemoryStore;

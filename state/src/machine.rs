@@ -111,8 +111,8 @@ pub trait Machine: Sized + Send + Sync + 'static {
         effects: &mut Effects<Self>,
     ) -> Result<Applied<Self::Reply>, Stop>;
 
-    /// Adds what only the leader's shell can: signatures and addresses.
-    fn finish(_reply: &mut Self::Reply, _now: Time, _facts: &Self::Facts) {}
+    /// Adds what only the leader's shell can: signatures and addresses. Few replies need the time for that.
+    fn finish(_reply: &mut Self::Reply, _now: &dyn Fn() -> Time, _facts: &Self::Facts) {}
 
     /// The actions that a new leader must start again.
     fn recover(_view: &dyn View) -> Result<Vec<Self::Effect>, StoreError> {

@@ -59,6 +59,17 @@ impl Overlay {
         }
     }
 
+    /// Writes a row, and takes the caller's word that there is none of that key.
+    fn insert(&mut self, table: Table, key: &[u8], value: Bytes) {
+        let stored = table.stored_key(key);
+        if let btree_map::Entry::Vacant(vacant) = self.rows.entry(stored) {
+            self.undo.push((vacant.key().clone(), None, false));
+            vacant.insert(Row { base: Some(None), current: Some(value), dirty: true });
+        } else {
+            self.set(table, key, Some(value));
+        }
+    }
+
     fn set(&mut self, table: Table, key: &[u8], value: Option<Bytes>) {
         let stored = table.stored_key(key);
         match self.rows.entry(stored.clone()) {
@@ -129,7 +140,10 @@ impl Overlay {
             }
             let (table, key) = (Table(stored[0]), &stored[1..]);
             let old = match row.base {
-                Some(base) => base,
+                Some(base) => {
+                    debug_assert_eq!(store.get(table, key)?, base, "a row was said to be new");
+                    base
+                }
                 None => store.get(table, key)?,
             };
             if old == row.current {
@@ -177,6 +191,12 @@ impl<'a> Tx<'a> {
     /// Writes a row.
     pub fn put(&mut self, table: Table, key: &[u8], value: impl Into<Bytes>) {
         self.overlay.set(table, key, Some(value.into()));
+    }
+
+    /// Encodes and writes a row that is new: its key holds an id or a time that the log never gave out before. Spares the
+    /// look at what was there, which the hash needs otherwise.
+    pub fn insert_row<M: Message>(&mut self, table: Table, key: &[u8], row: &M) {
+        self.overlay.insert(table, key, row.encode_to_vec().into());
     }
 
     /// Encodes and writes a row.

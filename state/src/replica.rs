@@ -34,7 +34,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     applier::{AppliedBatch, Applier, EntryOutcome, Fault, recorded},
-    client_table::{Known, peek},
+    client_table::Known,
     machine::{Machine, ProduceContext, Stop, decode},
     store::{StoreError, View},
 };
@@ -42,7 +42,7 @@ use crate::{
 mod admin;
 
 /// Log records of one replica that may be in flight.
-const PIPELINE_MAX: usize = 8;
+const PIPELINE_MAX: usize = 2;
 /// The state is flushed at least every so many bytes of log, which bounds the replay after a crash.
 const FLUSH_BYTES: u64 = 256 << 20;
 const TICK: Duration = Duration::from_millis(250);
@@ -502,7 +502,7 @@ impl<M: Machine> Replica<M> {
                 EntryOutcome::Done(result) => self.send(reply, position, time, result),
                 EntryOutcome::Pending => match tag {
                     // It may have ended already, in an entry that was applied before this commit was decided.
-                    Some(tag) => match peek(&**self.applier.store(), &tag, self.applier.time()) {
+                    Some(tag) => match self.applier.peek(&tag) {
                         Ok(Ok(Known::Done(outcome))) => {
                             let (position, time) = (Position(outcome.position), Time(outcome.time));
                             match recorded::<M>(outcome) {
@@ -544,7 +544,7 @@ impl<M: Machine> Replica<M> {
 
     fn send(&self, reply: Reply, position: Position, time: Time, result: Result<M::Reply, Refusal>) {
         let result = result.map(|mut reply| {
-            M::finish(&mut reply, self.config.clock.stamp(), &self.config.facts);
+            M::finish(&mut reply, &|| self.config.clock.stamp(), &self.config.facts);
             reply.encode_to_vec().into()
         });
         // The caller may have given up.
@@ -617,7 +617,7 @@ impl<M: Machine> Replica<M> {
         }
         let store = self.applier.store().clone();
         if let Some(tag) = &tag {
-            match peek(&*store, tag, self.applier.time()) {
+            match self.applier.peek(tag) {
                 Ok(Ok(Known::New)) => {}
                 Ok(Ok(Known::Pending)) => {
                     self.config.runtime.note("replica: asked again while the transaction runs");

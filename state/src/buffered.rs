@@ -1,0 +1,236 @@
+//! A store in front of another: rows written lately wait in memory and go on in large batches sorted by key.
+//!
+//! The log is the write-ahead log, so what waits here is lost in a crash as everything unflushed is, and replayed. A row
+//! that is written in every batch (a client's, a directory's, a hash sum) reaches the store below once for many of
+//! them, and sorted rows cost it less than scattered ones. Rows that were read or passed on lately are kept, too.
+//!
+//! Invariants: batches are passed on whole and in order; `flush`, `snapshot` and `checkpoint` pass everything on first; a
+//! kept row equals the one below unless a newer one waits.
+
+use std::{
+    collections::BTreeMap,
+    ops::Bound,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use bytes::Bytes;
+use parking_lot::RwLock;
+use quick_cache::{Equivalent, Weighter, sync::Cache};
+
+use crate::store::{Store, StoreError, Table, View, WriteBatch, key_after};
+
+/// Bytes that a kept row costs besides its key and value.
+const ROW_OVERHEAD: usize = 96;
+
+/// Rows of all stores of a process that were used lately, within one budget; cheap to clone.
+#[derive(Clone)]
+pub struct RowCache {
+    rows: Arc<Cache<(u32, Vec<u8>), Bytes, RowWeight>>,
+    stores: Arc<AtomicU32>,
+}
+
+#[derive(Clone)]
+struct RowWeight;
+
+impl Weighter<(u32, Vec<u8>), Bytes> for RowWeight {
+    fn weight(&self, (_, key): &(u32, Vec<u8>), value: &Bytes) -> u64 {
+        (key.len() + value.len() + ROW_OVERHEAD) as u64
+    }
+}
+
+/// A key to look for, without a copy of it.
+#[derive(Hash)]
+struct Probe<'a>(u32, &'a [u8]);
+
+impl Equivalent<(u32, Vec<u8>)> for Probe<'_> {
+    fn equivalent(&self, (store, key): &(u32, Vec<u8>)) -> bool {
+        self.0 == *store && self.1 == &key[..]
+    }
+}
+
+impl RowCache {
+    /// A cache of so many bytes.
+    pub fn new(bytes: usize) -> RowCache {
+        // Rows are about that large; the figure only sizes the tables at first.
+        let rows = Cache::with_weighter(bytes / 256, bytes as u64, RowWeight);
+        RowCache { rows: Arc::new(rows), stores: Arc::default() }
+    }
+}
+
+#[derive(Default)]
+struct Pending {
+    rows: BTreeMap<Vec<u8>, Option<Bytes>>,
+    bytes: usize,
+}
+
+/// The store in front.
+pub struct BufferedStore {
+    below: Arc<dyn Store>,
+    pending: RwLock<Pending>,
+    cache: RowCache,
+    /// This store's number in the cache.
+    number: u32,
+    rows_max: usize,
+    bytes_max: usize,
+}
+
+impl BufferedStore {
+    /// Passes rows on when more than `rows_max` of them, or more than `bytes_max` bytes, are waiting.
+    pub fn new(below: Arc<dyn Store>, cache: RowCache, rows_max: usize, bytes_max: usize) -> BufferedStore {
+        let number = cache.stores.fetch_add(1, Ordering::Relaxed);
+        BufferedStore { below, pending: RwLock::default(), cache, number, rows_max, bytes_max }
+    }
+
+    /// Passes on what waits.
+    fn pass_on(&self, pending: &mut Pending) -> Result<(), StoreError> {
+        if pending.rows.is_empty() {
+            return Ok(());
+        }
+        let rows = std::mem::take(&mut pending.rows);
+        pending.bytes = 0;
+        for (key, value) in &rows {
+            // While the lock is held nobody reads below, so nobody can bring back what is replaced here.
+            match value {
+                Some(value) => self.cache.rows.insert((self.number, key.clone()), value.clone()),
+                None => drop(self.cache.rows.remove(&Probe(self.number, key))),
+            }
+        }
+        self.below.write(rows.into_iter().collect())
+    }
+}
+
+impl View for BufferedStore {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        let stored = table.stored_key(key);
+        let pending = self.pending.read();
+        if let Some(value) = pending.rows.get(&stored) {
+            return Ok(value.clone());
+        }
+        if let Some(value) = self.cache.rows.get(&Probe(self.number, &stored)) {
+            return Ok(Some(value));
+        }
+        let value = self.below.get(table, key)?;
+        if let Some(value) = &value {
+            self.cache.rows.insert((self.number, stored), value.clone());
+        }
+        drop(pending);
+        Ok(value)
+    }
+
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        let start = table.stored_key(from);
+        let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
+        if start >= end {
+            return Ok(());
+        }
+        let pending = self.pending.read();
+        let range = (Bound::Included(start), Bound::Excluded(end));
+        let mut waiting = pending.rows.range(range).map(|(key, value)| (&key[1..], value)).peekable();
+        let mut wanted = true;
+        self.below.visit(table, from, until, &mut |key, value| {
+            while wanted && let Some((newer, replaced)) = waiting.next_if(|(waiting, _)| *waiting <= key) {
+                wanted = replaced.as_ref().is_none_or(|value| each(newer, value));
+                if newer == key {
+                    return wanted;
+                }
+            }
+            wanted = wanted && each(key, value);
+            wanted
+        })?;
+        for (key, value) in waiting {
+            wanted = wanted && value.as_ref().is_none_or(|value| each(key, value));
+            if !wanted {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Store for BufferedStore {
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        let mut pending = self.pending.write();
+        for (key, value) in batch {
+            pending.bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
+            pending.rows.insert(key, value);
+        }
+        if pending.rows.len() > self.rows_max || pending.bytes > self.bytes_max {
+            self.pass_on(&mut pending)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        self.pass_on(&mut self.pending.write())?;
+        self.below.flush()
+    }
+
+    fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.below.get_flushed(table, key)
+    }
+
+    fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
+        self.pass_on(&mut self.pending.write())?;
+        self.below.snapshot()
+    }
+
+    fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
+        self.pass_on(&mut self.pending.write())?;
+        self.below.checkpoint(to)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::MemoryStore;
+
+    #[test]
+    fn conforms_however_much_waits() {
+        for rows_max in [0, 1, 2, 3, 1000] {
+            crate::conformance::check(&mut || {
+                let below = Arc::new(MemoryStore::new());
+                Arc::new(BufferedStore::new(below, RowCache::new(1 << 20), rows_max, 1 << 20))
+            });
+        }
+    }
+
+    #[test]
+    fn reads_are_as_without_it() {
+        // Every sequence of a few writes of a few keys, with scans after each, against the plain store.
+        let table = Table(64);
+        let keys: [&[u8]; 3] = [b"a", b"b", b"c"];
+        for script in 0..6u32.pow(4) {
+            let plain = MemoryStore::new();
+            let cache = RowCache::new(1 << 20);
+            let store = BufferedStore::new(Arc::new(MemoryStore::new()), cache, 2, 1 << 20);
+            let mut rest = script;
+            for step in 0..4u8 {
+                let (key, delete) = (keys[(rest % 3) as usize], rest / 3 % 2 == 1);
+                rest /= 6;
+                let value = (!delete).then(|| Bytes::from(vec![step]));
+                for store in [&plain as &dyn Store, &store] {
+                    store.write(vec![(table.stored_key(key), value.clone())]).expect("writes");
+                }
+                for limit in 1..4 {
+                    let scan = |store: &dyn View| store.scan(table, b"a", b"", limit).expect("scans");
+                    assert_eq!(scan(&store), scan(&plain), "script {script}, step {step}, limit {limit}");
+                }
+                for key in keys {
+                    let get = |store: &dyn View| store.get(table, key).expect("reads");
+                    assert_eq!(get(&store), get(&plain), "script {script}, step {step}");
+                }
+            }
+        }
+    }
+}

@@ -73,19 +73,34 @@ impl Codec {
 
     /// The parity cells of one stripe.
     pub fn encode(&self, cells: &[impl AsRef<[u8]>]) -> Result<Vec<Vec<u8>>, CodecError> {
+        let mut parity = vec![Vec::new(); self.parity];
+        self.encode_onto(cells, &mut parity)?;
+        Ok(parity)
+    }
+
+    /// Appends the parity cells of one stripe to the parity blocks, one for each.
+    pub fn encode_onto(&self, cells: &[impl AsRef<[u8]>], parity: &mut [Vec<u8>]) -> Result<(), CodecError> {
         let size = self.check(cells, self.data)?;
+        if parity.len() != self.parity {
+            return Err(CodecError::Cells);
+        }
         if self.parity == 0 {
-            return Ok(Vec::new());
+            return Ok(());
         }
         if self.data == 1 {
-            return Ok(vec![cells[0].as_ref().to_vec(); self.parity]);
+            parity.iter_mut().for_each(|block| block.extend_from_slice(cells[0].as_ref()));
+            return Ok(());
         }
         let mut encoder = ReedSolomonEncoder::new(self.data, self.parity, size).map_err(library)?;
         for cell in cells {
             encoder.add_original_shard(cell).map_err(library)?;
         }
         let encoded = encoder.encode().map_err(library)?;
-        Ok(encoded.recovery_iter().map(<[u8]>::to_vec).collect())
+        parity
+            .iter_mut()
+            .zip(encoded.recovery_iter())
+            .for_each(|(block, cell)| block.extend_from_slice(cell));
+        Ok(())
     }
 
     fn check(&self, cells: &[impl AsRef<[u8]>], count: usize) -> Result<usize, CodecError> {

@@ -18,6 +18,13 @@ use clutch_runtime::production;
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
+/// Spans and blocks are as large as what jemalloc gives back to the system at once by default; taking them anew for each
+/// costs a page fault for every page.
+#[allow(unsafe_code)]
+// SAFETY: jemalloc reads a string that ends with NUL under this name once, at its start.
+#[unsafe(export_name = "_rjem_malloc_conf")]
+static ALLOCATOR_OPTIONS: &[u8; 22] = b"oversize_threshold:0\0\0";
+
 fn main() -> ExitCode {
     crash::install();
     let cli = Cli::parse_from(args::registry_log_flag(std::env::args_os()));

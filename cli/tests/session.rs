@@ -121,7 +121,10 @@ fn benchmarks_print_their_rows() {
     let meta = cluster.json(&["bench", "meta", "--files", "200", "--clients", "2", "--depth", "8", "--json"]);
     let ops: Vec<_> =
         meta["rows"].as_array().expect("rows").iter().map(|r| r["op"].as_str().expect("op")).collect();
-    assert_eq!(ops, ["mkdir", "create", "lookup", "stat", "readdir", "rename", "unlink", "rmdir"]);
+    assert_eq!(
+        ops,
+        ["mkdir", "create", "lookup", "stat", "readdir", "rename", "unlink", "rename-dir", "rmdir"]
+    );
     for row in meta["rows"].as_array().expect("rows") {
         for field in ["ops_per_s", "p50_us", "p99_us", "server_cpu_us_per_op"] {
             assert!(row[field].is_number(), "{row}");

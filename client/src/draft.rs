@@ -10,7 +10,7 @@ use clutch_proto::{
         AddHole, AddInline, ContentReply, LinkFile, PublishContent, ScrapContent, ShareRange, StartContent,
         shard_reply::Reply, shard_request::Op,
     },
-    types::{Attributes, Code, Span, SpanShape},
+    types::{Attributes, Code, SpanShape},
 };
 
 use crate::{
@@ -19,7 +19,7 @@ use crate::{
     path::Resolved,
     policy::WritePolicy,
     rpc::Client,
-    span::encode,
+    span::{Encoded, encode},
     write::{ContentSource, Never, read_up_to},
 };
 
@@ -33,6 +33,18 @@ pub struct Draft {
     /// The span that was appended last and how many bytes it has; 0 when the last extent is no span.
     pub(crate) last_span: u64,
     pub(crate) last_length: u64,
+}
+
+/// Bytes that are ready to be appended.
+pub(crate) enum Prepared<'a> {
+    Inline(Bytes),
+    Hole(u64),
+    Span {
+        encoded: Encoded,
+        storage_class: u32,
+        /// What is encoded counts against the client's memory until it is written.
+        _memory: tokio::sync::SemaphorePermit<'a>,
+    },
 }
 
 impl Draft {
@@ -71,22 +83,60 @@ impl Client {
         chunk: Vec<u8>,
         policy: &WritePolicy,
     ) -> Result<(), ClientError> {
-        let (content, cookie, length) = (draft.content, draft.cookie.clone(), chunk.len() as u64);
-        let offset = draft.size;
-        if chunk.is_empty() {
-            return Ok(());
-        }
+        let prepared = self.prepare(chunk, policy).await?;
+        self.append_prepared(draft, prepared).await
+    }
+
+    /// Does what can be done before it is known where the bytes go.
+    pub(crate) async fn prepare(
+        &self,
+        chunk: Vec<u8>,
+        policy: &WritePolicy,
+    ) -> Result<Prepared<'_>, ClientError> {
         if chunk.len() <= INLINE_BYTES_MAX {
-            let op = AddInline { content, cookie, offset, data: chunk.into() };
-            self.shard_write(draft.slot, Op::AddInline(op)).await?;
-            draft.last_span = 0;
-        } else if chunk.iter().all(|b| *b == 0) {
-            return self.append_hole(draft, length).await;
-        } else {
-            draft.last_span = self.append_span(draft, offset, chunk, policy).await?.span_id;
-            draft.last_length = length;
+            return Ok(Prepared::Inline(chunk.into()));
         }
-        draft.size += length;
+        if chunk.iter().all(|b| *b == 0) {
+            return Ok(Prepared::Hole(chunk.len() as u64));
+        }
+        let size = u32::try_from(chunk.len())
+            .map_err(|_| Refusal::new(Code::TooLarge, "more bytes than a span may have"))?;
+        let mib = (size >> 20) + 1;
+        let permits = mib.min(self.inner.options.write_mib_max.max(1));
+        let memory = self.inner.writing.acquire_many(permits).await;
+        let memory = memory.map_err(|_| ClientError::Local("the client was closed".into()))?;
+        let (data_blocks, parity_blocks) = policy.code_of(size);
+        let codec = self.codec(data_blocks, parity_blocks)?;
+        let shape = SpanShape::for_size_with(size, data_blocks, parity_blocks, policy.cell_size);
+        let storage_class = policy.storage_class_of(shape.block_bytes());
+        let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
+        let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
+        let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
+        Ok(Prepared::Span { encoded, storage_class, _memory: memory })
+    }
+
+    pub(crate) async fn append_prepared(
+        &self,
+        draft: &mut Draft,
+        prepared: Prepared<'_>,
+    ) -> Result<(), ClientError> {
+        let (content, cookie, offset) = (draft.content, draft.cookie.clone(), draft.size);
+        match prepared {
+            Prepared::Inline(data) if data.is_empty() => {}
+            Prepared::Inline(data) => {
+                let length = data.len() as u64;
+                let op = AddInline { content, cookie, offset, data };
+                self.shard_write(draft.slot, Op::AddInline(op)).await?;
+                (draft.size, draft.last_span) = (offset + length, 0);
+            }
+            Prepared::Hole(length) => self.append_hole(draft, length).await?,
+            Prepared::Span { encoded, storage_class, .. } => {
+                let span = self.write_span(draft, offset, &encoded, storage_class, &Never::default()).await?;
+                let length = u64::from(encoded.size);
+                (draft.last_span, draft.last_length) = (span.span_id, length);
+                draft.size = offset + length;
+            }
+        }
         Ok(())
     }
 
@@ -132,29 +182,6 @@ impl Client {
             }
         }
         Ok(())
-    }
-
-    async fn append_span(
-        &self,
-        draft: &Draft,
-        offset: u64,
-        chunk: Vec<u8>,
-        policy: &WritePolicy,
-    ) -> Result<Span, ClientError> {
-        let size = u32::try_from(chunk.len())
-            .map_err(|_| Refusal::new(Code::TooLarge, "more bytes than a span may have"))?;
-        let mib = (size >> 20) + 1;
-        let permits = mib.min(self.inner.options.write_mib_max.max(1));
-        let writing = self.inner.writing.acquire_many(permits).await;
-        let _writing = writing.map_err(|_| ClientError::Local("the client was closed".into()))?;
-        let (data_blocks, parity_blocks) = policy.code_of(size);
-        let codec = self.codec(data_blocks, parity_blocks)?;
-        let shape = SpanShape::for_size_with(size, data_blocks, parity_blocks, policy.cell_size);
-        let storage_class = policy.storage_class_of(shape.block_bytes());
-        let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
-        let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
-        let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
-        self.write_span(draft, offset, &encoded, storage_class, &Never::default()).await
     }
 
     /// Makes the draft a new file.

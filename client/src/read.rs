@@ -11,7 +11,7 @@ use clutch_proto::{
     shard::{Layout, LayoutReply, shard_reply::Reply, shard_request::Op},
     types::{Block, Code, Extent, Span, extent::Source},
 };
-use futures_util::future::join_all;
+use futures_util::{StreamExt as _, future::join_all, stream};
 
 use crate::{
     error::ClientError,
@@ -21,6 +21,8 @@ use crate::{
 
 /// How long a service that failed is tried only after the others.
 const SUSPICION: Duration = Duration::from_secs(10);
+/// Extents that are read at a time: one is handed out while the next is on its way.
+const EXTENTS_AT_A_TIME: usize = 2;
 /// A hole is handed out in pieces of this size.
 const ZEROS_MAX: u64 = 1 << 20;
 
@@ -54,18 +56,25 @@ impl Client {
         let mut done = 0u64;
         // Certificates last an hour: whoever reads more slowly than that asks for new ones.
         let mut renewed_at = None;
-        'pages: loop {
+        loop {
+            let one = |extent: &Extent| {
+                // Whatever the page says comes from the network: lengths are checked where they are used.
+                let (whole, extent) = (extent.length, extent.clone());
+                let page = &page;
+                async move { self.read_extent(id, page, &extent, 0, whole).await }
+            };
+            // What comes next is on its way while this is handed out.
+            let mut reads = stream::iter(&page.extents).map(one).buffered(EXTENTS_AT_A_TIME);
+            let mut has_expired = false;
             for extent in &page.extents {
                 if extent.offset != done {
                     return Err(ClientError::unexpected("contiguous extents"));
                 }
-                let read = self.read_extent(id, &page, extent, 0, extent.length).await;
-                if read.as_ref().is_err_and(|e| e.code() == Some(Code::CertificateExpired))
-                    && renewed_at != Some(done)
-                {
-                    renewed_at = Some(done);
-                    page = self.layout(id, page.content, done).await?;
-                    continue 'pages;
+                let Some(read) = reads.next().await else { break };
+                has_expired = read.as_ref().is_err_and(|e| e.code() == Some(Code::CertificateExpired))
+                    && renewed_at != Some(done);
+                if has_expired {
+                    break;
                 }
                 match read? {
                     Some(bytes) => sink(bytes).map_err(local)?,
@@ -81,6 +90,12 @@ impl Client {
                 done = done
                     .checked_add(extent.length)
                     .ok_or_else(|| ClientError::unexpected("a possible length"))?;
+            }
+            drop(reads);
+            if has_expired {
+                renewed_at = Some(done);
+                page = self.layout(id, page.content, done).await?;
+                continue;
             }
             if page.next_offset == 0 {
                 break;

@@ -13,7 +13,7 @@ use clutch_proto::{
     admin::{AdminReply, AdminRequest},
     blocks::{BlocksReply, BlocksRequest, blocks_request},
     cdc::{CdcReply, CdcRequest, cdc_request},
-    certificate,
+    certificate, encode_nested,
     mutants::{self, Mutant},
     registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
     session::{Request, Response, Role},
@@ -149,6 +149,12 @@ struct Target {
     number: u64,
 }
 
+/// What a request carries. Blocks are large: they are encoded where they go.
+enum Body<'a> {
+    Encoded(Bytes),
+    Blocks(&'a BlocksRequest),
+}
+
 /// Which service a request is for; turned into a [`Target`] by the map of the moment.
 #[derive(Clone, Copy)]
 enum Service {
@@ -279,13 +285,13 @@ impl Client {
         target: &Target,
         lane: Lane,
         tag: Option<ClientTag>,
-        body: Bytes,
+        body: Body<'_>,
         admin: bool,
     ) -> (Result<Bytes, ClientError>, AnsweredAt) {
         let cluster = lock(&self.inner.map).as_ref().map_or(0, |m| m.cluster);
-        let system_mac = match (&self.inner.options.system_key, &tag) {
-            (Some(key), Some(tag)) if tag.client < certificate::SYSTEM_CLIENTS => {
-                certificate::system_mac(key, tag, &body)
+        let system_mac = match (&self.inner.options.system_key, &tag, &body) {
+            (Some(key), Some(tag), Body::Encoded(body)) if tag.client < certificate::SYSTEM_CLIENTS => {
+                certificate::system_mac(key, tag, body)
             }
             _ => Bytes::new(),
         };
@@ -296,14 +302,17 @@ impl Client {
             time: self.inner.clock.highest().0,
             incarnation: 0,
             tag,
-            body,
+            body: Bytes::new(),
             admin,
             cluster,
         };
+        let request = match body {
+            Body::Encoded(body) => Request { body, ..request }.encode_to_vec().into(),
+            Body::Blocks(body) => encode_nested(&request, Request::BODY, body),
+        };
         let timeout =
             if lane == Lane::Bulk { self.inner.options.block_attempt } else { self.inner.options.attempt };
-        let call =
-            self.inner.runtime.network.call(&target.endpoint, lane, request.encode_to_vec().into(), timeout);
+        let call = self.inner.runtime.network.call(&target.endpoint, lane, request, timeout);
         let nowhere = AnsweredAt::default();
         let answer = match call.await {
             Ok(answer) => answer,
@@ -370,7 +379,10 @@ impl Client {
             // What went wrong on the way to the registry had no effect at the service.
             let was_sent = target.is_ok();
             let (result, answered_at) = match target {
-                Ok(target) => self.attempt(&target, Lane::Metadata, tag.cloned(), body.clone(), admin).await,
+                Ok(target) => {
+                    let body = Body::Encoded(body.clone());
+                    self.attempt(&target, Lane::Metadata, tag.cloned(), body, admin).await
+                }
                 Err(error) => (Err(error), AnsweredAt::default()),
             };
             *at = answered_at;
@@ -528,8 +540,8 @@ impl Client {
             )));
         }
         let target = Target { endpoint: address.into(), role: Role::Blocks, number: service };
-        let body = Bytes::from(BlocksRequest { op: Some(op) }.encode_to_vec());
-        let answer = self.attempt(&target, Lane::Bulk, None, body, false).await.0?;
+        let request = BlocksRequest { op: Some(op) };
+        let answer = self.attempt(&target, Lane::Bulk, None, Body::Blocks(&request), false).await.0?;
         BlocksReply::decode(answer).map_err(|_| ClientError::unexpected("a blocks reply"))
     }
 }

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use clutch_blocks::{Codec, CodecError};
 use clutch_proto::{crc, types::SpanShape};
 
@@ -12,7 +13,7 @@ pub(crate) struct Encoded {
     pub(crate) crc: u32,
     pub(crate) cell_crcs: Vec<u32>,
     /// One for each block of the shape.
-    pub(crate) blocks: Vec<bytes::Bytes>,
+    pub(crate) blocks: Vec<Bytes>,
 }
 
 /// Cuts bytes into cells, computes parity and checksums.
@@ -20,22 +21,33 @@ pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Resu
     let size = data.len() as u32;
     let span_crc = crc::of(&data);
     data.resize(shape.stripe_bytes() as usize * shape.stripes as usize, 0);
+    let data = Bytes::from(data);
     let cell = shape.cell_size as usize;
-    let mut blocks: Vec<Vec<u8>> =
-        (0..shape.blocks()).map(|_| Vec::with_capacity(shape.block_bytes() as usize)).collect();
-    for stripe in data.chunks(shape.stripe_bytes() as usize) {
+    let stripes = data.chunks(shape.stripe_bytes() as usize);
+    let mut blocks: Vec<Bytes> = if shape.stripes == 1 {
+        // The blocks lie in the data as they are.
+        (0..shape.data_blocks as usize).map(|i| data.slice(i * cell..(i + 1) * cell)).collect()
+    } else {
+        let block = |i: usize| {
+            let mut block = Vec::with_capacity(shape.block_bytes() as usize);
+            stripes.clone().for_each(|stripe| block.extend_from_slice(&stripe[i * cell..(i + 1) * cell]));
+            Bytes::from(block)
+        };
+        (0..shape.data_blocks as usize).map(block).collect()
+    };
+    let mut parity: Vec<Vec<u8>> =
+        (0..shape.parity_blocks).map(|_| Vec::with_capacity(shape.block_bytes() as usize)).collect();
+    for stripe in stripes {
         let cells: Vec<&[u8]> = stripe.chunks(cell).collect();
-        let parity = codec.encode(&cells)?;
-        let all = cells.into_iter().chain(parity.iter().map(Vec::as_slice));
-        blocks.iter_mut().zip(all).for_each(|(block, cell)| block.extend_from_slice(cell));
+        codec.encode_onto(&cells, &mut parity)?;
     }
+    blocks.extend(parity.into_iter().map(Bytes::from));
     let cell_crcs = blocks.iter().flat_map(|block| block.chunks(cell).map(crc::of)).collect();
-    let blocks = blocks.into_iter().map(bytes::Bytes::from).collect();
     Ok(Encoded { shape, size, crc: span_crc, cell_crcs, blocks })
 }
 
 /// Cells of consecutive stripes of one block.
-pub(crate) type Cells = bytes::Bytes;
+pub(crate) type Cells = Bytes;
 
 /// Puts data blocks that are missing in place, from those that are there, stripe by stripe.
 pub(crate) fn recover(

@@ -14,7 +14,7 @@ use clutch_proto::{
     shard::{CertifySpan, CreateFile, InitiateSpan, shard_reply::Reply, shard_request::Op},
     types::{Block, Code, Span},
 };
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::{
@@ -29,6 +29,8 @@ use crate::{
 pub trait ContentSource: AsyncRead + Send + Unpin {}
 impl<T: AsyncRead + Send + Unpin> ContentSource for T {}
 
+/// Room behind a span's bytes for filling up its last cells.
+const PADDING_BYTES: usize = 64 << 10;
 /// Times a span is tried on other services.
 const PLACEMENTS_MAX: usize = 6;
 /// Times one block is tried on its service.
@@ -68,15 +70,24 @@ impl Client {
         }
         let policy = self.write_policy(dir).await?;
         let span_bytes = policy.span_bytes();
-        first.extend(read_up_to(source, span_bytes.saturating_sub(first.len())).await?);
+        read_onto(source, &mut first, span_bytes).await?;
         let mut draft = self.start_draft(dir).await?;
         let written = async {
-            let mut chunk = first;
-            while !chunk.is_empty() {
-                let length = chunk.len();
-                self.append(&mut draft, chunk, &policy).await?;
-                chunk = if length < span_bytes { Vec::new() } else { read_up_to(source, span_bytes).await? };
+            let mut is_last = first.len() < span_bytes;
+            let mut prepared = self.prepare(first, &policy).await?;
+            while !is_last {
+                // The next span is read and encoded while this one is written.
+                let next = async {
+                    // The file is large, so the room will be used; the rest is for the last stripe's padding.
+                    let mut chunk = Vec::with_capacity(span_bytes + span_bytes / 64 + PADDING_BYTES);
+                    read_onto(source, &mut chunk, span_bytes).await?;
+                    Ok::<_, ClientError>((chunk.len() < span_bytes, self.prepare(chunk, &policy).await?))
+                };
+                let (appended, next) = join(self.append_prepared(&mut draft, prepared), next).await;
+                appended?;
+                (is_last, prepared) = next?;
             }
+            self.append_prepared(&mut draft, prepared).await?;
             self.link(draft.clone(), dir, name, attributes, replace).await
         };
         let written = written.await;
@@ -217,6 +228,17 @@ impl Client {
 /// Reads until there are `limit` bytes or no more.
 pub(crate) async fn read_up_to(source: &mut dyn ContentSource, limit: usize) -> Result<Vec<u8>, ClientError> {
     let mut bytes = Vec::new();
-    source.take(limit as u64).read_to_end(&mut bytes).await.map_err(|e| ClientError::Local(e.to_string()))?;
+    read_onto(source, &mut bytes, limit).await?;
     Ok(bytes)
+}
+
+/// Reads more until there are `limit` bytes in all or no more.
+async fn read_onto(
+    source: &mut dyn ContentSource,
+    bytes: &mut Vec<u8>,
+    limit: usize,
+) -> Result<(), ClientError> {
+    let more = limit.saturating_sub(bytes.len());
+    source.take(more as u64).read_to_end(bytes).await.map_err(|e| ClientError::Local(e.to_string()))?;
+    Ok(())
 }

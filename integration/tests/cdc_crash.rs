@@ -73,14 +73,14 @@ async fn act(client: &Client, kind: Kind) -> Result<(), ClientError> {
         MakeDirectoryTaken => client.make_directory(y, &name("taken"), ATTRIBUTES).await.map(drop),
         RemoveDirectory => client.remove_directory(&at("/x/empty").await).await,
         RemoveDirectoryFull => client.remove_directory(&at("/x/full").await).await,
-        MoveFile => client.rename(&at("/x/file").await, y, &name("new")).await,
-        MoveFileOverFile => client.rename(&at("/x/file").await, y, &name("taken")).await,
-        MoveFileOverDirectory => client.rename(&at("/x/file").await, y, &name("taken-dir")).await,
-        MoveDirectory => client.rename(&at("/x/dir").await, y, &name("new")).await,
-        MoveDirectoryTaken => client.rename(&at("/x/dir").await, y, &name("taken")).await,
+        MoveFile => client.rename(&at("/x/file").await, y, &name("new")).await.map(drop),
+        MoveFileOverFile => client.rename(&at("/x/file").await, y, &name("taken")).await.map(drop),
+        MoveFileOverDirectory => client.rename(&at("/x/file").await, y, &name("taken-dir")).await.map(drop),
+        MoveDirectory => client.rename(&at("/x/dir").await, y, &name("new")).await.map(drop),
+        MoveDirectoryTaken => client.rename(&at("/x/dir").await, y, &name("taken")).await.map(drop),
         MoveDirectoryBelowItself => {
             let inner = at("/x/dir/inner").await.id;
-            client.rename(&at("/x/dir").await, inner, &name("new")).await
+            client.rename(&at("/x/dir").await, inner, &name("new")).await.map(drop)
         }
     }
 }

@@ -7,7 +7,9 @@ use clutch_blocks::BlockService;
 use clutch_proto::{
     Refusal, Time,
     admin::{AdminReply, AdminRequest},
+    blocks::BlocksReply,
     certificate::{SYSTEM_CLIENTS, is_system_mac},
+    encode_nested,
     limits::MESSAGE_BYTES_MAX,
     mutants::{self, Mutant},
     session::{Request, Response, Role},
@@ -41,21 +43,27 @@ pub(crate) struct SharedHandler(pub(crate) Arc<NodeHandler>);
 impl Handler for SharedHandler {
     fn handle(&self, request: Bytes) -> BoxFuture<Bytes> {
         let handler = self.0.clone();
-        Box::pin(async move { handler.respond(request).await.encode_to_vec().into() })
+        Box::pin(async move {
+            match handler.respond(request).await {
+                (response, None) => response.encode_to_vec().into(),
+                (response, Some(reply)) => encode_nested(&response, Response::BODY, &reply),
+            }
+        })
     }
 }
 
 impl NodeHandler {
-    async fn respond(&self, request: Bytes) -> Response {
-        let mut response = match self.dispatch(request).await {
-            Ok(response) => response,
-            Err(refusal) => Response { error: Some(refusal.to_wire()), ..Response::default() },
+    /// The answer, and its body where that is a block service's.
+    async fn respond(&self, request: Bytes) -> (Response, Option<BlocksReply>) {
+        let (mut response, body) = match self.dispatch(request).await {
+            Ok(answer) => answer,
+            Err(refusal) => (Response { error: Some(refusal.to_wire()), ..Response::default() }, None),
         };
         response.time = response.time.max(self.clock.highest().0);
-        response
+        (response, body)
     }
 
-    async fn dispatch(&self, bytes: Bytes) -> Result<Response, Refusal> {
+    async fn dispatch(&self, bytes: Bytes) -> Result<(Response, Option<BlocksReply>), Refusal> {
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(Refusal::new(Code::TooLarge, format!("a message of {} bytes", bytes.len())));
         }
@@ -90,7 +98,7 @@ impl NodeHandler {
                 })?;
                 // In a box of its own: requests to the logs, which are many and small, must not carry its size.
                 let reply = Box::pin(service.handle(request.body)).await?;
-                return Ok(Response { body: reply.encode_to_vec().into(), ..Response::default() });
+                return Ok((Response::default(), Some(reply)));
             }
             Role::Unspecified => {
                 return Err(Refusal::malformed(format!("role {} is not known", request.role)));
@@ -104,14 +112,15 @@ impl NodeHandler {
                 .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
             let mut reply = Box::pin(replica.admin(op)).await?;
             add_process(&mut reply, self.process_usage);
-            return Ok(Response { body: reply.encode_to_vec().into(), ..Response::default() });
+            return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));
         }
         let Answer { result, position, time } = replica.call(request.body, request.tag).await;
         let response = Response { time: time.0, position: position.0, ..Response::default() };
-        Ok(match result {
+        let response = match result {
             Ok(body) => Response { body, ..response },
             Err(refusal) => Response { error: Some(refusal.to_wire()), ..response },
-        })
+        };
+        Ok((response, None))
     }
 }
 

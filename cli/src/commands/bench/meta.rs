@@ -112,7 +112,10 @@ async fn run(op: &str, workload: &Workload<'_>, load: &Load, subjects: &mut Subj
         "stat" => {
             let each = move |client: Client, i: usize| {
                 let id = files[i].id;
-                async move { Ok(drop(client.stat(id).await?)) }
+                async move {
+                    client.stat(id).await?;
+                    Ok(())
+                }
             };
             measure(load, op, workload.files, each).await?.0
         }

@@ -146,6 +146,9 @@ fn client_cpu_us() -> u64 {
     process_usage().map_or(0, |(cpu_us, _)| cpu_us)
 }
 
+/// What one worker saw: latencies, and results with the numbers of their operations.
+type Measured<T> = (Vec<u64>, Vec<(usize, T)>);
+
 /// Runs `count` operations and measures every one.
 async fn measure<F, Fut, T>(load: &Load, op: &str, count: usize, each: F) -> Result<(Row, Vec<T>)>
 where
@@ -157,7 +160,7 @@ where
     let next = Arc::new(AtomicUsize::new(0));
     let start = Instant::now();
     let bar = output::bar(op, count as u64);
-    let mut workers: JoinSet<Result<(Vec<u64>, Vec<(usize, T)>)>> = JoinSet::new();
+    let mut workers: JoinSet<Result<Measured<T>>> = JoinSet::new();
     for client in &load.clients {
         for _ in 0..load.depth {
             let (client, next, each, bar) = (client.clone(), next.clone(), each.clone(), bar.clone());

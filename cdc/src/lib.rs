@@ -336,7 +336,7 @@ fn send(id: u64, row: &TransactionRow, oldest: u64) -> SendStep {
         client: STEP_CLIENT,
         sequence: id << STEP_BITS | u64::from(row.step),
         // All steps of transactions before the oldest in flight have been answered.
-        acknowledged: (oldest << STEP_BITS) - 1,
+        acknowledged: (oldest << STEP_BITS).saturating_sub(1),
         issued_at: row.started_at,
     });
     SendStep { transaction: id, step: row.step, slot, request, tag }

@@ -3,7 +3,7 @@
 //! A block that cannot be written makes the whole span be initiated again elsewhere, with what failed in the
 //! request's list of services to avoid; the shard keeps the blocks of the first try in its index, so none leaks.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use clutch_blocks::Codec;
@@ -14,7 +14,7 @@ use clutch_proto::{
     shard::{CertifySpan, CreateFile, InitiateSpan, shard_reply::Reply, shard_request::Op},
     types::{Block, Code, Span},
 };
-use futures_util::future::{join, join_all};
+use futures_util::future::{Either, join_all, select};
 use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::{
@@ -83,9 +83,19 @@ impl Client {
                     read_onto(source, &mut chunk, span_bytes).await?;
                     Ok::<_, ClientError>((chunk.len() < span_bytes, self.prepare(chunk, &policy).await?))
                 };
-                let (appended, next) = join(self.append_prepared(&mut draft, prepared), next).await;
-                appended?;
-                (is_last, prepared) = next?;
+                let (append, next) = (pin!(self.append_prepared(&mut draft, prepared)), pin!(next));
+                (is_last, prepared) = match select(append, next).await {
+                    Either::Left((appended, next)) => {
+                        // What cannot be written is said at once, however slow the source is.
+                        appended?;
+                        next.await?
+                    }
+                    // Also when the source fails: what is under way is not left in the middle.
+                    Either::Right((next, append)) => {
+                        append.await?;
+                        next?
+                    }
+                };
             }
             self.append_prepared(&mut draft, prepared).await?;
             self.link(draft.clone(), dir, name, attributes, replace).await

@@ -48,6 +48,17 @@ pub const CELL_BYTES_MAX: u32 = 16 << 20;
 pub const MESSAGE_BYTES_MAX: usize = BLOCK_BYTES_MAX as usize + (1 << 20);
 /// Bytes of one metadata request; keeps a log record small.
 pub const METADATA_REQUEST_BYTES_MAX: usize = 1 << 20;
+/// Requests of one session that may be unanswered at a time; its receiver stops reading until some are.
+pub const SESSION_REQUESTS_MAX: usize = 4096;
+/// Bytes of such requests: one peer that writes blocks faster than the disks take them waits, and the node's memory does
+/// not grow. Above it a session still has one request at a time, however large.
+pub const SESSION_BYTES_MAX: usize = 256 << 20;
+/// Sessions that a node serves at a time; more are refused. Each costs some buffers even when nothing happens on it.
+pub const SESSIONS_MAX: usize = 4096;
+/// Calls and sessions that one connection may have open at a time.
+pub const CONNECTION_STREAMS_MAX: u32 = 256;
+/// Frames in one message of a session.
+pub const MESSAGE_FRAMES_MAX: usize = 512;
 /// Entries in one batch of a log.
 pub const BATCH_ENTRIES_MAX: usize = 1024;
 /// Bytes in one batch of a log.

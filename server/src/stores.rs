@@ -69,10 +69,13 @@ mod rocks {
     const WAITING_BYTES_MAX: usize = 1 << 20;
 
     impl RocksStores {
-        /// Stores that share a cache of rows of 32 MiB, a block cache of 32 MiB and write buffers of 64 MiB.
-        pub fn new(dir: PathBuf) -> RocksStores {
+        /// Stores that share a cache of rows of 32 MiB, a block cache of 32 MiB and write buffers of 64 MiB, or of 2 MiB for
+        /// each replica where that is more.
+        pub fn new(dir: PathBuf, replicas: usize) -> RocksStores {
             let cache = RowCache::new(32 << 20);
-            RocksStores { dir, memory: SharedMemory::new(32 << 20, 64 << 20), cache }
+            // Each memtable takes half a MiB when it is made; a budget that is used up by that would flush for ever.
+            let write_buffers = (replicas << 21).max(64 << 20);
+            RocksStores { dir, memory: SharedMemory::new(32 << 20, write_buffers), cache }
         }
 
         /// Where a replica's database lies.

@@ -132,7 +132,7 @@ impl Up {
             roles,
             logs: Arc::new(engine),
             process_usage: crate::handler::process_usage,
-            stores: Arc::new(RocksStores::new(config.dir.join("state"))),
+            stores: Arc::new(RocksStores::new(config.dir.join("state"), cluster.shards as usize + 2)),
             engine: "local".into(),
             keyring,
             system_key,

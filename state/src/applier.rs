@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The format of the rows that this build writes.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Positions whose hash is kept for comparison.
 pub const RECENT_HASHES_MAX: usize = 65_536;
 const APPLIED_KEY: &[u8] = b"";
@@ -62,6 +62,11 @@ pub enum Fault {
         /// The check's hash.
         theirs: StateHash,
     },
+    /// The rows were written by an older build, in a format that this one does not read.
+    #[error(
+        "the state has format {0}, this build reads format {FORMAT} only; copy the files out with the build that wrote it and into a new directory"
+    )]
+    OldFormat(u32),
     /// The rows were written by a newer build.
     #[error("the state has format {0}, this build knows up to {FORMAT}; use the newer build")]
     Format(u32),
@@ -119,6 +124,9 @@ impl<M: Machine> Applier<M> {
         let applied: AppliedRow = get_row(&*store, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
         if applied.format > FORMAT {
             return Err(Fault::Format(applied.format));
+        }
+        if applied.position > 0 && applied.format < FORMAT {
+            return Err(Fault::OldFormat(applied.format));
         }
         let mut sums = Sums::default();
         for (key, value) in store.scan(Table::SUMS, &[], &[], 256)? {

@@ -5,7 +5,8 @@
 //! them, and sorted rows cost it less than scattered ones. Rows that were read or passed on lately are kept, too.
 //!
 //! Invariants: batches are passed on whole and in order; `flush`, `snapshot` and `checkpoint` pass everything on first; a
-//! kept row equals the one below unless a newer one waits.
+//! kept row equals the one below unless a newer one waits; once rows were lost on their way, nothing is read or written
+//! any more.
 
 use std::{
     collections::BTreeMap,
@@ -65,6 +66,14 @@ impl RowCache {
 struct Pending {
     rows: BTreeMap<Vec<u8>, Option<Bytes>>,
     bytes: usize,
+    /// Rows could not be passed on and are lost: nothing that is read or written from now on would be right.
+    failed: Option<StoreError>,
+}
+
+impl Pending {
+    fn check(&self) -> Result<(), StoreError> {
+        self.failed.clone().map_or(Ok(()), Err)
+    }
 }
 
 /// The store in front.
@@ -87,6 +96,7 @@ impl BufferedStore {
 
     /// Passes on what waits.
     fn pass_on(&self, pending: &mut Pending) -> Result<(), StoreError> {
+        pending.check()?;
         if pending.rows.is_empty() {
             return Ok(());
         }
@@ -99,7 +109,11 @@ impl BufferedStore {
                 None => drop(self.cache.rows.remove(&Probe(self.number, key))),
             }
         }
-        self.below.write(rows.into_iter().collect())
+        let written = self.below.write(rows.into_iter().collect());
+        if let Err(error) = &written {
+            pending.failed = Some(error.clone());
+        }
+        written
     }
 }
 
@@ -107,6 +121,7 @@ impl View for BufferedStore {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
         let stored = table.stored_key(key);
         let pending = self.pending.read();
+        pending.check()?;
         if let Some(value) = pending.rows.get(&stored) {
             return Ok(value.clone());
         }
@@ -134,6 +149,7 @@ impl View for BufferedStore {
             return Ok(());
         }
         let pending = self.pending.read();
+        pending.check()?;
         let range = (Bound::Included(start), Bound::Excluded(end));
         let mut waiting = pending.rows.range(range).map(|(key, value)| (&key[1..], value)).peekable();
         let mut wanted = true;
@@ -160,6 +176,7 @@ impl View for BufferedStore {
 impl Store for BufferedStore {
     fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
         let mut pending = self.pending.write();
+        pending.check()?;
         for (key, value) in batch {
             pending.bytes += key.len() + value.as_ref().map_or(0, Bytes::len);
             pending.rows.insert(key, value);
@@ -203,6 +220,59 @@ mod tests {
                 Arc::new(BufferedStore::new(below, RowCache::new(1 << 20), rows_max, 1 << 20))
             });
         }
+    }
+
+    /// A store that takes no more writes.
+    struct Full(MemoryStore);
+
+    impl View for Full {
+        fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+            self.0.get(table, key)
+        }
+
+        fn visit(
+            &self,
+            table: Table,
+            from: &[u8],
+            until: &[u8],
+            each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+        ) -> Result<(), StoreError> {
+            self.0.visit(table, from, until, each)
+        }
+    }
+
+    impl Store for Full {
+        fn write(&self, _batch: WriteBatch) -> Result<(), StoreError> {
+            Err(StoreError::Engine("no space".into()))
+        }
+
+        fn flush(&self) -> Result<(), StoreError> {
+            Ok(())
+        }
+
+        fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+            self.0.get_flushed(table, key)
+        }
+
+        fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
+            self.0.snapshot()
+        }
+
+        fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
+            self.0.checkpoint(to)
+        }
+    }
+
+    #[test]
+    fn after_rows_were_lost_nothing_goes_on() {
+        let table = Table(64);
+        let store =
+            BufferedStore::new(Arc::new(Full(MemoryStore::new())), RowCache::new(1 << 20), 100, 1 << 20);
+        let row = || vec![(table.stored_key(b"k"), Some(Bytes::from_static(b"v")))];
+        store.write(row()).expect("waits in memory");
+        assert!(store.snapshot().is_err(), "the rows cannot be passed on");
+        assert!(store.write(row()).is_err() && store.get(table, b"k").is_err() && store.flush().is_err());
+        assert!(store.scan(table, b"", b"", 1).is_err() && store.snapshot().is_err());
     }
 
     #[test]

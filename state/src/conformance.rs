@@ -38,6 +38,15 @@ fn points_and_ranges(store: &dyn Store) {
     assert_eq!(scan(b"a", b"b", 100), [b"a".to_vec(), b"ab".to_vec()]);
     assert_eq!(scan(b"a", &key_after(b"a"), 1), [b"a".to_vec()]);
     assert_eq!(scan(b"b", b"a", 100), Vec::<Vec<u8>>::new());
+    for stop_after in 1..=keys.len() {
+        let mut seen = Vec::new();
+        let mut see = |key: &[u8], _: &[u8]| {
+            seen.push(key.to_vec());
+            seen.len() < stop_after
+        };
+        store.visit(A, b"", b"", &mut see).expect("visits");
+        assert_eq!(seen, keys[..stop_after].iter().map(|k| k.to_vec()).collect::<Vec<_>>());
+    }
     store
         .write(vec![(A.stored_key(b"a"), None), put(A, b"b", b"new"), put(A, b"b", b"newer")])
         .expect("writes");

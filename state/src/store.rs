@@ -70,7 +70,7 @@ pub trait View: Send + Sync {
     /// One row.
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
     /// Shows the rows with `from <= key < until`, ascending, until `each` returns false; an empty `until` means to the
-    /// table's end. Keys and values are not copied.
+    /// table's end. Keys and values are not copied. `each` must not read the same store: a lock may be held.
     fn visit(
         &self,
         table: Table,

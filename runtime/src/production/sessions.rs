@@ -2,7 +2,7 @@
 //!
 //! A unary call reaches the same handler. Frames that wait together travel together, so under load the cost
 //! of a gRPC message is shared; nothing waits for company. Both directions are bounded: a session that has
-//! `IN_FLIGHT_MAX` requests unanswered stops reading until some are.
+//! `SESSION_REQUESTS_MAX` requests or `SESSION_BYTES_MAX` bytes unanswered stops reading until some are answered.
 
 use std::{
     collections::HashMap,
@@ -20,7 +20,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_proto::{
     DESCRIPTORS,
-    limits::MESSAGE_BYTES_MAX,
+    limits::{
+        CONNECTION_STREAMS_MAX, MESSAGE_BYTES_MAX, MESSAGE_FRAMES_MAX, SESSION_BYTES_MAX,
+        SESSION_REQUESTS_MAX, SESSIONS_MAX,
+    },
     session::{
         Frame, Frames, Request, Response,
         session_client::SessionClient,
@@ -37,10 +40,7 @@ use tonic::{Status, Streaming, transport};
 
 use crate::{BoxFuture, CallError, Endpoint, Handler, Lane, Listening, Network};
 
-/// Requests of one session that may be unanswered at a time.
-const IN_FLIGHT_MAX: usize = 4096;
-/// Frames and bytes that travel in one message, unless a single frame is larger.
-const MESSAGE_FRAMES_MAX: usize = 512;
+/// Bytes that travel in one message, unless a single frame is larger.
 const MESSAGE_BYTES_TARGET: usize = 1 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// A peer that does not answer a ping for this long is gone.
@@ -58,7 +58,14 @@ pub struct GrpcNetwork {
 }
 
 /// What this network listens on itself: metadata requests to it need no wire.
-type Own = Arc<Mutex<HashMap<Endpoint, Arc<dyn Handler>>>>;
+type Own = Arc<Mutex<HashMap<Endpoint, OwnListener>>>;
+
+#[derive(Clone)]
+struct OwnListener {
+    handler: Arc<dyn Handler>,
+    /// As many requests at a time as a session may have.
+    requests: Arc<tokio::sync::Semaphore>,
+}
 
 struct Call {
     request: Bytes,
@@ -76,7 +83,7 @@ impl GrpcNetwork {
         if let Some(sender) = peers.get(&(to.clone(), lane)).filter(|s| !s.is_closed()) {
             return sender.clone();
         }
-        let (sender, receiver) = mpsc::channel(IN_FLIGHT_MAX);
+        let (sender, receiver) = mpsc::channel(SESSION_REQUESTS_MAX);
         peers.insert((to.clone(), lane), sender.clone());
         tokio::spawn(run_session(to.clone(), receiver));
         sender
@@ -97,8 +104,12 @@ impl Network for GrpcNetwork {
             .map_err(|e| io::Error::new(e.kind(), format!("listen on {at}: {e}")))?;
         let endpoint = Endpoint::from(listener.local_addr()?.to_string().as_str());
         let (stop, stopped) = watch::channel(());
-        self.own.lock().insert(endpoint.clone(), handler.clone());
-        let service = SessionServer::new(SessionService { handler, stopped: stopped.clone() })
+        let own_listener = OwnListener {
+            handler: handler.clone(),
+            requests: Arc::new(tokio::sync::Semaphore::new(SESSION_REQUESTS_MAX)),
+        };
+        let sessions = Arc::new(tokio::sync::Semaphore::new(SESSIONS_MAX));
+        let service = SessionServer::new(SessionService { handler, stopped: stopped.clone(), sessions })
             .max_decoding_message_size(FRAMES_BYTES_MAX)
             .max_encoding_message_size(FRAMES_BYTES_MAX);
         let (reporter, health) = tonic_health::server::health_reporter();
@@ -118,6 +129,7 @@ impl Network for GrpcNetwork {
                 .initial_stream_window_size(WINDOW_BYTES)
                 .initial_connection_window_size(WINDOW_BYTES)
                 .max_frame_size(1 << 20)
+                .max_concurrent_streams(CONNECTION_STREAMS_MAX)
                 .http2_keepalive_interval(Some(KEEP_ALIVE))
                 .http2_keepalive_timeout(Some(KEEP_ALIVE))
                 .add_service(service)
@@ -128,7 +140,9 @@ impl Network for GrpcNetwork {
                 tracing::error!(%error, "serve sessions");
             }
         });
-        Ok(Box::new(GrpcListening { endpoint, own: self.own.clone(), _stop: stop }))
+        let requests = own_listener.requests.clone();
+        self.own.lock().insert(endpoint.clone(), own_listener);
+        Ok(Box::new(GrpcListening { endpoint, own: self.own.clone(), requests, _stop: stop }))
     }
 
     async fn call(
@@ -141,8 +155,13 @@ impl Network for GrpcNetwork {
         let silence = || CallError::Unknown(to.clone(), format!("nothing within {timeout:?}"));
         // Blocks take the wire also here: it is what bounds how many are in memory.
         let own = (lane == Lane::Metadata).then(|| self.own.lock().get(to).cloned()).flatten();
-        if let Some(handler) = own {
-            return tokio::time::timeout(timeout, handler.handle(request)).await.map_err(|_| silence());
+        if let Some(OwnListener { handler, requests }) = own {
+            let answer = async {
+                // Never closed; without a permit it would only be less bounded.
+                let _permit = requests.acquire().await;
+                handler.handle(request).await
+            };
+            return tokio::time::timeout(timeout, answer).await.map_err(|_| silence());
         }
         let (answer, answered) = oneshot::channel();
         let session = self.session(to, lane);
@@ -163,6 +182,8 @@ impl Network for GrpcNetwork {
 struct GrpcListening {
     endpoint: Endpoint,
     own: Own,
+    /// Tells its own entry from one that came later.
+    requests: Arc<tokio::sync::Semaphore>,
     /// Dropping it ends the sessions.
     _stop: watch::Sender<()>,
 }
@@ -175,7 +196,10 @@ impl Listening for GrpcListening {
 
 impl Drop for GrpcListening {
     fn drop(&mut self) {
-        self.own.lock().remove(&self.endpoint);
+        let mut own = self.own.lock();
+        if own.get(&self.endpoint).is_some_and(|listener| Arc::ptr_eq(&listener.requests, &self.requests)) {
+            own.remove(&self.endpoint);
+        }
     }
 }
 
@@ -219,7 +243,7 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
                 },
                 Err(_) => break "the peer closed the session".to_owned(),
             },
-            received = calls.recv_many(&mut batch, MESSAGE_FRAMES_MAX), if unsent.is_empty() && waiting.len() < IN_FLIGHT_MAX => {
+            received = calls.recv_many(&mut batch, MESSAGE_FRAMES_MAX), if unsent.is_empty() && waiting.len() < SESSION_REQUESTS_MAX => {
                 if received == 0 {
                     break "the network was closed".to_owned();
                 }
@@ -285,6 +309,8 @@ fn source_of(error: &dyn std::error::Error) -> String {
 struct SessionService {
     handler: Arc<dyn Handler>,
     stopped: watch::Receiver<()>,
+    /// One permit for each session that may begin.
+    sessions: Arc<tokio::sync::Semaphore>,
 }
 
 /// Completes when the listener is dropped.
@@ -300,8 +326,17 @@ impl Session for SessionService {
         &self,
         request: tonic::Request<Streaming<Frames>>,
     ) -> Result<tonic::Response<Self::OpenStream>, Status> {
+        let permit = self.sessions.clone().try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "{SESSIONS_MAX} sessions are open; close some, or try again later"
+            ))
+        })?;
         let (sender, receiver) = mpsc::channel(4);
-        tokio::spawn(serve_session(self.handler.clone(), request.into_inner(), sender, self.stopped.clone()));
+        let session = serve_session(self.handler.clone(), request.into_inner(), sender, self.stopped.clone());
+        tokio::spawn(async move {
+            session.await;
+            drop(permit);
+        });
         Ok(tonic::Response::new(Box::pin(ReceiverStream::new(receiver))))
     }
 
@@ -318,15 +353,17 @@ impl Session for SessionService {
 /// The answer to one frame in the making.
 struct Answering {
     id: u64,
+    /// Bytes of the request.
+    weight: usize,
     answer: BoxFuture<Bytes>,
 }
 
 impl Future for Answering {
-    type Output = Frame;
+    type Output = (Frame, usize);
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Frame> {
-        let id = self.id;
-        self.answer.as_mut().poll(context).map(|message| Frame { id, message })
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<(Frame, usize)> {
+        let (id, weight) = (self.id, self.weight);
+        self.answer.as_mut().poll(context).map(|message| (Frame { id, message }, weight))
     }
 }
 
@@ -340,17 +377,21 @@ async fn serve_session(
     let mut running: FuturesUnordered<Answering> = FuturesUnordered::new();
     let mut done = Frames::default();
     let mut open = true;
+    // Bytes of the requests that are running.
+    let mut held = 0;
     while open || !running.is_empty() {
         tokio::select! {
             biased;
             () = &mut stopped => return,
-            Some(frame) = running.next(), if !running.is_empty() => {
+            Some((frame, weight)) = running.next(), if !running.is_empty() => {
+                held -= weight;
                 let mut bytes = frame.message.len();
                 done.frames.push(frame);
                 // Take along what is ready by now; the poll below never waits.
                 while done.frames.len() < MESSAGE_FRAMES_MAX && bytes < MESSAGE_BYTES_TARGET {
                     match futures_util::FutureExt::now_or_never(running.next()).flatten() {
-                        Some(frame) => {
+                        Some((frame, weight)) => {
+                            held -= weight;
                             bytes += frame.message.len();
                             done.frames.push(frame);
                         }
@@ -361,7 +402,7 @@ async fn serve_session(
                     return;
                 }
             }
-            frames = incoming.next(), if open && running.len() < IN_FLIGHT_MAX => match frames {
+            frames = incoming.next(), if open && running.len() < SESSION_REQUESTS_MAX && held < SESSION_BYTES_MAX => match frames {
                 Some(Ok(frames)) if frames.frames.len() > MESSAGE_FRAMES_MAX => {
                     let text = format!("{} frames in one message; at most {MESSAGE_FRAMES_MAX} are allowed", frames.frames.len());
                     // The peer may be gone; the session ends in any case.
@@ -369,7 +410,9 @@ async fn serve_session(
                     return;
                 }
                 Some(Ok(frames)) => for frame in frames.frames {
-                    running.push(Answering { id: frame.id, answer: handler.handle(frame.message) });
+                    let weight = frame.message.len();
+                    held += weight;
+                    running.push(Answering { id: frame.id, weight, answer: handler.handle(frame.message) });
                 },
                 Some(Err(_)) | None => open = false,
             }

@@ -24,8 +24,8 @@ impl SharedMemory {
     /// Block cache and write buffers of these sizes, in bytes, for all databases together.
     pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> SharedMemory {
         let cache = Cache::new_lru_cache(cache_bytes);
-        let write_buffers =
-            WriteBufferManager::new_write_buffer_manager_with_cache(write_buffer_bytes, false, cache.clone());
+        // Each has its own budget: memtables that wait to be merged must not push filters out of the cache.
+        let write_buffers = WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false);
         SharedMemory { cache, write_buffers }
     }
 }

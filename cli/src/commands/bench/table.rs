@@ -48,8 +48,27 @@ struct Part {
 }
 
 pub(super) async fn run(args: &TableArgs) -> Result<ExitCode> {
-    let asked = |part: &str| args.parts.is_empty() || args.parts.iter().any(|p| p == part);
+    let mut interrupted = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
+    let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let mut documents = Vec::new();
+    let done = tokio::select! {
+        done = parts(args, &mut documents) => done,
+        // What was started is dropped with the future: clusters end and their directories go.
+        _ = interrupted.recv() => Err(anyhow::anyhow!("interrupted")),
+        _ = terminated.recv() => Err(anyhow::anyhow!("terminated")),
+    };
+    if args.json {
+        output::json(&json!({ "rows": documents }))?;
+    }
+    done.map(|()| ExitCode::SUCCESS)
+}
+
+/// Runs the parts that were asked for; prints each when it is known, or keeps it for the document.
+async fn parts(args: &TableArgs, documents: &mut Vec<Value>) -> Result<()> {
+    let asked = |part: &str| args.parts.is_empty() || args.parts.iter().any(|p| p == part);
+    if asked("data") {
+        check_space(&args.memory_dir, args.data_mib)?;
+    }
     if !args.json {
         let cores = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
         output::line(format!("{cores} cores, shared by cluster and load generator"))?;
@@ -71,10 +90,20 @@ pub(super) async fn run(args: &TableArgs) -> Result<ExitCode> {
             show(part, &of_part, &around)?;
         }
     }
-    if args.json {
-        output::json(&json!({ "rows": documents }))?;
+    Ok(())
+}
+
+/// File data with parity, and some room for logs: said before anything is measured, not after.
+fn check_space(dir: &Path, data_mib: u64) -> Result<()> {
+    let space = rustix::fs::statvfs(dir).with_context(|| format!("look at {}", dir.display()))?;
+    let (there, needed) = ((space.f_bavail * space.f_frsize) >> 20, data_mib * 3 / 2 + 64);
+    if there < needed {
+        bail!(
+            "{} has {there} MiB left and file data need {needed}; choose a smaller --data-mib or another --memory-dir, or leave data out with --parts",
+            dir.display()
+        );
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// One shard: what operations on files cost.
@@ -139,8 +168,8 @@ async fn many(dir: &Path, files: usize) -> Result<Part> {
 async fn file_data(dir: &Path, mib: usize) -> Result<Part> {
     let cluster = Cluster::start(dir, 1, 16, "10+4").await?;
     let root = Root::make(&cluster.client).await?;
-    let size = mib.min(256);
-    let mut rows = data::rows(&cluster.client, &root, (mib / size).max(1), size << 20, 1).await?;
+    let files = mib.div_ceil(256);
+    let mut rows = data::rows(&cluster.client, &root, files, (mib << 20) / files, 1).await?;
     for row in &mut rows {
         row.op += ", one stream, RS(10,4), 16 disks in memory";
     }
@@ -167,6 +196,19 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
             eprintln!("clutch: remove {}: {error}", self.0.display());
+        }
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        // It must not write any more when its directory is removed. An error says that it has ended already.
+        let _ = self.process.start_kill();
+        for _ in 0..500 {
+            match self.process.try_wait() {
+                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+                _ => return,
+            }
         }
     }
 }

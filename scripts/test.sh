@@ -23,6 +23,8 @@ step tree
 scripts/tree.sh
 step tests
 cargo test --release --workspace --no-fail-fast
+step "hot paths"
+cargo xtask instructions
 step "planted bugs are found"
 cargo test --release --package clutch-integration --features mutants --test mutants --test shrinking
 step "simulation: fresh seeds"

@@ -8,8 +8,13 @@
 //!   out, so no deadlock and no starvation.
 //! * Before the point of no return a refused step rolls the transaction back; after it, it only goes forward.
 //! * A step is sent with (transaction, step) as its tag, so a shard executes it once, however often it is sent.
+//! * What follows a step that succeeded needs no entry in between: the step machine is a pure function of the row and
+//!   the answers, and a tagged step that succeeded gives the same answer when a later leader sends it again. So the
+//!   shell runs ahead with [`SendStep::after`], and one entry brings all answers. It stops at a refusal and before
+//!   anything that depends on a read, because those may come out differently the next time.
 //! * A directory move whose ancestor walk meets a directory that an earlier move has in flight waits for that
-//!   move and walks again: two moves cannot make a loop together.
+//!   move and walks again, and so does one that read a directory whose earlier move has ended since: two moves cannot
+//!   make a loop together.
 
 mod locks;
 pub mod steps;
@@ -25,7 +30,7 @@ use clutch_proto::{
     },
     mutants::{self, Mutant},
     name,
-    shard::{ShardRequest, shard_request},
+    shard::{ShardReply, ShardRequest, shard_request},
     types::{ClientTag, Code},
 };
 use clutch_state::{
@@ -39,6 +44,10 @@ use steps::{Next, State};
 pub const STEP_CLIENT: u64 = 1;
 /// Transactions in flight at a time; more are refused as overloaded.
 pub const TRANSACTIONS_MAX: u64 = 10_000;
+/// Ended moves that are remembered for walks; a walk during which more moves ended begins again.
+pub const MOVES_REMEMBERED: u64 = 1024;
+/// Steps whose answers one entry brings.
+pub const STEPS_PER_ENTRY_MAX: usize = 64;
 /// Bits of a step's number within a tag's sequence. Walks have the most steps, one for each ancestor and retry.
 const STEP_BITS: u32 = 24;
 
@@ -58,6 +67,30 @@ pub struct SendStep {
     pub request: ShardRequest,
     /// `None` for reads.
     pub tag: Option<ClientTag>,
+    /// The transaction when this step is sent.
+    row: TransactionRow,
+    /// The oldest transaction in flight when the last entry was applied.
+    oldest: u64,
+}
+
+impl SendStep {
+    /// The step that follows when this one succeeded, where it may be sent before the answer is logged; `None` where
+    /// the answer must be logged first.
+    pub fn after(&self, reply: &ShardReply) -> Option<SendStep> {
+        let mut row = self.row.clone();
+        let Next::Enter(state) = steps::next(&mut row, Ok(reply.clone())) else { return None };
+        // A read may come out differently when it is sent again, so only reads may follow before it is logged.
+        if self.tag.is_none() && state != State::Walk {
+            return None;
+        }
+        steps::enter(&mut row, state);
+        Some(send(self.transaction, &row, self.oldest))
+    }
+
+    /// Words for people: the kind of the transaction and where it stands.
+    pub fn names(&self) -> (&'static str, String) {
+        (steps::kind_name(&self.row), steps::state_name(&self.row))
+    }
 }
 
 impl Machine for Cdc {
@@ -302,20 +335,25 @@ fn issue(
     state: State,
     effects: &mut Effects<Cdc>,
 ) -> Result<(), Stop> {
-    row.state = state as u32;
-    row.step += 1;
-    row.walk_blocked_by = 0;
+    steps::enter(&mut row, state);
     if state == State::Walk
         && let Some(blocker) = walk_blocker(tx, &row)?
     {
-        row.walk_blocked_by = blocker;
-        put(tx, id, &row);
-        tx.put(tables::BLOCKED_WALK, &tables::pair(blocker, id), Bytes::new());
+        block(tx, id, row, blocker);
         return Ok(());
     }
+    let counters = counters(tx)?;
+    row.sent_after_moves = counters.moves_ended;
     put(tx, id, &row);
-    effects.actions.push(send(id, &row, counters(tx)?.oldest));
+    effects.actions.push(send(id, &row, counters.oldest));
     Ok(())
+}
+
+/// Its walk goes on, from its beginning, when that other transaction has ended.
+fn block(tx: &mut Tx<'_>, id: u64, mut row: TransactionRow, blocker: u64) {
+    row.walk_blocked_by = blocker;
+    put(tx, id, &row);
+    tx.put(tables::BLOCKED_WALK, &tables::pair(blocker, id), Bytes::new());
 }
 
 /// The earlier move that has the directory in flight where the walk stands.
@@ -329,6 +367,46 @@ fn walk_blocker(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<Option<u64>, St
     Ok(earlier.then_some(mover))
 }
 
+/// Whether a move that began before this one has taken the directory where the walk stands elsewhere since the step
+/// was sent: what was read of the directory may be from before.
+fn has_moved(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<bool, Stop> {
+    let ended = counters(tx)?.moves_ended;
+    if ended == row.sent_after_moves || mutants::is(Mutant::LoopThroughMoves) {
+        return Ok(false);
+    }
+    if ended - row.sent_after_moves > MOVES_REMEMBERED {
+        return Ok(true);
+    }
+    let from = tables::pair(row.walk_at, row.sent_after_moves + 1);
+    let until = key_after(&tables::key(row.walk_at));
+    for (_, run_order) in tx.scan(tables::MOVED, &from, &until, usize::MAX)? {
+        if tables::parse(&run_order)? < row.run_order {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Remembers that a move has ended, and forgets the one that ended [`MOVES_REMEMBERED`] moves ago.
+fn remember_move(
+    tx: &mut Tx<'_>,
+    counters: &mut CountersRow,
+    moved: u64,
+    run_order: u64,
+) -> Result<(), StoreError> {
+    counters.moves_ended += 1;
+    let number = counters.moves_ended;
+    tx.put(tables::MOVED, &tables::pair(moved, number), tables::key(run_order).to_vec());
+    tx.put(tables::MOVED_ORDER, &tables::key(number), tables::key(moved).to_vec());
+    if let Some(old) = number.checked_sub(MOVES_REMEMBERED)
+        && let Some(dir) = tx.get(tables::MOVED_ORDER, &tables::key(old))?
+    {
+        tx.delete(tables::MOVED, &tables::pair(tables::parse(&dir)?, old));
+        tx.delete(tables::MOVED_ORDER, &tables::key(old));
+    }
+    Ok(())
+}
+
 fn send(id: u64, row: &TransactionRow, oldest: u64) -> SendStep {
     let (slot, request) = steps::request(row);
     let is_read = matches!(request.op, Some(shard_request::Op::Stat(_)));
@@ -339,7 +417,7 @@ fn send(id: u64, row: &TransactionRow, oldest: u64) -> SendStep {
         acknowledged: (oldest << STEP_BITS).saturating_sub(1),
         issued_at: row.started_at,
     });
-    SendStep { transaction: id, step: row.step, slot, request, tag }
+    SendStep { transaction: id, step: row.step, slot, request, tag, row: row.clone(), oldest }
 }
 
 fn apply_step_done(tx: &mut Tx<'_>, done: StepDone, effects: &mut Effects<Cdc>) -> Result<(), Stop> {
@@ -347,6 +425,25 @@ fn apply_step_done(tx: &mut Tx<'_>, done: StepDone, effects: &mut Effects<Cdc>) 
     let row: Option<TransactionRow> = tx.get_row(tables::TRANSACTION, &tables::key(id))?;
     // A late duplicate: the step was answered before.
     let Some(mut row) = row.filter(|r| r.step == done.step && r.run_order != 0) else { return Ok(()) };
+    for reply in done.earlier {
+        match steps::next(&mut row, Ok(reply)) {
+            Next::Enter(state) => steps::enter(&mut row, state),
+            // The shell does not run ahead of the end.
+            Next::Finish(result) => return finish(tx, id, &row, result, effects),
+        }
+        if State::of(&row) != State::Walk {
+            continue;
+        }
+        // The next answer was read while nobody looked at what else moves.
+        if let Some(blocker) = walk_blocker(tx, &row)? {
+            block(tx, id, row, blocker);
+            return Ok(());
+        }
+        if has_moved(tx, &row)? {
+            steps::begin_walk(&mut row);
+            return issue(tx, id, row, State::Walk, effects);
+        }
+    }
     let result = match done.error {
         Some(error) => Err(Refusal::from_wire(error)),
         None => Ok(done.reply.unwrap_or_default()),
@@ -372,6 +469,9 @@ fn finish(
         let next = tx.scan(tables::TRANSACTION, &tables::key(id + 1), &[], 1)?;
         let next = next.first().map(|(key, _)| tables::parse(key)).transpose()?;
         counters.oldest = next.unwrap_or(counters.transaction + 1);
+    }
+    if let Some(moved) = steps::moved_directory(row) {
+        remember_move(tx, &mut counters, moved, row.run_order)?;
     }
     tx.put_row(tables::COUNTERS, &[], &counters);
     if let Some(tag) = &row.tag {

@@ -45,7 +45,7 @@ pub enum State {
 }
 
 impl State {
-    fn of(row: &TransactionRow) -> State {
+    pub(crate) fn of(row: &TransactionRow) -> State {
         use State::{Back, First, Insert, Remove, SetOwner, Waiting, Walk};
         [First, Walk, Insert, SetOwner, Remove, Back]
             .into_iter()
@@ -127,6 +127,13 @@ fn old_edge(op: &Op) -> Option<(u64, bytes::Bytes, u64, u64)> {
         Op::RenameFile(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
         Op::RenameDirectory(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
     }
+}
+
+/// Enters a state: the next step begins.
+pub(crate) fn enter(row: &mut TransactionRow, state: State) {
+    row.state = state as u32;
+    row.step += 1;
+    row.walk_blocked_by = 0;
 }
 
 /// The request of the state that a transaction is in, and the slot whose shard gets it.

@@ -12,11 +12,15 @@ pub const COUNTERS: Table = Table(18);
 pub const LOCK: Table = Table(19);
 /// Directory that is being moved → transaction.
 pub const MOVING: Table = Table(20);
-
 /// Directory and transaction that waits for it behind the head of its queue → nothing.
 pub const LOCK_WAITER: Table = Table(21);
 /// Transaction that moves a directory and one whose walk met it → nothing.
 pub const BLOCKED_WALK: Table = Table(22);
+/// Directory and number of a move of it that has ended → when the move began to run, as its `run_order`. Of the last
+/// [`crate::MOVES_REMEMBERED`].
+pub const MOVED: Table = Table(23);
+/// Number of such a move → its directory.
+pub const MOVED_ORDER: Table = Table(24);
 
 /// Two numbers as key.
 pub fn pair(first: u64, second: u64) -> [u8; 16] {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use clutch_cdc::{Cdc, steps, tables};
+use clutch_cdc::{Cdc, tables};
 use clutch_client::ClientError;
 use clutch_log::LogId;
 use clutch_proto::{
@@ -57,7 +57,7 @@ const NOTED: &[&str] = &[
     "write: suspects are better than none",
 ];
 
-/// States of transactions in which the CDC has crashed.
+/// States of transactions in which the CDC has crashed, or lost its reign; its driver takes note of them.
 const CRASHED: &[(&str, &[&str])] = &[
     ("make directory", &["first", "insert", "back"]),
     ("remove directory", &["first", "insert", "remove", "back"]),
@@ -132,8 +132,9 @@ fn answered(code: Code) -> String {
 
 /// What a run reached.
 pub fn reached(evidence: &Evidence, world: &World) -> BTreeSet<String> {
+    let known: BTreeSet<String> = states().into_iter().collect();
     let mut reached: BTreeSet<String> =
-        world.notes().keys().filter(|s| NOTED.contains(*s)).map(|s| (*s).to_owned()).collect();
+        world.notes().keys().filter_map(|noted| known.get(&**noted)).cloned().collect();
     transactions(evidence, &mut reached);
     entries(evidence, &mut reached);
     answers(evidence, &mut reached);
@@ -141,20 +142,15 @@ pub fn reached(evidence: &Evidence, world: &World) -> BTreeSet<String> {
 }
 
 fn transactions(evidence: &Evidence, reached: &mut BTreeSet<String>) {
-    let crashes: BTreeSet<usize> =
-        evidence.crashes.iter().filter(|(log, _)| *log == LogId::CDC).map(|(_, at)| *at).collect();
     let store = std::sync::Arc::new(MemoryStore::new());
     let Ok(mut applier) = Applier::<Cdc>::open(store.clone()) else { return };
-    for (index, batch) in evidence.logs.get(&LogId::CDC).into_iter().flat_map(BTreeMap::values).enumerate() {
+    for batch in evidence.logs.get(&LogId::CDC).into_iter().flat_map(BTreeMap::values) {
         if applier.apply(batch).is_err() {
             return;
         }
-        let has_crashed = crashes.contains(&(index + 1));
         for (_, row) in rows::<TransactionRow>(&store, tables::TRANSACTION) {
             if row.walk_blocked_by != 0 {
                 reached.insert("log: a directory move waits for another".into());
-            } else if has_crashed {
-                reached.insert(crashed(steps::kind_name(&row), &steps::state_name(&row)));
             }
             if row.cause.is_some() {
                 reached.insert("log: a transaction is turned back".into());

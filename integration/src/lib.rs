@@ -6,6 +6,7 @@ pub mod coverage;
 pub mod fuzz;
 pub mod generate;
 pub mod history;
+pub mod hot_paths;
 pub mod oracle;
 pub mod recording;
 pub mod run;

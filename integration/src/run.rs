@@ -84,8 +84,6 @@ struct Runner {
     clients: u32,
     faults: BTreeMap<&'static str, u64>,
     timeline: Vec<(Duration, String)>,
-    /// Crashes of log replicas: when, and which.
-    crashes: Vec<(LogId, usize)>,
 }
 
 enum Timed {
@@ -146,7 +144,6 @@ impl Runner {
             clients: script.clients,
             faults: BTreeMap::new(),
             timeline: Vec::new(),
-            crashes: Vec::new(),
         };
         for event in &script.events {
             match &event.action {
@@ -274,12 +271,6 @@ impl Runner {
     }
 
     fn crash(&mut self, node: NodeId) {
-        for log in self.cluster.log_ids() {
-            if self.cluster.home(log) == Some(node) {
-                let length = self.cluster.recording.len(log);
-                self.crashes.push((log, length));
-            }
-        }
         self.cluster.world.crash(node);
         self.paused.remove(&node);
         self.armed.remove(&node);
@@ -563,7 +554,7 @@ impl Runner {
             elapsed: self.now(),
             ..Report::default()
         };
-        let mut evidence = checkers::Evidence::collect(&self.cluster, records, &self.crashes);
+        let mut evidence = checkers::Evidence::collect(&self.cluster, records);
         if !violations.is_empty() {
             let found = self.cluster.recording.violations();
             violations.extend(found.into_iter().map(|what| Violation::new("log", what)));

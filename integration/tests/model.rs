@@ -188,7 +188,7 @@ impl System {
                 steps = self.crash_cdc();
                 continue;
             }
-            let done = self.run_step(step);
+            let done = self.run_steps(step);
             if self.rng.random_ratio(1, 4) {
                 // A crash after the shard executed it and before the answer was logged: it is sent again.
                 steps = self.crash_cdc();
@@ -209,6 +209,23 @@ impl System {
             }
         }
         answer.expect("a transaction ends when no step is left")
+    }
+
+    /// One step, or several whose answers one entry brings; some are sent and then lost with a crash.
+    fn run_steps(&mut self, mut step: SendStep) -> StepDone {
+        let first = step.step;
+        let mut earlier = Vec::new();
+        loop {
+            let done = self.run_step(step.clone());
+            let next = done.reply.as_ref().and_then(|reply| step.after(reply));
+            match next.filter(|_| self.rng.random_ratio(1, 2)) {
+                Some(next) => {
+                    earlier.extend(done.reply);
+                    step = next;
+                }
+                None => return StepDone { step: first, earlier, ..done },
+            }
+        }
     }
 
     /// Forgets everything but the rows; notes where the transaction stood.
@@ -233,7 +250,7 @@ impl System {
             Ok(reply) => (None, Some(ShardReply { reply: Some(reply) })),
             Err(refusal) => (Some(refusal.to_wire()), None),
         };
-        StepDone { transaction: step.transaction, step: step.step, error, reply }
+        StepDone { transaction: step.transaction, step: step.step, error, reply, earlier: vec![] }
     }
 
     fn check(&mut self) {

@@ -109,7 +109,7 @@ impl InodeId {
     }
 
     /// The wire form.
-    pub fn raw(self) -> u64 {
+    pub const fn raw(self) -> u64 {
         self.0
     }
 

@@ -13,7 +13,7 @@ pub mod network;
 pub mod production;
 pub mod simulated;
 
-use std::{collections::BTreeMap, future::Future, pin::Pin, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use clutch_proto::Time;
 
@@ -79,7 +79,10 @@ pub struct Runtime {
 
 /// Counts rare states that a simulation must reach sometimes; nobody listens in production.
 #[derive(Clone, Default)]
-pub struct Notes(Option<Arc<parking_lot::Mutex<BTreeMap<&'static str, u64>>>>);
+pub struct Notes(Option<Arc<parking_lot::Mutex<NoteCounts>>>);
+
+/// What was noted, and how often.
+pub type NoteCounts = BTreeMap<Cow<'static, str>, u64>;
 
 impl Notes {
     /// Notes that are counted.
@@ -88,21 +91,21 @@ impl Notes {
     }
 
     /// Takes note.
-    pub fn add(&self, what: &'static str) {
+    pub fn add(&self, what: impl Into<Cow<'static, str>>) {
         if let Some(counts) = &self.0 {
-            *counts.lock().entry(what).or_default() += 1;
+            *counts.lock().entry(what.into()).or_default() += 1;
         }
     }
 
     /// What was noted, and how often.
-    pub fn counts(&self) -> BTreeMap<&'static str, u64> {
+    pub fn counts(&self) -> NoteCounts {
         self.0.as_ref().map(|counts| counts.lock().clone()).unwrap_or_default()
     }
 }
 
 impl Runtime {
     /// Takes note of a rare state; see [`Notes`].
-    pub fn note(&self, what: &'static str) {
+    pub fn note(&self, what: impl Into<Cow<'static, str>>) {
         self.notes.add(what);
     }
 

@@ -1,8 +1,9 @@
 //! Sends the steps of the CDC's transactions and brings the answers back as entries.
 //!
 //! Each step is sent until it is answered for good: a refusal that may be retried, silence or an unreachable
-//! shard only delay it. The shard executes it once, by its tag. When leadership ends, all sending ends; the next
-//! leader begins again from the rows.
+//! shard only delay it. The shard executes it once, by its tag. Where the machine allows it, the next step is sent
+//! without the answer being logged first, and one entry brings several answers. When leadership ends, all sending
+//! ends; the next leader begins again from the rows.
 
 use std::{
     sync::{
@@ -12,12 +13,13 @@ use std::{
     time::Duration,
 };
 
-use clutch_cdc::SendStep;
+use clutch_cdc::{STEPS_PER_ENTRY_MAX, SendStep};
 use clutch_client::{Client, ClientError};
 use clutch_proto::{
     Slot,
     cdc::{CdcEntry, StepDone, cdc_entry::Body},
     shard::ShardReply,
+    types::Error,
 };
 use clutch_state::{ReplicaHandle, replica::LeaderEvent};
 use prost::Message as _;
@@ -53,55 +55,97 @@ pub async fn run(
             let now = reign.load(Ordering::Relaxed);
             let runtime = client.runtime().clone();
             runtime.spawn("cdc step", async move {
-                drive(&client, &replica, &step, &|| reign.load(Ordering::Relaxed) == now).await
+                drive(&client, &replica, step, &|| reign.load(Ordering::Relaxed) == now).await
             });
         }
     }
 }
 
-/// Sends one step until it is answered, then proposes the answer until it is taken.
+/// Notes, for simulations, where a transaction stood whose step was not brought to its end.
+struct Cut<'a> {
+    client: &'a Client,
+    step: SendStep,
+    is_done: bool,
+}
+
+impl Drop for Cut<'_> {
+    fn drop(&mut self) {
+        if !self.is_done {
+            let (kind, state) = self.step.names();
+            self.client.runtime().note(format!("cdc: crashes while a {kind} is in {state}"));
+        }
+    }
+}
+
+/// Sends a step until it is answered, and those that may follow at once; then proposes the answers until they are
+/// taken.
 async fn drive(
     client: &Client,
     replica: &ReplicaHandle,
-    step: &SendStep,
+    first: SendStep,
     still_leading: &(dyn Fn() -> bool + Sync),
 ) {
     let clock = client.runtime().clock.clone();
-    let Some(op) = step.request.op.clone() else { return };
+    let (transaction, first_step) = (first.transaction, first.step);
+    let mut cut = Cut { client, step: first, is_done: false };
+    let mut earlier = Vec::new();
     let (error, reply) = loop {
-        if !still_leading() {
-            client.runtime().note("cdc driver: a step is dropped with the reign");
-            return;
-        }
-        match client.shard_step(Slot(step.slot), op.clone(), step.tag.as_ref()).await {
-            Ok(reply) => break (None, Some(ShardReply { reply: Some(reply) })),
-            // Anything else may hide an earlier attempt that was executed: the tag makes asking again safe.
-            Err(ClientError::Refused(refusal)) if refusal.code.is_decision() => {
-                break (Some(refusal.to_wire()), None);
-            }
-            Err(error) => {
-                client.runtime().note("cdc driver: a step waits for its shard");
-                tracing::debug!(transaction = step.transaction, step = step.step, %error, "a step waits");
-                clock.sleep(PAUSE).await;
-            }
+        let Some(answer) = send(client, &cut.step, still_leading).await else { return };
+        match answer {
+            Ok(reply) => match cut.step.after(&reply).filter(|_| earlier.len() + 1 < STEPS_PER_ENTRY_MAX) {
+                Some(next) => {
+                    cut.step = next;
+                    earlier.push(reply);
+                }
+                None => break (None, Some(reply)),
+            },
+            Err(error) => break (Some(error), None),
         }
     };
     if let Some(error) = &error {
         // The machine may ask for the step again; a refusal that stays must not become a busy loop.
-        tracing::debug!(transaction = step.transaction, step = step.step, detail = %error.detail, "a step was refused");
-        if step.step > REFUSALS_UNPAUSED {
+        tracing::debug!(transaction, step = cut.step.step, detail = %error.detail, "a step was refused");
+        if cut.step.step > REFUSALS_UNPAUSED {
             clock.sleep(PAUSE).await;
         }
     }
-    let done = StepDone { transaction: step.transaction, step: step.step, error, reply };
+    let done = StepDone { transaction, step: first_step, error, reply, earlier };
     let entry = CdcEntry { tag: None, body: Some(Body::StepDone(done)) };
     let body = bytes::Bytes::from(entry.encode_to_vec());
     while still_leading() {
         // A second copy in the log is ignored: the step has moved on by then.
         if replica.propose(body.clone()).await.result.is_ok() {
+            cut.is_done = true;
             return;
         }
         client.runtime().note("cdc driver: an answer is proposed again");
         clock.sleep(PAUSE).await;
+    }
+}
+
+/// The answer to one step; `None` when the reign has ended.
+async fn send(
+    client: &Client,
+    step: &SendStep,
+    still_leading: &(dyn Fn() -> bool + Sync),
+) -> Option<Result<ShardReply, Error>> {
+    let op = step.request.op.clone()?;
+    loop {
+        if !still_leading() {
+            client.runtime().note("cdc driver: a step is dropped with the reign");
+            return None;
+        }
+        match client.shard_step(Slot(step.slot), op.clone(), step.tag.as_ref()).await {
+            Ok(reply) => return Some(Ok(ShardReply { reply: Some(reply) })),
+            // Anything else may hide an earlier attempt that was executed: the tag makes asking again safe.
+            Err(ClientError::Refused(refusal)) if refusal.code.is_decision() => {
+                return Some(Err(refusal.to_wire()));
+            }
+            Err(error) => {
+                client.runtime().note("cdc driver: a step waits for its shard");
+                tracing::debug!(transaction = step.transaction, step = step.step, %error, "a step waits");
+                client.runtime().clock.sleep(PAUSE).await;
+            }
+        }
     }
 }

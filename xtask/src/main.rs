@@ -1,7 +1,9 @@
 //! Gates that no compiler checks. `cargo xtask layers` compares the crates' dependencies with the table below;
 //! `cargo xtask purity` shows that a planted clock or hash map in an applier does not get past the lints;
-//! `cargo xtask operations` compares the page of all operations with the protocol.
+//! `cargo xtask operations` compares the page of all operations with the protocol; `cargo xtask instructions` compares
+//! the instructions of hot paths with what they were.
 
+mod instructions;
 mod operations;
 
 use std::{collections::BTreeMap, path::Path, process::Command};
@@ -53,6 +55,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "shard",
             "cdc",
             "registry",
+            "blocks",
             "client",
             "server",
         ],
@@ -87,7 +90,8 @@ fn main() -> Result<()> {
         Some("layers") => layers(),
         Some("purity") => purity(),
         Some("operations") => operations::check(),
-        _ => bail!("usage: cargo xtask layers | purity | operations"),
+        Some("instructions") => instructions::run(std::env::args().nth(2).as_deref() == Some("--write")),
+        _ => bail!("usage: cargo xtask layers | purity | operations | instructions [--write]"),
     }
 }
 

@@ -59,15 +59,13 @@ pub struct Evidence {
     pub requests: BTreeMap<usize, (LogId, shard_request::Op)>,
     /// The oracle's word on each shard.
     pub shards: BTreeMap<LogId, ShardEvidence>,
-    /// Which log's replica crashed when so many of its records had been delivered.
-    pub crashes: Vec<(LogId, usize)>,
     /// What was wrong while it was collected.
     pub violations: Vec<Violation>,
 }
 
 impl Evidence {
     /// Replays all logs.
-    pub fn collect(cluster: &SimCluster, records: Vec<Record>, crashes: &[(LogId, usize)]) -> Evidence {
+    pub fn collect(cluster: &SimCluster, records: Vec<Record>) -> Evidence {
         let logs: BTreeMap<LogId, Batches> =
             cluster.log_ids().into_iter().map(|id| (id, cluster.recording.batches(id))).collect();
         let mut evidence = Evidence {
@@ -75,7 +73,6 @@ impl Evidence {
             records,
             requests: BTreeMap::new(),
             shards: BTreeMap::new(),
-            crashes: crashes.to_vec(),
             violations: Vec::new(),
         };
         linearizability::assign(&mut evidence, cluster.config().shards);

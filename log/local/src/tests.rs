@@ -217,3 +217,78 @@ fn segments_and_marks_have_their_golden_bytes() {
     let mark = format::encode_mark(format::Mark { sequence: 5, segment: 1, offset: 4096 });
     assert_eq!(hex(&mark), include_str!("../../../docs/formats/golden/mark.hex").trim());
 }
+
+/// Entries of a batch that is worth packing.
+fn alike(count: u32) -> Vec<Bytes> {
+    (0..count).map(|n| Bytes::from(format!("an entry that looks like the others, number {n:04}"))).collect()
+}
+
+fn decode(record: &[u8]) -> Result<crate::Record, String> {
+    let header = format::decode_header(record)?;
+    let payload = record[format::RECORD_HEADER_BYTES..].to_vec();
+    format::decode_payload(&header, payload.into())
+}
+
+#[test]
+fn large_batches_are_packed_and_read_back() {
+    for (entries, is_smaller) in [(alike(5), false), (alike(200), true), (vec![Bytes::new(); 300], true)] {
+        let mut record = Vec::new();
+        format::encode_record(&mut record, RecordKind::Batch, LogId::CDC, Position(8), Epoch(3), &entries);
+        let plain: usize = entries.iter().map(|e| e.len() + 4).sum();
+        assert_eq!(record.len() < format::RECORD_HEADER_BYTES + plain, is_smaller);
+        let read = decode(&record).expect("reads back");
+        assert_eq!((read.kind, read.entries), (RecordKind::Batch, entries));
+    }
+    // What does not become smaller stays as it is.
+    let noise: Vec<u8> = (0..5000u32).flat_map(|n| scattered(n).to_le_bytes()).collect();
+    let mut record = Vec::new();
+    let entries = [Bytes::from(noise)];
+    format::encode_record(&mut record, RecordKind::Batch, LogId::CDC, Position(8), Epoch(3), &entries);
+    assert_eq!(record.len(), format::RECORD_HEADER_BYTES + 4 + entries[0].len());
+    assert_eq!(decode(&record).expect("reads back").entries, entries);
+}
+
+/// Numbers without a pattern.
+fn scattered(n: u32) -> u32 {
+    (n.wrapping_mul(0x9e37_79b9) ^ (n >> 7)).wrapping_mul(0x85eb_ca6b).rotate_left(n % 31)
+}
+
+#[test]
+fn packed_batches_that_lie_are_refused() {
+    let mut record = Vec::new();
+    format::encode_record(&mut record, RecordKind::Batch, LogId::CDC, Position(8), Epoch(3), &alike(200));
+    let at = format::RECORD_HEADER_BYTES;
+    let reseal = |mut record: Vec<u8>| {
+        let len = (record.len() - at) as u32;
+        record[8..12].copy_from_slice(&len.to_le_bytes());
+        let crc = crc32fast::hash(&record[at..]);
+        record[12..16].copy_from_slice(&crc.to_le_bytes());
+        let crc = crc32fast::hash(&record[8..at]);
+        record[4..8].copy_from_slice(&crc.to_le_bytes());
+        record
+    };
+    assert!(decode(&reseal(record.clone())).is_ok());
+    for len in [0, 1, 200, 11_000, 64 << 20, (64 << 20) + 1, u32::MAX] {
+        let mut lying = record.clone();
+        lying[at..at + 4].copy_from_slice(&len.to_le_bytes());
+        assert!(decode(&reseal(lying)).is_err(), "a length of {len} was believed");
+    }
+    for end in at..record.len() {
+        assert!(decode(&reseal(record[..end].to_vec())).is_err(), "cut at {end}");
+    }
+    for flipped in at + 4..record.len() {
+        let mut lying = record.clone();
+        lying[flipped] ^= 0x40;
+        // With checksums that match, other bytes are other entries or an error, never a panic.
+        let _ = decode(&reseal(lying));
+    }
+}
+
+#[test]
+fn a_packed_batch_written_before_still_reads() {
+    let golden = include_str!("../../../docs/formats/golden/packed-batch.hex").trim();
+    let record: Vec<u8> = (0..golden.len() / 2)
+        .map(|at| u8::from_str_radix(&golden[2 * at..2 * at + 2], 16).expect("hex"))
+        .collect();
+    assert_eq!(decode(&record).expect("reads").entries, alike(200));
+}

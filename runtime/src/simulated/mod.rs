@@ -11,14 +11,14 @@ mod disk;
 mod executor;
 mod network;
 
-use std::{collections::BTreeMap, future::Future, sync::Arc, time::Duration};
+use std::{borrow::Cow, collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
 use clutch_proto::Time;
 use parking_lot::Mutex;
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
 
-use crate::{BoxFuture, Clock, Notes, Random, Runtime, Spawner};
+use crate::{BoxFuture, Clock, NoteCounts, Notes, Random, Runtime, Spawner};
 
 pub use disk::{DiskFaults, SimDisk};
 use executor::{Executor, TaskOwner};
@@ -207,12 +207,12 @@ impl World {
     }
 
     /// What was noted through [`Runtime::note`], and how often.
-    pub fn notes(&self) -> BTreeMap<&'static str, u64> {
+    pub fn notes(&self) -> NoteCounts {
         self.shared.notes.counts()
     }
 
     /// Notes something that only the world's driver can see.
-    pub fn note(&self, what: &'static str) {
+    pub fn note(&self, what: impl Into<Cow<'static, str>>) {
         self.shared.notes.add(what);
     }
 

@@ -9,8 +9,8 @@ use std::{path::Path, sync::Arc};
 use bytes::Bytes;
 use clutch_state::store::{Store, StoreError, Table, View, WriteBatch, key_after};
 use rocksdb::{
-    BlockBasedOptions, Cache, DB, DBCompressionType, FlushOptions, Options, ReadOptions, ReadTier,
-    WriteBufferManager, WriteOptions, checkpoint::Checkpoint,
+    BlockBasedIndexType, BlockBasedOptions, Cache, DB, DBCompressionType, FlushOptions, LruCacheOptions,
+    Options, ReadOptions, ReadTier, WriteBufferManager, WriteOptions, checkpoint::Checkpoint,
 };
 
 /// What all databases of a process share.
@@ -23,12 +23,19 @@ pub struct SharedMemory {
 impl SharedMemory {
     /// Block cache and write buffers of these sizes, in bytes, for all databases together.
     pub fn new(cache_bytes: usize, write_buffer_bytes: usize) -> SharedMemory {
-        let cache = Cache::new_lru_cache(cache_bytes);
+        // Few shards: each gets its part of the budget, and what is larger than that part is never kept.
+        let mut cache = LruCacheOptions::default();
+        cache.set_capacity(cache_bytes);
+        cache.set_num_shard_bits(CACHE_SHARD_BITS);
+        let cache = Cache::new_lru_cache_opts(&cache);
         // Each has its own budget: memtables that wait to be merged must not push filters out of the cache.
         let write_buffers = WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false);
         SharedMemory { cache, write_buffers }
     }
 }
+
+/// Shards of the block cache, as a power of two. Each database has one writer and few readers.
+const CACHE_SHARD_BITS: i32 = 2;
 
 /// A database.
 pub struct RocksStore {
@@ -45,6 +52,12 @@ fn options(memory: &SharedMemory) -> Options {
     table.set_bloom_filter(10.0, false);
     table.set_cache_index_and_filter_blocks(true);
     table.set_pin_l0_filter_and_index_blocks_in_cache(true);
+    // In parts of a few KiB: a file's whole filter has a MiB or more, and to look for one row would read all of it
+    // again whenever the cache had no room for it.
+    table.set_index_type(BlockBasedIndexType::TwoLevelIndexSearch);
+    table.set_partition_filters(true);
+    table.set_metadata_block_size(4 << 10);
+    table.set_pin_top_level_index_and_filter(true);
     table.set_format_version(6);
     // Rows are small and looked up one by one: a larger block is decompressed for a hundred of them.
     table.set_block_size(4 << 10);

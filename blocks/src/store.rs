@@ -240,14 +240,17 @@ impl BlockStore {
             Err(e) => return Err(disk_fault("open block", &e)),
         };
         let exact = |offset: u64, length: u64| -> Result<Vec<u8>, Refusal> {
-            let mut bytes = vec![0; length as usize];
-            let read = file.read_at(&mut bytes, offset).map_err(|e| disk_fault("read block", &e))?;
-            if read < bytes.len() {
+            let mut bytes = Vec::new();
+            let read = file.read_onto(&mut bytes, length as usize, offset);
+            let read = read.map_err(|e| disk_fault("read block", &e))?;
+            if (read as u64) < length {
                 return Err(corrupt(format!("the file ends at {}", offset + read as u64)));
             }
             Ok(bytes)
         };
-        let header = Header::decode(&exact(0, HEADER_BYTES)?).map_err(corrupt)?;
+        // What comes before the data has the length that it must have; anything else is of another block.
+        let head = exact(0, data_offset(expected.size))?;
+        let header = Header::decode(&head[..HEADER_BYTES as usize]).map_err(corrupt)?;
         let is_expected = header.cluster == self.cluster
             && header.service == self.service
             && header.block == block
@@ -255,8 +258,8 @@ impl BlockStore {
         if !is_expected {
             return Err(corrupt("the file is of another block".into()));
         }
-        let table = exact(HEADER_BYTES, pages(header.size) * 4)?;
-        if crc32fast::hash(&table) != header.table_crc {
+        let table = &head[HEADER_BYTES as usize..][..pages(header.size) as usize * 4];
+        if crc32fast::hash(table) != header.table_crc {
             return Err(corrupt("the page table's checksum does not match".into()));
         }
         let first = offset / PAGE_BYTES;

@@ -8,6 +8,15 @@ use std::{io, path::Path};
 pub trait File: Send + Sync {
     /// Reads up to `buffer.len()` bytes; fewer only at the end of the file.
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Appends up to `length` bytes to `buffer`, fewer only at the end of the file, and says how many. Large buffers
+    /// need not be zeroed for it.
+    fn read_onto(&self, buffer: &mut Vec<u8>, length: usize, offset: u64) -> io::Result<usize> {
+        let before = buffer.len();
+        buffer.resize(before + length, 0);
+        let read = self.read_at(&mut buffer[before..], offset);
+        buffer.truncate(before + read.as_ref().copied().unwrap_or_default());
+        read
+    }
     /// Writes all bytes.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Makes the bytes and the length durable. A failure is final: what was written may be lost, and a second

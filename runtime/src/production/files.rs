@@ -35,6 +35,25 @@ impl File for OsFile {
         Ok(done)
     }
 
+    fn read_onto(&self, buffer: &mut Vec<u8>, length: usize, offset: u64) -> io::Result<usize> {
+        let (before, end) = (buffer.len(), buffer.len() + length);
+        buffer.reserve_exact(length);
+        while buffer.len() < end {
+            let from = offset + (buffer.len() - before) as u64;
+            match rustix::io::pread(&self.file, rustix::buffer::spare_capacity(buffer), from) {
+                Ok(0) => break,
+                Ok(_) | Err(rustix::io::Errno::INTR) => {}
+                Err(error) => {
+                    buffer.truncate(before);
+                    return at(&self.path, Err(error.into()));
+                }
+            }
+        }
+        // The allocator may have given more room than was asked for.
+        buffer.truncate(end);
+        Ok(buffer.len() - before)
+    }
+
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         at(&self.path, self.file.write_all_at(bytes, offset))
     }

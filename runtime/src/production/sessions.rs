@@ -49,6 +49,8 @@ const KEEP_ALIVE: Duration = Duration::from_secs(10);
 const SWEEP: Duration = Duration::from_secs(1);
 /// HTTP/2 flow-control windows: large enough that a block never waits for a window update.
 const WINDOW_BYTES: u32 = 16 << 20;
+/// HTTP/2 frames as large as the messages: sixteen KiB at a time would cost more than the bytes.
+const FRAME_BYTES_MAX: u32 = 1 << 20;
 const FRAMES_BYTES_MAX: usize = MESSAGE_BYTES_MAX + MESSAGE_BYTES_TARGET + (1 << 20);
 
 /// Sessions to every peer, opened when first used and again after they break.
@@ -128,7 +130,7 @@ impl Network for GrpcNetwork {
             let server = transport::Server::builder()
                 .initial_stream_window_size(WINDOW_BYTES)
                 .initial_connection_window_size(WINDOW_BYTES)
-                .max_frame_size(1 << 20)
+                .max_frame_size(FRAME_BYTES_MAX)
                 .max_concurrent_streams(CONNECTION_STREAMS_MAX)
                 .http2_keepalive_interval(Some(KEEP_ALIVE))
                 .http2_keepalive_timeout(Some(KEEP_ALIVE))
@@ -286,6 +288,7 @@ async fn open(to: &Endpoint, outgoing: mpsc::Receiver<Frames>) -> Result<Streami
         .keep_alive_timeout(KEEP_ALIVE)
         .initial_stream_window_size(WINDOW_BYTES)
         .initial_connection_window_size(WINDOW_BYTES)
+        .max_frame_size(FRAME_BYTES_MAX)
         .connect()
         .await
         .map_err(|e| source_of(&e))?;

@@ -13,6 +13,8 @@ fn main() {
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec()).expect("write descriptor set");
     tonic_prost_build::configure()
         .bytes(".")
+        // Written by hand, so that a block is not copied on its way.
+        .extern_path(".clutch.session.v1.Frame", "crate::parts::Frame")
         .build_transport(true)
         .compile_fds(descriptors)
         .expect("generate code");

@@ -20,6 +20,8 @@ use reed_solomon_simd::{
 pub const UNIT_BYTES: usize = 64;
 /// Patterns whose coefficients are remembered.
 const REMEMBERED_MAX: usize = 1024;
+/// Encoders that are kept for the next stripe; each holds some twenty cells.
+const ENCODERS_IDLE_MAX: usize = 2;
 
 /// Why nothing was computed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -56,6 +58,13 @@ pub struct Codec {
     data: usize,
     parity: usize,
     coefficients: Mutex<BTreeMap<Vec<usize>, Arc<Matrix>>>,
+    /// Encoders that are not in use, with their room for cells.
+    encoders: Mutex<Vec<ReedSolomonEncoder>>,
+}
+
+/// What these locks guard is whole between any two statements, also when a thread panicked.
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn library(error: reed_solomon_simd::Error) -> CodecError {
@@ -68,7 +77,7 @@ impl Codec {
         if data == 0 || data > DATA_BLOCKS_MAX as usize || parity > PARITY_BLOCKS_MAX as usize {
             return Err(CodecError::Shape { data, parity });
         }
-        Ok(Codec { data, parity, coefficients: Mutex::new(BTreeMap::new()) })
+        Ok(Codec { data, parity, coefficients: Mutex::default(), encoders: Mutex::default() })
     }
 
     /// The parity cells of one stripe.
@@ -91,7 +100,14 @@ impl Codec {
             parity.iter_mut().for_each(|block| block.extend_from_slice(cells[0].as_ref()));
             return Ok(());
         }
-        let mut encoder = ReedSolomonEncoder::new(self.data, self.parity, size).map_err(library)?;
+        let idle = lock(&self.encoders).pop();
+        let mut encoder = match idle {
+            Some(mut encoder) => {
+                encoder.reset(self.data, self.parity, size).map_err(library)?;
+                encoder
+            }
+            None => ReedSolomonEncoder::new(self.data, self.parity, size).map_err(library)?,
+        };
         for cell in cells {
             encoder.add_original_shard(cell).map_err(library)?;
         }
@@ -100,6 +116,11 @@ impl Codec {
             .iter_mut()
             .zip(encoded.recovery_iter())
             .for_each(|(block, cell)| block.extend_from_slice(cell));
+        drop(encoded);
+        let mut idle = lock(&self.encoders);
+        if idle.len() < ENCODERS_IDLE_MAX {
+            idle.push(encoder);
+        }
         Ok(())
     }
 
@@ -157,7 +178,7 @@ impl Codec {
 
     fn coefficients_of(&self, from: &[usize]) -> Result<Arc<Matrix>, CodecError> {
         // A thread that panicked while holding the lock left a whole map behind.
-        let mut known = self.coefficients.lock().unwrap_or_else(|e| e.into_inner());
+        let mut known = lock(&self.coefficients);
         if let Some(found) = known.get(from) {
             return Ok(found.clone());
         }

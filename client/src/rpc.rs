@@ -9,11 +9,11 @@ use std::{
 use bytes::Bytes;
 use clutch_blocks::Codec;
 use clutch_proto::{
-    Refusal, Slot, Time,
+    Parts, Refusal, Slot, Time,
     admin::{AdminReply, AdminRequest},
     blocks::{BlocksReply, BlocksRequest, blocks_request},
     cdc::{CdcReply, CdcRequest, cdc_request},
-    certificate, encode_nested,
+    certificate,
     mutants::{self, Mutant},
     registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
     session::{Request, Response, Role},
@@ -150,9 +150,9 @@ struct Target {
 }
 
 /// What a request carries. Blocks are large: they are encoded where they go.
-enum Body<'a> {
+enum Body {
     Encoded(Bytes),
-    Blocks(&'a BlocksRequest),
+    Blocks(BlocksRequest),
 }
 
 /// Which service a request is for; turned into a [`Target`] by the map of the moment.
@@ -285,7 +285,7 @@ impl Client {
         target: &Target,
         lane: Lane,
         tag: Option<ClientTag>,
-        body: Body<'_>,
+        body: Body,
         admin: bool,
     ) -> (Result<Bytes, ClientError>, AnsweredAt) {
         let cluster = lock(&self.inner.map).as_ref().map_or(0, |m| m.cluster);
@@ -308,7 +308,7 @@ impl Client {
         };
         let request = match body {
             Body::Encoded(body) => Request { body, ..request }.encode_to_vec().into(),
-            Body::Blocks(body) => encode_nested(&request, Request::BODY, body),
+            Body::Blocks(body) => Parts::of_request(&request, body),
         };
         let timeout =
             if lane == Lane::Bulk { self.inner.options.block_attempt } else { self.inner.options.attempt };
@@ -541,7 +541,7 @@ impl Client {
         }
         let target = Target { endpoint: address.into(), role: Role::Blocks, number: service };
         let request = BlocksRequest { op: Some(op) };
-        let answer = self.attempt(&target, Lane::Bulk, None, Body::Blocks(&request), false).await.0?;
+        let answer = self.attempt(&target, Lane::Bulk, None, Body::Blocks(request), false).await.0?;
         BlocksReply::decode(answer).map_err(|_| ClientError::unexpected("a blocks reply"))
     }
 }

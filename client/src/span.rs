@@ -18,8 +18,7 @@ pub(crate) struct Encoded {
 
 /// Cuts bytes into cells, computes parity and checksums.
 pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Result<Encoded, CodecError> {
-    let size = data.len() as u32;
-    let span_crc = crc::of(&data);
+    let size = data.len();
     data.resize(shape.stripe_bytes() as usize * shape.stripes as usize, 0);
     let data = Bytes::from(data);
     let cell = shape.cell_size as usize;
@@ -42,8 +41,18 @@ pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Resu
         codec.encode_onto(&cells, &mut parity)?;
     }
     blocks.extend(parity.into_iter().map(Bytes::from));
-    let cell_crcs = blocks.iter().flat_map(|block| block.chunks(cell).map(crc::of)).collect();
-    Ok(Encoded { shape, size, crc: span_crc, cell_crcs, blocks })
+    let cell_crcs: Vec<u32> = blocks.iter().flat_map(|block| block.chunks(cell).map(crc::of)).collect();
+    // Cells that are full of the span's bytes have been looked at already.
+    let mut span_crc = 0;
+    for (index, bytes) in data[..size].chunks(cell).enumerate() {
+        let (stripe, block) = (index / shape.data_blocks as usize, index % shape.data_blocks as usize);
+        let of_cell = match bytes.len() {
+            full if full == cell => cell_crcs[block * shape.stripes as usize + stripe],
+            _ => crc::of(bytes),
+        };
+        span_crc = crc::concat(span_crc, of_cell, bytes.len() as u64);
+    }
+    Ok(Encoded { shape, size: size as u32, crc: span_crc, cell_crcs, blocks })
 }
 
 /// Cells of consecutive stripes of one block.

@@ -11,7 +11,8 @@ use clutch_blocks::Codec;
 use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, Time, crc,
-    session::{Frame, Frames, Request, Role},
+    parts::Frame,
+    session::{Frames, Request, Role},
     shard::{
         CreateDirectoryInode, CreateFile, EdgeReply, Genesis, InsertEdge, LockEdge, Lookup, ReadDir,
         RemoveDirectoryInode, RenameInDirectory, SetAttributes, ShardEntry, ShardReply, ShardRequest, Stat,
@@ -68,7 +69,7 @@ pub fn path(name: &str) -> Option<Run> {
             let bytes = Bytes::from(frames(64).encode_to_vec());
             Box::new(move || {
                 for frame in Frames::decode(black_box(bytes.clone())).expect("encoded here").frames {
-                    black_box(Request::decode(frame.message).expect("encoded here"));
+                    black_box(Request::decode(frame.message.joined()).expect("encoded here"));
                 }
             })
         }

@@ -11,10 +11,12 @@ pub mod limits;
 pub mod listing;
 pub mod mutants;
 pub mod name;
+pub mod parts;
 pub mod span;
 
 pub use error::Refusal;
 pub use ids::{BlockId, ClientId, ContentId, InodeId, InodeKind, ServiceId, Slot, SpanId, Time};
+pub use parts::Parts;
 
 /// The encoded `FileDescriptorSet` of every proto, for gRPC reflection.
 pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/descriptors.bin"));
@@ -54,52 +56,3 @@ pub use clutch::{
     admin::v1 as admin, blocks::v1 as blocks, cdc::v1 as cdc, registry::v1 as registry,
     session::v1 as session, shard::v1 as shard, state::v1 as state, types::v1 as types,
 };
-
-impl session::Request {
-    /// The number of the field `body`.
-    pub const BODY: u32 = 6;
-}
-
-impl session::Response {
-    /// The number of the field `body`.
-    pub const BODY: u32 = 4;
-}
-
-/// Encodes `outer` with `inner` as its field of bytes `number`, which must be empty in `outer`: the same message as with
-/// `inner` encoded first, without the copy between. Fields may come in any order.
-pub fn encode_nested(outer: &impl prost::Message, number: u32, inner: &impl prost::Message) -> bytes::Bytes {
-    use prost::encoding::{WireType, encode_key, encode_varint};
-    let length = inner.encoded_len();
-    let mut out = Vec::with_capacity(outer.encoded_len() + length + 16);
-    out.extend_from_slice(&outer.encode_to_vec());
-    encode_key(number, WireType::LengthDelimited, &mut out);
-    encode_varint(length as u64, &mut out);
-    inner.encode(&mut out).expect("a vector grows");
-    out.into()
-}
-
-#[cfg(test)]
-mod tests {
-    use prost::Message as _;
-
-    use super::{
-        blocks::BlocksReply,
-        encode_nested,
-        session::{Request, Response},
-    };
-
-    #[test]
-    fn nested_is_the_same_as_encoded_first() {
-        for data in [vec![], vec![7; 1], vec![9; 100_000]] {
-            let reply = BlocksReply { data: data.into(), ..BlocksReply::default() };
-            let outer = Response { time: 5, position: 6, ..Response::default() };
-            let nested = encode_nested(&outer, Response::BODY, &reply);
-            let expected = Response { body: reply.encode_to_vec().into(), ..outer };
-            assert_eq!(Response::decode(nested).expect("decodes"), expected);
-            let outer = Request { number: 3, admin: true, ..Request::default() };
-            let nested = encode_nested(&outer, Request::BODY, &reply);
-            let expected = Request { body: reply.encode_to_vec().into(), ..outer };
-            assert_eq!(Request::decode(nested).expect("decodes"), expected);
-        }
-    }
-}

@@ -4,6 +4,7 @@ use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use clutch_proto::Parts;
 
 use crate::BoxFuture;
 
@@ -53,7 +54,7 @@ impl CallError {
 /// Answers requests. Takes and returns an encoded envelope; every failure is an answer.
 pub trait Handler: Send + Sync {
     /// Handles one request; many run at a time.
-    fn handle(&self, request: Bytes) -> BoxFuture<Bytes>;
+    fn handle(&self, request: Bytes) -> BoxFuture<Parts>;
 }
 
 /// Keeps an endpoint open; dropping it stops accepting and ends its sessions.
@@ -72,7 +73,7 @@ pub trait Network: Send + Sync {
         &self,
         to: &Endpoint,
         lane: Lane,
-        request: Bytes,
+        request: Parts,
         timeout: Duration,
     ) -> Result<Bytes, CallError>;
     /// A network with connections of its own; `None` where calls share nothing anyway.

@@ -5,11 +5,10 @@ use std::{collections::BTreeMap, sync::Arc};
 use bytes::Bytes;
 use clutch_blocks::BlockService;
 use clutch_proto::{
-    Refusal, Time,
+    Parts, Refusal, Time,
     admin::{AdminReply, AdminRequest},
     blocks::BlocksReply,
     certificate::{SYSTEM_CLIENTS, is_system_mac},
-    encode_nested,
     limits::MESSAGE_BYTES_MAX,
     mutants::{self, Mutant},
     session::{Request, Response, Role},
@@ -41,12 +40,12 @@ pub(crate) const INCARNATION: u64 = 1;
 pub(crate) struct SharedHandler(pub(crate) Arc<NodeHandler>);
 
 impl Handler for SharedHandler {
-    fn handle(&self, request: Bytes) -> BoxFuture<Bytes> {
+    fn handle(&self, request: Bytes) -> BoxFuture<Parts> {
         let handler = self.0.clone();
         Box::pin(async move {
             match handler.respond(request).await {
                 (response, None) => response.encode_to_vec().into(),
-                (response, Some(reply)) => encode_nested(&response, Response::BODY, &reply),
+                (response, Some(reply)) => Parts::of_response(&response, reply),
             }
         })
     }

@@ -19,13 +19,14 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_proto::{
-    DESCRIPTORS,
+    DESCRIPTORS, Parts,
     limits::{
         CONNECTION_STREAMS_MAX, MESSAGE_BYTES_MAX, MESSAGE_FRAMES_MAX, SESSION_BYTES_MAX,
         SESSION_REQUESTS_MAX, SESSIONS_MAX,
     },
+    parts::Frame,
     session::{
-        Frame, Frames, Request, Response,
+        Frames, Request, Response,
         session_client::SessionClient,
         session_server::{Session, SessionServer},
     },
@@ -70,7 +71,7 @@ struct OwnListener {
 }
 
 struct Call {
-    request: Bytes,
+    request: Parts,
     answer: oneshot::Sender<Result<Bytes, CallError>>,
 }
 
@@ -151,7 +152,7 @@ impl Network for GrpcNetwork {
         &self,
         to: &Endpoint,
         lane: Lane,
-        request: Bytes,
+        request: Parts,
         timeout: Duration,
     ) -> Result<Bytes, CallError> {
         let silence = || CallError::Unknown(to.clone(), format!("nothing within {timeout:?}"));
@@ -161,7 +162,7 @@ impl Network for GrpcNetwork {
             let answer = async {
                 // Never closed; without a permit it would only be less bounded.
                 let _permit = requests.acquire().await;
-                handler.handle(request).await
+                handler.handle(request.joined()).await.joined()
             };
             return tokio::time::timeout(timeout, answer).await.map_err(|_| silence());
         }
@@ -233,7 +234,7 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
             frames = incoming.next() => match frames {
                 Some(Ok(frames)) => for frame in frames.frames {
                     if let Some(answer) = waiting.remove(&frame.id) {
-                        let _ = answer.send(Ok(frame.message));
+                        let _ = answer.send(Ok(frame.message.joined()));
                     }
                 },
                 Some(Err(status)) => break status.message().to_owned(),
@@ -344,7 +345,7 @@ impl Session for SessionService {
     }
 
     async fn call(&self, request: tonic::Request<Request>) -> Result<tonic::Response<Response>, Status> {
-        let answer = self.handler.handle(Bytes::from(request.into_inner().encode_to_vec())).await;
+        let answer = self.handler.handle(Bytes::from(request.into_inner().encode_to_vec())).await.joined();
         let response = Response::decode(answer).unwrap_or_else(|e| Response {
             error: Some(Error { code: Code::ReplicaFault as i32, detail: format!("decode own answer: {e}") }),
             ..Response::default()
@@ -358,7 +359,7 @@ struct Answering {
     id: u64,
     /// Bytes of the request.
     weight: usize,
-    answer: BoxFuture<Bytes>,
+    answer: BoxFuture<Parts>,
 }
 
 impl Future for Answering {
@@ -415,7 +416,7 @@ async fn serve_session(
                 Some(Ok(frames)) => for frame in frames.frames {
                     let weight = frame.message.len();
                     held += weight;
-                    running.push(Answering { id: frame.id, weight, answer: handler.handle(frame.message) });
+                    running.push(Answering { id: frame.id, weight, answer: handler.handle(frame.message.joined()) });
                 },
                 Some(Err(_)) | None => open = false,
             }

@@ -9,6 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use clutch_proto::Parts;
 use tokio::sync::oneshot;
 
 use super::{NodeId, Shared, executor::Sleep, executor::TaskOwner};
@@ -106,7 +107,7 @@ impl SimNetwork {
             Sleep::new(task_shared.clone(), there + late).await;
             Self::unclogged(&task_shared, from, target).await;
             task_shared.record("deliver", request.len() as u64);
-            let reply = handler.handle(request).await;
+            let reply = handler.handle(request).await.joined();
             if let Some(back) = Self::travel(&task_shared, target, from) {
                 Sleep::new(task_shared.clone(), back).await;
                 Self::unclogged(&task_shared, target, from).await;
@@ -159,9 +160,10 @@ impl Network for SimNetwork {
         &self,
         to: &Endpoint,
         _lane: Lane,
-        request: Bytes,
+        request: Parts,
         timeout: Duration,
     ) -> Result<Bytes, CallError> {
+        let request = request.joined();
         if !self.shared.network.lock().listeners.contains_key(to) {
             Sleep::new(self.shared.clone(), Duration::from_micros(200)).await;
             return Err(CallError::NotSent(to.clone(), "connection refused".into()));

@@ -3,6 +3,7 @@
 use std::{path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use clutch_proto::Parts;
 
 use super::*;
 use crate::{Disk as _, Endpoint, Handler, Lane};
@@ -10,11 +11,11 @@ use crate::{Disk as _, Endpoint, Handler, Lane};
 struct Echo(Runtime);
 
 impl Handler for Echo {
-    fn handle(&self, request: Bytes) -> BoxFuture<Bytes> {
+    fn handle(&self, request: Bytes) -> BoxFuture<Parts> {
         let runtime = self.0.clone();
         Box::pin(async move {
             runtime.clock.sleep(Duration::from_micros(runtime.random.below(100))).await;
-            request
+            request.into()
         })
     }
 }
@@ -29,8 +30,10 @@ fn busy_world(seed: u64) -> (u64, u64) {
         let mut answered = 0;
         for i in 0..200u64 {
             let request = Bytes::copy_from_slice(&i.to_le_bytes());
-            if let Ok(reply) =
-                client.network.call(&at, Lane::Metadata, request.clone(), Duration::from_millis(50)).await
+            if let Ok(reply) = client
+                .network
+                .call(&at, Lane::Metadata, request.clone().into(), Duration::from_millis(50))
+                .await
             {
                 assert_eq!(reply, request);
                 answered += 1;
@@ -115,7 +118,7 @@ fn a_crashed_node_answers_nothing() {
     });
     world.crash(NodeId(1));
     let result = world.run(NodeId(2), Duration::from_secs(5), async move {
-        client.network.call(&at, Lane::Metadata, Bytes::new(), Duration::from_secs(1)).await
+        client.network.call(&at, Lane::Metadata, Parts::default(), Duration::from_secs(1)).await
     });
     assert!(result.expect("ends").expect_err("refused").certainly_no_effect());
 }

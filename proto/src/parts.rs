@@ -1,0 +1,232 @@
+//! Encoded messages in two pieces, so that a block is not copied into each message that wraps it.
+//!
+//! On the wire nothing of it can be seen: what [`Frame`] encodes is what its proto says.
+
+use bytes::{Buf, BufMut, Bytes, BytesMut};
+use prost::{
+    DecodeError, Message,
+    encoding::{self, DecodeContext, WireType, encode_key, encode_varint, encoded_len_varint, key_len},
+};
+
+use crate::{
+    blocks::{BlocksReply, BlocksRequest, WriteBlock, blocks_request::Op},
+    session::{Request, Response},
+};
+
+/// Fields that hold what is wrapped; the numbers are in the protos.
+const REQUEST_BODY: u32 = 6;
+const RESPONSE_BODY: u32 = 4;
+const BLOCKS_REQUEST_WRITE: u32 = 1;
+const WRITE_BLOCK_DATA: u32 = 2;
+const BLOCKS_REPLY_DATA: u32 = 2;
+const FRAME_ID: u32 = 1;
+const FRAME_MESSAGE: u32 = 2;
+
+/// An encoded message: its bytes are those of `head`, then those of `tail`.
+#[derive(Clone, Debug, Default)]
+pub struct Parts {
+    /// The beginning, or all of it.
+    pub head: Bytes,
+    /// The end, where a block is wrapped.
+    pub tail: Bytes,
+}
+
+impl Parts {
+    /// Bytes in all.
+    pub fn len(&self) -> usize {
+        self.head.len() + self.tail.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// In one piece: copies if there are two.
+    pub fn joined(self) -> Bytes {
+        if self.tail.is_empty() {
+            return self.head;
+        }
+        let mut whole = BytesMut::with_capacity(self.len());
+        whole.extend_from_slice(&self.head);
+        whole.extend_from_slice(&self.tail);
+        whole.freeze()
+    }
+
+    /// A request to a block service, whose body must be empty.
+    pub fn of_request(request: &Request, body: BlocksRequest) -> Parts {
+        match body.op {
+            Some(Op::Write(WriteBlock { certificate, data })) if !data.is_empty() => {
+                let write = WriteBlock { certificate, data: Bytes::new() };
+                let write = wrap(write.encode_to_vec(), WRITE_BLOCK_DATA, &[], data.len());
+                let body = wrap(Vec::new(), BLOCKS_REQUEST_WRITE, &write, data.len());
+                let head = wrap(request.encode_to_vec(), REQUEST_BODY, &body, data.len());
+                Parts { head: head.into(), tail: data }
+            }
+            op => {
+                let body = BlocksRequest { op }.encode_to_vec();
+                wrap(request.encode_to_vec(), REQUEST_BODY, &body, 0).into()
+            }
+        }
+    }
+
+    /// A block service's answer; the response's body must be empty.
+    pub fn of_response(response: &Response, reply: BlocksReply) -> Parts {
+        let BlocksReply { proof, data } = reply;
+        let mut body = BlocksReply { proof, data: Bytes::new() }.encode_to_vec();
+        if !data.is_empty() {
+            body = wrap(body, BLOCKS_REPLY_DATA, &[], data.len());
+        }
+        let head = wrap(response.encode_to_vec(), RESPONSE_BODY, &body, data.len());
+        Parts { head: head.into(), tail: data }
+    }
+}
+
+impl From<Bytes> for Parts {
+    fn from(head: Bytes) -> Parts {
+        Parts { head, tail: Bytes::new() }
+    }
+}
+
+impl From<Vec<u8>> for Parts {
+    fn from(head: Vec<u8>) -> Parts {
+        Bytes::from(head).into()
+    }
+}
+
+impl PartialEq for Parts {
+    fn eq(&self, other: &Parts) -> bool {
+        self.len() == other.len() && self.clone().joined() == other.clone().joined()
+    }
+}
+
+/// Appends a field that begins with `inner` and ends with `tail_len` bytes that follow later.
+fn wrap(mut outer: Vec<u8>, field: u32, inner: &[u8], tail_len: usize) -> Vec<u8> {
+    encode_key(field, WireType::LengthDelimited, &mut outer);
+    encode_varint((inner.len() + tail_len) as u64, &mut outer);
+    outer.extend_from_slice(inner);
+    outer
+}
+
+/// One message of a session, as in `session.proto`.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Frame {
+    /// Chosen by the caller, unique on its session, echoed in the answer.
+    pub id: u64,
+    /// The request or the answer. In one piece when it was decoded.
+    pub message: Parts,
+}
+
+impl Message for Frame {
+    fn encode_raw(&self, buf: &mut impl BufMut) {
+        if self.id != 0 {
+            encoding::uint64::encode(FRAME_ID, &self.id, buf);
+        }
+        if !self.message.is_empty() {
+            encode_key(FRAME_MESSAGE, WireType::LengthDelimited, buf);
+            encode_varint(self.message.len() as u64, buf);
+            buf.put_slice(&self.message.head);
+            buf.put_slice(&self.message.tail);
+        }
+    }
+
+    fn merge_field(
+        &mut self,
+        tag: u32,
+        wire_type: WireType,
+        buf: &mut impl Buf,
+        ctx: DecodeContext,
+    ) -> Result<(), DecodeError> {
+        match tag {
+            FRAME_ID => encoding::uint64::merge(wire_type, &mut self.id, buf, ctx),
+            FRAME_MESSAGE => {
+                self.message.tail.clear();
+                encoding::bytes::merge(wire_type, &mut self.message.head, buf, ctx)
+            }
+            _ => encoding::skip_field(wire_type, tag, buf, ctx),
+        }
+    }
+
+    fn encoded_len(&self) -> usize {
+        let id = if self.id == 0 { 0 } else { encoding::uint64::encoded_len(FRAME_ID, &self.id) };
+        let message = match self.message.len() {
+            0 => 0,
+            len => key_len(FRAME_MESSAGE) + encoded_len_varint(len as u64) + len,
+        };
+        id + message
+    }
+
+    fn clear(&mut self) {
+        *self = Frame::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        blocks::ReadBlock,
+        session::Frames,
+        types::{ClientTag, Error},
+    };
+
+    /// [`Frame`] as its proto has it.
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Plain {
+        #[prost(uint64, tag = "1")]
+        id: u64,
+        #[prost(bytes = "bytes", tag = "2")]
+        message: Bytes,
+    }
+
+    fn sizes() -> Vec<Bytes> {
+        [0, 1, 127, 128, 100_000].map(|len| Bytes::from(vec![9; len])).to_vec()
+    }
+
+    #[test]
+    fn wrapped_is_the_same_as_encoded_first() {
+        for data in sizes() {
+            let reply = BlocksReply { data: data.clone(), proof: vec![1; 20].into() };
+            let error = Some(Error { code: 3, detail: "x".into() });
+            let outer = Response { time: 5, position: 6, error, ..Response::default() };
+            let expected = Response { body: reply.encode_to_vec().into(), ..outer.clone() };
+            let parts = Parts::of_response(&outer, reply);
+            assert_eq!(parts.clone().joined(), expected.encode_to_vec());
+            assert_eq!(Response::decode(parts.joined()).expect("decodes"), expected);
+            let tag = Some(ClientTag { client: 7, sequence: 8, ..ClientTag::default() });
+            let outer = Request { number: 3, cluster: 99, admin: true, tag, ..Request::default() };
+            for op in [
+                None,
+                Some(Op::Write(WriteBlock { certificate: vec![2; 60].into(), data: data.clone() })),
+                Some(Op::Read(ReadBlock { certificate: data.clone(), offset: 4, length: 5 })),
+            ] {
+                let body = BlocksRequest { op };
+                let expected = Request { body: body.encode_to_vec().into(), ..outer.clone() };
+                let parts = Parts::of_request(&outer, body);
+                assert_eq!(Request::decode(parts.joined()).expect("decodes"), expected);
+            }
+        }
+    }
+
+    #[test]
+    fn frames_are_what_their_proto_says() {
+        for id in [0, 1, u64::MAX] {
+            for whole in sizes() {
+                for cut in [0, whole.len() / 3, whole.len()] {
+                    let message = Parts { head: whole.slice(..cut), tail: whole.slice(cut..) };
+                    let frame = Frame { id, message };
+                    let plain = Plain { id, message: whole.clone() };
+                    assert_eq!(frame.encode_to_vec(), plain.encode_to_vec());
+                    assert_eq!(frame.encoded_len(), plain.encoded_len());
+                    assert_eq!(Frame::decode(&plain.encode_to_vec()[..]).expect("decodes"), frame);
+                }
+            }
+        }
+        let many = Frames { frames: (0..5).map(|id| Frame { id, message: vec![7; 3].into() }).collect() };
+        assert_eq!(Frames::decode(&many.encode_to_vec()[..]).expect("decodes"), many);
+        // Fields of a later version are passed over; what is cut or of the wrong type is refused.
+        assert_eq!(Frame::decode(&[24, 5][..]).expect("decodes"), Frame::default());
+        assert!(Frame::decode(&[18, 200, 1, 0][..]).is_err());
+        assert!(Frame::decode(&[16, 0][..]).is_err());
+    }
+}

@@ -65,10 +65,11 @@ fn options(memory: &SharedMemory) -> Options {
     options.create_if_missing(true);
     options.set_block_based_table_factory(&table);
     options.set_write_buffer_manager(&memory.write_buffers);
-    // Rows go into a skip list that fits the processor's cache; four of them become one file.
+    // Rows go into a skip list that fits the processor's cache; two of them become one file, which also bounds what is
+    // replayed after a crash.
     options.set_write_buffer_size(16 << 20);
-    options.set_min_write_buffer_number_to_merge(4);
-    options.set_max_write_buffer_number(6);
+    options.set_min_write_buffer_number_to_merge(2);
+    options.set_max_write_buffer_number(5);
     // Half of all looks are for what is not there yet; without this each walks a memtable of a million rows.
     options.set_memtable_whole_key_filtering(true);
     options.set_memtable_prefix_bloom_ratio(0.015);

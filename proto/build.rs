@@ -15,6 +15,7 @@ fn main() {
         .bytes(".")
         // Written by hand, so that a block is not copied on its way.
         .extern_path(".clutch.session.v1.Frame", "crate::parts::Frame")
+        .extern_path(".clutch.session.v1.Frames", "crate::parts::Frames")
         .build_transport(true)
         .compile_fds(descriptors)
         .expect("generate code");

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Installs what a build needs and this machine lacks: a C++ compiler and libclang (for RocksDB), valgrind (to count
-# instructions in tests), and checks for the Rust toolchain. Changes nothing where all is there.
+# Installs what a build needs and this machine lacks: a C++ compiler and libclang (for RocksDB), with `--tests` also valgrind
+# (to count instructions), and checks for the Rust toolchain. Changes nothing where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 need=()
 command -v c++ >/dev/null || need+=(build-essential)
 command -v clang >/dev/null || need+=(clang)
-command -v valgrind >/dev/null || need+=(valgrind)
+[ "${1:-}" != --tests ] || command -v valgrind >/dev/null || need+=(valgrind)
 ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || need+=(libclang-dev)
 if [ ${#need[@]} -gt 0 ]; then
   if ! command -v apt-get >/dev/null; then
-    echo "setup: please install a C++ compiler, clang, libclang's development files and valgrind, then try again" >&2
+    echo "setup: please install a C++ compiler, clang, libclang's development files (and for the tests valgrind), then try again" >&2
     exit 1
   fi
   as_root=""

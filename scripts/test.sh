@@ -3,7 +3,7 @@
 # One build of RocksDB serves all of it, because everything is built in the release profile (assertions stay on).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-scripts/setup.sh
+scripts/setup.sh --tests
 step() { echo "== $* ($(date +%T))"; }
 step format
 cargo fmt --all --check

@@ -9,7 +9,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_client::{Client, ClientOptions};
-use clutch_proto::InodeId;
+use clutch_proto::{InodeId, Parts};
 use clutch_runtime::{
     BoxFuture, Endpoint, Handler,
     simulated::{NodeId, World},
@@ -19,11 +19,11 @@ use libfuzzer_sys::fuzz_target;
 struct Canned(Mutex<std::collections::VecDeque<Bytes>>);
 
 impl Handler for Canned {
-    fn handle(&self, _request: Bytes) -> BoxFuture<Bytes> {
+    fn handle(&self, _request: Bytes) -> BoxFuture<Parts> {
         let mut answers = self.0.lock().expect("not poisoned");
         let answer = answers.pop_front().unwrap_or_default();
         answers.push_back(answer.clone());
-        Box::pin(async move { answer })
+        Box::pin(async move { answer.into() })
     }
 }
 

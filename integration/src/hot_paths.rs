@@ -11,8 +11,8 @@ use clutch_blocks::Codec;
 use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, Time, crc,
-    parts::Frame,
-    session::{Frames, Request, Role},
+    parts::{Frame, Frames},
+    session::{Request, Role},
     shard::{
         CreateDirectoryInode, CreateFile, EdgeReply, Genesis, InsertEdge, LockEdge, Lookup, ReadDir,
         RemoveDirectoryInode, RenameInDirectory, SetAttributes, ShardEntry, ShardReply, ShardRequest, Stat,

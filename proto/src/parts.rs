@@ -10,6 +10,7 @@ use prost::{
 
 use crate::{
     blocks::{BlocksReply, BlocksRequest, WriteBlock, blocks_request::Op},
+    limits::MESSAGE_FRAMES_MAX,
     session::{Request, Response},
 };
 
@@ -21,6 +22,7 @@ const WRITE_BLOCK_DATA: u32 = 2;
 const BLOCKS_REPLY_DATA: u32 = 2;
 const FRAME_ID: u32 = 1;
 const FRAME_MESSAGE: u32 = 2;
+const FRAMES_FRAMES: u32 = 1;
 
 /// An encoded message: its bytes are those of `head`, then those of `tail`.
 #[derive(Clone, Debug, Default)]
@@ -161,12 +163,51 @@ impl Message for Frame {
     }
 }
 
+/// Several frames, as in `session.proto`. More than [`MESSAGE_FRAMES_MAX`] of them are refused while they are decoded:
+/// an empty frame has two bytes on the wire and many more in memory.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Frames {
+    /// In the order in which they came.
+    pub frames: Vec<Frame>,
+}
+
+impl Message for Frames {
+    fn encode_raw(&self, buf: &mut impl BufMut) {
+        encoding::message::encode_repeated(FRAMES_FRAMES, &self.frames, buf);
+    }
+
+    fn merge_field(
+        &mut self,
+        tag: u32,
+        wire_type: WireType,
+        buf: &mut impl Buf,
+        ctx: DecodeContext,
+    ) -> Result<(), DecodeError> {
+        if tag != FRAMES_FRAMES {
+            return encoding::skip_field(wire_type, tag, buf, ctx);
+        }
+        encoding::message::merge_repeated(wire_type, &mut self.frames, buf, ctx)?;
+        if self.frames.len() > MESSAGE_FRAMES_MAX {
+            #[allow(deprecated, reason = "prost has no other way to make one")]
+            return Err(DecodeError::new(format!("more than {MESSAGE_FRAMES_MAX} frames in one message")));
+        }
+        Ok(())
+    }
+
+    fn encoded_len(&self) -> usize {
+        encoding::message::encoded_len_repeated(FRAMES_FRAMES, &self.frames)
+    }
+
+    fn clear(&mut self) {
+        self.frames.clear();
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
         blocks::ReadBlock,
-        session::Frames,
         types::{ClientTag, Error},
     };
 
@@ -224,6 +265,11 @@ mod tests {
         }
         let many = Frames { frames: (0..5).map(|id| Frame { id, message: vec![7; 3].into() }).collect() };
         assert_eq!(Frames::decode(&many.encode_to_vec()[..]).expect("decodes"), many);
+        // So many that they would fill the memory are refused before they do.
+        let empty = |count: usize| [10, 0].repeat(count);
+        let most = Frames::decode(&empty(MESSAGE_FRAMES_MAX)[..]).expect("as many as may be");
+        assert_eq!(most.frames.len(), MESSAGE_FRAMES_MAX);
+        assert!(Frames::decode(&empty(MESSAGE_FRAMES_MAX + 1)[..]).is_err());
         // Fields of a later version are passed over; what is cut or of the wrong type is refused.
         assert_eq!(Frame::decode(&[24, 5][..]).expect("decodes"), Frame::default());
         assert!(Frame::decode(&[18, 200, 1, 0][..]).is_err());

@@ -24,9 +24,9 @@ use clutch_proto::{
         CONNECTION_STREAMS_MAX, MESSAGE_BYTES_MAX, MESSAGE_FRAMES_MAX, SESSION_BYTES_MAX,
         SESSION_REQUESTS_MAX, SESSIONS_MAX,
     },
-    parts::Frame,
+    parts::{Frame, Frames},
     session::{
-        Frames, Request, Response,
+        Request, Response,
         session_client::SessionClient,
         session_server::{Session, SessionServer},
     },

@@ -20,8 +20,10 @@ use reed_solomon_simd::{
 pub const UNIT_BYTES: usize = 64;
 /// Patterns whose coefficients are remembered.
 const REMEMBERED_MAX: usize = 1024;
-/// Encoders that are kept for the next stripe; each holds some twenty cells.
+/// Encoders that are kept for the next stripe; each has room for a stripe.
 const ENCODERS_IDLE_MAX: usize = 2;
+/// Encoders of larger cells are not kept: what is idle must not hold much.
+const ENCODER_CELL_BYTES_MAX: usize = 1 << 20;
 
 /// Why nothing was computed.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
@@ -118,7 +120,7 @@ impl Codec {
             .for_each(|(block, cell)| block.extend_from_slice(cell));
         drop(encoded);
         let mut idle = lock(&self.encoders);
-        if idle.len() < ENCODERS_IDLE_MAX {
+        if idle.len() < ENCODERS_IDLE_MAX && size <= ENCODER_CELL_BYTES_MAX {
             idle.push(encoder);
         }
         Ok(())

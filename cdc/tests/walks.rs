@@ -96,6 +96,14 @@ const Y: u64 = 6;
 const R: u64 = 7;
 const Z: u64 = 8;
 
+/// A move of `X` from `P` to `Q`, begun before one of `Y` from `R` to `Z`; the first step of each.
+fn two_moves() -> (Coordinator, SendStep, SendStep) {
+    let mut cdc = Coordinator::new();
+    let earlier = cdc.begin(dir(X), dir(P), dir(Q));
+    let first = cdc.begin(dir(Y), dir(R), dir(Z));
+    (cdc, earlier, first)
+}
+
 /// The answers to moving `Y` from `R` to `Z`, which lies in `X`, which lies in `P`: as they were read.
 fn read_through_x() -> Vec<ShardReply> {
     vec![locked(), owned_by(dir(X)), owned_by(dir(P)), owned_by(ROOT), owned_by(ROOT)]
@@ -115,9 +123,7 @@ fn an_undisturbed_walk_is_believed() {
 
 #[test]
 fn a_walk_begins_again_when_an_earlier_move_of_what_it_read_has_ended() {
-    let mut cdc = Coordinator::new();
-    let earlier = cdc.begin(dir(X), dir(P), dir(Q));
-    let first = cdc.begin(dir(Y), dir(R), dir(Z));
+    let (mut cdc, earlier, first) = two_moves();
     cdc.finish(&earlier, dir(Q));
     let (steps, answers) = cdc.answer(&first, read_through_x());
     assert!(answers.is_empty());
@@ -130,9 +136,7 @@ fn a_walk_begins_again_when_an_earlier_move_of_what_it_read_has_ended() {
 
 #[test]
 fn a_walk_waits_for_an_earlier_move_of_what_it_read() {
-    let mut cdc = Coordinator::new();
-    let earlier = cdc.begin(dir(X), dir(P), dir(Q));
-    let first = cdc.begin(dir(Y), dir(R), dir(Z));
+    let (mut cdc, earlier, first) = two_moves();
     let (steps, answers) = cdc.answer(&first, read_through_x());
     assert!(steps.is_empty() && answers.is_empty());
     let (steps, _) = cdc.answer(&earlier, vec![locked(), owned_by(ROOT), owned_by(ROOT)]);
@@ -153,9 +157,7 @@ fn later_moves_do_not_hold_a_walk_up() {
 
 #[test]
 fn a_walk_begins_again_when_more_moves_ended_than_are_remembered() {
-    let mut cdc = Coordinator::new();
-    let earlier = cdc.begin(dir(X), dir(P), dir(Q));
-    let first = cdc.begin(dir(Y), dir(R), dir(Z));
+    let (mut cdc, earlier, first) = two_moves();
     cdc.finish(&earlier, dir(Q));
     for number in 0..MOVES_REMEMBERED {
         let other = cdc.begin(dir(100 + number), dir(10), dir(11));

@@ -31,11 +31,6 @@ impl Recording {
         self.logs.lock().get(&id).cloned().unwrap_or_default()
     }
 
-    /// How many records of a log were delivered.
-    pub fn len(&self, id: LogId) -> usize {
-        self.logs.lock().get(&id).map_or(0, BTreeMap::len)
-    }
-
     /// Takes note of something that must not be.
     pub fn violation(&self, what: String) {
         let mut violations = self.violations.lock();

@@ -22,9 +22,9 @@
 //! | 44 | 4 | entries in the payload |
 //!
 //! A batch's payload is, per entry, its length (4 bytes) and its bytes. A packed batch's payload is the length of
-//! that (4 bytes), then that as one LZ4 block; batches are packed where it saves an eighth or more. The first record of every segment is of
-//! kind `groups`; its payload has 32 bytes per log: log, last position, epoch, position of the seal or 0. So
-//! recovery reads one segment, however long the logs are.
+//! that (4 bytes), then that as one LZ4 block; payloads of 512 bytes and more are packed where it saves an eighth.
+//! The first record of every segment is of kind `groups`; its payload has 32 bytes per log: log, last position,
+//! epoch, position of the seal or 0. So recovery reads one segment, however long the logs are.
 //!
 //! The mark, file `synced`: two slots of 40 bytes at offsets 0 and 4096, written in turn: `CLUTMRK1`, sequence,
 //! segment, offset, 4 zero bytes, CRC-32 of bytes 0..36. The valid slot with the higher sequence says: every byte

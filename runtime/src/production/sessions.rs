@@ -381,6 +381,8 @@ async fn serve_session(
     let mut running: FuturesUnordered<Answering> = FuturesUnordered::new();
     let mut done = Frames::default();
     let mut open = true;
+    // Why the peer's messages are not read any more; it is told when what it asked before is answered.
+    let mut refused = None;
     // Bytes of the requests that are running.
     let mut held = 0;
     while open || !running.is_empty() {
@@ -407,19 +409,18 @@ async fn serve_session(
                 }
             }
             frames = incoming.next(), if open && running.len() < SESSION_REQUESTS_MAX && held < SESSION_BYTES_MAX => match frames {
-                Some(Ok(frames)) if frames.frames.len() > MESSAGE_FRAMES_MAX => {
-                    let text = format!("{} frames in one message; at most {MESSAGE_FRAMES_MAX} are allowed", frames.frames.len());
-                    // The peer may be gone; the session ends in any case.
-                    let _ = outgoing.send(Err(Status::invalid_argument(text))).await;
-                    return;
-                }
                 Some(Ok(frames)) => for frame in frames.frames {
                     let weight = frame.message.len();
                     held += weight;
                     running.push(Answering { id: frame.id, weight, answer: handler.handle(frame.message.joined()) });
                 },
-                Some(Err(_)) | None => open = false,
+                Some(Err(status)) => (open, refused) = (false, Some(status)),
+                None => open = false,
             }
         }
+    }
+    if let Some(status) = refused {
+        // The peer may be gone.
+        let _ = outgoing.send(Err(status)).await;
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use clutch_cdc::{Cdc, MOVES_REMEMBERED, SendStep};
+use clutch_cdc::{Cdc, MOVES_REMEMBERED, STEPS_PER_ENTRY_MAX, SendStep};
 use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, Refusal,
@@ -181,4 +181,80 @@ fn nothing_runs_ahead_of_a_verdict_on_what_was_read() {
     let ahead = steps[0].after(&inserted()).expect("forward");
     let (logged, _) = cdc.answer(&steps[0], vec![inserted()]);
     assert_eq!((ahead.step, ahead.tag, &ahead.request), (logged[0].step, logged[0].tag, &logged[0].request));
+}
+
+/// Directories between a destination and the root: more than two entries' worth of answers.
+const DEPTH: u64 = 150;
+
+/// The owner of the `n`-th directory of a deep chain, whose first is `Z`.
+fn deep_owner(n: u64) -> ShardReply {
+    owned_by(if n + 1 == DEPTH { ROOT } else { dir(1000 + n + 1) })
+}
+
+/// What the chain's directories say of their owners, from the `from`-th on, as many as an entry may bring.
+fn deep_page(from: u64) -> Vec<ShardReply> {
+    let until = (from + STEPS_PER_ENTRY_MAX as u64).min(DEPTH);
+    let mut page: Vec<ShardReply> = (from..until).map(deep_owner).collect();
+    if until == DEPTH && page.len() < STEPS_PER_ENTRY_MAX {
+        page.push(owned_by(ROOT));
+    }
+    page
+}
+
+fn asks_for(steps: &[SendStep], id: u64) -> bool {
+    matches!(op_of(steps), shard_request::Op::Stat(stat) if stat.id == id)
+}
+
+/// Begins to move `Y` into the chain's first directory and answers the lock; the walk's first step.
+fn deep_move(cdc: &mut Coordinator) -> SendStep {
+    let first = cdc.begin(dir(Y), dir(R), dir(1000));
+    let (mut steps, _) = cdc.answer(&first, vec![locked()]);
+    assert!(asks_for(&steps, dir(1000)));
+    steps.pop().expect("the walk")
+}
+
+#[test]
+fn a_walk_that_is_longer_than_an_entry_goes_on_where_it_was() {
+    let mut cdc = Coordinator::new();
+    let mut step = deep_move(&mut cdc);
+    let page = STEPS_PER_ENTRY_MAX as u64;
+    for from in (0..DEPTH).step_by(STEPS_PER_ENTRY_MAX) {
+        let (mut steps, answers) = cdc.answer(&step, deep_page(from));
+        assert!(answers.is_empty());
+        if from + page < DEPTH {
+            assert!(asks_for(&steps, dir(1000 + from + page)), "after {from}");
+        } else {
+            assert!(matches!(op_of(&steps), shard_request::Op::InsertEdge(_)));
+        }
+        step = steps.pop().expect("a step");
+    }
+}
+
+#[test]
+fn the_second_part_of_a_walk_is_checked_as_the_first() {
+    // What moves lies in the second part of the walk.
+    let moving = dir(1000 + STEPS_PER_ENTRY_MAX as u64 + 5);
+    // Its move ends between the two parts; the second part was read before, or after.
+    let mut cdc = Coordinator::new();
+    let earlier = cdc.begin(moving, dir(P), dir(Q));
+    let step = deep_move(&mut cdc);
+    let (steps, _) = cdc.answer(&step, deep_page(0));
+    assert!(asks_for(&steps, dir(1000 + STEPS_PER_ENTRY_MAX as u64)), "the first part is not held up");
+    cdc.finish(&earlier, dir(Q));
+    let (steps, answers) = cdc.answer(&steps[0], deep_page(STEPS_PER_ENTRY_MAX as u64));
+    assert!(
+        answers.is_empty() && asks_for(&steps, dir(1000)),
+        "read before the move ended: from the beginning"
+    );
+
+    // It is in flight when the second part arrives: the walk waits, and then begins again.
+    let mut cdc = Coordinator::new();
+    let earlier = cdc.begin(moving, dir(P), dir(Q));
+    let step = deep_move(&mut cdc);
+    let (steps, _) = cdc.answer(&step, deep_page(0));
+    let (steps, answers) = cdc.answer(&steps[0], deep_page(STEPS_PER_ENTRY_MAX as u64));
+    assert!(steps.is_empty() && answers.is_empty(), "it waits");
+    let (steps, _) = cdc.answer(&earlier, vec![locked(), owned_by(ROOT), owned_by(ROOT)]);
+    let (steps, _) = cdc.answer(&steps[0], vec![inserted(), done(), done()]);
+    assert!(asks_for(&steps, dir(1000)));
 }

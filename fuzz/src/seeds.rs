@@ -13,6 +13,7 @@ use clutch_proto::{
     BlockId, InodeId, ServiceId, Time,
     blocks::{BlocksRequest, ReadBlock, blocks_request},
     certificate::{Claims, Key, Operation},
+    parts::{Frame, Frames},
     registry::{GetMap, RegistryRequest, registry_request},
     session::{Request, Response, Role},
     shard::{CreateFile, ReadDir, ShardRequest, shard_request},
@@ -52,6 +53,10 @@ fn main() {
     let (segment, mark) = (golden(golden_dir, "segment"), golden(golden_dir, "mark"));
     put("log_segment", "golden", &[&[mark.len() as u8, 0, 0], &mark[..], &segment[..]].concat());
     put("log_segment", "no-mark", &[&[0, 0, 0], &segment[..]].concat());
+
+    let packed = golden(golden_dir, "packed-batch");
+    put("packed_record", "golden", &[&[packed[40]], &packed[44..48], &packed[48..]].concat());
+    put("packed_record", "plain", &[1, 2, 0, 0, 0, 1, 0, 0, 0, 7, 0, 0, 0, 0]);
 
     let key = Key { epoch: 1, secret: [7; 32] };
     let claims = Claims {
@@ -107,6 +112,8 @@ fn main() {
         let request = Request { role: role as i32, tag, body: body.into(), ..Request::default() };
         put("requests", &format!("{n}"), &[&[choice], &request.encode_to_vec()[..]].concat());
     }
+    let frames = (0..3).map(|id| Frame { id, message: vec![7; 20].into() }).collect();
+    put("frames", "three", &Frames { frames }.encode_to_vec());
     let answer = Response { body: vec![10, 4, 8, 1, 16, 1].into(), time: 5, position: 1, ..Response::default() };
     put("answers", "0", &listed(None, &[answer.encode_to_vec(), Response::default().encode_to_vec()]));
     let row = |key: &[u8], value: &[u8]| {

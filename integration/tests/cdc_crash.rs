@@ -202,3 +202,45 @@ fn two_moves_cannot_make_a_loop_together() {
         cluster.fsck();
     }
 }
+
+/// A walk to a deep destination takes several entries; the CDC crashes somewhere on it.
+#[test]
+fn a_move_into_the_deep_survives_a_crash_on_its_way() {
+    const DEPTH: usize = 150;
+    for round in 0..12 {
+        let cluster = Arc::new(SimCluster::start(round, 2, 3));
+        let client = cluster.client();
+        let (preparing, crashing) = (client.clone(), cluster.clone());
+        let clock = cluster.world.node(CLIENT).clock;
+        cluster.run(async move {
+            let mkdir = async |owner: InodeId, n: &str| {
+                preparing.make_directory(owner, &name(n), ATTRIBUTES).await.expect("mkdir").id
+            };
+            let moved = mkdir(InodeId::ROOT, "moved").await;
+            mkdir(moved, "inner").await;
+            let top = mkdir(InodeId::ROOT, "top").await;
+            let mut deepest = top;
+            for _ in 0..DEPTH {
+                deepest = mkdir(deepest, "d").await;
+            }
+            let at = preparing.resolve("/moved").await.expect("there");
+            let crash = async {
+                // A step takes some 500 µs: the walk is under way for about 80 ms.
+                clock.sleep(Duration::from_millis(8 * round)).await;
+                crashing.restart(CDC);
+            };
+            let into = name("moved");
+            let (moved, ()) = tokio::join!(preparing.rename(&at, deepest, &into), crash);
+            moved.expect("moves");
+            let path = format!("/top{}/moved/inner", "/d".repeat(DEPTH));
+            preparing.resolve(&path).await.expect("is where it went");
+            assert!(preparing.resolve("/moved").await.is_err_and(|e| e.is_not_found()));
+            // And its old ancestor cannot go below it.
+            let at = preparing.resolve("/top").await.expect("there");
+            let inner = preparing.resolve(&path).await.expect("there").id;
+            let refused = preparing.rename(&at, inner, &name("loop")).await;
+            assert_eq!(refused.expect_err("a loop").code(), Some(Code::Loop));
+        });
+        cluster.fsck();
+    }
+}

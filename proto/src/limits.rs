@@ -22,6 +22,9 @@ pub const PAGE_BYTES: u32 = 4096;
 pub const BLOCK_BYTES_MAX: u32 = SPAN_BYTES_MAX + PAGE_BYTES * STRIPES_MAX;
 /// Bytes of a file: offsets stay positive as signed 64-bit numbers.
 pub const FILE_BYTES_MAX: u64 = 1 << 62;
+/// Extents, and so spans, of one content: 400 TiB of full spans. Bounds what one file makes of the metadata and how many
+/// entries its collection takes.
+pub const CONTENT_EXTENTS_MAX: u64 = 1 << 22;
 /// Entries of one page of a listing.
 pub const READDIR_ENTRIES_MAX: usize = 4096;
 /// Extents of one page of a layout.
@@ -69,6 +72,9 @@ pub const INBOX_REQUESTS_MAX: usize = 8192;
 pub const SCAN_BYTES_MAX: usize = 4 << 20;
 /// Outcomes that are kept for one client above its acknowledged watermark.
 pub const CLIENT_OUTCOMES_MAX: usize = 4096;
+/// Clients that one log remembers at a time: ten for each of the million that a cluster is made for, because every run of
+/// a command line is one and is remembered for [`CLIENT_IDLE_LIFETIME_MS`]. One batch may take it beyond this.
+pub const CLIENTS_MAX: u64 = 10_000_000;
 /// How long a client's outcomes are kept after its last request.
 pub const CLIENT_IDLE_LIFETIME_MS: u64 = 60 * 60 * 1000;
 /// How long an unpublished content lives without use.

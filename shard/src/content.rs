@@ -6,7 +6,9 @@
 
 use clutch_proto::{
     BlockId, ContentId, InodeKind, ServiceId, Slot, SpanId, Time,
-    limits::{CERTIFICATE_LIFETIME_MS, FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS},
+    limits::{
+        CERTIFICATE_LIFETIME_MS, CONTENT_EXTENTS_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS,
+    },
     mutants::{self, Mutant},
     shard::{
         AddHole, AddInline, CertifySpanEntry, ContentReply, ContentRow, Done, ExtentRow, InitiateSpanEntry,
@@ -99,6 +101,11 @@ pub(crate) fn scrap(tx: &mut Tx<'_>, time: Time, op: &ScrapContent) -> Reapplied
     Ok(Reply::Done(Done {}))
 }
 
+pub(crate) fn too_many_extents() -> Stop {
+    let text = format!("files have at most {CONTENT_EXTENTS_MAX} spans; write it anew with larger ones");
+    Stop::refuse(Code::TooLarge, text)
+}
+
 /// The row as long as `offset` is where it ends and `length` more fits.
 pub(crate) fn extended(row: &ContentRow, offset: u64, length: u64) -> Result<u64, Stop> {
     if offset != row.size {
@@ -107,6 +114,9 @@ pub(crate) fn extended(row: &ContentRow, offset: u64, length: u64) -> Result<u64
     }
     if length == 0 {
         return Err(Stop::refuse(Code::InvalidArgument, "an extent of 0 bytes"));
+    }
+    if row.extents >= CONTENT_EXTENTS_MAX {
+        return Err(too_many_extents());
     }
     offset
         .checked_add(length)
@@ -126,6 +136,7 @@ pub(crate) fn append(
     let extent = ExtentRow { length, source: Some(source) };
     tx.put_row(tables::EXTENT, &tables::extent_key(id, row.size), &extent);
     row.size = size;
+    row.extents += 1;
     put_transient(tx, time, id, row);
     Ok(())
 }
@@ -239,4 +250,79 @@ pub(crate) fn certify(tx: &mut Tx<'_>, time: Time, entry: &CertifySpanEntry) -> 
     let source = Source::Span(SpanRange { span_id: op.span_id, offset: 0 });
     append(tx, time, id, row, u64::from(span.size), source)?;
     progress(tx, id)
+}
+
+#[cfg(test)]
+mod tests {
+    use clutch_proto::shard::{Genesis, ShareRange};
+    use clutch_state::{MemoryStore, overlay::Overlay};
+
+    use super::*;
+    use crate::publish;
+
+    const TIME: Time = Time(1000);
+
+    fn add_content(tx: &mut Tx<'_>, extents: u64, file: u64) -> ContentId {
+        let id = next_id(tx, Slot(0)).expect("an id");
+        // As many extents as it says are not needed: only the count is looked at.
+        let mut row =
+            ContentRow { cookie: b"c".to_vec().into(), extents, file, size: 2, ..ContentRow::default() };
+        row.deadline = bumped(TIME, &row);
+        put_transient(tx, TIME, id, row);
+        for offset in 0..2 {
+            let hole = ExtentRow { length: 1, source: Some(Source::Hole(true)) };
+            tx.put_row(tables::EXTENT, &tables::extent_key(id, offset), &hole);
+        }
+        id
+    }
+
+    fn code(result: Reapplied) -> Option<Code> {
+        match result {
+            Ok(_) => None,
+            Err(Stop::Refused(refusal)) => Some(refusal.code),
+            Err(Stop::Fault(fault)) => panic!("{fault}"),
+        }
+    }
+
+    #[test]
+    fn a_content_has_a_bounded_number_of_extents() {
+        let store = MemoryStore::new();
+        let mut overlay = Overlay::default();
+        let mut tx = Tx::new(&mut overlay, &store);
+        tx.put_row(tables::SHARD, &[], &Genesis { slot_last: 255, ..Genesis::default() });
+        let id = add_content(&mut tx, CONTENT_EXTENTS_MAX - 1, 0);
+        let published = add_content(&mut tx, 0, 7);
+        let other = add_content(&mut tx, 2, 0);
+        let hole = |tx: &mut Tx<'_>, offset| {
+            add_hole(tx, TIME, &AddHole { content: id.0, cookie: b"c".to_vec().into(), offset, length: 1 })
+        };
+        let share = ShareRange {
+            content: id.0,
+            cookie: b"c".to_vec().into(),
+            offset: 2,
+            from_content: published.0,
+            from_offset: 0,
+            length: 2,
+        };
+        assert_eq!(code(publish::share_range(&mut tx, TIME, &share)), Some(Code::TooLarge), "two more");
+        assert_eq!(code(hole(&mut tx, 2)), None, "the last one");
+        assert_eq!(code(hole(&mut tx, 3)), Some(Code::TooLarge));
+        let inline =
+            AddInline { content: id.0, cookie: b"c".to_vec().into(), offset: 3, data: b"x".to_vec().into() };
+        assert_eq!(code(add_inline(&mut tx, TIME, inline)), Some(Code::TooLarge));
+        let op = InitiateSpanEntry {
+            op: Some(clutch_proto::shard::InitiateSpan {
+                content: id.0,
+                cookie: b"c".to_vec().into(),
+                offset: 3,
+                size: 1,
+                ..Default::default()
+            }),
+            ..InitiateSpanEntry::default()
+        };
+        assert_eq!(code(initiate(&mut tx, TIME, op)), Some(Code::TooLarge));
+        let row: ContentRow =
+            tx.get_row(tables::CONTENT, &tables::content_key(other)).expect("reads").expect("there");
+        assert_eq!(row.extents, 2, "others are counted by themselves");
+    }
 }

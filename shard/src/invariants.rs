@@ -174,6 +174,7 @@ fn check_contents(
     facts.contents = contents.len() as u64;
     let mut uses = SpanUses::default();
     let mut ends: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
     for_rows(view, tables::EXTENT, |key, row: ExtentRow| {
         let Some((content, offset)) = tables::parse_pair(key) else {
             return wrong.push(format!("extent with the key {}", clutch_state::store::hex(key)));
@@ -183,6 +184,7 @@ fn check_contents(
             wrong.push(format!("content {content:x}: an extent at {offset}, expected at {end}"));
         }
         *end = offset.saturating_add(row.length);
+        *counts.entry(content).or_default() += 1;
         match row.source {
             Some(Source::Span(range)) => {
                 uses.ranges.entry(range.span_id).or_default().push((u64::from(range.offset), row.length))
@@ -208,6 +210,10 @@ fn check_contents(
             view.get(tables::TRANSIENT, &tables::transient_key(row.deadline, ContentId(*id)))?.is_some();
         if transient != (row.file == 0) {
             wrong.push(format!("content {id:x}: published and transient, or neither"));
+        }
+        // What has expired is not written to any more, so its extents are not counted any more.
+        if row.file == 0 && !row.cookie.is_empty() && counts.get(id).copied().unwrap_or(0) != row.extents {
+            wrong.push(format!("content {id:x}: counts {} extents", row.extents));
         }
         if row.file != 0 {
             let file = InodeId::from_wire(row.file).and_then(|f| inodes.get(&f));

@@ -5,7 +5,7 @@
 
 use clutch_proto::{
     ContentId, InodeId, InodeKind, SpanId, Time,
-    limits::EXTENTS_PER_ENTRY_MAX,
+    limits::{CONTENT_EXTENTS_MAX, EXTENTS_PER_ENTRY_MAX},
     mutants::{self, Mutant},
     shard::{
         ContentRow, ExtentRow, InodeRow, PastContentRow, PublishContent, RestoreContent, ShareRange,
@@ -59,6 +59,10 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
     if rows.len() > EXTENTS_PER_ENTRY_MAX {
         let text = format!("the range has more than {EXTENTS_PER_ENTRY_MAX} extents; share it in parts");
         return Err(Stop::refuse(Code::TooLarge, text));
+    }
+    row.extents += rows.len() as u64;
+    if row.extents > CONTENT_EXTENTS_MAX {
+        return Err(content::too_many_extents());
     }
     let mut at = op.offset;
     for (key, value) in rows {

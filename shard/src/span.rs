@@ -151,6 +151,10 @@ pub(crate) fn move_span(tx: &mut Tx<'_>, time: Time, op: &MoveSpan) -> Reapplied
     let source = extent.source.ok_or_else(|| StoreError::Broken("an extent without a source".into()))?;
     tx.delete(tables::EXTENT, &tables::extent_key(from, offset));
     from_row.size = offset;
+    from_row.extents = from_row
+        .extents
+        .checked_sub(1)
+        .ok_or_else(|| StoreError::Broken(format!("content {from} has an extent that was not counted")))?;
     content::put_transient(tx, time, from, from_row);
     content::append(tx, time, to, to_row, extent.length, source)?;
     content::progress(tx, to)

@@ -2,7 +2,8 @@
 //!
 //! Invariants: a tag takes effect at most once; its outcome is kept until the client acknowledges it or has been
 //! idle for [`CLIENT_IDLE_LIFETIME_MS`] of logged time; a request issued before that is refused as expired,
-//! because its outcome may have been forgotten.
+//! because its outcome may have been forgotten. The stored count is the number of rows of clients that are not the
+//! cluster's own, and new ones are refused while it is [`CLIENTS_MAX`] or more.
 
 use std::collections::{BTreeMap, btree_map};
 
@@ -10,7 +11,7 @@ use bytes::Bytes;
 use clutch_log::Position;
 use clutch_proto::{
     Refusal, Time,
-    limits::{CLIENT_IDLE_LIFETIME_MS, CLIENT_OUTCOMES_MAX},
+    limits::{CLIENT_IDLE_LIFETIME_MS, CLIENT_OUTCOMES_MAX, CLIENTS_MAX},
     mutants::{self, Mutant},
     state::{ClientRow, OutcomeRow},
     types::{ClientTag, Code},
@@ -45,6 +46,8 @@ pub struct ClientTable {
     cached: BTreeMap<u64, Client>,
     /// The oldest minute that a client may have been used in and be kept, when all older ones were forgotten last.
     forgotten_before: u64,
+    /// The stored count, once it was read.
+    count: Option<u64>,
 }
 
 #[derive(Clone, Default)]
@@ -66,6 +69,11 @@ impl Client {
             stored_minute: Some(row.used_minute),
             dirty: false,
         }
+    }
+
+    /// Whether nothing of it was ever kept.
+    fn is_new(&self) -> bool {
+        self.stored_minute.is_none() && !self.dirty
     }
 
     fn check(&self, tag: &ClientTag) -> Result<Known, Refusal> {
@@ -137,6 +145,20 @@ impl ClientTable {
         }
     }
 
+    fn count(&mut self, tx: &mut Tx<'_>) -> Result<u64, StoreError> {
+        if let Some(count) = self.count {
+            return Ok(count);
+        }
+        let count = match tx.get(Table::CLIENT_COUNT, &[])? {
+            None => 0,
+            Some(row) => <[u8; 8]>::try_from(&row[..])
+                .map(u64::from_be_bytes)
+                .map_err(|_| StoreError::Broken("the count of clients has not 8 bytes".into()))?,
+        };
+        self.count = Some(count);
+        Ok(count)
+    }
+
     /// What is known of a tag, and takes note of what the client acknowledges.
     pub fn admit(
         &mut self,
@@ -150,7 +172,12 @@ impl ClientTable {
         if let Err(refusal) = check_age(tag, time) {
             return Ok(Err(refusal));
         }
+        let is_full = self.count(tx)? >= CLIENTS_MAX;
         let client = self.client(tx, tag.client)?;
+        if is_full && tag.client >= SYSTEM_CLIENTS && client.is_new() {
+            self.cached.remove(&tag.client);
+            return Ok(Err(too_many()));
+        }
         if tag.acknowledged > client.acknowledged {
             client.acknowledged = tag.acknowledged;
             client.outcomes = client.outcomes.split_off(&tag.acknowledged.saturating_add(1));
@@ -194,6 +221,7 @@ impl ClientTable {
     /// Ends a batch: writes the rows that changed and forgets clients that have been idle too long.
     pub fn finish(&mut self, tx: &mut Tx<'_>, time: Time) -> Result<(), StoreError> {
         let minute = time.0 / NS_PER_MINUTE;
+        let (mut added, mut removed) = (0, 0);
         for (id, client) in &mut self.cached {
             if !std::mem::take(&mut client.dirty) {
                 continue;
@@ -205,6 +233,8 @@ impl ClientTable {
             if client.stored_minute != Some(minute) && *id >= SYSTEM_CLIENTS {
                 if let Some(old) = client.stored_minute {
                     tx.delete(Table::CLIENTS_BY_MINUTE, &index_key(old, *id));
+                } else {
+                    added += 1;
                 }
                 tx.put(Table::CLIENTS_BY_MINUTE, &index_key(minute, *id), Bytes::new());
                 client.stored_minute = Some(minute);
@@ -221,10 +251,22 @@ impl ClientTable {
             self.cached.clear();
         }
         let oldest = minute.saturating_sub(CLIENT_IDLE_LIFETIME_MS / 60_000 + 1);
-        if oldest == self.forgotten_before {
-            // Looked already, and nobody becomes older without the minute moving on.
-            return Ok(());
+        // Unless it was looked already: nobody becomes older without the minute moving on.
+        if oldest != self.forgotten_before {
+            removed = self.forget_idle(tx, oldest)?;
         }
+        if added != removed {
+            let count = (self.count(tx)? + added).checked_sub(removed);
+            let count = count
+                .ok_or_else(|| StoreError::Broken("more clients are forgotten than were counted".into()))?;
+            tx.put(Table::CLIENT_COUNT, &[], count.to_be_bytes().to_vec());
+            self.count = Some(count);
+        }
+        Ok(())
+    }
+
+    /// Forgets clients that were last used before a minute, as many as one batch may, and says how many.
+    fn forget_idle(&mut self, tx: &mut Tx<'_>, oldest: u64) -> Result<u64, StoreError> {
         let idle = tx.scan(Table::CLIENTS_BY_MINUTE, &[], &oldest.to_be_bytes(), FORGOTTEN_PER_BATCH_MAX)?;
         let idle_count = idle.len();
         for (key, _) in idle {
@@ -237,8 +279,15 @@ impl ClientTable {
         if idle_count < FORGOTTEN_PER_BATCH_MAX {
             self.forgotten_before = oldest;
         }
-        Ok(())
+        Ok(idle_count as u64)
     }
+}
+
+fn too_many() -> Refusal {
+    let text = format!(
+        "{CLIENTS_MAX} clients used this log within the last hour; use one client for many requests, or try again later"
+    );
+    Refusal::new(Code::Overloaded, text)
 }
 
 fn index_key(minute: u64, client: u64) -> [u8; 16] {
@@ -261,3 +310,6 @@ pub fn outcome_row(
     };
     OutcomeRow { sequence: tag.sequence, pending: false, error, reply, position: position.0, time: time.0 }
 }
+
+#[cfg(test)]
+mod tests;

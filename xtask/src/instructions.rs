@@ -4,7 +4,11 @@
 //! fails the gate also on a busy one. They do depend on the kind of processor: where the program is not built for
 //! x86-64-v3, nothing is compared. Only what is repeated is counted: the difference of a long and a short run.
 
-use std::{collections::BTreeMap, fmt::Write as _, process::Command};
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    process::{Command, Stdio},
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 
@@ -74,9 +78,11 @@ fn expected() -> Result<BTreeMap<String, u64>> {
 fn count() -> Result<BTreeMap<String, u64>> {
     let built = Command::new("cargo")
         .args(["build", "--release", "--quiet", "--package", "clutch-integration", "--example", "hot_path"])
-        .status()?;
-    ensure!(built.success(), "the example hot_path does not build");
-    let program = "target/release/examples/hot_path";
+        .arg("--message-format=json")
+        .stderr(Stdio::inherit())
+        .output()?;
+    ensure!(built.status.success(), "the example hot_path does not build");
+    let program = &executable(&String::from_utf8(built.stdout)?)?;
     let names = Command::new(program).output().with_context(|| format!("run {program}"))?;
     let names = String::from_utf8(names.stdout)?;
     ensure!(!names.is_empty(), "{program} names no paths");
@@ -87,6 +93,15 @@ fn count() -> Result<BTreeMap<String, u64>> {
         counted.insert(name.to_owned(), long.saturating_sub(short) / (LONG_RUNS - SHORT_RUNS));
     }
     Ok(counted)
+}
+
+/// The program that cargo's messages name, wherever its target directory is.
+fn executable(messages: &str) -> Result<String> {
+    let found = messages.lines().rev().find_map(|line| {
+        let message: serde_json::Value = serde_json::from_str(line).ok()?;
+        Some(message["executable"].as_str()?.to_owned())
+    });
+    found.context("cargo did not say where the example hot_path is")
 }
 
 /// All instructions of a whole process.

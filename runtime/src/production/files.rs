@@ -139,3 +139,46 @@ impl Disk for OsDisk {
         Ok((stat.f_blocks.saturating_mul(stat.f_frsize), stat.f_bavail.saturating_mul(stat.f_frsize)))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reading_onto_a_buffer_appends_what_there_is() {
+        let dir = std::env::temp_dir().join(format!("clutch-files-{}", std::process::id()));
+        OsDisk.create_dir_all(&dir).expect("makes the directory");
+        let path = dir.join("file");
+        let bytes: Vec<u8> = (0..100_000u32).map(|i| (i % 251) as u8).collect();
+        let file = OsDisk.open(&path, true).expect("opens");
+        file.write_at(&bytes, 0).expect("writes");
+        let mut plain = vec![0; bytes.len()];
+        for (length, offset) in [
+            (0, 0),
+            (1, 0),
+            (4096, 4095),
+            (100_000, 0),
+            (100_001, 0),
+            (1 << 20, 99_999),
+            (10, 100_000),
+            (10, 1 << 40),
+        ] {
+            let read = file.read_at(&mut plain[..length.min(100_000)], offset).expect("reads");
+            // Also where the buffer has more room than is asked for.
+            for capacity in [0, 3, 1 << 21] {
+                let mut buffer = Vec::with_capacity(capacity);
+                buffer.extend_from_slice(b"abc");
+                let appended = file.read_onto(&mut buffer, length, offset).expect("reads");
+                assert_eq!((appended, buffer.len()), (read, 3 + read), "{length} bytes at {offset}");
+                assert_eq!((&buffer[..3], &buffer[3..]), (&b"abc"[..], &plain[..read]));
+            }
+        }
+        // What cannot be read leaves the buffer as it was.
+        let unreadable = OsFile { file: fs::File::open(&dir).expect("opens"), path: dir.clone() };
+        let mut buffer = b"abc".to_vec();
+        let error = unreadable.read_onto(&mut buffer, 10, 0).expect_err("a directory");
+        assert!(error.to_string().contains("clutch-files-"), "{error}");
+        assert_eq!(buffer, b"abc");
+        fs::remove_dir_all(&dir).expect("removes");
+    }
+}

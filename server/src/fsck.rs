@@ -160,7 +160,7 @@ async fn copy(client: &Client, shard: u32) -> Result<Arc<MemoryStore>> {
         if let Some(row) = page.rows.last() {
             scan.after = row.key.clone();
         }
-        store.write(page.rows.into_iter().map(|row| (row.key.to_vec(), Some(row.value))).collect())?;
+        store.write(page.rows.into_iter().map(|row| (row.key[..].into(), Some(row.value))).collect())?;
         if page.last {
             return Ok(Arc::new(store));
         }

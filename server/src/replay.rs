@@ -194,7 +194,7 @@ async fn load_checkpoint(client: &Client, id: LogId, checkpoint: u64, store: &dy
         if let Some(row) = page.rows.last() {
             scan.after = row.key.clone();
         }
-        store.write(page.rows.into_iter().map(|row| (row.key.to_vec(), Some(row.value))).collect())?;
+        store.write(page.rows.into_iter().map(|row| (row.key[..].into(), Some(row.value))).collect())?;
         if page.last {
             return Ok(());
         }

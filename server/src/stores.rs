@@ -51,7 +51,8 @@ mod rocks {
     };
 
     use clutch_log::LogId;
-    use clutch_state::{BufferedStore, RowCache, Store, StoreError, replica::OpenCheckpoint};
+    use clutch_shard::tables;
+    use clutch_state::{BufferedStore, RowCache, Store, StoreError, Table, replica::OpenCheckpoint};
     use clutch_state_rocks::{RocksStore, SharedMemory};
 
     use super::{StoreProvider, log_name};
@@ -65,14 +66,23 @@ mod rocks {
 
     /// Rows that one replica holds back before RocksDB gets them: enough to write hot rows once for many batches, few
     /// enough that passing them on delays nobody for more than some milliseconds.
-    const WAITING_ROWS_MAX: usize = 2048;
+    const WAITING_ROWS_MAX: usize = 4096;
     const WAITING_BYTES_MAX: usize = 1 << 20;
+    /// What is written for later: history, and indexes for those who collect and repair.
+    const PASSING: &[Table] = &[
+        Table::CLIENTS_BY_MINUTE,
+        tables::PAST_EDGE,
+        tables::PAST_CONTENT,
+        tables::TRANSIENT,
+        tables::BLOCK,
+        tables::DEAD_SPAN,
+    ];
 
     impl RocksStores {
-        /// Stores that share a cache of rows of 32 MiB, a block cache of 32 MiB and write buffers of 64 MiB, or of 2 MiB for
+        /// Stores that share a cache of rows of 48 MiB, a block cache of 32 MiB and write buffers of 64 MiB, or of 2 MiB for
         /// each replica where that is more.
         pub fn new(dir: PathBuf, replicas: usize) -> RocksStores {
-            let cache = RowCache::new(32 << 20);
+            let cache = RowCache::new(48 << 20);
             // Each memtable takes half a MiB when it is made; a budget that is used up by that would flush for ever.
             let write_buffers = (replicas << 21).max(64 << 20);
             RocksStores { dir, memory: SharedMemory::new(32 << 20, write_buffers), cache }
@@ -90,7 +100,8 @@ mod rocks {
             std::fs::create_dir_all(&path)
                 .map_err(|e| StoreError::Engine(format!("make {}: {e}", path.display())))?;
             let store = Arc::new(RocksStore::open(&path, &self.memory)?);
-            Ok(Arc::new(BufferedStore::new(store, self.cache.clone(), WAITING_ROWS_MAX, WAITING_BYTES_MAX)))
+            let store = BufferedStore::new(store, self.cache.clone(), WAITING_ROWS_MAX, WAITING_BYTES_MAX);
+            Ok(Arc::new(store.with_passing(PASSING)))
         }
 
         fn checkpoints(&self, id: LogId) -> Option<PathBuf> {

@@ -15,7 +15,7 @@ use clutch_proto::{
     },
     types::{Code, SnapshotPolicy, Span},
 };
-use clutch_state::{Stop, StoreError, Tx, key_after};
+use clutch_state::{Key, Stop, StoreError, Tx, key_after};
 
 use crate::{
     Reapplied, check_slot, content, inode, parse_directory, parse_inode, policy, publish, span, tables,
@@ -33,7 +33,7 @@ fn past_edge(
     target: u64,
     ended_at: u64,
     policy: Option<&SnapshotPolicy>,
-) -> Result<(Vec<u8>, PastEdgeRow), Stop> {
+) -> Result<(Key, PastEdgeRow), Stop> {
     inode::get(tx, dir)?;
     name::check(name)?;
     let key = tables::past_edge_key(dir, name, ended_at);

@@ -13,7 +13,7 @@ use clutch_proto::{
     },
     types::{Code, SpanRange},
 };
-use clutch_state::{Stop, StoreError, Tx, key_after, store::decode_row};
+use clutch_state::{Key, Stop, StoreError, Tx, key_after, store::decode_row};
 
 use crate::{Reapplied, check_slot, content, inode, parse_inode, read, span, tables};
 
@@ -170,7 +170,7 @@ pub(crate) fn past(
     id: InodeId,
     ended_at: u64,
     content: u64,
-) -> Result<(Vec<u8>, PastContentRow), Stop> {
+) -> Result<(Key, PastContentRow), Stop> {
     let key = tables::past_content_key(id, ended_at);
     let row: Option<PastContentRow> = tx.get_row(tables::PAST_CONTENT, &key)?;
     let row = row.filter(|r| r.content == content).ok_or_else(|| {
@@ -184,12 +184,12 @@ pub(crate) fn past_contents(
     tx: &mut Tx<'_>,
     id: InodeId,
     limit: usize,
-) -> Result<Vec<(Vec<u8>, PastContentRow)>, Stop> {
+) -> Result<Vec<(Key, PastContentRow)>, Stop> {
     let from = tables::past_content_key(id, 0);
     let rows = tx.scan(tables::PAST_CONTENT, &from, &key_after(&from[..9]), limit)?;
     let decoded = rows.into_iter().map(|(key, value)| {
         let row = decode_row(tables::PAST_CONTENT, &key, value)?;
-        Ok((key.to_vec(), row))
+        Ok((Key::from_slice(&key), row))
     });
     Ok(decoded.collect::<Result<_, StoreError>>()?)
 }

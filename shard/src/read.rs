@@ -266,7 +266,7 @@ fn history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
         name::check(&op.name)?;
         tables::past_edge_prefix(dir, &op.name)
     };
-    let from = if op.after.is_empty() { prefix.clone() } else { [&op.after[..], &[0]].concat() };
+    let from = if op.after.is_empty() { prefix.clone() } else { [&op.after[..], &[0]].concat().into() };
     if !from.starts_with(&prefix) {
         return Err(Stop::refuse(Code::InvalidArgument, "`after` is not from a page of this listing"));
     }

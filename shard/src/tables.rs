@@ -1,7 +1,7 @@
 //! The shard's tables and their keys. All numbers in keys are big-endian, so that keys sort like them.
 
 use clutch_proto::{ContentId, InodeId, ServiceId, Slot, SpanId, name::hash63};
-use clutch_state::Table;
+use clutch_state::{Key, Table};
 
 /// One row: which slots this shard has (`Genesis`).
 pub const SHARD: Table = Table(16);
@@ -30,8 +30,8 @@ pub const DEAD_SPAN: Table = Table(74);
 /// slot → `CounterRow`.
 pub const COUNTER: Table = Table(72);
 
-fn key(slot: Slot, numbers: &[u64]) -> Vec<u8> {
-    let mut key = Vec::with_capacity(1 + numbers.len() * 8);
+fn key(slot: Slot, numbers: &[u64]) -> Key {
+    let mut key = Key::with_capacity(1 + numbers.len() * 8);
     key.push(slot.0);
     for number in numbers {
         key.extend_from_slice(&number.to_be_bytes());
@@ -40,24 +40,24 @@ fn key(slot: Slot, numbers: &[u64]) -> Vec<u8> {
 }
 
 /// Key of an inode.
-pub fn inode_key(id: InodeId) -> Vec<u8> {
+pub fn inode_key(id: InodeId) -> Key {
     key(id.slot(), &[id.raw()])
 }
 
 /// Key of an edge.
-pub fn edge_key(dir: InodeId, name: &[u8]) -> Vec<u8> {
+pub fn edge_key(dir: InodeId, name: &[u8]) -> Key {
     let mut key = key(dir.slot(), &[dir.raw(), hash63(name)]);
     key.extend_from_slice(name);
     key
 }
 
 /// What all edges of a directory from a hash on are at or above.
-pub fn edge_from(dir: InodeId, hash: u64) -> Vec<u8> {
+pub fn edge_from(dir: InodeId, hash: u64) -> Key {
     key(dir.slot(), &[dir.raw(), hash])
 }
 
 /// What all edges and past edges of a directory begin with.
-pub fn directory_prefix(dir: InodeId) -> Vec<u8> {
+pub fn directory_prefix(dir: InodeId) -> Key {
     key(dir.slot(), &[dir.raw()])
 }
 
@@ -69,7 +69,7 @@ pub fn parse_edge_key(key: &[u8]) -> Option<(InodeId, u64, &[u8])> {
 }
 
 /// What all past edges of a name begin with.
-pub fn past_edge_prefix(dir: InodeId, name: &[u8]) -> Vec<u8> {
+pub fn past_edge_prefix(dir: InodeId, name: &[u8]) -> Key {
     let mut key = key(dir.slot(), &[dir.raw(), hash63(name)]);
     // Names have at most 255 bytes.
     key.push(name.len() as u8);
@@ -78,7 +78,7 @@ pub fn past_edge_prefix(dir: InodeId, name: &[u8]) -> Vec<u8> {
 }
 
 /// Key of a past edge.
-pub fn past_edge_key(dir: InodeId, name: &[u8], ended_at: u64) -> Vec<u8> {
+pub fn past_edge_key(dir: InodeId, name: &[u8], ended_at: u64) -> Key {
     let mut key = past_edge_prefix(dir, name);
     key.extend_from_slice(&ended_at.to_be_bytes());
     key
@@ -95,37 +95,37 @@ pub fn parse_past_edge_key(key: &[u8]) -> Option<(InodeId, u64, &[u8], u64)> {
 }
 
 /// Key of a content.
-pub fn content_key(id: ContentId) -> Vec<u8> {
+pub fn content_key(id: ContentId) -> Key {
     key(id.slot(), &[id.0])
 }
 
 /// Key of an extent; with offset 0, the first that a content can have.
-pub fn extent_key(content: ContentId, offset: u64) -> Vec<u8> {
+pub fn extent_key(content: ContentId, offset: u64) -> Key {
     key(content.slot(), &[content.0, offset])
 }
 
 /// Key of a past content; with end 0, what all of a file's are at or above.
-pub fn past_content_key(file: InodeId, ended_at: u64) -> Vec<u8> {
+pub fn past_content_key(file: InodeId, ended_at: u64) -> Key {
     key(file.slot(), &[file.raw(), ended_at])
 }
 
 /// A slot's rows from a number on.
-pub fn from_number(slot: Slot, number: u64) -> Vec<u8> {
+pub fn from_number(slot: Slot, number: u64) -> Key {
     key(slot, &[number])
 }
 
 /// Key of a span.
-pub fn span_key(id: SpanId) -> Vec<u8> {
+pub fn span_key(id: SpanId) -> Key {
     key(id.slot(), &[id.0])
 }
 
 /// Key of a transient's deadline.
-pub fn transient_key(deadline: u64, content: ContentId) -> Vec<u8> {
+pub fn transient_key(deadline: u64, content: ContentId) -> Key {
     key(content.slot(), &[deadline, content.0])
 }
 
 /// Key in the block index.
-pub fn block_key(slot: Slot, service: ServiceId, block: u64) -> Vec<u8> {
+pub fn block_key(slot: Slot, service: ServiceId, block: u64) -> Key {
     key(slot, &[service.0, block])
 }
 

@@ -12,16 +12,16 @@ use clutch_proto::{
     },
     types::{Code, Span},
 };
-use clutch_state::{Stop, StoreError, Table, View, get_row, key_after, store::decode_row};
+use clutch_state::{Key, Stop, StoreError, Table, View, get_row, key_after, store::decode_row};
 
 use crate::{check_slot, inode, parse_inode, parse_slot, tables};
 
 /// Where a visit goes on, and the shard's last slot.
-fn begin(mut view: &dyn View, slot: u32, after: &[u8]) -> Result<(Vec<u8>, Slot), Stop> {
+fn begin(mut view: &dyn View, slot: u32, after: &[u8]) -> Result<(Key, Slot), Stop> {
     let slot = parse_slot(&mut view, slot)?;
     let from = match after {
-        [] | [_] => vec![slot.0],
-        after => [after, &[0]].concat(),
+        [] | [_] => Key::from_slice(&[slot.0]),
+        after => [after, &[0]].concat().into(),
     };
     if from[0] != slot.0 {
         return Err(Stop::refuse(Code::InvalidArgument, "`after` is of another slot than the request"));
@@ -60,7 +60,7 @@ fn page_of_parts(
     slot: u32,
     after: &[u8],
     limit: usize,
-    part: impl Fn(Slot) -> (Vec<u8>, Vec<u8>),
+    part: impl Fn(Slot) -> (Key, Key),
 ) -> Result<(Vec<(Bytes, Bytes)>, Bytes), Stop> {
     let (mut from, last) = begin(view, slot, after)?;
     let mut rows = Vec::new();

@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 
-use crate::store::{Store, Table, key_after};
+use crate::store::{Key, Store, Table, key_after};
 
 const A: Table = Table(64);
 const B: Table = Table(65);
 
-fn put(table: Table, key: &[u8], value: &[u8]) -> (Vec<u8>, Option<Bytes>) {
+fn put(table: Table, key: &[u8], value: &[u8]) -> (Key, Option<Bytes>) {
     (table.stored_key(key), Some(Bytes::copy_from_slice(value)))
 }
 

@@ -41,25 +41,29 @@ impl fmt::Display for StateHash {
 
 /// What one row counts.
 pub fn row_hash(table: Table, key: &[u8], value: &[u8]) -> u128 {
-    let mut bytes = Vec::with_capacity(5 + key.len() + value.len());
-    bytes.push(table.0);
-    bytes.extend_from_slice(&(key.len() as u32).to_le_bytes());
-    bytes.extend_from_slice(key);
-    bytes.extend_from_slice(value);
-    xxh3_128(&bytes)
+    let parts = [&[table.0][..], &(key.len() as u32).to_le_bytes(), key, value];
+    let mut room = [0; 256];
+    let len = 5 + key.len() + value.len();
+    let Some(bytes) = room.get_mut(..len) else { return xxh3_128(&parts.concat()) };
+    bytes[0] = table.0;
+    bytes[1..5].copy_from_slice(parts[1]);
+    bytes[5..5 + key.len()].copy_from_slice(key);
+    bytes[5 + key.len()..].copy_from_slice(value);
+    xxh3_128(bytes)
 }
 
 /// The sums of the 256 slots.
 #[derive(Clone)]
 pub struct Sums {
     lanes: Box<[u128; 256]>,
-    dirty: [bool; 256],
+    /// Bits of the lanes that changed.
+    dirty: [u64; 4],
     total: u128,
 }
 
 impl Default for Sums {
     fn default() -> Sums {
-        Sums { lanes: Box::new([0; 256]), dirty: [false; 256], total: 0 }
+        Sums { lanes: Box::new([0; 256]), dirty: [0; 4], total: 0 }
     }
 }
 
@@ -78,7 +82,7 @@ impl Sums {
         let lane = usize::from(table.lane(key));
         self.lanes[lane] = self.lanes[lane].wrapping_add(change);
         self.total = self.total.wrapping_add(change);
-        self.dirty[lane] = true;
+        self.dirty[lane / 64] |= 1 << (lane % 64);
     }
 
     /// The hash of the whole state.
@@ -101,9 +105,11 @@ impl Sums {
     /// The sums that changed since the last call.
     pub fn take_dirty(&mut self) -> Vec<(u8, u128)> {
         let mut changed = Vec::new();
-        for lane in 0..=255u8 {
-            if std::mem::take(&mut self.dirty[usize::from(lane)]) {
-                changed.push((lane, self.lanes[usize::from(lane)]));
+        for (word, bits) in self.dirty.iter_mut().enumerate() {
+            while *bits != 0 {
+                let lane = word * 64 + bits.trailing_zeros() as usize;
+                *bits &= *bits - 1;
+                changed.push((lane as u8, self.lanes[lane]));
             }
         }
         changed

@@ -27,4 +27,4 @@ pub use machine::{Applied, Machine, ProduceContext, Stop};
 pub use memory::MemoryStore;
 pub use overlay::Tx;
 pub use replica::{Answer, Replica, ReplicaConfig, ReplicaHandle};
-pub use store::{Store, StoreError, Table, View, get_row, key_after};
+pub use store::{Key, Store, StoreError, Table, View, get_row, key_after};

@@ -5,9 +5,9 @@ use std::{collections::BTreeMap, path::Path, sync::Arc};
 use bytes::Bytes;
 use parking_lot::RwLock;
 
-use crate::store::{Rows, Store, StoreError, Table, View, WriteBatch, key_after};
+use crate::store::{Key, Rows, Store, StoreError, Table, View, WriteBatch, key_after};
 
-type Map = BTreeMap<Vec<u8>, Bytes>;
+type Map = BTreeMap<Key, Bytes>;
 
 /// A sorted map behind a lock.
 #[derive(Default)]
@@ -77,7 +77,11 @@ impl View for Map {
 
 impl View for MemoryStore {
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        Ok(self.rows.read().get(&table.stored_key(key)).cloned())
+        self.get_stored(&table.stored_key(key))
+    }
+
+    fn get_stored(&self, stored: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        Ok(self.rows.read().get(stored).cloned())
     }
 
     fn visit(

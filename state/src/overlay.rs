@@ -10,7 +10,7 @@ use prost::Message;
 
 use crate::{
     hash::Sums,
-    store::{Rows, StoreError, Table, View, WriteBatch, decode_row, key_after},
+    store::{Key, Rows, StoreError, Table, View, WriteBatch, decode_row, key_after},
 };
 
 struct Row {
@@ -23,9 +23,9 @@ struct Row {
 /// Rows read and written since the batch began.
 #[derive(Default)]
 pub struct Overlay {
-    rows: BTreeMap<Vec<u8>, Row>,
+    rows: BTreeMap<Key, Row>,
     /// What the current entry overwrote: value and dirtiness before.
-    undo: Vec<(Vec<u8>, Option<Bytes>, bool)>,
+    undo: Vec<(Key, Option<Bytes>, bool)>,
 }
 
 impl Overlay {
@@ -52,7 +52,7 @@ impl Overlay {
         match self.rows.entry(table.stored_key(key)) {
             btree_map::Entry::Occupied(row) => Ok(row.get().current.clone()),
             btree_map::Entry::Vacant(vacant) => {
-                let value = store.get(table, key)?;
+                let value = store.get_stored(vacant.key())?;
                 vacant.insert(Row { base: Some(value.clone()), current: value.clone(), dirty: false });
                 Ok(value)
             }
@@ -63,7 +63,7 @@ impl Overlay {
     fn insert(&mut self, table: Table, key: &[u8], value: Bytes) {
         let stored = table.stored_key(key);
         if let btree_map::Entry::Vacant(vacant) = self.rows.entry(stored) {
-            self.undo.push((vacant.key().clone(), None, false));
+            self.undo.push((Key::from_slice(vacant.key()), None, false));
             vacant.insert(Row { base: Some(None), current: Some(value), dirty: true });
         } else {
             self.set(table, key, Some(value));
@@ -72,7 +72,7 @@ impl Overlay {
 
     fn set(&mut self, table: Table, key: &[u8], value: Option<Bytes>) {
         let stored = table.stored_key(key);
-        match self.rows.entry(stored.clone()) {
+        match self.rows.entry(Key::from_slice(&stored)) {
             btree_map::Entry::Occupied(mut row) => {
                 let row = row.get_mut();
                 self.undo.push((stored, std::mem::replace(&mut row.current, value), row.dirty));
@@ -133,8 +133,9 @@ impl Overlay {
 
     /// Ends the batch: brings the hash up to date and returns what must be written.
     pub fn finish(&mut self, store: &dyn View, sums: &mut Sums) -> Result<WriteBatch, StoreError> {
-        let mut batch = WriteBatch::new();
-        for (stored, row) in std::mem::take(&mut self.rows) {
+        let rows = std::mem::take(&mut self.rows);
+        let mut batch = WriteBatch::with_capacity(rows.len());
+        for (stored, row) in rows {
             if !row.dirty {
                 continue;
             }
@@ -144,7 +145,7 @@ impl Overlay {
                     debug_assert_eq!(store.get(table, key)?, base, "a row was said to be new");
                     base
                 }
-                None => store.get(table, key)?,
+                None => store.get_stored(&stored)?,
             };
             if old == row.current {
                 continue;

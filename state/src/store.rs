@@ -4,6 +4,10 @@ use std::{path::Path, sync::Arc};
 
 use bytes::Bytes;
 use prost::Message;
+use smallvec::SmallVec;
+
+/// A key, or a beginning of one; a longer one than this has room for is allocated.
+pub type Key = SmallVec<[u8; 56]>;
 
 /// A table. Its number is the first byte of every key on disk, so numbers are never reused.
 ///
@@ -35,8 +39,8 @@ impl Table {
     }
 
     /// The key as stored.
-    pub fn stored_key(self, key: &[u8]) -> Vec<u8> {
-        let mut stored = Vec::with_capacity(1 + key.len());
+    pub fn stored_key(self, key: &[u8]) -> Key {
+        let mut stored = Key::with_capacity(1 + key.len());
         stored.push(self.0);
         stored.extend_from_slice(key);
         stored
@@ -71,6 +75,13 @@ pub type Rows = Vec<(Bytes, Bytes)>;
 pub trait View: Send + Sync {
     /// One row.
     fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError>;
+    /// The same by the key as stored.
+    fn get_stored(&self, stored: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        match stored.split_first() {
+            Some((table, key)) => self.get(Table(*table), key),
+            None => Ok(None),
+        }
+    }
     /// Shows the rows with `from <= key < until`, ascending, until `each` returns false; an empty `until` means to the
     /// table's end. Keys and values are not copied. `each` must not read the same store: a lock may be held.
     fn visit(
@@ -95,7 +106,7 @@ pub trait View: Send + Sync {
 }
 
 /// Rows to write: the key as stored, and the value or `None` to delete.
-pub type WriteBatch = Vec<(Vec<u8>, Option<Bytes>)>;
+pub type WriteBatch = Vec<(Key, Option<Bytes>)>;
 
 /// A store of one replica.
 pub trait Store: View {
@@ -131,8 +142,8 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// The smallest key above all keys that begin with `prefix`; empty (the table's end) when there is none.
-pub fn key_after(prefix: &[u8]) -> Vec<u8> {
-    let mut key = prefix.to_vec();
+pub fn key_after(prefix: &[u8]) -> Key {
+    let mut key = Key::from_slice(prefix);
     while let Some(last) = key.pop() {
         if last < 0xff {
             key.push(last + 1);

@@ -223,7 +223,7 @@ fn page(view: &dyn View, after: &[u8], limit: usize) -> Result<(Vec<Row>, bool),
             from = [last, &[0][..]].concat();
             for (key, value) in found {
                 bytes += key.len() + value.len() + 16;
-                rows.push(Row { key: Table(table).stored_key(&key).into(), value });
+                rows.push(Row { key: Table(table).stored_key(&key).into_vec().into(), value });
                 if bytes >= limit {
                     return Ok((rows, false));
                 }

@@ -1,6 +1,6 @@
 //! The local engine: the conformance suite on a simulated and on a real disk, and what damage does.
 
-use std::{path::Path, time::Duration};
+use std::{collections::VecDeque, path::Path, time::Duration};
 
 use clutch_log::conformance::{self, Harness};
 use clutch_runtime::simulated::{NodeId, World};
@@ -86,6 +86,17 @@ async fn conforms_on_a_real_disk() {
 
 /// Appends `count` batches and returns how many were acknowledged before `limit` of virtual time.
 fn append_until(world: &World, limit: Duration, count: u32, acknowledged: &Arc<Mutex<Vec<(Position, u32)>>>) {
+    append_many_until(world, limit, count, 1, acknowledged);
+}
+
+/// The same with several of them on their way at a time, so that something always waits for the writer.
+fn append_many_until(
+    world: &World,
+    limit: Duration,
+    count: u32,
+    in_flight: usize,
+    acknowledged: &Arc<Mutex<Vec<(Position, u32)>>>,
+) {
     let runtime = world.node(NODE);
     let acknowledged = acknowledged.clone();
     world.run(NODE, limit, async move {
@@ -98,12 +109,19 @@ fn append_until(world: &World, limit: Duration, count: u32, acknowledged: &Arc<M
             }
         };
         let start = acknowledged.lock().len() as u32;
+        let mut waiting = VecDeque::new();
         for i in start..start + count {
             let text = Bytes::from(format!("{i} {}", "x".repeat((i % 700) as usize)));
-            let commit = log.propose(epoch, vec![text]).expect("leads");
-            runtime.clock.sleep(Duration::from_micros(runtime.random.below(300))).await;
-            if let Outcome::Committed(position) = commit.await {
-                acknowledged.lock().push((position, i));
+            waiting.push_back((i, log.propose(epoch, vec![text]).expect("leads")));
+            if in_flight == 1 {
+                runtime.clock.sleep(Duration::from_micros(runtime.random.below(300))).await;
+            }
+            while waiting.len() >= in_flight
+                && let Some((i, commit)) = waiting.pop_front()
+            {
+                if let Outcome::Committed(position) = commit.await {
+                    acknowledged.lock().push((position, i));
+                }
             }
         }
     });
@@ -134,7 +152,10 @@ fn crashes_lose_nothing_acknowledged_and_never_look_like_damage() {
         let world = World::new(seed);
         let acknowledged = Arc::new(Mutex::new(Vec::new()));
         for round in 0..4 {
-            append_until(&world, Duration::from_micros(3_000 + 700 * (seed + round)), 200, &acknowledged);
+            let limit = Duration::from_micros(3_000 + 700 * (seed + round));
+            // In every other world the mark is written many times between two of its syncs.
+            let in_flight = if seed % 2 == 0 { 1 } else { 40 };
+            append_many_until(&world, limit, 400, in_flight, &acknowledged);
             world.crash(NODE);
             let seen = read_all(&world).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
             world.crash(NODE);
@@ -142,6 +163,50 @@ fn crashes_lose_nothing_acknowledged_and_never_look_like_damage() {
                 let entry = seen.get(position).unwrap_or_else(|| panic!("seed {seed}: {position} is lost"));
                 assert!(entry.starts_with(format!("{i} ").as_bytes()));
             }
+        }
+    }
+}
+
+#[test]
+fn one_slot_of_the_mark_is_always_durable() {
+    let dir = Path::new("log");
+    for seed in 0..60 {
+        let world = World::new(seed);
+        let mut mark = format::Mark::default();
+        let mut durable = 0;
+        for round in 0..6 {
+            let shared = Arc::new(Shared {
+                disk: world.node(NODE).disk,
+                dir: dir.into(),
+                options: small(),
+                queued_bytes: Default::default(),
+                groups: Default::default(),
+                segments: Default::default(),
+                failed: Default::default(),
+            });
+            let mut writer = writer::Writer::new(&shared, None, mark);
+            for step in 0..seed % 4 {
+                writer.write_mark(1, 1000 * round + step).expect("writes");
+            }
+            if (seed >> 2 ^ round) % 3 == 0 {
+                writer.write_mark(1, 1000 * round + 500).expect("writes");
+                writer.sync_mark().expect("syncs");
+                durable = 1000 * round + 500;
+            }
+            for step in 0..seed % 5 {
+                writer.write_mark(1, 1000 * round + 600 + step).expect("writes");
+            }
+            // The process dies, and sometimes the machine.
+            drop(writer);
+            if (seed ^ round) % 2 == 0 {
+                world.crash(NODE);
+            }
+            let read = recovery::read_mark(&*world.disk(NODE), dir).expect("reads");
+            mark = read.unwrap_or_default();
+            assert!(
+                mark.offset >= durable,
+                "seed {seed}, round {round}: {mark:?}, but {durable} was durable"
+            );
         }
     }
 }

@@ -256,25 +256,39 @@ impl Writer {
         self.sync_mark()
     }
 
-    fn write_mark(&mut self, segment: u64, offset: u64) -> Result<(), String> {
-        if self.mark_file.is_none() {
-            let file =
-                self.shared.disk.open(&self.shared.dir.join(MARK_FILE), true).map_err(|e| e.to_string())?;
-            self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
-            self.mark_file = Some(file);
-        }
-        self.mark = Mark { sequence: self.mark.sequence + 1, segment, offset };
-        let file = self.mark_file.as_ref().ok_or("no mark file")?;
-        file.write_at(&encode_mark(self.mark), self.mark.sequence % 2 * MARK_SLOT_STRIDE)
-            .map_err(|e| e.to_string())?;
+    /// Written, and durable with the next [`Writer::sync_mark`].
+    pub(crate) fn write_mark(&mut self, segment: u64, offset: u64) -> Result<(), String> {
+        self.mark_file()?;
+        // Until the next sync one slot is written again and again; the other keeps the mark that is durable, for a crash
+        // may tear what was written.
+        let step = if self.mark_unsynced { 2 } else { 1 };
+        self.mark = Mark { sequence: self.mark.sequence + step, segment, offset };
+        let (bytes, slot) = (encode_mark(self.mark), self.mark.sequence % 2);
+        self.mark_file()?.write_at(&bytes, slot * MARK_SLOT_STRIDE).map_err(|e| e.to_string())?;
         self.mark_unsynced = true;
         Ok(())
     }
 
-    fn sync_mark(&mut self) -> Result<(), String> {
+    pub(crate) fn sync_mark(&mut self) -> Result<(), String> {
+        self.mark_file()?.sync().map_err(|e| e.to_string())?;
         self.mark_unsynced = false;
         self.unmarked_bytes = 0;
-        self.mark_file.as_ref().map_or(Ok(()), |f| f.sync().map_err(|e| e.to_string()))
+        Ok(())
+    }
+
+    fn mark_file(&mut self) -> Result<&dyn File, String> {
+        let file = match self.mark_file.take() {
+            Some(file) => file,
+            None => {
+                let path = self.shared.dir.join(MARK_FILE);
+                let file = self.shared.disk.open(&path, true).map_err(|e| e.to_string())?;
+                self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
+                // The process before this one may have left the mark that was read in the system's memory only.
+                file.sync().map_err(|e| e.to_string())?;
+                file
+            }
+        };
+        Ok(&**self.mark_file.insert(file))
     }
 
     /// Tells readers and proposers what is durable now.

@@ -371,7 +371,8 @@ fn walk_blocker(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<Option<u64>, St
 /// was sent: what was read of the directory may be from before.
 fn has_moved(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<bool, Stop> {
     let ended = counters(tx)?.moves_ended;
-    if ended == row.sent_after_moves || mutants::is(Mutant::LoopThroughMoves) {
+    let is_ignored = mutants::is(Mutant::LoopThroughMoves) || mutants::is(Mutant::EndedMoveForgotten);
+    if ended == row.sent_after_moves || is_ignored {
         return Ok(false);
     }
     if ended - row.sent_after_moves > MOVES_REMEMBERED {

@@ -69,11 +69,13 @@ pub enum Mutant {
     ContentLeaks,
     /// Contents that are being written can be collected.
     LiveTransientCollected,
+    /// What a walk read is believed although a move that has ended since made it wrong.
+    EndedMoveForgotten,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 32] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 33] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -106,6 +108,7 @@ impl Mutant {
         (Mutant::SwapNotIndexed, &["invariants"]),
         (Mutant::ContentLeaks, &["invariants", "oracle"]),
         (Mutant::LiveTransientCollected, &["oracle", "linearizability"]),
+        (Mutant::EndedMoveForgotten, &["invariants", "convergence"]),
     ];
 }
 

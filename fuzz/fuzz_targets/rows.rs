@@ -26,7 +26,7 @@ fuzz_target!(|data: &[u8]| {
             ids.push(u64::from_be_bytes(id.try_into().expect("eight bytes")));
         }
         if !key.is_empty() {
-            store.write(vec![(key.to_vec(), Some(bytes::Bytes::copy_from_slice(value)))]).expect("writes");
+            store.write(vec![(key[..].into(), Some(bytes::Bytes::copy_from_slice(value)))]).expect("writes");
         }
     }
     let _ = rescan(&*store);

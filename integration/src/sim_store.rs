@@ -56,7 +56,8 @@ impl SimImages {
             flush_permille: self.flush_permille.clone(),
         });
         // Rows wait in memory as in production, but not so many that hardly any crash finds them written.
-        Arc::new(BufferedStore::new(store, RowCache::new(CACHE_BYTES), WAITING_ROWS_MAX, 1 << 20))
+        let store = BufferedStore::new(store, RowCache::new(CACHE_BYTES), WAITING_ROWS_MAX, 1 << 20);
+        Arc::new(store.with_passing(clutch_shard::tables::PASSING))
     }
 }
 

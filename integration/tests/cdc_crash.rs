@@ -1,7 +1,13 @@
 //! The CDC crashes at every moment of every kind of transaction, forward and back; the outcome is right and all
 //! invariants hold.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use bytes::Bytes;
 use clutch_client::{Client, ClientError, FileAttributes};
@@ -207,12 +213,13 @@ fn two_moves_cannot_make_a_loop_together() {
 #[test]
 fn a_move_into_the_deep_survives_a_crash_on_its_way() {
     const DEPTH: usize = 150;
+    let mut interrupted = 0;
     for round in 0..12 {
         let cluster = Arc::new(SimCluster::start(round, 2, 3));
         let client = cluster.client();
         let (preparing, crashing) = (client.clone(), cluster.clone());
         let clock = cluster.world.node(CLIENT).clock;
-        cluster.run(async move {
+        interrupted += cluster.run(async move {
             let mkdir = async |owner: InodeId, n: &str| {
                 preparing.make_directory(owner, &name(n), ATTRIBUTES).await.expect("mkdir").id
             };
@@ -224,13 +231,20 @@ fn a_move_into_the_deep_survives_a_crash_on_its_way() {
                 deepest = mkdir(deepest, "d").await;
             }
             let at = preparing.resolve("/moved").await.expect("there");
+            let has_ended = AtomicBool::new(false);
             let crash = async {
                 // A step takes some 500 µs: the walk is under way for about 80 ms.
                 clock.sleep(Duration::from_millis(8 * round)).await;
                 crashing.restart(CDC);
+                !has_ended.load(Ordering::Relaxed)
             };
             let into = name("moved");
-            let (moved, ()) = tokio::join!(preparing.rename(&at, deepest, &into), crash);
+            let rename = async {
+                let moved = preparing.rename(&at, deepest, &into).await;
+                has_ended.store(true, Ordering::Relaxed);
+                moved
+            };
+            let (moved, is_interrupted) = tokio::join!(rename, crash);
             moved.expect("moves");
             let path = format!("/top{}/moved/inner", "/d".repeat(DEPTH));
             preparing.resolve(&path).await.expect("is where it went");
@@ -240,7 +254,9 @@ fn a_move_into_the_deep_survives_a_crash_on_its_way() {
             let inner = preparing.resolve(&path).await.expect("there").id;
             let refused = preparing.rename(&at, inner, &name("loop")).await;
             assert_eq!(refused.expect_err("a loop").code(), Some(Code::Loop));
+            u32::from(is_interrupted)
         });
         cluster.fsck();
     }
+    assert!(interrupted >= 4, "only {interrupted} crashes met the move");
 }

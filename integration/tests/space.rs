@@ -10,9 +10,11 @@ use clutch_integration::{
     sim_cluster::{CLIENT, disk_node},
 };
 use clutch_proto::{
-    InodeId,
+    ContentId, InodeId, Slot,
+    limits::EXTENTS_PER_ENTRY_MAX,
     registry::{SetServiceFlags, registry_request},
-    types::{DirectoryPolicy, SnapshotPolicy},
+    shard::{CollectContent, Remaining, shard_reply::Reply, shard_request::Op},
+    types::{DirectoryPolicy, Extent, SnapshotPolicy, extent::Source},
 };
 use clutch_server::{
     collector::{CollectOptions, Collected, collect},
@@ -277,5 +279,79 @@ fn policies_keep_what_they_say() {
         c.undelete_directory(below, above, &name("again")).await.expect("comes back");
         put(c, below, "g", b"lives").await;
         assert_eq!(at(c, "/above/again").await.id, below);
+    });
+}
+
+#[test]
+fn a_collection_that_was_broken_off_is_no_damage() {
+    let cluster = SimCluster::start(15, 1, DISKS);
+    let client = cluster.client();
+    let c = client.clone();
+    let content = run(&cluster, async move {
+        let mut left = c.start_draft(InodeId::ROOT).await.expect("starts");
+        for _ in 0..EXTENTS_PER_ENTRY_MAX + 50 {
+            c.append_hole(&mut left, 10).await.expect("appends");
+        }
+        counts(&c).await;
+        // Nobody says that it was given up: it expires.
+        c.runtime().clock.sleep(Duration::from_secs(10)).await;
+        let op = Op::CollectContent(CollectContent { content: left.content() });
+        let reply = c.shard_write(Slot(0), op).await.expect("collects");
+        assert!(matches!(reply, Reply::Remaining(Remaining { gone: false, bytes: 500 })), "{reply:?}");
+        ContentId(left.content())
+    });
+    cluster.fsck();
+    run(&cluster, async move {
+        assert_eq!(client.collect_content(content).await.expect("collects the rest"), 1);
+        counts(&client).await;
+    });
+}
+
+#[test]
+fn sharing_in_parts_leaves_no_pieces() {
+    let cluster = SimCluster::start(16, 1, DISKS);
+    let client = cluster.client();
+    run(&cluster, async move {
+        let c = &client;
+        let policy = c.write_policy(InodeId::ROOT).await.expect("a policy");
+        let mut draft = c.start_draft(InodeId::ROOT).await.expect("starts");
+        let mut bytes = Vec::new();
+        for n in 0..20u64 {
+            let chunk = noise(if n % 5 == 0 { 100 } else { 3000 }, n);
+            bytes.extend_from_slice(&chunk);
+            c.append(&mut draft, chunk, &policy).await.expect("appends");
+            c.append_hole(&mut draft, 1000).await.expect("appends");
+            bytes.resize(bytes.len() + 1000, 0);
+        }
+        let first = draft.content();
+        let name = Bytes::from_static(b"f");
+        c.link(draft, InodeId::ROOT, &name, attributes(), false).await.expect("links");
+        let file = at(c, "/f").await;
+        let extents = async |content| {
+            let layout = c.layout(file.id, content, 0).await.expect("a layout");
+            assert_eq!(layout.next_offset, 0);
+            layout.extents
+        };
+        let before = extents(first).await;
+        assert_eq!(before.len(), 40);
+        // Cut where no extent ends, again and again.
+        let mut content = first;
+        for part in [77u64, 501, 1, 1999, 40_000].map(|part| part.max(3)) {
+            let mut draft = c.start_draft(file.id).await.expect("starts");
+            while draft.size() < bytes.len() as u64 {
+                let length = part.min(bytes.len() as u64 - draft.size());
+                let from = draft.size();
+                c.append_shared(&mut draft, content, from, length).await.expect("shares");
+            }
+            let next = draft.content();
+            c.publish(draft, file.id, content, InodeId::ROOT).await.expect("publishes");
+            content = next;
+            let after = extents(content).await;
+            let inline = |e: &Extent| matches!(e.source, Some(Source::Inline(_)));
+            let whole = |all: &[Extent]| all.iter().filter(|e| !inline(e)).cloned().collect::<Vec<_>>();
+            assert_eq!(whole(&after), whole(&before), "in parts of {part} bytes");
+            assert_eq!(c.read_range(file.id, 0, 1 << 20).await.expect("reads"), bytes);
+        }
+        counts(c).await;
     });
 }

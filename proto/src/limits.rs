@@ -22,8 +22,8 @@ pub const PAGE_BYTES: u32 = 4096;
 pub const BLOCK_BYTES_MAX: u32 = SPAN_BYTES_MAX + PAGE_BYTES * STRIPES_MAX;
 /// Bytes of a file: offsets stay positive as signed 64-bit numbers.
 pub const FILE_BYTES_MAX: u64 = 1 << 62;
-/// Extents, and so spans, of one content: 400 TiB of full spans. Bounds what one file makes of the metadata and how many
-/// entries its collection takes.
+/// Extents, and so spans, of one content: 400 TiB of the largest spans, 32 TiB of those of the default policy. Bounds what
+/// one file makes of the metadata and how many entries its collection takes.
 pub const CONTENT_EXTENTS_MAX: u64 = 1 << 22;
 /// Entries of one page of a listing.
 pub const READDIR_ENTRIES_MAX: usize = 4096;
@@ -92,6 +92,7 @@ pub const SERVICES_MAX: usize = 1_000_000;
 /// Shards of a cluster.
 pub const SHARDS_MAX: u32 = 256;
 
+const _: () = assert!(CONTENT_EXTENTS_MAX * SPAN_BYTES_MAX as u64 <= FILE_BYTES_MAX);
 const _: () = assert!(BATCH_BYTES_MAX > METADATA_REQUEST_BYTES_MAX);
 const _: () = assert!(
     STRIPES_MAX as usize * (DATA_BLOCKS_MAX + PARITY_BLOCKS_MAX) as usize * 4 < METADATA_REQUEST_BYTES_MAX

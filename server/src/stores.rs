@@ -52,7 +52,7 @@ mod rocks {
 
     use clutch_log::LogId;
     use clutch_shard::tables;
-    use clutch_state::{BufferedStore, RowCache, Store, StoreError, Table, replica::OpenCheckpoint};
+    use clutch_state::{BufferedStore, RowCache, Store, StoreError, replica::OpenCheckpoint};
     use clutch_state_rocks::{RocksStore, SharedMemory};
 
     use super::{StoreProvider, log_name};
@@ -68,15 +68,6 @@ mod rocks {
     /// enough that passing them on delays nobody for more than some milliseconds.
     const WAITING_ROWS_MAX: usize = 4096;
     const WAITING_BYTES_MAX: usize = 1 << 20;
-    /// What is written for later: history, and indexes for those who collect and repair.
-    const PASSING: &[Table] = &[
-        Table::CLIENTS_BY_MINUTE,
-        tables::PAST_EDGE,
-        tables::PAST_CONTENT,
-        tables::TRANSIENT,
-        tables::BLOCK,
-        tables::DEAD_SPAN,
-    ];
 
     impl RocksStores {
         /// Stores that share a cache of rows of 48 MiB, a block cache of 32 MiB and write buffers of 64 MiB, or of 2 MiB for
@@ -101,7 +92,7 @@ mod rocks {
                 .map_err(|e| StoreError::Engine(format!("make {}: {e}", path.display())))?;
             let store = Arc::new(RocksStore::open(&path, &self.memory)?);
             let store = BufferedStore::new(store, self.cache.clone(), WAITING_ROWS_MAX, WAITING_BYTES_MAX);
-            Ok(Arc::new(store.with_passing(PASSING)))
+            Ok(Arc::new(store.with_passing(tables::PASSING)))
         }
 
         fn checkpoints(&self, id: LogId) -> Option<PathBuf> {

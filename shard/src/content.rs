@@ -270,8 +270,9 @@ mod tests {
         row.deadline = bumped(TIME, &row);
         put_transient(tx, TIME, id, row);
         for offset in 0..2 {
-            let hole = ExtentRow { length: 1, source: Some(Source::Hole(true)) };
-            tx.put_row(tables::EXTENT, &tables::extent_key(id, offset), &hole);
+            // Of bytes, which are never joined when they are shared.
+            let extent = ExtentRow { length: 1, source: Some(Source::Inline(b"x".to_vec().into())) };
+            tx.put_row(tables::EXTENT, &tables::extent_key(id, offset), &extent);
         }
         id
     }

@@ -32,6 +32,24 @@ fn part(source: Option<Source>, from: u64, length: u64) -> Result<Source, StoreE
     }
 }
 
+/// The extent that ends where a content ends so far, and where it begins.
+fn last_extent(tx: &mut Tx<'_>, id: ContentId, size: u64) -> Result<Option<(u64, ExtentRow)>, Stop> {
+    let Some(last) = size.checked_sub(1) else { return Ok(None) };
+    let begin = read::start_of(tx, id, last)?;
+    Ok(tx.get_row(tables::EXTENT, &tables::extent_key(id, begin))?.map(|extent| (begin, extent)))
+}
+
+/// Whether a range continues an extent, so that both are one: what was cut to be shared in parts does not stay in pieces.
+fn goes_on(extent: &ExtentRow, next: &Source) -> bool {
+    match (&extent.source, next) {
+        (Some(Source::Span(range)), Source::Span(next)) => {
+            range.span_id == next.span_id && u64::from(range.offset) + extent.length == u64::from(next.offset)
+        }
+        (Some(Source::Hole(_)), Source::Hole(_)) => true,
+        _ => false,
+    }
+}
+
 pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapplied {
     let id = ContentId(op.content);
     let mut row = content::transient(tx, time, id, &op.cookie)?;
@@ -60,11 +78,8 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
         let text = format!("the range has more than {EXTENTS_PER_ENTRY_MAX} extents; share it in parts");
         return Err(Stop::refuse(Code::TooLarge, text));
     }
-    row.extents += rows.len() as u64;
-    if row.extents > CONTENT_EXTENTS_MAX {
-        return Err(content::too_many_extents());
-    }
     let mut at = op.offset;
+    let mut last = last_extent(tx, id, row.size)?;
     for (key, value) in rows {
         let (_, offset) =
             tables::parse_pair(&key).ok_or_else(|| StoreError::Broken("an extent's key".into()))?;
@@ -72,12 +87,26 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
         let begin = offset.max(op.from_offset);
         let length = (offset + extent.length).min(end) - begin;
         let source = part(extent.source, begin - offset, length)?;
-        if let Source::Span(range) = &source
-            && !mutants::is(Mutant::SharedUseNotCounted)
-        {
-            span::acquire(tx, SpanId(range.span_id))?;
+        match &mut last {
+            Some((begin, extent)) if goes_on(extent, &source) => {
+                extent.length += length;
+                tx.put_row(tables::EXTENT, &tables::extent_key(id, *begin), extent);
+            }
+            _ => {
+                if row.extents >= CONTENT_EXTENTS_MAX {
+                    return Err(content::too_many_extents());
+                }
+                row.extents += 1;
+                if let Source::Span(range) = &source
+                    && !mutants::is(Mutant::SharedUseNotCounted)
+                {
+                    span::acquire(tx, SpanId(range.span_id))?;
+                }
+                let extent = ExtentRow { length, source: Some(source) };
+                tx.put_row(tables::EXTENT, &tables::extent_key(id, at), &extent);
+                last = Some((at, extent));
+            }
         }
-        tx.put_row(tables::EXTENT, &tables::extent_key(id, at), &ExtentRow { length, source: Some(source) });
         at += length;
     }
     if at != new_size {

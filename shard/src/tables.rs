@@ -30,6 +30,11 @@ pub const DEAD_SPAN: Table = Table(74);
 /// slot → `CounterRow`.
 pub const COUNTER: Table = Table(72);
 
+/// Tables that are written for later and seldom read, history and indexes for those who collect and repair; no other
+/// machine has tables of these numbers.
+pub const PASSING: &[Table] =
+    &[Table::CLIENTS_BY_MINUTE, PAST_EDGE, PAST_CONTENT, TRANSIENT, BLOCK, DEAD_SPAN];
+
 fn key(slot: Slot, numbers: &[u64]) -> Key {
     let mut key = Key::with_capacity(1 + numbers.len() * 8);
     key.push(slot.0);

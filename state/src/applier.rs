@@ -361,6 +361,7 @@ pub fn rescan(view: &dyn View) -> Result<Rescan, StoreError> {
     let applied: AppliedRow = get_row(view, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
     let mut found = Rescan { position: Position(applied.position), ..Rescan::default() };
     let mut sums = vec![0u128; 256];
+    let mut clients = 0u64;
     for table in 0..=255u8 {
         let table = Table(table);
         if !table.is_hashed() {
@@ -373,6 +374,7 @@ pub fn rescan(view: &dyn View) -> Result<Rescan, StoreError> {
             from = [last, &[0][..]].concat();
             for (key, value) in &rows {
                 found.rows += 1;
+                clients += u64::from(table == Table::CLIENTS_BY_MINUTE);
                 let lane = usize::from(table.lane(key));
                 sums[lane] = sums[lane].wrapping_add(row_hash(table, key, value));
                 if table == Table::CLIENTS && ClientRow::decode(value.clone()).is_err() {
@@ -382,6 +384,11 @@ pub fn rescan(view: &dyn View) -> Result<Rescan, StoreError> {
                 }
             }
         }
+    }
+    let counted = view.get(Table::CLIENT_COUNT, &[])?.unwrap_or_default();
+    if *counted != clients.to_be_bytes() && !(counted.is_empty() && clients == 0) {
+        let what = format!("{clients} clients, but their count is {}", crate::store::hex(&counted));
+        found.differences.push(what);
     }
     for (lane, sum) in sums.into_iter().enumerate() {
         let stored = view.get(Table::SUMS, &[lane as u8])?;

@@ -2,7 +2,8 @@
 //!
 //! The log is the write-ahead log, so what waits here is lost in a crash as everything unflushed is, and replayed. A row
 //! that is written in every batch (a client's, a directory's, a hash sum) reaches the store below once for many of
-//! them, and sorted rows cost it less than scattered ones. Rows that were read or passed on lately are kept, too.
+//! them, and sorted rows cost it less than scattered ones. Rows that were read or passed on lately are kept, too,
+//! but for those of tables that are written and seldom read.
 //!
 //! Invariants: batches are passed on whole and in order; `flush`, `snapshot` and `checkpoint` pass everything on first; a
 //! kept row equals the one below unless a newer one waits; once rows were lost on their way, nothing is read or written
@@ -24,8 +25,8 @@ use quick_cache::{Equivalent, Weighter, sync::Cache};
 
 use crate::store::{Key, Store, StoreError, Table, View, WriteBatch, key_after};
 
-/// Bytes that a kept row costs besides its key and value.
-const ROW_OVERHEAD: usize = 96;
+/// Bytes that a kept row costs besides its value: its key, which is kept in place, the links, and what the value shares.
+const ROW_OVERHEAD: usize = 168;
 
 /// Rows of all stores of a process that were used lately, within one budget; cheap to clone.
 #[derive(Clone)]
@@ -39,7 +40,8 @@ struct RowWeight;
 
 impl Weighter<(u32, Key), Bytes> for RowWeight {
     fn weight(&self, (_, key): &(u32, Key), value: &Bytes) -> u64 {
-        (key.len() + value.len() + ROW_OVERHEAD) as u64
+        let key = if key.spilled() { key.len() } else { 0 };
+        (key + value.len() + ROW_OVERHEAD) as u64
     }
 }
 

@@ -25,7 +25,7 @@ use crate::{
 pub use clutch_proto::certificate::SYSTEM_CLIENTS;
 /// Decoded rows that are kept in memory between batches.
 const CACHED_CLIENTS_MAX: usize = 4096;
-/// Idle clients forgotten by one batch at most.
+/// Idle clients forgotten by one batch at most, besides as many as it brought.
 const FORGOTTEN_PER_BATCH_MAX: usize = 64;
 const NS_PER_MINUTE: u64 = 60_000_000_000;
 
@@ -128,7 +128,11 @@ impl ClientTable {
             btree_map::Entry::Vacant(vacant) => {
                 let row: Option<ClientRow> = get_row(view, Table::CLIENTS, &tag.client.to_be_bytes())?;
                 // Nobody who only asks takes room here.
-                let Some(row) = row else { return Ok(Ok(Known::New)) };
+                let Some(row) = row else {
+                    let is_full =
+                        tag.client >= SYSTEM_CLIENTS && self.count.is_some_and(|c| c >= CLIENTS_MAX);
+                    return Ok(if is_full { Err(too_many()) } else { Ok(Known::New) });
+                };
                 vacant.insert(Client::from_row(row))
             }
         };
@@ -221,7 +225,7 @@ impl ClientTable {
     /// Ends a batch: writes the rows that changed and forgets clients that have been idle too long.
     pub fn finish(&mut self, tx: &mut Tx<'_>, time: Time) -> Result<(), StoreError> {
         let minute = time.0 / NS_PER_MINUTE;
-        let (mut added, mut removed) = (0, 0);
+        let (mut added, mut removed) = (0u64, 0);
         for (id, client) in &mut self.cached {
             if !std::mem::take(&mut client.dirty) {
                 continue;
@@ -253,7 +257,7 @@ impl ClientTable {
         let oldest = minute.saturating_sub(CLIENT_IDLE_LIFETIME_MS / 60_000 + 1);
         // Unless it was looked already: nobody becomes older without the minute moving on.
         if oldest != self.forgotten_before {
-            removed = self.forget_idle(tx, oldest)?;
+            removed = self.forget_idle(tx, oldest, FORGOTTEN_PER_BATCH_MAX + added as usize)?;
         }
         if added != removed {
             let count = (self.count(tx)? + added).checked_sub(removed);
@@ -265,9 +269,9 @@ impl ClientTable {
         Ok(())
     }
 
-    /// Forgets clients that were last used before a minute, as many as one batch may, and says how many.
-    fn forget_idle(&mut self, tx: &mut Tx<'_>, oldest: u64) -> Result<u64, StoreError> {
-        let idle = tx.scan(Table::CLIENTS_BY_MINUTE, &[], &oldest.to_be_bytes(), FORGOTTEN_PER_BATCH_MAX)?;
+    /// Forgets up to `limit` clients that were last used before a minute, and says how many.
+    fn forget_idle(&mut self, tx: &mut Tx<'_>, oldest: u64, limit: usize) -> Result<u64, StoreError> {
+        let idle = tx.scan(Table::CLIENTS_BY_MINUTE, &[], &oldest.to_be_bytes(), limit)?;
         let idle_count = idle.len();
         for (key, _) in idle {
             tx.delete(Table::CLIENTS_BY_MINUTE, &key);
@@ -276,7 +280,7 @@ impl ClientTable {
             tx.delete(Table::CLIENTS, &id.to_be_bytes());
             self.cached.remove(&id);
         }
-        if idle_count < FORGOTTEN_PER_BATCH_MAX {
+        if idle_count < limit {
             self.forgotten_before = oldest;
         }
         Ok(idle_count as u64)

@@ -25,7 +25,7 @@ impl Table {
     pub const CLIENTS: Table = Table(2);
     /// Clients by the minute of their last use.
     pub const CLIENTS_BY_MINUTE: Table = Table(3);
-    /// How many clients the two tables have: one row, a number of 8 bytes, big-endian; none stands for 0.
+    /// How many rows the table before has: one row, a number of 8 bytes, big-endian; none stands for 0.
     pub const CLIENT_COUNT: Table = Table(4);
 
     /// Whether rows must match on every replica.

@@ -201,7 +201,15 @@ impl ShardOracle {
             return Err(Code::TooLarge);
         }
         for (length, source) in pieces {
-            content.extents.push((content.size, length, source));
+            match (content.extents.last_mut(), &source) {
+                (Some((_, before, Source::Span(span, begin))), Source::Span(same, offset))
+                    if span == same && u64::from(*begin) + *before == u64::from(*offset) =>
+                {
+                    *before += length
+                }
+                (Some((_, before, Source::Hole)), Source::Hole) => *before += length,
+                _ => content.extents.push((content.size, length, source)),
+            }
             content.size += length;
         }
         self.bump(op.content, content)

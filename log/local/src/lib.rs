@@ -44,11 +44,18 @@ pub struct Options {
     pub tail_bytes_max: usize,
     /// Bytes that may wait for the writer before proposals are refused as overloaded.
     pub queued_bytes_max: usize,
+    /// Commands that one write takes along.
+    pub commands_max: usize,
 }
 
 impl Default for Options {
     fn default() -> Options {
-        Options { segment_bytes_max: 64 << 20, tail_bytes_max: 8 << 20, queued_bytes_max: 64 << 20 }
+        Options {
+            segment_bytes_max: 64 << 20,
+            tail_bytes_max: 8 << 20,
+            queued_bytes_max: 64 << 20,
+            commands_max: 1024,
+        }
     }
 }
 

@@ -21,8 +21,6 @@ use crate::{
     recovery::{MARK_FILE, encode_index, index_path},
 };
 
-/// Commands that one write takes along.
-const COMMANDS_MAX: usize = 1024;
 /// Under load the mark is made durable after so many bytes; when nothing waits, at once.
 const MARK_LAG_BYTES_MAX: u64 = 4 << 20;
 
@@ -81,7 +79,7 @@ impl Writer {
                     return self.fail(reason, commands).await;
                 }
             }
-            if commands.recv_many(&mut batch, COMMANDS_MAX).await == 0 {
+            if commands.recv_many(&mut batch, self.shared.options.commands_max).await == 0 {
                 return;
             }
             if let Err(reason) = self.write(&mut batch) {
@@ -263,8 +261,8 @@ impl Writer {
         // may tear what was written.
         let step = if self.mark_unsynced { 2 } else { 1 };
         self.mark = Mark { sequence: self.mark.sequence + step, segment, offset };
-        let (bytes, slot) = (encode_mark(self.mark), self.mark.sequence % 2);
-        self.mark_file()?.write_at(&bytes, slot * MARK_SLOT_STRIDE).map_err(|e| e.to_string())?;
+        let mark = self.mark;
+        write_slot(self.mark_file()?, mark)?;
         self.mark_unsynced = true;
         Ok(())
     }
@@ -283,7 +281,11 @@ impl Writer {
                 let path = self.shared.dir.join(MARK_FILE);
                 let file = self.shared.disk.open(&path, true).map_err(|e| e.to_string())?;
                 self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
-                // The process before this one may have left the mark that was read in the system's memory only.
+                // The process before this one may have left the mark that was read in the system's memory only, and a sync
+                // that failed may have left it there for good.
+                if self.mark.sequence > 0 {
+                    write_slot(&*file, self.mark)?;
+                }
                 file.sync().map_err(|e| e.to_string())?;
                 file
             }
@@ -350,6 +352,11 @@ impl Writer {
             self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
         }
     }
+}
+
+fn write_slot(file: &dyn File, mark: Mark) -> Result<(), String> {
+    let offset = mark.sequence % 2 * MARK_SLOT_STRIDE;
+    file.write_at(&encode_mark(mark), offset).map_err(|e| e.to_string())
 }
 
 fn weight(batch: &Batch) -> usize {

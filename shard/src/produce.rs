@@ -142,13 +142,8 @@ fn initiate(
 
 /// The services of the span before: a file that is lost with any few disks is lost with the same few.
 fn earlier_services(mut view: &dyn View, op: &InitiateSpan, row: &ContentRow) -> Result<Vec<u64>, Stop> {
-    if row.size == 0 {
-        return Ok(Vec::new());
-    }
-    let at = crate::read::start_of(&mut view, ContentId(op.content), row.size - 1)?;
-    let key = tables::extent_key(ContentId(op.content), at);
-    let Some(ExtentRow { source: Some(Source::Span(range)), .. }) = get_row(view, tables::EXTENT, &key)?
-    else {
+    let last = crate::read::last_extent(&mut view, ContentId(op.content), row.size)?;
+    let Some((_, ExtentRow { source: Some(Source::Span(range)), .. })) = last else {
         return Ok(Vec::new());
     };
     let span: Option<Span> = get_row(view, tables::SPAN, &tables::span_key(SpanId(range.span_id)))?;

@@ -32,13 +32,6 @@ fn part(source: Option<Source>, from: u64, length: u64) -> Result<Source, StoreE
     }
 }
 
-/// The extent that ends where a content ends so far, and where it begins.
-fn last_extent(tx: &mut Tx<'_>, id: ContentId, size: u64) -> Result<Option<(u64, ExtentRow)>, Stop> {
-    let Some(last) = size.checked_sub(1) else { return Ok(None) };
-    let begin = read::start_of(tx, id, last)?;
-    Ok(tx.get_row(tables::EXTENT, &tables::extent_key(id, begin))?.map(|extent| (begin, extent)))
-}
-
 /// Whether a range continues an extent, so that both are one: what was cut to be shared in parts does not stay in pieces.
 fn goes_on(extent: &ExtentRow, next: &Source) -> bool {
     match (&extent.source, next) {
@@ -79,7 +72,7 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
         return Err(Stop::refuse(Code::TooLarge, text));
     }
     let mut at = op.offset;
-    let mut last = last_extent(tx, id, row.size)?;
+    let mut last = read::last_extent(tx, id, row.size)?;
     for (key, value) in rows {
         let (_, offset) =
             tables::parse_pair(&key).ok_or_else(|| StoreError::Broken("an extent's key".into()))?;

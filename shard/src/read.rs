@@ -190,6 +190,17 @@ pub(crate) fn start_of(rows: &mut impl Rows, content: ContentId, offset: u64) ->
     }
 }
 
+/// Where the extent begins that ends where a content ends so far, and that extent; `None` in an empty content.
+pub(crate) fn last_extent(
+    rows: &mut impl Rows,
+    content: ContentId,
+    size: u64,
+) -> Result<Option<(u64, ExtentRow)>, Stop> {
+    let Some(last) = size.checked_sub(1) else { return Ok(None) };
+    let begin = start_of(rows, content, last)?;
+    Ok(rows.row(tables::EXTENT, &tables::extent_key(content, begin))?.map(|extent| (begin, extent)))
+}
+
 /// Present and past entries of a directory, or of one name, of one moment. What has one hash comes on one page.
 fn whole_history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
     let dir = parse_directory(&mut view, op.dir)?;

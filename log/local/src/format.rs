@@ -26,9 +26,9 @@
 //! The first record of every segment is of kind `groups`; its payload has 32 bytes per log: log, last position,
 //! epoch, position of the seal or 0. So recovery reads one segment, however long the logs are.
 //!
-//! The mark, file `synced`: two slots of 40 bytes at offsets 0 (even sequences) and 4096 (odd ones), of which one is always
-//! durable: `CLUTMRK1`, sequence, segment, offset, 4 zero bytes, CRC-32 of bytes 0..36. The valid slot with the higher sequence says: every byte
-//! before this offset of this segment, and of all segments before, was synced.
+//! The mark, file `synced`: two slots of 40 bytes at offsets 0 (even sequences) and 4096 (odd ones), of which one is
+//! always durable: `CLUTMRK1`, sequence, segment, offset, 4 zero bytes, CRC-32 of bytes 0..36. The valid slot with the
+//! higher sequence says: every byte before this offset of this segment, and of all segments before, was synced.
 
 use bytes::Bytes;
 use clutch_log::{Epoch, LogId, Position};

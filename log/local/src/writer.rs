@@ -256,6 +256,7 @@ impl Writer {
 
     /// Written, and durable with the next [`Writer::sync_mark`].
     pub(crate) fn write_mark(&mut self, segment: u64, offset: u64) -> Result<(), String> {
+        // Where it was not open yet, this makes the mark of before durable in its own slot.
         self.mark_file()?;
         // Until the next sync one slot is written again and again; the other keeps the mark that is durable, for a crash
         // may tear what was written.

@@ -6,7 +6,8 @@
 //! |---|---|---|
 //! | 0 | 8 | `CLUTLOG1` |
 //! | 8 | 8 | number of the segment |
-//! | 16 | 12 | zero |
+//! | 16 | 8 | the cluster that the segment belongs to |
+//! | 24 | 4 | zero |
 //! | 28 | 4 | CRC-32 of bytes 0..28 |
 //!
 //! | record offset | bytes | what |
@@ -26,9 +27,17 @@
 //! The first record of every segment is of kind `groups`; its payload has 32 bytes per log: log, last position,
 //! epoch, position of the seal or 0. So recovery reads one segment, however long the logs are.
 //!
-//! The mark, file `synced`: two slots of 40 bytes at offsets 0 (even sequences) and 4096 (odd ones), of which one is
-//! always durable: `CLUTMRK1`, sequence, segment, offset, 4 zero bytes, CRC-32 of bytes 0..36. The valid slot with the
-//! higher sequence says: every byte before this offset of this segment, and of all segments before, was synced.
+//! Positions of a log are contiguous, within a segment and from one to the next: a position that is missing is damage.
+//!
+//! The mark, file `synced`: two slots of 48 bytes at offsets 0 (even sequences) and 4096 (odd ones), of which one is
+//! always durable: `CLUTMRK2`, sequence, segment, offset, first segment, 4 zero bytes, CRC-32 of bytes 0..44. The valid
+//! slot with the higher sequence says: every byte before this offset of this segment, and of all segments before, was
+//! synced, and segments before the first were trimmed.
+//!
+//! The index of a closed segment, file `<number>.idx`: `CLUTIDX2`, number of the segment, length of its file, then 24
+//! bytes for each log in it (log, first position, last position), then the CRC-32 of all that. Can always be rebuilt.
+
+use std::collections::BTreeMap;
 
 use bytes::Bytes;
 use clutch_log::{Epoch, LogId, Position};
@@ -41,10 +50,10 @@ pub const SEGMENT_HEADER_BYTES: u64 = 32;
 pub const RECORD_HEADER_BYTES: usize = 48;
 /// Offset of the mark's second slot.
 pub(crate) const MARK_SLOT_STRIDE: u64 = 4096;
-pub(crate) const MARK_BYTES: usize = 40;
+pub(crate) const MARK_BYTES: usize = 48;
 const SEGMENT_MAGIC: &[u8; 8] = b"CLUTLOG1";
 const RECORD_MAGIC: &[u8; 4] = b"CREC";
-const MARK_MAGIC: &[u8; 8] = b"CLUTMRK1";
+const MARK_MAGIC: &[u8; 8] = b"CLUTMRK2";
 /// Larger than any batch with its framing; a longer length is damage.
 const PAYLOAD_BYTES_MAX: u32 = 64 << 20;
 /// Batches with smaller payloads are not packed: there is little to gain.
@@ -61,10 +70,11 @@ pub(crate) fn segment_number(name: &str) -> Option<u64> {
     (digits.len() == 16).then(|| u64::from_str_radix(digits, 16).ok())?
 }
 
-pub(crate) fn segment_header(number: u64) -> [u8; SEGMENT_HEADER_BYTES as usize] {
+pub(crate) fn segment_header(number: u64, cluster: u64) -> [u8; SEGMENT_HEADER_BYTES as usize] {
     let mut header = [0; SEGMENT_HEADER_BYTES as usize];
     header[..8].copy_from_slice(SEGMENT_MAGIC);
     header[8..16].copy_from_slice(&number.to_le_bytes());
+    header[16..24].copy_from_slice(&cluster.to_le_bytes());
     let crc = crc32fast::hash(&header[..28]);
     header[28..].copy_from_slice(&crc.to_le_bytes());
     header
@@ -78,14 +88,19 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"))
 }
 
-pub(crate) fn check_segment_header(bytes: &[u8], number: u64) -> Result<(), String> {
+/// Checks a header and returns the cluster that it names.
+pub(crate) fn check_segment_header(bytes: &[u8], number: u64) -> Result<u64, String> {
     if bytes.len() < SEGMENT_HEADER_BYTES as usize {
         return Err("the segment header is cut short".into());
     }
-    if bytes[..SEGMENT_HEADER_BYTES as usize] != segment_header(number) {
-        return Err("the segment header is damaged or of another segment".into());
+    let (found, cluster) = (u64_at(bytes, 8), u64_at(bytes, 16));
+    if bytes[..SEGMENT_HEADER_BYTES as usize] != segment_header(found, cluster) {
+        return Err("the segment header is damaged".into());
     }
-    Ok(())
+    if found != number {
+        return Err(format!("the file holds segment {found:016x}: it was put in the place of another"));
+    }
+    Ok(cluster)
 }
 
 pub(crate) fn log_key(id: LogId) -> u64 {
@@ -267,6 +282,8 @@ pub(crate) struct Mark {
     pub(crate) sequence: u64,
     pub(crate) segment: u64,
     pub(crate) offset: u64,
+    /// The first segment that was not trimmed.
+    pub(crate) first: u64,
 }
 
 pub(crate) fn encode_mark(mark: Mark) -> [u8; MARK_BYTES] {
@@ -275,14 +292,61 @@ pub(crate) fn encode_mark(mark: Mark) -> [u8; MARK_BYTES] {
     bytes[8..16].copy_from_slice(&mark.sequence.to_le_bytes());
     bytes[16..24].copy_from_slice(&mark.segment.to_le_bytes());
     bytes[24..32].copy_from_slice(&mark.offset.to_le_bytes());
-    let crc = crc32fast::hash(&bytes[..36]);
-    bytes[36..].copy_from_slice(&crc.to_le_bytes());
+    bytes[32..40].copy_from_slice(&mark.first.to_le_bytes());
+    let crc = crc32fast::hash(&bytes[..44]);
+    bytes[44..].copy_from_slice(&crc.to_le_bytes());
     bytes
 }
 
 pub(crate) fn decode_mark(bytes: &[u8]) -> Option<Mark> {
     (bytes.len() == MARK_BYTES
         && &bytes[..8] == MARK_MAGIC
-        && crc32fast::hash(&bytes[..36]) == u32_at(bytes, 36))
-    .then(|| Mark { sequence: u64_at(bytes, 8), segment: u64_at(bytes, 16), offset: u64_at(bytes, 24) })
+        && crc32fast::hash(&bytes[..44]) == u32_at(bytes, 44))
+    .then(|| Mark {
+        sequence: u64_at(bytes, 8),
+        segment: u64_at(bytes, 16),
+        offset: u64_at(bytes, 24),
+        first: u64_at(bytes, 32),
+    })
+}
+
+const INDEX_MAGIC: &[u8; 8] = b"CLUTIDX2";
+
+/// What a closed segment holds, as its index says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Index {
+    pub(crate) number: u64,
+    /// Length of the segment's file in bytes.
+    pub(crate) bytes: u64,
+    /// Of each log in it, the first and the last position.
+    pub(crate) spans: BTreeMap<LogId, (Position, Position)>,
+}
+
+pub(crate) fn encode_index(index: &Index) -> Vec<u8> {
+    let mut bytes = INDEX_MAGIC.to_vec();
+    bytes.extend_from_slice(&index.number.to_le_bytes());
+    bytes.extend_from_slice(&index.bytes.to_le_bytes());
+    for (id, (first, last)) in &index.spans {
+        for number in [log_key(*id), first.0, last.0] {
+            bytes.extend_from_slice(&number.to_le_bytes());
+        }
+    }
+    bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+    bytes
+}
+
+pub(crate) fn decode_index(bytes: &[u8]) -> Option<Index> {
+    let (body, crc) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
+    if crc32fast::hash(body).to_le_bytes() != crc {
+        return None;
+    }
+    let (head, lines) = body.split_at_checked(24)?;
+    if &head[..8] != INDEX_MAGIC || lines.len() % 24 != 0 {
+        return None;
+    }
+    let spans = lines
+        .chunks_exact(24)
+        .map(|l| (log_id(u64_at(l, 0)), (Position(u64_at(l, 8)), Position(u64_at(l, 16)))))
+        .collect();
+    Some(Index { number: u64_at(head, 8), bytes: u64_at(head, 16), spans })
 }

@@ -6,7 +6,10 @@
 //! * What lies before the durable mark was synced; damage there is an error with a position, never dropped.
 //!   What lies after it was never acknowledged; damage there is a torn tail and is cut off.
 //! * Every opening of a log begins a new epoch with a record of its own.
+//! * Positions of a log have no holes; one that is missing is damage, found when the engine opens wherever a segment was
+//!   replaced or cut, and at the latest when it is read.
 
+mod continuity;
 mod format;
 mod reader;
 mod recovery;
@@ -31,6 +34,7 @@ use clutch_runtime::{Disk, Runtime};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
+pub use continuity::Continuity;
 pub use format::{RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES};
 pub use reader::{Record, RecordKind, SegmentReader};
 pub use recovery::{Summary, open_read_only};
@@ -46,6 +50,8 @@ pub struct Options {
     pub queued_bytes_max: usize,
     /// Commands that one write takes along.
     pub commands_max: usize,
+    /// The cluster that the segments belong to; segments of another are refused.
+    pub cluster: u64,
 }
 
 impl Default for Options {
@@ -55,6 +61,7 @@ impl Default for Options {
             tail_bytes_max: 8 << 20,
             queued_bytes_max: 64 << 20,
             commands_max: 1024,
+            cluster: 0,
         }
     }
 }
@@ -89,6 +96,8 @@ struct Shared {
 struct Segment {
     number: u64,
     spans: BTreeMap<LogId, (Position, Position)>,
+    /// Bytes of its file.
+    bytes: u64,
 }
 
 /// One log.
@@ -144,9 +153,10 @@ impl LocalEngine {
     /// Opens the engine on a directory and recovers what is there. Blocks on the disk.
     ///
     /// # Errors
-    /// [`LogFault::Corrupt`] when a synced record is damaged in the segment that recovery reads.
+    /// [`LogFault::Corrupt`] when a synced record is damaged in a segment that recovery reads, or when positions of a log
+    /// are missing; [`LogFault::Storage`] when a file is missing or cannot be read.
     pub fn open(runtime: &Runtime, dir: PathBuf, options: Options) -> Result<LocalEngine, LogFault> {
-        let recovered = recovery::recover(&*runtime.disk, &dir)?;
+        let recovered = recovery::recover(&*runtime.disk, &dir, options.cluster)?;
         let (commands, receiver) = mpsc::channel(4096);
         let groups = recovered.groups.into_iter().map(|(id, state)| {
             let last = Position(state.next.0 - 1);
@@ -164,6 +174,30 @@ impl LocalEngine {
         let writer = writer::Writer::new(&shared, recovered.current, recovered.mark);
         runtime.spawner.spawn_owner("log-writer".into(), Box::pin(writer.run(receiver)));
         Ok(LocalEngine { handle: Handle { shared, commands } })
+    }
+
+    /// What a log holds, without opening it; `None` when there is none of that id.
+    pub fn bounds(&self, id: LogId) -> Option<Bounds> {
+        let group = self.handle.shared.groups.lock().get(&id).cloned()?;
+        let last = *group.last.borrow();
+        Some(Bounds { first: self.handle.shared.first_position(id), last })
+    }
+
+    /// Bytes of all segments.
+    pub fn bytes(&self) -> u64 {
+        self.handle.shared.segments.lock().iter().map(|segment| segment.bytes).sum()
+    }
+
+    /// The batch at a position, without opening its log; `None` when a record of the engine lies there. Blocks on the disk.
+    pub fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault> {
+        let shared = &self.handle.shared;
+        let holds =
+            |s: &&Segment| s.spans.get(&id).is_some_and(|(first, last)| (*first..=*last).contains(&position));
+        let number = shared.segments.lock().iter().find(holds).map(|segment| segment.number);
+        let Some(number) = number else { return Ok(None) };
+        let mut reader = reader::GroupReader::new(shared.disk.clone(), shared.dir.clone(), id, vec![number]);
+        let record = reader.next_from(position)?;
+        Ok(record.filter(|record| record.kind == RecordKind::Batch).map(Record::into_batch))
     }
 
     /// Opens one log and begins a new epoch in it; the log is made if there is none of that id.
@@ -324,7 +358,7 @@ struct LocalEvents {
     own_epoch: Epoch,
     sealed_told: bool,
     disk: Option<reader::GroupReader>,
-    /// Was read together with a gap before it.
+    /// Follows on the event that was told last.
     queued: Option<Event>,
 }
 
@@ -377,23 +411,17 @@ impl LocalEvents {
             },
         };
         let position = record.batch.position;
-        let skipped = position > self.next;
-        let before = Position(position.0 - 1);
+        assert_eq!(position, self.next, "the tail has no holes, and the reader refuses them");
         self.next = position.next();
-        let event = match record.kind {
+        Ok(Some(match record.kind {
             RecordKind::Batch => Event::Committed(record.batch),
             RecordKind::Epoch if record.batch.epoch == epoch => {
                 self.leader_told = epoch;
                 self.queued = Some(Event::Leader { epoch, is_self: epoch == self.own_epoch });
-                return Ok(Some(Event::Gap { to: position }));
+                Event::Gap { to: position }
             }
             RecordKind::Epoch | RecordKind::Seal | RecordKind::Groups => Event::Gap { to: position },
-        };
-        if skipped {
-            self.queued = Some(event);
-            return Ok(Some(Event::Gap { to: before }));
-        }
-        Ok(Some(event))
+        }))
     }
 
     fn read_disk(&mut self) -> Result<Option<TailRecord>, LogFault> {

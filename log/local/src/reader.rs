@@ -60,6 +60,8 @@ const READ_AHEAD: usize = 256 << 10;
 pub struct SegmentReader {
     file: Box<dyn File>,
     name: String,
+    /// The cluster that the segment's header names.
+    cluster: u64,
     /// Where the next record begins.
     offset: u64,
     len: u64,
@@ -80,6 +82,7 @@ impl SegmentReader {
         let mut reader = SegmentReader {
             file,
             name,
+            cluster: 0,
             offset: SEGMENT_HEADER_BYTES,
             len,
             buffer: Bytes::new(),
@@ -87,8 +90,14 @@ impl SegmentReader {
             last_position: Position(0),
         };
         let header = reader.bytes(0, SEGMENT_HEADER_BYTES as usize)?;
-        check_segment_header(&header, number).map_err(|what| reader.corrupt(0, Position(0), what))?;
+        reader.cluster =
+            check_segment_header(&header, number).map_err(|what| reader.corrupt(0, Position(0), what))?;
         Ok(reader)
+    }
+
+    /// The cluster that the segment belongs to.
+    pub fn cluster(&self) -> u64 {
+        self.cluster
     }
 
     /// Where the next record begins.
@@ -96,7 +105,7 @@ impl SegmentReader {
         self.offset
     }
 
-    fn corrupt(&self, offset: u64, position: Position, what: String) -> LogFault {
+    pub(crate) fn corrupt(&self, offset: u64, position: Position, what: String) -> LogFault {
         LogFault::Corrupt { position, file: self.name.clone(), offset, what }
     }
 
@@ -169,7 +178,8 @@ impl GroupReader {
         GroupReader { disk, dir, log, numbers, segment: None }
     }
 
-    /// The first record of the log at or after `from`; `None` after the last segment.
+    /// The record of the log at `from`; `None` after the last segment. One that lies behind it instead is damage: the
+    /// positions of a log have no holes.
     pub(crate) fn next_from(&mut self, from: Position) -> Result<Option<Record>, LogFault> {
         loop {
             if self.segment.is_none() {
@@ -182,11 +192,22 @@ impl GroupReader {
             let log = self.log;
             let wanted =
                 |h: &RecordHeader| h.kind != RecordKind::Groups && h.log == log && h.position >= from;
+            let at = segment.offset();
             match segment.next(wanted)? {
+                Some((_, Some(record))) if record.position != from => {
+                    let what = missing(log, from, Position(record.position.0 - 1));
+                    return Err(segment.corrupt(at, from, what));
+                }
                 Some((_, Some(record))) => return Ok(Some(record)),
                 Some((_, None)) => {}
                 None => self.segment = None,
             }
         }
     }
+}
+
+/// Says that positions of a log are gone.
+pub(crate) fn missing(log: LogId, from: Position, to: Position) -> String {
+    let which = if from == to { format!("position {from}") } else { format!("positions {from} to {to}") };
+    format!("{which} of {log} are missing: the file was cut or replaced by an older copy; restore it")
 }

@@ -1,17 +1,21 @@
 //! Finds out what a directory of segments holds: after a crash, or for a tool that only reads.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use clutch_log::{LogFault, LogId, Position};
 use clutch_runtime::Disk;
 
 use crate::{
     GroupState, Segment,
+    continuity::Continuity,
     format::{
-        MARK_BYTES, MARK_SLOT_STRIDE, Mark, SEGMENT_HEADER_BYTES, decode_group, decode_mark, segment_name,
-        segment_number,
+        Index, MARK_BYTES, MARK_SLOT_STRIDE, Mark, SEGMENT_HEADER_BYTES, decode_group, decode_index,
+        decode_mark, encode_index, segment_name, segment_number,
     },
-    reader::{RecordKind, SegmentReader},
+    reader::{Record, RecordKind, SegmentReader},
 };
 
 pub(crate) const MARK_FILE: &str = "synced";
@@ -28,39 +32,66 @@ fn storage(what: &str, error: &std::io::Error) -> LogFault {
     LogFault::Storage(format!("{what}: {error}"))
 }
 
+/// What to do about a file that is not there any more.
+fn gone(dir: &Path, name: &str) -> LogFault {
+    LogFault::Storage(format!(
+        "{} is missing; restore it from a copy: without it the log is not whole",
+        dir.join(name).display()
+    ))
+}
+
 pub(crate) fn read_mark(disk: &dyn Disk, dir: &Path) -> Result<Option<Mark>, LogFault> {
     let path = dir.join(MARK_FILE);
     if !disk.exists(&path) {
         return Ok(None);
     }
     let file = disk.open(&path, false).map_err(|e| storage("open the mark", &e))?;
-    let mut best = None;
+    let mut best: Option<Mark> = None;
     for slot in 0..2 {
         let mut bytes = [0; MARK_BYTES];
         let read =
             file.read_at(&mut bytes, slot * MARK_SLOT_STRIDE).map_err(|e| storage("read the mark", &e))?;
-        best = best.max(decode_mark(&bytes[..read]).map(|m| (m.sequence, m.segment, m.offset)));
+        let found = decode_mark(&bytes[..read]);
+        best = best.into_iter().chain(found).max_by_key(|mark| mark.sequence);
     }
-    Ok(best.map(|(sequence, segment, offset)| Mark { sequence, segment, offset }))
+    Ok(best)
 }
 
 /// What one segment holds.
 struct Scanned {
     segment: Segment,
-    groups: BTreeMap<LogId, GroupState>,
     end: u64,
+    /// The segment's first record was read whole.
+    begun: bool,
     /// Why reading stopped before the end of the file.
     damage: Option<LogFault>,
 }
 
-fn scan(disk: &dyn Disk, dir: &Path, number: u64) -> Result<Scanned, LogFault> {
+/// Opens a segment and checks that it is one of this cluster's.
+fn open_segment(disk: &dyn Disk, dir: &Path, number: u64, cluster: u64) -> Result<SegmentReader, LogFault> {
+    let reader = SegmentReader::open(disk, dir, number)?;
+    if reader.cluster() != cluster {
+        let what = format!("it belongs to cluster {:016x}, not to {cluster:016x}", reader.cluster());
+        return Err(reader.corrupt(0, Position(0), what));
+    }
+    Ok(reader)
+}
+
+/// Reads a segment to its end, following its records.
+fn scan(
+    disk: &dyn Disk,
+    dir: &Path,
+    number: u64,
+    cluster: u64,
+    continuity: &mut Continuity,
+) -> Result<Scanned, LogFault> {
     let mut scanned = Scanned {
         segment: Segment { number, ..Segment::default() },
-        groups: BTreeMap::new(),
         end: SEGMENT_HEADER_BYTES,
+        begun: false,
         damage: None,
     };
-    let mut reader = match SegmentReader::open(disk, dir, number) {
+    let mut reader = match open_segment(disk, dir, number, cluster) {
         Ok(reader) => reader,
         Err(fault @ LogFault::Corrupt { .. }) => {
             (scanned.end, scanned.damage) = (0, Some(fault));
@@ -69,180 +100,226 @@ fn scan(disk: &dyn Disk, dir: &Path, number: u64) -> Result<Scanned, LogFault> {
         Err(fault) => return Err(fault),
     };
     loop {
+        let at = reader.offset();
         let record = match reader.next_record() {
             Ok(Some(record)) => record,
-            Ok(None) => return Ok(scanned),
+            Ok(None) => break,
             Err(fault @ LogFault::Corrupt { .. }) => {
                 scanned.damage = Some(fault);
-                return Ok(scanned);
+                break;
             }
             Err(fault) => return Err(fault),
         };
-        if record.kind == RecordKind::Groups {
-            for line in &record.entries {
-                let line = decode_group(line).map_err(LogFault::Storage)?;
-                let state = GroupState {
-                    next: line.last.next(),
-                    epoch: line.epoch,
-                    sealed: line.sealed,
-                    ..GroupState::default()
-                };
-                scanned.groups.insert(line.log, state);
+        let followed = match (scanned.begun, record.kind) {
+            (false, RecordKind::Groups) => continuity.begin(number, &record),
+            (true, RecordKind::Batch | RecordKind::Epoch | RecordKind::Seal) => {
+                continuity.record(&record, at)
             }
-        } else {
+            (false, _) => Err(reader.corrupt(at, Position(0), "it does not begin with its groups".into())),
+            (true, RecordKind::Groups) => {
+                Err(reader.corrupt(at, record.position, "groups in the middle of a segment".into()))
+            }
+        };
+        if let Err(fault) = followed {
+            scanned.damage = Some(fault);
+            break;
+        }
+        if scanned.begun {
             let span = scanned.segment.spans.entry(record.log).or_insert((record.position, record.position));
             span.1 = record.position;
-            let state = scanned.groups.entry(record.log).or_default();
-            state.next = record.position.next();
-            match record.kind {
-                RecordKind::Epoch => (state.epoch, state.epoch_position) = (record.epoch, record.position),
-                RecordKind::Seal => state.sealed = Some(record.position),
-                RecordKind::Batch | RecordKind::Groups => {}
-            }
         }
+        scanned.begun = true;
         scanned.end = reader.offset();
     }
+    scanned.segment.bytes = scanned.end;
+    Ok(scanned)
 }
 
-/// Recovers for writing: cuts a torn tail off, refuses damage before the mark.
-pub(crate) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, LogFault> {
+/// Recovers for writing: cuts a torn tail off, refuses damage before the mark and positions that are missing.
+pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recovered, LogFault> {
     disk.create_dir_all(dir).map_err(|e| storage("make the log's directory", &e))?;
-    let numbers = list(disk, dir)?;
     let mark = read_mark(disk, dir)?;
+    let numbers = kept(disk, dir, mark.as_ref(), true)?;
     let Some(&last) = numbers.last() else {
         if let Some(mark) = mark {
-            return Err(LogFault::Storage(format!(
-                "segment {} is missing; restore it, or start on an empty directory",
-                segment_name(mark.segment)
-            )));
+            return Err(gone(dir, &segment_name(mark.segment)));
         }
         return Ok(Recovered {
             groups: BTreeMap::new(),
             segments: vec![],
             current: None,
-            mark: Mark::default(),
+            mark: Mark { first: 1, ..Mark::default() },
         });
     };
-    // A first start that crashed before its first sync acknowledged nothing and has no mark.
     let mark = match mark {
         Some(mark) => mark,
-        None if numbers.len() == 1
-            && last == 1
-            && disk
-                .open(&dir.join(segment_name(1)), false)
-                .is_ok_and(|f| f.len().is_ok_and(|l| l <= 4096)) =>
-        {
-            Mark::default()
-        }
+        None if is_first_start(disk, dir, &numbers) => Mark { first: 1, ..Mark::default() },
         None => {
-            return Err(LogFault::Storage(
-                "the mark (file `synced`) is missing or damaged; restore it from a copy".into(),
-            ));
+            return Err(LogFault::Storage(format!(
+                "{} (the mark of what was synced) is missing or damaged; restore it from a copy",
+                dir.join(MARK_FILE).display()
+            )));
         }
     };
     if mark.segment > last {
-        return Err(LogFault::Storage(format!("segment {} is missing", segment_name(mark.segment))));
+        return Err(gone(dir, &segment_name(mark.segment)));
     }
+    let mut continuity = Continuity::default();
     let mut segments = Vec::new();
     for &number in &numbers[..numbers.len() - 1] {
-        segments.push(load_closed(disk, dir, number)?);
+        segments.push(load_closed(disk, dir, number, cluster, &mut continuity)?);
     }
-    let mut scanned = scan(disk, dir, last)?;
+    let scanned = scan(disk, dir, last, cluster, &mut continuity)?;
     let synced_to = if mark.segment == last { mark.offset } else { 0 };
-    if let Some(damage) = scanned.damage.take()
-        && scanned.end < synced_to
-    {
-        return Err(damage);
-    }
     if scanned.end < synced_to {
-        return Err(LogFault::Corrupt {
+        return Err(scanned.damage.unwrap_or_else(|| LogFault::Corrupt {
             position: Position(0),
             file: segment_name(last),
             offset: scanned.end,
             what: format!("the file ends at {}, but {synced_to} bytes were synced", scanned.end),
-        });
+        }));
     }
-    let current = if scanned.end <= SEGMENT_HEADER_BYTES
-        || scanned.groups.is_empty() && scanned.end < SEGMENT_HEADER_BYTES + 48
-    {
+    if !scanned.begun {
         // Crashed while the segment was being begun: nothing in it was acknowledged, the groups are in the one
-        // before, and the segment is begun anew.
+        // before, and the segment is begun anew. What is whole and does not follow on that one is no such crash.
+        if let Some(fault @ LogFault::Corrupt { .. }) = scanned.damage.filter(|_| is_whole(disk, dir, last)) {
+            return Err(fault);
+        }
         let path = dir.join(segment_name(last));
         disk.remove(&path).map_err(|e| storage("remove an empty segment", &e))?;
         disk.sync_dir(dir).map_err(|e| storage("sync the log's directory", &e))?;
-        match numbers.len() {
-            1 => None,
-            _ => return recover(disk, dir),
-        }
-    } else {
-        let file = disk
-            .open(&dir.join(segment_name(last)), false)
-            .map_err(|e| storage("open the last segment", &e))?;
-        if file.len().map_err(|e| storage("size of the last segment", &e))? > scanned.end {
-            file.set_len(scanned.end).map_err(|e| storage("cut a torn tail", &e))?;
-        }
-        // What was found may not be durable, and a sync that failed before may have left its pages looking clean:
-        // readers will see these bytes from now on, so they are written once more.
-        let from = synced_to.clamp(SEGMENT_HEADER_BYTES, scanned.end);
-        let mut tail = vec![0; (scanned.end - from) as usize];
-        let read = file.read_at(&mut tail, from).map_err(|e| storage("read the tail", &e))?;
-        file.write_at(&tail[..read], from).map_err(|e| storage("write the tail again", &e))?;
-        file.sync().map_err(|e| storage("sync the last segment", &e))?;
-        segments.push(scanned.segment.clone());
-        Some((last, scanned.end))
-    };
-    Ok(Recovered { groups: scanned.groups, segments, current, mark })
-}
-
-/// What a closed segment holds: from its index, or from the segment itself where the index is missing.
-fn load_closed(disk: &dyn Disk, dir: &Path, number: u64) -> Result<Segment, LogFault> {
-    let path = index_path(dir, number);
-    if disk.exists(&path) {
-        let bytes = disk.read(&path).map_err(|e| storage("read an index", &e))?;
-        if let Some(segment) = decode_index(number, &bytes) {
-            return Ok(segment);
-        }
+        return match numbers.len() {
+            1 => Ok(Recovered { groups: BTreeMap::new(), segments, current: None, mark }),
+            _ => recover(disk, dir, cluster),
+        };
     }
-    let scanned = scan(disk, dir, number)?;
-    // A closed segment was synced as a whole.
-    scanned.damage.map_or(Ok(scanned.segment), Err)
+    if mark.segment < last && scanned.end > first_record_end(disk, dir, last)? {
+        return Err(LogFault::Storage(format!(
+            "{} is an older copy: it does not know segment {}; restore the newer one",
+            dir.join(MARK_FILE).display(),
+            segment_name(last)
+        )));
+    }
+    let file =
+        disk.open(&dir.join(segment_name(last)), false).map_err(|e| storage("open the last segment", &e))?;
+    if file.len().map_err(|e| storage("size of the last segment", &e))? > scanned.end {
+        file.set_len(scanned.end).map_err(|e| storage("cut a torn tail", &e))?;
+    }
+    // What was found may not be durable, and a sync that failed before may have left its pages looking clean:
+    // readers will see these bytes from now on, so they are written once more.
+    let from = synced_to.clamp(SEGMENT_HEADER_BYTES, scanned.end);
+    let mut tail = vec![0; (scanned.end - from) as usize];
+    let read = file.read_at(&mut tail, from).map_err(|e| storage("read the tail", &e))?;
+    file.write_at(&tail[..read], from).map_err(|e| storage("write the tail again", &e))?;
+    file.sync().map_err(|e| storage("sync the last segment", &e))?;
+    segments.push(scanned.segment);
+    Ok(Recovered { groups: continuity.into_groups(), segments, current: Some((last, scanned.end)), mark })
 }
 
-pub(crate) fn index_path(dir: &Path, number: u64) -> std::path::PathBuf {
+/// A first start that crashed before its first sync acknowledged nothing and has no mark.
+fn is_first_start(disk: &dyn Disk, dir: &Path, numbers: &[u64]) -> bool {
+    numbers == [1]
+        && disk
+            .open(&dir.join(segment_name(1)), false)
+            .is_ok_and(|file| file.len().is_ok_and(|length| length <= 4096))
+}
+
+/// Whether a segment's first record can be read.
+fn is_whole(disk: &dyn Disk, dir: &Path, number: u64) -> bool {
+    SegmentReader::open(disk, dir, number).is_ok_and(|mut reader| matches!(reader.next_record(), Ok(Some(_))))
+}
+
+/// Where the record that begins a segment ends.
+fn first_record_end(disk: &dyn Disk, dir: &Path, number: u64) -> Result<u64, LogFault> {
+    let mut reader = SegmentReader::open(disk, dir, number)?;
+    reader.next_record()?;
+    Ok(reader.offset())
+}
+
+/// What a closed segment holds: from its index, or from the segment itself where the index is missing or does not
+/// fit. Either must follow on the segments before.
+fn load_closed(
+    disk: &dyn Disk,
+    dir: &Path,
+    number: u64,
+    cluster: u64,
+    continuity: &mut Continuity,
+) -> Result<Segment, LogFault> {
+    let bytes = disk
+        .open(&dir.join(segment_name(number)), false)
+        .and_then(|file| file.len())
+        .map_err(|e| storage("size of a segment", &e))?;
+    if let Some(index) = read_index(disk, dir, number).filter(|index| index.bytes == bytes) {
+        let groups = first_record(disk, dir, number, cluster)?;
+        continuity.begin(number, &groups)?;
+        for (id, (first, last)) in &index.spans {
+            continuity.span(*id, *first, *last, SEGMENT_HEADER_BYTES)?;
+        }
+        return Ok(Segment { number, spans: index.spans, bytes });
+    }
+    let scanned = scan(disk, dir, number, cluster, continuity)?;
+    // A closed segment was synced as a whole.
+    if let Some(damage) = scanned.damage {
+        return Err(damage);
+    }
+    if !scanned.begun {
+        return Err(LogFault::Corrupt {
+            position: Position(0),
+            file: segment_name(number),
+            offset: 0,
+            what: "the segment holds nothing, but there are later ones; restore it".into(),
+        });
+    }
+    tracing::warn!(segment = %segment_name(number), "the index did not fit and is rebuilt");
+    let index = Index { number, bytes, spans: scanned.segment.spans.clone() };
+    // It only makes the next start quicker.
+    let _ = disk.replace(&index_path(dir, number), &encode_index(&index));
+    Ok(scanned.segment)
+}
+
+fn read_index(disk: &dyn Disk, dir: &Path, number: u64) -> Option<Index> {
+    let bytes = disk.read(&index_path(dir, number)).ok()?;
+    decode_index(&bytes).filter(|index| index.number == number)
+}
+
+fn first_record(disk: &dyn Disk, dir: &Path, number: u64, cluster: u64) -> Result<Record, LogFault> {
+    let mut reader = open_segment(disk, dir, number, cluster)?;
+    let at = reader.offset();
+    match reader.next_record()? {
+        Some(record) if record.kind == RecordKind::Groups => Ok(record),
+        _ => Err(reader.corrupt(at, Position(0), "it does not begin with its groups".into())),
+    }
+}
+
+pub(crate) fn index_path(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("{number:016x}.idx"))
 }
 
-/// The index of a closed segment, file `<number>.idx`: 24 bytes per log (log, first, last), then a CRC-32. Can
-/// always be rebuilt from the segment.
-pub(crate) fn encode_index(segment: &Segment) -> Vec<u8> {
-    let mut bytes = Vec::new();
-    for (id, (first, last)) in &segment.spans {
-        for number in [crate::format::log_key(*id), first.0, last.0] {
-            bytes.extend_from_slice(&number.to_le_bytes());
-        }
-    }
-    bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
-    bytes
-}
-
-fn decode_index(number: u64, bytes: &[u8]) -> Option<Segment> {
-    let (lines, crc) = bytes.split_at_checked(bytes.len().checked_sub(4)?)?;
-    if crc32fast::hash(lines).to_le_bytes() != crc || lines.len() % 24 != 0 {
-        return None;
-    }
-    let u64_at = |b: &[u8], at: usize| u64::from_le_bytes(b[at..at + 8].try_into().expect("eight bytes"));
-    let spans = lines
-        .chunks_exact(24)
-        .map(|l| (crate::format::log_id(u64_at(l, 0)), (Position(u64_at(l, 8)), Position(u64_at(l, 16)))))
-        .collect();
-    Some(Segment { number, spans })
-}
-
-fn list(disk: &dyn Disk, dir: &Path) -> Result<Vec<u64>, LogFault> {
+/// The segments that were not trimmed, in order and without a hole. With `remove`, what an interrupted trim left goes.
+fn kept(disk: &dyn Disk, dir: &Path, mark: Option<&Mark>, remove: bool) -> Result<Vec<u64>, LogFault> {
     let names = disk.list(dir).map_err(|e| storage("list the log's directory", &e))?;
-    let numbers: Vec<u64> = names.iter().filter_map(|n| segment_number(n)).collect();
-    if let Some(hole) = numbers.windows(2).find(|w| w[1] != w[0] + 1) {
-        return Err(LogFault::Storage(format!("segment {} is missing", segment_name(hole[0] + 1))));
+    let mut numbers: Vec<u64> = names.iter().filter_map(|n| segment_number(n)).collect();
+    numbers.sort_unstable();
+    let first = mark.map_or(1, |mark| mark.first.max(1));
+    let trimmed: Vec<u64> = numbers.iter().copied().filter(|number| *number < first).collect();
+    numbers.retain(|number| *number >= first);
+    if remove && !trimmed.is_empty() {
+        for number in trimmed {
+            disk.remove(&dir.join(segment_name(number))).map_err(|e| storage("remove a segment", &e))?;
+            let index = index_path(dir, number);
+            if disk.exists(&index) {
+                disk.remove(&index).map_err(|e| storage("remove an index", &e))?;
+            }
+        }
+        disk.sync_dir(dir).map_err(|e| storage("sync the log's directory", &e))?;
+    }
+    // Without a mark nothing was trimmed yet, or it is lost: that is told apart by the caller.
+    let begins = if mark.is_some() { Some(first) } else { numbers.first().copied() };
+    let expected = begins.into_iter().flat_map(|first| first..);
+    for (number, expected) in numbers.iter().zip(expected) {
+        if *number != expected {
+            return Err(gone(dir, &segment_name(expected)));
+        }
     }
     Ok(numbers)
 }
@@ -259,11 +336,17 @@ pub struct Summary {
 
 /// Looks at a directory of segments without changing it: for replay and verification, also of a running engine.
 pub fn open_read_only(disk: &dyn Disk, dir: &Path) -> Result<Summary, LogFault> {
-    let segments = list(disk, dir)?;
+    let mark = read_mark(disk, dir)?;
+    let segments = kept(disk, dir, mark.as_ref(), false)?;
     if segments.is_empty() {
         return Err(LogFault::Storage(format!("{} holds no log segments", dir.display())));
     }
-    let mark = read_mark(disk, dir)?.unwrap_or_default();
+    if let Some(mark) = &mark
+        && segments.last().is_some_and(|last| *last < mark.segment)
+    {
+        return Err(gone(dir, &segment_name(mark.segment)));
+    }
+    let mark = mark.unwrap_or_default();
     let mut before = BTreeMap::new();
     if let Some(first) = SegmentReader::open(disk, dir, segments[0])?.next_record()?
         && first.kind == RecordKind::Groups

@@ -14,11 +14,11 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     Command, Group, Segment, Shared, TailRecord,
     format::{
-        GroupLine, MARK_SLOT_STRIDE, Mark, encode_group, encode_mark, encode_record, segment_header,
-        segment_name,
+        GroupLine, Index, MARK_SLOT_STRIDE, Mark, encode_group, encode_index, encode_mark, encode_record,
+        segment_header, segment_name,
     },
     reader::RecordKind,
-    recovery::{MARK_FILE, encode_index, index_path},
+    recovery::{MARK_FILE, index_path},
 };
 
 /// Under load the mark is made durable after so many bytes; when nothing waits, at once.
@@ -214,7 +214,8 @@ impl Writer {
         if self.current.is_some() {
             let closed = self.shared.segments.lock().last().cloned().unwrap_or_default();
             let path = index_path(&self.shared.dir, closed.number);
-            self.shared.disk.replace(&path, &encode_index(&closed)).map_err(|e| e.to_string())?;
+            let index = Index { number: closed.number, bytes: closed.bytes, spans: closed.spans };
+            self.shared.disk.replace(&path, &encode_index(&index)).map_err(|e| e.to_string())?;
         }
         // Where every log stood before the records that are about to be written.
         let mut before: BTreeMap<LogId, GroupLine> = BTreeMap::new();
@@ -232,7 +233,7 @@ impl Writer {
             }
         }
         let lines: Vec<Bytes> = before.values().map(encode_group).collect();
-        let mut bytes = segment_header(number).to_vec();
+        let mut bytes = segment_header(number, self.shared.options.cluster).to_vec();
         encode_record(
             &mut bytes,
             RecordKind::Groups,
@@ -248,7 +249,7 @@ impl Writer {
         file.sync().map_err(|e| e.to_string())?;
         self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
         self.current = Some(OpenSegment { number, file, offset: bytes.len() as u64 });
-        self.shared.segments.lock().push(Segment { number, ..Segment::default() });
+        self.shared.segments.lock().push(Segment { number, bytes: bytes.len() as u64, ..Segment::default() });
         // From here on damage to the segment's beginning is damage, not a segment that was being begun.
         self.write_mark(number, bytes.len() as u64)?;
         self.sync_mark()
@@ -261,7 +262,12 @@ impl Writer {
         // Until the next sync one slot is written again and again; the other keeps the mark that is durable, for a crash
         // may tear what was written.
         let step = if self.mark_unsynced { 2 } else { 1 };
-        self.mark = Mark { sequence: self.mark.sequence + step, segment, offset };
+        let before = self.mark;
+        assert!(
+            (before.segment, before.offset) <= (segment, offset),
+            "the mark only moves on: {before:?}, then {offset} of {segment}"
+        );
+        self.mark = Mark { sequence: before.sequence + step, segment, offset, first: before.first };
         let mark = self.mark;
         write_slot(self.mark_file()?, mark)?;
         self.mark_unsynced = true;
@@ -299,6 +305,9 @@ impl Writer {
         {
             let mut segments = self.shared.segments.lock();
             if let Some(segment) = segments.last_mut() {
+                if let Some(current) = &self.current {
+                    segment.bytes = current.offset;
+                }
                 for Staged { group, record, .. } in &staged {
                     let position = record.batch.position;
                     segment.spans.entry(group.id).or_insert((position, position)).1 = position;
@@ -327,7 +336,7 @@ impl Writer {
     }
 
     /// Removes the oldest segments that no log needs any more; the open one stays.
-    fn trim(&self) -> Result<(), String> {
+    fn trim(&mut self) -> Result<(), String> {
         let floors: BTreeMap<LogId, Position> =
             self.shared.groups.lock().iter().map(|(id, g)| (*id, g.state.lock().floor)).collect();
         loop {
@@ -339,6 +348,10 @@ impl Writer {
                 segments.first().filter(|s| segments.len() > 1 && !needed(s)).map(|s| s.number)
             };
             let Some(number) = removable else { return Ok(()) };
+            // First it is said that it was trimmed: a file that is missing without that is a loss.
+            self.mark.first = number + 1;
+            self.write_mark(self.mark.segment, self.mark.offset)?;
+            self.sync_mark()?;
             // Readers must not look for it any more before it goes.
             let segment = self.shared.segments.lock().remove(0);
             if let Err(error) = self.shared.disk.remove(&self.shared.dir.join(segment_name(number))) {

@@ -7,6 +7,8 @@ use clutch_runtime::simulated::{NodeId, World};
 
 use super::*;
 
+mod holes;
+
 struct LocalHarness {
     runtime: Runtime,
     dir: PathBuf,
@@ -231,7 +233,7 @@ fn every_flipped_byte_of_a_synced_segment_is_an_error_or_harmless() {
     let mut refused = 0;
     for offset in 0..len {
         assert!(disk.corrupt(path, offset, 0x40));
-        match recovery::recover(&*disk, Path::new("log")) {
+        match recovery::recover(&*disk, Path::new("log"), 0) {
             Err(LogFault::Corrupt { .. }) => refused += 1,
             Ok(_) => panic!("the flip at {offset} of {len} was not seen"),
             Err(other) => panic!("the flip at {offset}: {other}"),
@@ -270,7 +272,7 @@ fn a_failed_sync_stops_the_engine() {
 fn segments_and_marks_have_their_golden_bytes() {
     let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
     let line = format::GroupLine { log: LogId::CDC, last: Position(6), epoch: Epoch(2), sealed: None };
-    let mut segment = format::segment_header(1).to_vec();
+    let mut segment = format::segment_header(1, 0x0102_0304_0506_0708).to_vec();
     let none = LogId { role: 0, number: 0 };
     format::encode_record(
         &mut segment,
@@ -284,9 +286,9 @@ fn segments_and_marks_have_their_golden_bytes() {
     let entries = [Bytes::from_static(b"first"), Bytes::from_static(b"second")];
     format::encode_record(&mut segment, RecordKind::Batch, LogId::CDC, Position(8), Epoch(3), &entries);
     format::encode_record(&mut segment, RecordKind::Seal, LogId::CDC, Position(9), Epoch(3), &[]);
-    assert_eq!(hex(&segment), include_str!("../../../docs/formats/golden/segment.hex").trim());
-    let mark = format::encode_mark(format::Mark { sequence: 5, segment: 1, offset: 4096 });
-    assert_eq!(hex(&mark), include_str!("../../../docs/formats/golden/mark.hex").trim());
+    assert_eq!(hex(&segment), include_str!("../../../../docs/formats/golden/segment.hex").trim());
+    let mark = format::encode_mark(format::Mark { sequence: 5, segment: 1, offset: 4096, first: 1 });
+    assert_eq!(hex(&mark), include_str!("../../../../docs/formats/golden/mark.hex").trim());
 }
 
 /// Entries of a batch that is worth packing.
@@ -357,9 +359,27 @@ fn packed_batches_that_lie_are_refused() {
 
 #[test]
 fn a_packed_batch_written_before_still_reads() {
-    let golden = include_str!("../../../docs/formats/golden/packed-batch.hex").trim();
+    let golden = include_str!("../../../../docs/formats/golden/packed-batch.hex").trim();
     let record: Vec<u8> = (0..golden.len() / 2)
         .map(|at| u8::from_str_radix(&golden[2 * at..2 * at + 2], 16).expect("hex"))
         .collect();
     assert_eq!(decode(&record).expect("reads").entries, alike(200));
+}
+
+#[test]
+fn indexes_have_their_golden_bytes() {
+    let spans = BTreeMap::from([
+        (LogId::CDC, (Position(7), Position(9))),
+        (LogId::shard(1), (Position(1), Position(500))),
+    ]);
+    let index = format::Index { number: 3, bytes: 70_000, spans };
+    let bytes = format::encode_index(&index);
+    let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
+    assert_eq!(hex, include_str!("../../../../docs/formats/golden/index.hex").trim());
+    assert_eq!(format::decode_index(&bytes), Some(index));
+    for bit in 0..bytes.len() * 8 {
+        let mut flipped = bytes.clone();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        assert_eq!(format::decode_index(&flipped), None, "bit {bit}");
+    }
 }

@@ -5,7 +5,7 @@ use crate::types::{Code, Error};
 
 /// A request was refused: it certainly had no effect unless [`Refusal::may_have_effect`] says otherwise.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[error("{detail} ({})", code.meaning())]
+#[error("{}", self.sentence())]
 pub struct Refusal {
     /// Which of the closed list.
     pub code: Code,
@@ -14,6 +14,13 @@ pub struct Refusal {
 }
 
 impl Refusal {
+    fn sentence(&self) -> String {
+        match self.detail.as_str() {
+            "" => self.code.meaning().to_owned(),
+            detail => format!("{detail} ({})", self.code.meaning()),
+        }
+    }
+
     /// A refusal with its reason.
     pub fn new(code: Code, detail: impl Into<String>) -> Refusal {
         Refusal { code, detail: detail.into() }

@@ -12,6 +12,7 @@ pub mod listing;
 pub mod mutants;
 pub mod name;
 pub mod parts;
+pub mod rules;
 pub mod span;
 
 pub use error::Refusal;

@@ -71,11 +71,19 @@ pub enum Mutant {
     LiveTransientCollected,
     /// What a walk read is believed although a move that has ended since made it wrong.
     EndedMoveForgotten,
+    /// A directory without its label is used as if it were the disk.
+    EmptyDiskUsed,
+    /// A request's tag is drawn from the client's own clock.
+    TagFromWallClock,
+    /// A block service looks at its own clock when it checks a certificate.
+    GrantByWallClock,
+    /// A clock that jumps ahead is believed at once.
+    JumpBelieved,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 33] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 37] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -109,6 +117,10 @@ impl Mutant {
         (Mutant::ContentLeaks, &["invariants", "oracle"]),
         (Mutant::LiveTransientCollected, &["oracle", "linearizability"]),
         (Mutant::EndedMoveForgotten, &["invariants", "convergence"]),
+        (Mutant::EmptyDiskUsed, &["data"]),
+        (Mutant::TagFromWallClock, &["clock"]),
+        (Mutant::GrantByWallClock, &["clock"]),
+        (Mutant::JumpBelieved, &["clock"]),
     ];
 }
 

@@ -1,6 +1,6 @@
 //! Names of directory entries: what is valid, and the hash that orders them.
 
-use crate::{error::Refusal, limits::NAME_BYTES_MAX, types::Code};
+use crate::{error::Refusal, rules::v1::NAME_BYTES_MAX, types::Code};
 
 /// The order of a directory's entries: 63 bits, never 0, so that 0 can mean "from the start".
 ///

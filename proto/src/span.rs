@@ -7,7 +7,7 @@
 use crate::{
     crc,
     error::Refusal,
-    limits::{DATA_BLOCKS_MAX, PAGE_BYTES, PARITY_BLOCKS_MAX, SPAN_BYTES_MAX, STRIPES_MAX},
+    rules::v1::{DATA_BLOCKS_MAX, PAGE_BYTES, PARITY_BLOCKS_MAX, SPAN_BYTES_MAX, STRIPES_MAX},
     types::{Code, SpanShape},
 };
 
@@ -78,7 +78,8 @@ impl SpanShape {
         {
             return bad(format!("cells of {} bytes; multiples of {PAGE_BYTES} are allowed", self.cell_size));
         }
-        if u64::from(self.stripes) * u64::from(self.cell_size) > u64::from(crate::limits::BLOCK_BYTES_MAX) {
+        if u64::from(self.stripes) * u64::from(self.cell_size) > u64::from(crate::rules::v1::BLOCK_BYTES_MAX)
+        {
             return bad(format!(
                 "blocks of {} stripes of {} bytes are too large",
                 self.stripes, self.cell_size
@@ -154,7 +155,7 @@ mod tests {
             ] {
                 let shape = SpanShape::for_size(size, d, 2);
                 shape.check(size).unwrap_or_else(|e| panic!("{size} in {shape:?}: {e}"));
-                assert!(shape.block_bytes() <= crate::limits::BLOCK_BYTES_MAX);
+                assert!(shape.block_bytes() <= crate::rules::v1::BLOCK_BYTES_MAX);
             }
         }
     }

@@ -28,6 +28,12 @@ pub trait File: Send + Sync {
     fn is_empty(&self) -> io::Result<bool> {
         Ok(self.len()? == 0)
     }
+    /// Sets room aside for the bytes before `end`, without making the file longer: writes of them need none then. Where a
+    /// file system cannot do that, nothing happens.
+    ///
+    /// # Errors
+    /// [`io::ErrorKind::StorageFull`] when there is no such room; nothing has changed then.
+    fn allocate(&self, end: u64) -> io::Result<()>;
     /// Cuts or extends with zeros.
     fn set_len(&self, len: u64) -> io::Result<()>;
 }

@@ -1,36 +1,193 @@
-//! The hybrid logical clock of a node: its wall clock, pulled forward by every message it sees.
+//! The hybrid logical clock of a node: the wall clock as far as it can be believed, pulled forward by every message it sees.
 //!
-//! Invariant: [`HybridClock::stamp`] is above every time observed before it, so a cut of all logs at a time
-//! is causally closed. A sender too far ahead is refused instead of observed (Kulkarni et al., 2014).
+//! A wall clock jumps: a wrong hardware clock, a correction after it, an operator's hand. What is stamped goes into logs
+//! for good, and deadlines and ages are counted by it, so the wall clock is followed at a bounded rate: time moves on with
+//! a steady clock, at most [`ELASTIC`] plus a sixteenth of the time that passed away from it. A small correction is
+//! followed at once, a jump of hours is not.
+//!
+//! Invariants: [`HybridClock::stamp`] is above every time observed before it, so a cut of all logs at a time
+//! is causally closed. A sender too far ahead is refused instead of observed (Kulkarni et al., 2014). Nothing waits for a
+//! clock that is behind: time goes on at the steady clock's pace.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
 };
 
-use clutch_proto::{Refusal, Time, limits::CLOCK_AHEAD_MS_MAX, types::Code};
+use clutch_proto::{
+    Refusal, Time,
+    limits::CLOCK_AHEAD_MS_MAX,
+    mutants::{self, Mutant},
+    types::Code,
+};
+use parking_lot::Mutex;
 
 use crate::Clock;
+
+/// How far time may follow a step of the wall clock at once.
+pub const ELASTIC: Duration = Duration::from_millis(500);
+/// Time follows the wall clock by this part of the time that passes.
+pub const SLEW: u64 = 16;
+/// A wall clock that is ahead of what is known of the time by more than this is not followed when a node starts.
+pub const START_SLACK: Duration = Duration::from_secs(30);
+/// The same where nothing is known of how long the node was down.
+pub const DOWN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Shared by everything on a node.
 pub struct HybridClock {
     clock: Arc<dyn Clock>,
     highest: AtomicU64,
+    pace: Mutex<Pace>,
+}
+
+/// How time goes on.
+struct Pace {
+    /// The time when it was looked at last, and the steady clock then.
+    time: u64,
+    steady: Duration,
+    /// Nanoseconds by which time may leave the steady clock's pace now.
+    room: u64,
+    /// Whether the wall clock counts at all; else only what others say, and the steady clock.
+    follows_wall: bool,
+    /// Whether anybody who knows has said what time it is.
+    is_set: bool,
+    /// Nanoseconds that the wall clock is ahead of this.
+    wall_ahead: i64,
+}
+
+/// What was made of the wall clock at a start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// It is as it should be.
+    Followed,
+    /// It is behind the logs; time goes on from where they ended.
+    Behind(Duration),
+    /// It is further ahead than the node can have been down; time goes on from where the logs ended.
+    Ahead(Duration),
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 impl HybridClock {
-    /// A clock that has observed nothing yet.
+    /// A clock that follows the wall clock and has observed nothing yet.
     pub fn new(clock: Arc<dyn Clock>) -> HybridClock {
-        HybridClock { clock, highest: AtomicU64::new(0) }
+        let pace = Pace {
+            time: clock.now().0,
+            steady: clock.steady(),
+            room: nanos(ELASTIC),
+            follows_wall: true,
+            is_set: true,
+            wall_ahead: 0,
+        };
+        HybridClock { clock, highest: AtomicU64::new(0), pace: Mutex::new(pace) }
     }
 
-    /// Takes note of a peer's time; refuses one more than 500 ms ahead of the wall clock.
+    /// A clock that goes by what others say: for clients, and for nodes without logs. Until it has heard something it shows
+    /// the wall clock.
+    pub fn following(clock: Arc<dyn Clock>) -> HybridClock {
+        let this = HybridClock::new(clock);
+        {
+            let mut pace = this.pace.lock();
+            (pace.follows_wall, pace.is_set) = (false, false);
+        }
+        this
+    }
+
+    /// Begins where the node's logs ended. `down` is how long ago that was, where it is known by a clock that nobody sets;
+    /// with `accept` the wall clock is believed if it is ahead.
+    pub fn begin(&self, last: Time, down: Option<Duration>, accept: bool) -> Start {
+        let wall = self.clock.now().0;
+        let known = last.0.saturating_add(nanos(down.unwrap_or(Duration::ZERO)));
+        let slack = if down.is_some() { START_SLACK } else { DOWN_MAX };
+        let (time, start) = if last == Time(0) {
+            (wall, Start::Followed)
+        } else if wall < last.0 {
+            (last.0, Start::Behind(Duration::from_nanos(last.0 - wall)))
+        } else if wall <= known.saturating_add(nanos(slack)) || accept || mutants::is(Mutant::JumpBelieved) {
+            (wall, Start::Followed)
+        } else {
+            (known, Start::Ahead(Duration::from_nanos(wall - known)))
+        };
+        let mut pace = self.pace.lock();
+        (pace.time, pace.steady, pace.room) = (time, self.clock.steady(), 0);
+        (pace.follows_wall, pace.is_set) = (true, true);
+        drop(pace);
+        self.advance(last);
+        start
+    }
+
+    /// The time as far as it is known: never below what was observed.
+    pub fn now(&self) -> Time {
+        Time(self.paced().max(self.highest().0))
+    }
+
+    /// The same, but for what was observed.
+    fn paced(&self) -> u64 {
+        let mut pace = self.pace.lock();
+        let (steady, wall) = (self.clock.steady(), self.clock.now().0);
+        if !pace.is_set {
+            return wall;
+        }
+        let passed = nanos(steady.saturating_sub(pace.steady));
+        pace.steady = pace.steady.max(steady);
+        pace.room = pace.room.saturating_add(passed / SLEW).min(nanos(ELASTIC));
+        let expected = pace.time.saturating_add(passed);
+        let mut time = expected;
+        if pace.follows_wall && wall > expected {
+            let step = (wall - expected).min(pace.room);
+            let step = if mutants::is(Mutant::JumpBelieved) { wall - expected } else { step };
+            pace.room = pace.room.saturating_sub(step);
+            time = expected + step;
+        } else if pace.follows_wall {
+            // Slower, but never back.
+            let step = (expected - wall).min(pace.room).min(passed);
+            pace.room -= step;
+            time = expected - step;
+        }
+        pace.time = time;
+        pace.wall_ahead = i64::try_from(i128::from(wall) - i128::from(time)).unwrap_or(i64::MAX);
+        time
+    }
+
+    /// Takes over what somebody says who knows the cluster's time: its servers' answers, its certificates.
+    pub fn hear(&self, time: Time) {
+        let mut pace = self.pace.lock();
+        if !pace.is_set {
+            (pace.time, pace.steady, pace.is_set) = (time.0, self.clock.steady(), true);
+        }
+        drop(pace);
+        let now = self.paced();
+        if time.0 > now {
+            let mut pace = self.pace.lock();
+            pace.time = pace.time.max(time.0);
+        }
+        self.advance(time);
+    }
+
+    /// Whether anybody who knows has said what time it is.
+    pub fn is_set(&self) -> bool {
+        self.pace.lock().is_set
+    }
+
+    /// How far the wall clock is ahead of this one, in milliseconds; negative when it is behind.
+    pub fn wall_ahead_ms(&self) -> i64 {
+        self.paced();
+        self.pace.lock().wall_ahead / 1_000_000
+    }
+
+    /// Takes note of a peer's time; refuses one more than 500 ms ahead of what is known here.
     pub fn observe(&self, incoming: Time) -> Result<(), Refusal> {
         if incoming <= self.highest() {
             // Seen before, so it cannot pull this clock further; the wall clock may have been set back meanwhile.
             return Ok(());
         }
-        let now = self.clock.now();
+        // A clock that was put right is followed slowly, and its wall clock vouches for a peer that is right.
+        let now = self.clock.now().max(self.now());
         if incoming > now.plus_ms(CLOCK_AHEAD_MS_MAX) {
             let ahead_ms = (incoming.0 - now.0) / 1_000_000;
             return Err(Refusal::new(
@@ -49,9 +206,9 @@ impl HybridClock {
         self.highest.fetch_max(own.0, Ordering::Relaxed);
     }
 
-    /// A time at or above the wall clock and above everything observed.
+    /// A time above everything observed, at or above [`HybridClock::now`] before.
     pub fn stamp(&self) -> Time {
-        let now = self.clock.now().0;
+        let now = self.paced();
         let before = self
             .highest
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |h| Some(now.max(h.saturating_add(1))))
@@ -59,8 +216,157 @@ impl HybridClock {
         Time(now.max(before.saturating_add(1)))
     }
 
-    /// The highest time seen: what this node tells its peers.
+    /// The highest time seen.
     pub fn highest(&self) -> Time {
         Time(self.highest.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::BoxFuture;
+
+    /// A clock whose hands the test moves: wall and steady, in milliseconds.
+    #[derive(Default)]
+    struct Hands(Mutex<(u64, u64)>);
+
+    impl Hands {
+        fn pass(&self, ms: u64) {
+            let mut hands = self.0.lock();
+            *hands = (hands.0 + ms, hands.1 + ms);
+        }
+
+        fn step(&self, ms: i64) {
+            let mut hands = self.0.lock();
+            hands.0 = hands.0.saturating_add_signed(ms);
+        }
+    }
+
+    impl Clock for Hands {
+        fn now(&self) -> Time {
+            Time(self.0.lock().0 * 1_000_000)
+        }
+
+        fn monotonic(&self) -> Duration {
+            self.steady()
+        }
+
+        fn steady(&self) -> Duration {
+            Duration::from_millis(self.0.lock().1)
+        }
+
+        fn sleep(&self, _duration: Duration) -> BoxFuture<()> {
+            Box::pin(std::future::pending())
+        }
+    }
+
+    const DAY_MS: u64 = 86_400_000;
+
+    fn clock() -> (Arc<Hands>, HybridClock) {
+        let hands = Arc::new(Hands(Mutex::new((100 * DAY_MS, 5))));
+        (hands.clone(), HybridClock::new(hands))
+    }
+
+    fn ms(time: Time) -> u64 {
+        time.0 / 1_000_000
+    }
+
+    #[test]
+    fn small_steps_are_followed_and_large_ones_are_not() {
+        for step in [-(400 * DAY_MS as i64), -7_200_000, -30_000, 30_000, 7_200_000, 365 * DAY_MS as i64] {
+            let (hands, clock) = clock();
+            let before = ms(clock.stamp());
+            hands.step(step);
+            hands.pass(5000);
+            let after = ms(clock.stamp());
+            let moved = after - before;
+            assert!((5000 - 813..=5000 + 813).contains(&moved), "a step of {step} ms: {moved} ms in 5 s");
+            hands.step(-step);
+            hands.pass(20_000);
+            let again = ms(clock.stamp());
+            assert!(again.abs_diff(before + 25_000) <= 1000, "{step}: {again} after {before}");
+        }
+        let (hands, clock) = clock();
+        let before = ms(clock.now());
+        hands.step(300);
+        assert_eq!(ms(clock.now()), before + 300, "a correction of 300 ms is followed at once");
+    }
+
+    #[test]
+    fn a_jump_is_caught_up_with_slowly_and_time_never_goes_back() {
+        let (hands, clock) = clock();
+        let start = ms(clock.now());
+        hands.step(60_000);
+        let mut last = Time(0);
+        for _ in 0..1000 {
+            hands.pass(1000);
+            let now = clock.stamp();
+            assert!(now > last);
+            last = now;
+        }
+        assert_eq!(ms(last), start + 1_060_000, "after a thousand seconds it is where the wall clock is");
+        hands.step(-60_000);
+        for _ in 0..1000 {
+            hands.pass(1000);
+            let now = clock.stamp();
+            assert!(now > last);
+            last = now;
+        }
+        assert!(ms(last).abs_diff(start + 2_000_000) <= 1, "{}", ms(last));
+    }
+
+    #[test]
+    fn a_start_believes_what_can_be_true() {
+        let last = Time((100 * DAY_MS - 3_600_000) * 1_000_000);
+        let hour = Some(Duration::from_secs(3600));
+        let cases = [
+            (0, hour, false, Start::Followed, 0i64),
+            (7_200_000, hour, false, Start::Ahead(Duration::from_secs(7200)), 0),
+            (7_200_000, hour, true, Start::Followed, 7_200_000),
+            (7_200_000, None, false, Start::Followed, 7_200_000),
+            (
+                2 * DAY_MS as i64,
+                None,
+                false,
+                Start::Ahead(Duration::from_secs(2 * 86_400 + 3600)),
+                -3_600_000,
+            ),
+            (-7_200_000, hour, false, Start::Behind(Duration::from_secs(3600)), -3_600_000),
+        ];
+        for (step, down, accept, expected, offset) in cases {
+            let (hands, clock) = clock();
+            hands.step(step);
+            assert_eq!(clock.begin(last, down, accept), expected, "a step of {step} ms");
+            assert_eq!(ms(clock.now()) as i64, 100 * DAY_MS as i64 + offset, "a step of {step} ms");
+            let before = ms(clock.stamp());
+            hands.pass(1600);
+            assert!((1000..=2200).contains(&(ms(clock.stamp()) - before)), "time goes on");
+        }
+    }
+
+    #[test]
+    fn who_follows_others_does_not_look_at_the_wall() {
+        let hands = Arc::new(Hands(Mutex::new((100 * DAY_MS, 5))));
+        let clock = HybridClock::following(hands.clone());
+        assert!(!clock.is_set());
+        clock.hear(Time(70 * DAY_MS * 1_000_000));
+        assert_eq!(ms(clock.now()), 70 * DAY_MS);
+        hands.step(5 * DAY_MS as i64);
+        hands.pass(60_000);
+        assert_eq!(ms(clock.now()), 70 * DAY_MS + 60_000);
+        clock.hear(Time((70 * DAY_MS + 90_000) * 1_000_000));
+        hands.pass(1000);
+        assert_eq!(ms(clock.now()), 70 * DAY_MS + 91_000);
+    }
+
+    #[test]
+    fn peers_that_are_too_far_ahead_are_refused_unless_the_wall_vouches_for_them() {
+        let (hands, clock) = clock();
+        let ahead = |ms: u64| clock.now().plus_ms(ms);
+        assert!(clock.observe(ahead(400)).is_ok());
+        assert_eq!(clock.observe(ahead(2000)).expect_err("refused").code, Code::ClockAhead);
+        hands.step(2000);
+        assert!(clock.observe(ahead(1900)).is_ok());
     }
 }

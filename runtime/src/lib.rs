@@ -30,6 +30,8 @@ pub trait Clock: Send + Sync {
     fn now(&self) -> Time;
     /// Time since some fixed moment; never goes back.
     fn monotonic(&self) -> Duration;
+    /// Time since some fixed moment that also counts while the machine sleeps; never goes back, and nobody sets it.
+    fn steady(&self) -> Duration;
     /// Completes after `duration`.
     fn sleep(&self, duration: Duration) -> BoxFuture<()>;
 }

@@ -66,6 +66,17 @@ impl File for OsFile {
         at(&self.path, self.file.metadata().map(|m| m.len()))
     }
 
+    fn allocate(&self, end: u64) -> io::Result<()> {
+        use rustix::{
+            fs::{FallocateFlags, fallocate},
+            io::Errno,
+        };
+        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, end.max(1)) {
+            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INTR) => Ok(()),
+            Err(error) => at(&self.path, Err(error.into())),
+        }
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         at(&self.path, self.file.set_len(len))
     }

@@ -30,6 +30,8 @@ pub struct DiskFaults {
 struct Inode {
     bytes: Vec<u8>,
     durable: Vec<u8>,
+    /// Bytes before here have their room.
+    allocated: u64,
     /// Writes since the last sync: offset and bytes; a changed length is a write of nothing.
     unsynced: Vec<(u64, Vec<u8>)>,
 }
@@ -118,11 +120,16 @@ impl Tree {
         Ok(())
     }
 
-    fn charge_write(&mut self) -> io::Result<()> {
-        self.alive()?;
-        if self.faults.full {
+    /// Before a write that needs room that was not set aside.
+    fn charge_room(&mut self) -> io::Result<()> {
+        if self.faults.full && !self.dead {
             return Err(self.fault(io::ErrorKind::StorageFull));
         }
+        Ok(())
+    }
+
+    fn charge_write(&mut self) -> io::Result<()> {
+        self.alive()?;
         let permille = u64::from(self.faults.write_error_permille);
         if permille > 0 && self.draw(1000) < permille {
             return Err(self.fault(io::ErrorKind::Other));
@@ -137,6 +144,9 @@ impl Tree {
         }
     }
 }
+
+/// A disk that is not where it belongs.
+pub struct Unmounted(Tree);
 
 /// The disk of one node.
 pub struct SimDisk {
@@ -212,6 +222,20 @@ impl SimDisk {
         *tree = Tree { random, ..Tree::default() };
     }
 
+    /// Takes the disk away and leaves an empty directory in its place, as when it is not mounted.
+    pub fn unmount(&self) -> Unmounted {
+        let mut tree = self.tree.lock();
+        let random = tree.random;
+        Unmounted(std::mem::replace(&mut *tree, Tree { random, ..Tree::default() }))
+    }
+
+    /// Puts a disk back; what was written into its place meanwhile is hidden, and returned.
+    pub fn mount(&self, disk: Unmounted) -> Vec<PathBuf> {
+        let mut tree = self.tree.lock();
+        let hidden = std::mem::replace(&mut *tree, disk.0);
+        hidden.files.into_keys().collect()
+    }
+
     /// Flips bits of one byte, as a failing medium would.
     pub fn corrupt(&self, path: &Path, offset: u64, mask: u8) -> bool {
         let tree = self.tree.lock();
@@ -262,7 +286,14 @@ impl File for SimFile {
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
         let misdirected = {
+            let needs_room = {
+                let inode = self.inode.lock();
+                offset + bytes.len() as u64 > inode.allocated.max(inode.bytes.len() as u64)
+            };
             let mut tree = self.tree.lock();
+            if needs_room {
+                tree.charge_room()?;
+            }
             tree.charge_write()?;
             tree.faults_met += u64::from(tree.misdirect_next);
             std::mem::take(&mut tree.misdirect_next)
@@ -283,7 +314,7 @@ impl File for SimFile {
         self.tree.lock().charge_write()?;
         let mut inode = self.inode.lock();
         // Only what changed is copied: logs sync often.
-        let Inode { bytes, durable, unsynced } = &mut *inode;
+        let Inode { bytes, durable, unsynced, .. } = &mut *inode;
         durable.resize(bytes.len(), 0);
         for (offset, written) in unsynced.drain(..) {
             let start = (offset as usize).min(bytes.len());
@@ -297,9 +328,19 @@ impl File for SimFile {
         Ok(self.inode.lock().bytes.len() as u64)
     }
 
+    fn allocate(&self, end: u64) -> io::Result<()> {
+        let mut inode = self.inode.lock();
+        if end > inode.allocated.max(inode.bytes.len() as u64) {
+            self.tree.lock().charge_room()?;
+            inode.allocated = end;
+        }
+        Ok(())
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.tree.lock().charge_write()?;
         let mut inode = self.inode.lock();
+        inode.allocated = inode.allocated.min(len);
         if inode.bytes.len() as u64 == len {
             return Ok(());
         }
@@ -322,6 +363,7 @@ impl Disk for SimDisk {
         let inode = match tree.files.get(path) {
             Some(inode) => inode.clone(),
             None if create => {
+                tree.charge_room()?;
                 let inode = InodeRef::default();
                 tree.files.insert(path.to_owned(), inode.clone());
                 tree.unsynced_names.push(NameChange::Put(path.to_owned(), inode.clone()));

@@ -20,7 +20,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{BoxFuture, Clock, NoteCounts, Notes, Random, Runtime, Spawner};
 
-pub use disk::{DiskFaults, SimDisk};
+pub use disk::{DiskFaults, SimDisk, Unmounted};
 use executor::{Executor, TaskOwner};
 use network::SimNetwork;
 pub use network::{Faults, MessageFaults};
@@ -50,6 +50,8 @@ struct Shared {
 #[derive(Default)]
 struct Clocks {
     skew_ms: BTreeMap<NodeId, i64>,
+    /// Milliseconds by which somebody set a clock.
+    step_ms: BTreeMap<NodeId, i64>,
     /// Parts per million, and since when in virtual nanoseconds.
     drift: BTreeMap<NodeId, (i64, u64)>,
     /// Added to all wall clocks at once.
@@ -81,7 +83,7 @@ impl Shared {
 }
 
 /// The virtual start: 2026-01-01T00:00:00Z.
-const START_NS: u64 = 1_767_225_600_000_000_000;
+pub const START_NS: u64 = 1_767_225_600_000_000_000;
 
 impl World {
     /// A world without nodes or faults.
@@ -176,6 +178,17 @@ impl World {
         self.shared.clocks.lock().skew_ms.insert(node, skew_ms);
     }
 
+    /// Sets a node's wall clock by so many milliseconds, as an operator does; 0 sets it right.
+    pub fn set_step_ms(&self, node: NodeId, step_ms: i64) {
+        self.shared.clocks.lock().step_ms.insert(node, step_ms);
+    }
+
+    /// What a clock would show that nobody sets and that is never wrong.
+    pub fn true_time(&self) -> Time {
+        let now = self.shared.executor.lock().now_ns();
+        Time(START_NS + now + self.shared.clocks.lock().suspended_ms * 1_000_000)
+    }
+
     /// Lets a node's wall clock run too fast or too slow from now on.
     pub fn set_drift_ppm(&self, node: NodeId, ppm: i64) {
         let now = self.shared.executor.lock().now_ns();
@@ -191,6 +204,7 @@ impl World {
     pub fn heal_clocks(&self) {
         let mut clocks = self.shared.clocks.lock();
         clocks.skew_ms.clear();
+        clocks.step_ms.clear();
         clocks.drift.clear();
     }
 
@@ -297,7 +311,9 @@ impl Clock for SimClock {
     fn now(&self) -> Time {
         let now = self.shared.executor.lock().now_ns();
         let clocks = self.shared.clocks.lock();
-        let skew_ns = clocks.skew_ms.get(&self.node).copied().unwrap_or(0).saturating_mul(1_000_000);
+        let step_ms = clocks.step_ms.get(&self.node).copied().unwrap_or(0);
+        let skew_ms = clocks.skew_ms.get(&self.node).copied().unwrap_or(0).saturating_add(step_ms);
+        let skew_ns = skew_ms.saturating_mul(1_000_000);
         let drift = clocks.drift.get(&self.node).copied();
         let drift_ns = drift.map_or(0, |(ppm, since)| (now - since) as i64 / 1_000_000 * ppm);
         let suspended_ns = clocks.suspended_ms.saturating_mul(1_000_000);
@@ -306,6 +322,11 @@ impl Clock for SimClock {
 
     fn monotonic(&self) -> Duration {
         Duration::from_nanos(self.shared.executor.lock().now_ns())
+    }
+
+    fn steady(&self) -> Duration {
+        let suspended = Duration::from_millis(self.shared.clocks.lock().suspended_ms);
+        self.monotonic() + suspended
     }
 
     fn sleep(&self, duration: Duration) -> BoxFuture<()> {

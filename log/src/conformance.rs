@@ -110,7 +110,9 @@ async fn committed(harness: &dyn Harness, text: &str) -> Position {
             Ok(commit) => match commit.await {
                 Outcome::Committed(position) => return position,
                 // Elections happen when a machine is busy; the same text may then be in the log twice.
-                Outcome::Unknown => harness.runtime().clock.sleep(Duration::from_millis(20)).await,
+                Outcome::Unknown | Outcome::NoRoom => {
+                    harness.runtime().clock.sleep(Duration::from_millis(20)).await
+                }
                 Outcome::Sealed => panic!("nobody has sealed the log"),
             },
             Err(Rejected::NotLeader(_) | Rejected::Overloaded) => {

@@ -155,6 +155,8 @@ pub enum Outcome {
     Unknown,
     /// The log was sealed before it: certainly no effect.
     Sealed,
+    /// There was no room for it on the disk: certainly no effect, and the same batch may be taken when there is.
+    NoRoom,
 }
 
 /// Resolves when the fate of a batch is known.
@@ -211,6 +213,9 @@ pub enum LogFault {
     /// Reading or writing failed.
     #[error("log storage: {0}")]
     Storage(String),
+    /// There is no room on the disk; the engine goes on when there is.
+    #[error("no room on the disk of the log: {0}")]
+    NoRoom(String),
     /// The position asked for was trimmed.
     #[error("position {asked} was trimmed; the log begins at {first}")]
     Trimmed {

@@ -14,8 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     Command, Group, Segment, Shared, TailRecord,
     format::{
-        GroupLine, Index, MARK_SLOT_STRIDE, Mark, encode_group, encode_index, encode_mark, encode_record,
-        segment_header, segment_name,
+        GroupLine, Index, MARK_SLOT_STRIDE, Mark, RECORD_HEADER_BYTES, encode_group, encode_index,
+        encode_mark, encode_record, segment_header, segment_name,
     },
     reader::RecordKind,
     recovery::{MARK_FILE, index_path},
@@ -23,6 +23,8 @@ use crate::{
 
 /// Under load the mark is made durable after so many bytes; when nothing waits, at once.
 const MARK_LAG_BYTES_MAX: u64 = 4 << 20;
+/// Room that is set aside ahead of what is written.
+const AHEAD_BYTES: u64 = 4 << 20;
 
 pub(crate) struct Writer {
     shared: Arc<Shared>,
@@ -41,6 +43,39 @@ struct OpenSegment {
     number: u64,
     file: Box<dyn File>,
     offset: u64,
+    /// Room is set aside for the bytes before here.
+    allocated: u64,
+}
+
+/// Why a segment could not be begun.
+enum NewSegment {
+    /// There is no room, and nothing has changed.
+    NoRoom(String),
+    Failed(String),
+}
+
+impl From<std::io::Error> for NewSegment {
+    fn from(error: std::io::Error) -> NewSegment {
+        match is_full(&error) {
+            true => NewSegment::NoRoom(error.to_string()),
+            false => NewSegment::Failed(error.to_string()),
+        }
+    }
+}
+
+fn is_full(error: &std::io::Error) -> bool {
+    matches!(error.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded)
+}
+
+impl Command {
+    /// Bytes of the record that it may become.
+    fn bytes_max(&self) -> usize {
+        match self {
+            Command::Append { entries, bytes, .. } => RECORD_HEADER_BYTES + bytes + 4 * entries.len(),
+            Command::BeginEpoch { .. } | Command::Seal { .. } => RECORD_HEADER_BYTES,
+            Command::Trim { .. } => 0,
+        }
+    }
 }
 
 /// A record that was encoded and waits for the sync.
@@ -103,6 +138,12 @@ impl Writer {
     }
 
     fn write(&mut self, commands: &mut Vec<Command>) -> Result<(), String> {
+        // Before anything gets a position: what there is no room for is certainly not in the log.
+        let needed: usize = commands.iter().map(Command::bytes_max).sum();
+        let room = match needed {
+            0 => Ok(()),
+            needed => self.make_room(needed as u64)?,
+        };
         let mut staged: Vec<Staged> = Vec::new();
         let mut bytes = Vec::new();
         let mut trims = Vec::new();
@@ -118,6 +159,8 @@ impl Writer {
                     if sealed {
                         // The caller may be gone.
                         let _ = decided.send(Outcome::Sealed);
+                    } else if room.is_err() {
+                        let _ = decided.send(Outcome::NoRoom);
                     } else if current == epoch {
                         staged.push(stage(
                             &mut bytes,
@@ -131,13 +174,18 @@ impl Writer {
                     // Else the epoch ended while it waited; its dropped sender answers unknown.
                 }
                 Command::BeginEpoch { group, done } => {
+                    let sealed = group.state.lock().sealed.is_some();
+                    if let (Err(reason), false) = (&room, sealed) {
+                        let _ = done.send(Err(LogFault::NoRoom(reason.clone())));
+                        continue;
+                    }
                     let epoch = {
                         let mut state = group.state.lock();
                         state.epoch = Epoch(state.epoch.0 + 1);
                         state.epoch_position = state.next;
                         state.epoch
                     };
-                    if group.state.lock().sealed.is_some() {
+                    if sealed {
                         let _ = done.send(Ok(epoch));
                     } else {
                         staged.push(stage(
@@ -157,6 +205,8 @@ impl Writer {
                     };
                     if let Some(tail) = sealed {
                         let _ = done.send(Ok(tail));
+                    } else if let Err(reason) = &room {
+                        let _ = done.send(Err(LogFault::NoRoom(reason.clone())));
                     } else {
                         group.state.lock().sealed = Some(next);
                         staged.push(stage(
@@ -173,7 +223,8 @@ impl Writer {
             }
         }
         if !staged.is_empty() {
-            self.append(&bytes, &staged)?;
+            assert!(bytes.len() <= needed, "{} bytes for which {needed} were reckoned", bytes.len());
+            self.append(&bytes)?;
         }
         self.publish(staged);
         self.shared.queued_bytes.fetch_sub(released, Ordering::Relaxed);
@@ -184,19 +235,45 @@ impl Writer {
         Ok(())
     }
 
-    /// Writes and syncs; a segment that is full is closed first, so a record never spans two.
-    fn append(&mut self, bytes: &[u8], staged: &[Staged]) -> Result<(), String> {
+    /// Sets room aside for so many bytes of records. A segment that is full is closed first, so a record never spans two.
+    /// The inner error says that there is none, and that nothing has changed.
+    fn make_room(&mut self, needed: u64) -> Result<Result<(), String>, String> {
         let limit = self.shared.options.segment_bytes_max;
         if self.current.is_none()
             && let Some((number, offset)) = self.resume.take()
         {
             let path = self.shared.dir.join(segment_name(number));
             let file = self.shared.disk.open(&path, false).map_err(|e| e.to_string())?;
-            self.current = Some(OpenSegment { number, file, offset });
+            self.current = Some(OpenSegment { number, file, offset, allocated: 0 });
         }
-        if self.current.as_ref().is_none_or(|c| c.offset + bytes.len() as u64 > limit && c.offset > 4096) {
-            self.begin_segment(staged)?;
+        if self.current.as_ref().is_none_or(|c| c.offset + needed > limit && c.offset > 4096) {
+            match self.begin_segment() {
+                Ok(()) => {}
+                Err(NewSegment::NoRoom(reason)) => return Ok(Err(reason)),
+                Err(NewSegment::Failed(reason)) => return Err(reason),
+            }
         }
+        let current = self.current.as_mut().ok_or("no open segment")?;
+        let end = current.offset + needed;
+        if end <= current.allocated {
+            return Ok(Ok(()));
+        }
+        // Some more than is needed, so that there is something left for what gives space back when the disk is full.
+        for wanted in [(end + AHEAD_BYTES).min(limit.max(end)), end] {
+            match current.file.allocate(wanted) {
+                Ok(()) => {
+                    current.allocated = wanted;
+                    return Ok(Ok(()));
+                }
+                Err(error) if is_full(&error) => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        Ok(Err(format!("{} has no room for {needed} bytes more", self.shared.dir.display())))
+    }
+
+    /// Writes and syncs.
+    fn append(&mut self, bytes: &[u8]) -> Result<(), String> {
         let current = self.current.as_mut().ok_or("no open segment")?;
         current.file.write_at(bytes, current.offset).map_err(|e| e.to_string())?;
         if !mutants::is(Mutant::AcknowledgeBeforeSync) {
@@ -209,30 +286,22 @@ impl Writer {
         if self.unmarked_bytes > MARK_LAG_BYTES_MAX { self.sync_mark() } else { Ok(()) }
     }
 
-    fn begin_segment(&mut self, staged: &[Staged]) -> Result<(), String> {
+    fn begin_segment(&mut self) -> Result<(), NewSegment> {
         let number = self.current.as_ref().map_or(1, |c| c.number + 1);
         if self.current.is_some() {
             let closed = self.shared.segments.lock().last().cloned().unwrap_or_default();
             let path = index_path(&self.shared.dir, closed.number);
             let index = Index { number: closed.number, bytes: closed.bytes, spans: closed.spans };
-            self.shared.disk.replace(&path, &encode_index(&index)).map_err(|e| e.to_string())?;
+            self.shared.disk.replace(&path, &encode_index(&index))?;
         }
-        // Where every log stood before the records that are about to be written.
-        let mut before: BTreeMap<LogId, GroupLine> = BTreeMap::new();
+        // Where every log stands before the records that are about to be written.
+        let mut lines = Vec::new();
         for (id, group) in &*self.shared.groups.lock() {
             let last = *group.last.borrow();
             let state = group.state.lock();
-            let sealed = state.sealed.filter(|s| *s <= last);
-            before.insert(*id, GroupLine { log: *id, last, epoch: state.epoch, sealed });
+            assert_eq!(state.next, last.next(), "nothing is on its way while a segment is begun");
+            lines.push(encode_group(&GroupLine { log: *id, last, epoch: state.epoch, sealed: state.sealed }));
         }
-        for record in staged {
-            if record.record.kind == RecordKind::Epoch
-                && let Some(line) = before.get_mut(&record.group.id)
-            {
-                line.epoch = Epoch(record.record.batch.epoch.0 - 1);
-            }
-        }
-        let lines: Vec<Bytes> = before.values().map(encode_group).collect();
         let mut bytes = segment_header(number, self.shared.options.cluster).to_vec();
         encode_record(
             &mut bytes,
@@ -243,16 +312,26 @@ impl Writer {
             &lines,
         );
         let path = self.shared.dir.join(segment_name(number));
-        let file = self.shared.disk.open(&path, true).map_err(|e| e.to_string())?;
-        file.set_len(0).map_err(|e| e.to_string())?;
-        file.write_at(&bytes, 0).map_err(|e| e.to_string())?;
-        file.sync().map_err(|e| e.to_string())?;
-        self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
-        self.current = Some(OpenSegment { number, file, offset: bytes.len() as u64 });
-        self.shared.segments.lock().push(Segment { number, bytes: bytes.len() as u64, ..Segment::default() });
+        let file = self.shared.disk.open(&path, true)?;
+        let begun = (|| {
+            file.set_len(0)?;
+            file.allocate(bytes.len() as u64)?;
+            file.write_at(&bytes, 0)
+        })();
+        if let Err(error) = begun {
+            // Nothing was synced: the next start, too, finds a segment that was being begun.
+            let _ = self.shared.disk.remove(&path);
+            return Err(error.into());
+        }
+        let failed = |e: std::io::Error| NewSegment::Failed(e.to_string());
+        file.sync().map_err(failed)?;
+        self.shared.disk.sync_dir(&self.shared.dir).map_err(failed)?;
+        let length = bytes.len() as u64;
+        self.current = Some(OpenSegment { number, file, offset: length, allocated: length });
+        self.shared.segments.lock().push(Segment { number, bytes: length, ..Segment::default() });
         // From here on damage to the segment's beginning is damage, not a segment that was being begun.
-        self.write_mark(number, bytes.len() as u64)?;
-        self.sync_mark()
+        self.write_mark(number, length).map_err(NewSegment::Failed)?;
+        self.sync_mark().map_err(NewSegment::Failed)
     }
 
     /// Written, and durable with the next [`Writer::sync_mark`].

@@ -8,7 +8,7 @@ use clutch_proto::{
     Refusal, Time,
     mutants::{self, Mutant},
     state::{AppliedRow, ClientRow, Entry, OutcomeRow, entry::Kind},
-    types::ClientTag,
+    types::{ClientTag, Code},
 };
 use prost::Message as _;
 
@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The format of the rows that this build writes.
-pub const FORMAT: u32 = 4;
+pub const FORMAT: u32 = 5;
 /// Positions whose hash is kept for comparison.
 pub const RECENT_HASHES_MAX: usize = 65_536;
 const APPLIED_KEY: &[u8] = b"";
@@ -42,6 +42,9 @@ pub enum Fault {
         /// The decoder's words.
         what: String,
     },
+    /// Part of an entry is not known to this build; becomes [`Fault::Entry`] where the entry's place is known.
+    #[error("{0}")]
+    Unknown(String),
     /// The log delivered something out of order.
     #[error("the log delivered position {got} after {applied}")]
     Order {
@@ -64,12 +67,27 @@ pub enum Fault {
     },
     /// The rows were written by an older build, in a format that this one does not read.
     #[error(
-        "the state has format {0}, this build reads format {FORMAT} only; copy the files out with the build that wrote it and into a new directory"
+        "the state has format {0}, this build reads format {FORMAT} only; with the build that wrote it, copy the files out (clutch fs get -r), then put them into a new directory"
     )]
     OldFormat(u32),
     /// The rows were written by a newer build.
     #[error("the state has format {0}, this build knows up to {FORMAT}; use the newer build")]
     Format(u32),
+}
+
+impl Fault {
+    /// Whether the state on disk is wrong and must be built anew.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            Fault::Store(error) => error.is_damage(),
+            Fault::Entry { .. }
+            | Fault::Unknown(_)
+            | Fault::Order { .. }
+            | Fault::Diverged { .. }
+            | Fault::OldFormat(_)
+            | Fault::Format(_) => false,
+        }
+    }
 }
 
 /// What one entry gave.
@@ -111,6 +129,8 @@ pub struct Applier<M: Machine> {
     store: Arc<dyn Store>,
     position: Position,
     time: Time,
+    /// CRC-32 over the batch at the stored position, which may lie before `position` by records of the engine.
+    stored: (Position, u32),
     sums: Sums,
     clients: ClientTable,
     recent: VecDeque<(Position, StateHash)>,
@@ -139,6 +159,7 @@ impl<M: Machine> Applier<M> {
             store,
             position: Position(applied.position),
             time: Time(applied.time),
+            stored: (Position(applied.position), applied.batch_crc),
             sums,
             clients: ClientTable::default(),
             recent: VecDeque::new(),
@@ -157,6 +178,11 @@ impl<M: Machine> Applier<M> {
     /// The time of the last entry applied.
     pub fn time(&self) -> Time {
         self.time
+    }
+
+    /// Where the last batch stands that is in the state, and the checksum of its entries: the log must hold that batch.
+    pub fn last_batch(&self) -> (Position, u32) {
+        self.stored
     }
 
     /// The hash of the state now.
@@ -222,16 +248,27 @@ impl<M: Machine> Applier<M> {
         for (ordinal, bytes) in batch.entries.iter().enumerate() {
             let undecodable = |what: String| Fault::Entry { position: batch.position, ordinal, what };
             let entry = Entry::decode(bytes.clone()).map_err(|e| undecodable(e.to_string()))?;
+            if entry.encoded_len() != bytes.len() {
+                return Err(undecodable("it has fields that this build does not know".into()));
+            }
             time = Time(entry.stamp.max(time.0 + 1));
             if mutants::is(Mutant::TimeGoesBack) {
                 time = Time(entry.stamp);
             }
             let outcome = match entry.kind {
                 Some(Kind::Body(body)) => {
+                    let encoded = body.len();
                     let body = M::Entry::decode(body).map_err(|e| undecodable(e.to_string()))?;
+                    if body.encoded_len() != encoded {
+                        return Err(undecodable("its body has fields that this build does not know".into()));
+                    }
                     overlay.begin_entry();
                     let mut tx = Tx::new(&mut overlay, &*store);
-                    self.apply_entry(&mut tx, batch.position, time, body, &mut effects)?
+                    match self.apply_entry(&mut tx, batch.position, time, body, &mut effects) {
+                        // Unknown is never a value: what a newer build logged must not become a refusal here.
+                        Err(Fault::Unknown(what)) => return Err(undecodable(what)),
+                        outcome => outcome?,
+                    }
                 }
                 Some(Kind::Check(check)) => {
                     let theirs = StateHash::from_bytes(&check.hash)
@@ -246,7 +283,8 @@ impl<M: Machine> Applier<M> {
         }
         let mut tx = Tx::new(&mut overlay, &*store);
         self.clients.finish(&mut tx, time)?;
-        let applied = AppliedRow { position: batch.position.0, time: time.0, format: FORMAT };
+        let batch_crc = batch_crc(&batch.entries);
+        let applied = AppliedRow { position: batch.position.0, time: time.0, format: FORMAT, batch_crc };
         tx.put_row(Table::APPLIED, APPLIED_KEY, &applied);
         let mut rows = overlay.finish(&*store, &mut self.sums)?;
         if mutants::is(Mutant::PositionWrittenApart) {
@@ -261,6 +299,7 @@ impl<M: Machine> Applier<M> {
         store.write(rows)?;
         assert!(time >= self.time || mutants::is(Mutant::TimeGoesBack), "time never goes backwards");
         (self.position, self.time) = (batch.position, time);
+        self.stored = (batch.position, batch_crc);
         self.remember_hash();
         let Effects { actions, resolved } = effects;
         Ok(AppliedBatch { position: batch.position, time, outcomes, actions, resolved })
@@ -296,6 +335,7 @@ impl<M: Machine> Applier<M> {
                 EntryOutcome::Done(Err(refusal))
             }
             Err(Stop::Fault(fault)) => return Err(fault.into()),
+            Err(Stop::Unknown(what)) => return Err(Fault::Unknown(what)),
         };
         if let Some(tag) = &tag {
             match &outcome {
@@ -335,14 +375,26 @@ impl<M: Machine> Applier<M> {
 
 /// A recorded outcome as an answer.
 pub fn recorded<M: Machine>(outcome: OutcomeRow) -> Result<Result<M::Reply, Refusal>, StoreError> {
-    match outcome.error {
-        Some(error) => Ok(Err(Refusal::from_wire(error))),
-        None => M::Reply::decode(outcome.reply).map(Ok).map_err(|e| StoreError::Row {
-            table: Table::CLIENTS.0,
-            key: outcome.sequence.to_string(),
-            what: e.to_string(),
-        }),
+    let row =
+        |what: String| StoreError::Row { table: Table::CLIENTS.0, key: outcome.sequence.to_string(), what };
+    match Code::try_from(outcome.refused) {
+        Ok(Code::Ok) => M::Reply::decode(outcome.reply).map(Ok).map_err(|e| row(e.to_string())),
+        Ok(code) => {
+            let text = format!("it was refused when it came first, at position {}", outcome.position);
+            Ok(Err(Refusal::new(code, text)))
+        }
+        Err(_) => Err(row(format!("code {} is not known to this build", outcome.refused))),
     }
+}
+
+/// CRC-32 over a batch's entries, each with its length in front.
+pub fn batch_crc(entries: &[Bytes]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    for entry in entries {
+        hasher.update(&(entry.len() as u64).to_le_bytes());
+        hasher.update(entry);
+    }
+    hasher.finalize()
 }
 
 /// What [`rescan`] found.

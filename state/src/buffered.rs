@@ -28,6 +28,9 @@ use crate::store::{Key, Store, StoreError, Table, View, WriteBatch, key_after};
 /// Bytes that a kept row costs besides its value: its key, which is kept in place, the links, and what the value shares.
 const ROW_OVERHEAD: usize = 168;
 
+/// Bytes that wait at most while the store below has no room; more stop the replica.
+const FULL_BYTES_MAX: usize = 64 << 20;
+
 /// Rows of all stores of a process that were used lately, within one budget; cheap to clone.
 #[derive(Clone)]
 pub struct RowCache {
@@ -114,20 +117,27 @@ impl BufferedStore {
         if pending.rows.is_empty() {
             return Ok(());
         }
-        let rows = std::mem::take(&mut pending.rows);
-        pending.bytes = 0;
-        for (key, value) in rows.iter().filter(|(key, _)| self.is_kept(key)) {
+        for (key, value) in pending.rows.iter().filter(|(key, _)| self.is_kept(key)) {
             // While the lock is held nobody reads below, so nobody can bring back what is replaced here.
             match value {
                 Some(value) => self.cache.rows.insert((self.number, Key::from_slice(key)), value.clone()),
                 None => drop(self.cache.rows.remove(&Probe(self.number, key))),
             }
         }
-        let written = self.below.write(rows.into_iter().collect());
-        if let Err(error) = &written {
-            pending.failed = Some(error.clone());
+        let rows = pending.rows.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
+        match self.below.write(rows) {
+            Ok(()) => {
+                pending.rows.clear();
+                pending.bytes = 0;
+                Ok(())
+            }
+            // Nothing was written; the rows wait on.
+            Err(error @ StoreError::Full(_)) => Err(error),
+            Err(error) => {
+                pending.failed = Some(error.clone());
+                Err(error)
+            }
         }
-        written
     }
 }
 
@@ -199,7 +209,11 @@ impl Store for BufferedStore {
             pending.rows.insert(key, value);
         }
         if pending.rows.len() > self.rows_max || pending.bytes > self.bytes_max {
-            self.pass_on(&mut pending)?;
+            match self.pass_on(&mut pending) {
+                // They wait for room, as long as not too many do.
+                Err(StoreError::Full(_)) if pending.bytes <= FULL_BYTES_MAX => {}
+                passed => passed?,
+            }
         }
         Ok(())
     }
@@ -249,9 +263,9 @@ mod tests {
     }
 
     /// A store that takes no more writes.
-    struct Full(MemoryStore);
+    struct Broken(MemoryStore);
 
-    impl View for Full {
+    impl View for Broken {
         fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
             self.0.get(table, key)
         }
@@ -267,9 +281,9 @@ mod tests {
         }
     }
 
-    impl Store for Full {
+    impl Store for Broken {
         fn write(&self, _batch: WriteBatch) -> Result<(), StoreError> {
-            Err(StoreError::Engine("no space".into()))
+            Err(StoreError::Engine("broken".into()))
         }
 
         fn flush(&self) -> Result<(), StoreError> {
@@ -293,12 +307,73 @@ mod tests {
     fn after_rows_were_lost_nothing_goes_on() {
         let table = Table(64);
         let store =
-            BufferedStore::new(Arc::new(Full(MemoryStore::new())), RowCache::new(1 << 20), 100, 1 << 20);
+            BufferedStore::new(Arc::new(Broken(MemoryStore::new())), RowCache::new(1 << 20), 100, 1 << 20);
         let row = || vec![(table.stored_key(b"k"), Some(Bytes::from_static(b"v")))];
         store.write(row()).expect("waits in memory");
         assert!(store.snapshot().is_err(), "the rows cannot be passed on");
         assert!(store.write(row()).is_err() && store.get(table, b"k").is_err() && store.flush().is_err());
         assert!(store.scan(table, b"", b"", 1).is_err() && store.snapshot().is_err());
+    }
+
+    /// A store that has no room while it is told so.
+    struct Full(MemoryStore, std::sync::atomic::AtomicBool);
+
+    impl View for Full {
+        fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+            self.0.get(table, key)
+        }
+
+        fn visit(
+            &self,
+            table: Table,
+            from: &[u8],
+            until: &[u8],
+            each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+        ) -> Result<(), StoreError> {
+            self.0.visit(table, from, until, each)
+        }
+    }
+
+    impl Store for Full {
+        fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+            match self.1.load(Ordering::Relaxed) {
+                true => Err(StoreError::Full("no space".into())),
+                false => self.0.write(batch),
+            }
+        }
+
+        fn flush(&self) -> Result<(), StoreError> {
+            self.0.flush()
+        }
+
+        fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+            self.0.get_flushed(table, key)
+        }
+
+        fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
+            self.0.snapshot()
+        }
+
+        fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
+            self.0.checkpoint(to)
+        }
+    }
+
+    #[test]
+    fn rows_wait_for_room_and_are_read_meanwhile() {
+        let table = Table(64);
+        let below = Arc::new(Full(MemoryStore::new(), true.into()));
+        let store = BufferedStore::new(below.clone(), RowCache::new(1 << 20), 2, 1 << 20);
+        for n in 0..10u8 {
+            store.write(vec![(table.stored_key(&[n]), Some(Bytes::from(vec![n])))]).expect("waits");
+        }
+        assert!(matches!(store.flush(), Err(StoreError::Full(_))));
+        assert_eq!(store.scan(table, b"", b"", 100).expect("reads").len(), 10);
+        assert!(below.0.is_empty());
+        below.1.store(false, Ordering::Relaxed);
+        store.flush().expect("there is room");
+        assert_eq!(below.scan(table, b"", b"", 100).expect("reads").len(), 10);
+        assert_eq!(store.get(table, &[7]).expect("reads"), Some(Bytes::from(vec![7])));
     }
 
     #[test]

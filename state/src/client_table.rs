@@ -11,8 +11,8 @@ use bytes::Bytes;
 use clutch_log::Position;
 use clutch_proto::{
     Refusal, Time,
-    limits::{CLIENT_IDLE_LIFETIME_MS, CLIENT_OUTCOMES_MAX, CLIENTS_MAX},
     mutants::{self, Mutant},
+    rules::v1::{CLIENT_IDLE_LIFETIME_MS, CLIENT_OUTCOMES_MAX, CLIENTS_MAX, FORGOTTEN_PER_BATCH_MAX},
     state::{ClientRow, OutcomeRow},
     types::{ClientTag, Code},
 };
@@ -25,8 +25,6 @@ use crate::{
 pub use clutch_proto::certificate::SYSTEM_CLIENTS;
 /// Decoded rows that are kept in memory between batches.
 const CACHED_CLIENTS_MAX: usize = 4096;
-/// Idle clients forgotten by one batch at most, besides as many as it brought.
-const FORGOTTEN_PER_BATCH_MAX: usize = 64;
 const NS_PER_MINUTE: u64 = 60_000_000_000;
 
 /// What is known of a tag.
@@ -308,11 +306,19 @@ pub fn outcome_row(
     position: Position,
     time: Time,
 ) -> OutcomeRow {
-    let (error, reply) = match result {
-        Ok(reply) => (None, reply),
-        Err(refusal) => (Some(refusal.to_wire()), Bytes::new()),
+    // The sentence of a refusal stays out: a row is a function of the log, on any build.
+    let (refused, reply) = match result {
+        Ok(reply) => (Code::Ok, reply),
+        Err(refusal) => (refusal.code, Bytes::new()),
     };
-    OutcomeRow { sequence: tag.sequence, pending: false, error, reply, position: position.0, time: time.0 }
+    OutcomeRow {
+        sequence: tag.sequence,
+        pending: false,
+        refused: refused as i32,
+        reply,
+        position: position.0,
+        time: time.0,
+    }
 }
 
 #[cfg(test)]

@@ -22,9 +22,18 @@ pub enum Stop {
     /// The storage failed. The replica stops.
     #[error(transparent)]
     Fault(#[from] StoreError),
+    /// A committed entry holds something that this build does not know. The replica stops: to refuse it here and apply it on
+    /// another build would give two states.
+    #[error("{0}")]
+    Unknown(String),
 }
 
 impl Stop {
+    /// Part of an entry that this build does not know, or without which it means nothing.
+    pub fn unknown(what: impl Into<String>) -> Stop {
+        Stop::Unknown(what.into())
+    }
+
     /// Shorthand for a refusal with its reason.
     pub fn refuse(code: Code, detail: impl Into<String>) -> Stop {
         Stop::Refused(Refusal::new(code, detail))
@@ -84,8 +93,17 @@ pub trait Machine: Sized + Send + Sync + 'static {
     /// What the leader's shell knows and the log does not: keys, addresses.
     type Facts: Send + Sync + 'static;
 
+    /// Checks that an opened state is of this cluster and, for a shard, of this number; an empty one is anybody's.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] when it is somebody else's.
+    fn check_home(view: &dyn View, cluster: u64, number: u32) -> Result<(), StoreError>;
+
     /// Whether the request only reads.
     fn is_read(request: &Self::Request) -> bool;
+
+    /// Whether the request gives space back: it may use what is kept for that when there is hardly any left.
+    fn gives_space_back(request: &Self::Request) -> bool;
 
     /// Answers a read.
     fn read(view: &dyn View, request: &Self::Request, facts: &Self::Facts) -> Result<Self::Reply, Stop>;

@@ -11,7 +11,7 @@ use std::{
     collections::{BTreeMap, VecDeque},
     path::PathBuf,
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
@@ -34,7 +34,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     applier::{AppliedBatch, Applier, EntryOutcome, Fault, recorded},
-    client_table::Known,
+    client_table::{Known, SYSTEM_CLIENTS},
     machine::{Machine, ProduceContext, Stop, decode},
     store::{StoreError, View},
 };
@@ -53,6 +53,10 @@ const CHECK_TICKS: u64 = 40;
 const FLUSH_TICKS: u64 = 120;
 /// How long a log may stay behind the times of its node's other logs.
 const MARK_LAG_NS: u64 = 1_000_000_000;
+
+/// What a change is told that the log had no room for.
+const NO_ROOM: &str =
+    "there is no room for the log: metadata is read-only until there is; make room, or delete and collect";
 
 /// What an answer is, before it is put into an envelope.
 #[derive(Clone, Debug)]
@@ -101,6 +105,10 @@ pub struct ReplicaConfig<M: Machine> {
     pub leader_events: mpsc::UnboundedSender<LeaderEvent<M::Effect>>,
     /// Where checkpoints are kept; `None` where the store cannot make any.
     pub checkpoints: Option<PathBuf>,
+    /// Why there is hardly room for log and state, while that is so: only what gives space back is taken then.
+    pub shortage: Arc<dyn Fn() -> Option<String> + Send + Sync>,
+    /// Told when the state on disk turns out to be damaged, with what is wrong: so that the next start builds it anew.
+    pub on_damage: Arc<dyn Fn(&str) + Send + Sync>,
     /// Opens a checkpoint for reading.
     pub open_checkpoint: OpenCheckpoint,
 }
@@ -121,9 +129,15 @@ enum Input {
 #[derive(Clone)]
 pub struct ReplicaHandle {
     sender: mpsc::Sender<Input>,
+    fault: Arc<OnceLock<String>>,
 }
 
 impl ReplicaHandle {
+    /// Why the replica has stopped for good; `None` while it goes on.
+    pub fn fault(&self) -> Option<&str> {
+        self.fault.get().map(String::as_str)
+    }
+
     /// Asks the machine; every failure is an answer.
     pub async fn call(&self, body: Bytes, tag: Option<ClientTag>) -> Answer {
         if body.len() > METADATA_REQUEST_BYTES_MAX {
@@ -196,7 +210,7 @@ pub struct Replica<M: Machine> {
     config: ReplicaConfig<M>,
     applier: Applier<M>,
     leading: Option<Epoch>,
-    fault: Option<String>,
+    fault: Arc<OnceLock<String>>,
     in_flight: FuturesUnordered<BoxFuture<(u64, Outcome)>>,
     next_proposal: u64,
     proposals: BTreeMap<u64, Vec<Waiter>>,
@@ -222,11 +236,12 @@ impl<M: Machine> Replica<M> {
         let (sender, receiver) = mpsc::channel(INBOX_REQUESTS_MAX);
         let runtime = config.runtime.clone();
         let name = config.name.clone();
+        let fault = Arc::new(OnceLock::new());
         let replica = Replica {
             config,
             applier,
             leading: None,
-            fault: None,
+            fault: fault.clone(),
             in_flight: FuturesUnordered::new(),
             next_proposal: 1,
             proposals: BTreeMap::new(),
@@ -242,7 +257,7 @@ impl<M: Machine> Replica<M> {
             snapshots: admin::Snapshots::default(),
         };
         runtime.spawner.spawn_owner(name, Box::pin(replica.run(receiver)));
-        ReplicaHandle { sender }
+        ReplicaHandle { sender, fault }
     }
 
     async fn run(mut self, mut inbox: mpsc::Receiver<Input>) {
@@ -259,15 +274,12 @@ impl<M: Machine> Replica<M> {
                     self.tick();
                 }
                 Some((id, outcome)) = self.in_flight.next(), if !self.in_flight.is_empty() => self.decided(id, outcome),
-                event = events.next(), if self.fault.is_none() => {
-                    let result = match event {
-                        Ok(event) => self.step(event).map_err(|fault| fault.to_string()),
-                        Err(fault) => Err(fault.to_string()),
-                    };
-                    if let Err(fault) = result {
-                        self.fail(fault);
-                    }
-                }
+                event = events.next(), if self.fault.get().is_none() => match event {
+                    Ok(event) => if let Err(fault) = self.step(event) {
+                        self.fail(&fault);
+                    },
+                    Err(fault) => self.stop_on(fault.to_string()),
+                },
                 Some((barrier, reads)) = self.barriers.next(), if !self.barriers.is_empty() => self.passed(barrier, reads),
                 count = inbox.recv_many(&mut inputs, BATCH_ENTRIES_MAX), if self.in_flight.len() < PIPELINE_MAX => {
                     if count == 0 {
@@ -319,7 +331,12 @@ impl<M: Machine> Replica<M> {
         }
         self.flushed_bytes += batch.entries.iter().map(|e| e.len() as u64 + 64).sum::<u64>();
         if self.flushed_bytes >= FLUSH_BYTES {
-            self.applier.store().flush()?;
+            match self.applier.store().flush() {
+                Err(StoreError::Full(text)) => {
+                    tracing::warn!(replica = %self.config.name, %text, "no room to flush the state");
+                }
+                flushed => flushed?,
+            }
             self.flushed_bytes = 0;
         }
         let AppliedBatch { position, outcomes, actions, resolved, time } = applied;
@@ -380,11 +397,21 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn fail(&mut self, fault: String) {
+    fn fail(&mut self, fault: &Fault) {
+        let text = fault.to_string();
+        if fault.is_damage() {
+            self.config.runtime.note("replica: its state is damaged");
+            (self.config.on_damage)(&text);
+        }
+        self.stop_on(text);
+    }
+
+    fn stop_on(&mut self, fault: String) {
         self.config.runtime.note("replica: stops on a fault");
         tracing::error!(replica = %self.config.name, %fault, "the replica stops");
         self.end_leading();
-        self.fault = Some(fault);
+        // The first one is the reason; what comes after follows from it.
+        let _ = self.fault.set(fault);
         for waiter in std::mem::take(&mut self.proposals)
             .into_values()
             .chain(std::mem::take(&mut self.by_position).into_values())
@@ -477,9 +504,13 @@ impl<M: Machine> Replica<M> {
                 Some(outcomes) => self.answer(position, waiters, outcomes),
                 None => drop(self.by_position.insert(position, waiters)),
             },
-            Outcome::Unknown | Outcome::Sealed => {
-                self.config.runtime.note("replica: the outcome of a proposal is unknown");
+            Outcome::Unknown | Outcome::Sealed | Outcome::NoRoom => {
+                self.config.runtime.note(match outcome {
+                    Outcome::NoRoom => "replica: a proposal found no room",
+                    _ => "replica: the outcome of a proposal is unknown",
+                });
                 let (code, text) = match outcome {
+                    Outcome::NoRoom => (Code::NoSpace, NO_ROOM),
                     Outcome::Sealed => (Code::NotLeader, "the log was sealed"),
                     _ => (Code::OutcomeUnknown, "the log does not say whether the request was committed"),
                 };
@@ -507,7 +538,7 @@ impl<M: Machine> Replica<M> {
                             let (position, time) = (Position(outcome.position), Time(outcome.time));
                             match recorded::<M>(outcome) {
                                 Ok(result) => self.send(reply, position, time, result),
-                                Err(fault) => self.fail(fault.to_string()),
+                                Err(fault) => self.fail(&fault.into()),
                             }
                         }
                         Ok(Ok(Known::Pending)) => self.defer(&tag, reply),
@@ -521,7 +552,7 @@ impl<M: Machine> Replica<M> {
                             self.send(reply, position, time, Err(refusal));
                         }
                         Ok(Err(refusal)) => self.send(reply, position, time, Err(refusal)),
-                        Err(fault) => self.fail(fault.to_string()),
+                        Err(fault) => self.fail(&fault.into()),
                     },
                     None => self.send(
                         reply,
@@ -552,7 +583,7 @@ impl<M: Machine> Replica<M> {
     }
 
     fn unready(&self) -> Option<Refusal> {
-        if let Some(fault) = &self.fault {
+        if let Some(fault) = self.fault.get() {
             return Some(Refusal::new(Code::ReplicaFault, format!("{}: {fault}", self.config.name)));
         }
         if self.leading.is_none() && !mutants::is(Mutant::ReadBeforeCatchUp) {
@@ -628,7 +659,7 @@ impl<M: Machine> Replica<M> {
                     let (position, time) = (Position(outcome.position), Time(outcome.time));
                     return match recorded::<M>(outcome) {
                         Ok(result) => self.send(reply, position, time, result),
-                        Err(fault) => self.fail(fault.to_string()),
+                        Err(fault) => self.fail(&fault.into()),
                     };
                 }
                 Ok(Err(refusal)) => {
@@ -639,8 +670,16 @@ impl<M: Machine> Replica<M> {
                     });
                     return drop(reply.send(Answer::refused(refusal)));
                 }
-                Err(fault) => return self.fail(fault.to_string()),
+                Err(fault) => return self.fail(&fault.into()),
             }
+        }
+        let is_step = tag.as_ref().is_some_and(|tag| tag.client < SYSTEM_CLIENTS);
+        if !is_step
+            && !M::gives_space_back(&request)
+            && let Some(shortage) = (self.config.shortage)()
+        {
+            self.config.runtime.note("replica: a change is refused for want of room");
+            return drop(reply.send(Answer::refused(Refusal::new(Code::NoSpace, shortage))));
         }
         let random = self.config.runtime.random.clone();
         let mut draw = || random.u64();
@@ -651,7 +690,8 @@ impl<M: Machine> Replica<M> {
                 entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag, reply }));
             }
             Err(Stop::Refused(refusal)) => drop(reply.send(Answer::refused(refusal))),
-            Err(Stop::Fault(fault)) => self.fail(fault.to_string()),
+            Err(Stop::Fault(fault)) => self.fail(&fault.into()),
+            Err(Stop::Unknown(what)) => drop(reply.send(Answer::refused(Refusal::malformed(what)))),
         }
     }
 
@@ -690,7 +730,10 @@ impl<M: Machine> Replica<M> {
                     Err(Stop::Refused(refusal)) => {
                         self.send(reply, applied, self.applier.time(), Err(refusal))
                     }
-                    Err(Stop::Fault(fault)) => return self.fail(fault.to_string()),
+                    Err(Stop::Unknown(what)) => {
+                        self.send(reply, applied, self.applier.time(), Err(Refusal::malformed(what)))
+                    }
+                    Err(Stop::Fault(fault)) => return self.fail(&fault.into()),
                 }
             }
         }
@@ -700,13 +743,20 @@ impl<M: Machine> Replica<M> {
     fn tick(&mut self) {
         self.snapshots.expire(self.config.runtime.clock.monotonic());
         self.ticks_since_flush += 1;
-        if self.fault.is_none() && self.flushed_bytes > 0 && self.ticks_since_flush >= FLUSH_TICKS {
+        if self.fault.get().is_none() && self.flushed_bytes > 0 && self.ticks_since_flush >= FLUSH_TICKS {
             (self.flushed_bytes, self.ticks_since_flush) = (0, 0);
-            if let Err(error) = self.applier.store().flush() {
-                self.fail(error.to_string());
+            match self.applier.store().flush() {
+                // What is not flushed is replayed; it is tried again when there may be room.
+                Err(StoreError::Full(text)) => {
+                    tracing::warn!(replica = %self.config.name, %text, "no room to flush the state");
+                    self.flushed_bytes = 1;
+                }
+                Err(error) => self.fail(&error.into()),
+                Ok(()) => {}
             }
         }
-        if self.leading.is_none() || self.fault.is_some() {
+        // What nobody waits for leaves the last room to what gives some back.
+        if self.leading.is_none() || self.fault.get().is_some() || (self.config.shortage)().is_some() {
             return;
         }
         if self.applier.time() == Time(0) {
@@ -726,7 +776,7 @@ impl<M: Machine> Replica<M> {
             };
             self.propose(vec![(self.stamped(Kind::Check(check)), Waiter::Nobody)]);
         }
-        let now = self.config.runtime.clock.now().0;
+        let now = self.config.clock.now().0;
         let last = self.applier.time().0;
         let others = self.config.activity.load(Ordering::Relaxed);
         if others > last && now.saturating_sub(last) > MARK_LAG_NS && self.proposals.is_empty() {

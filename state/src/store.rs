@@ -53,6 +53,12 @@ pub enum StoreError {
     /// The storage engine's words.
     #[error("store: {0}")]
     Engine(String),
+    /// There is no room on the disk. Nothing was written; the same write may succeed later.
+    #[error("no room on the disk of the state: {0}")]
+    Full(String),
+    /// Files of the store are damaged or missing: it must be rebuilt.
+    #[error("the state's files are damaged: {0}")]
+    Damaged(String),
     /// A row cannot be decoded.
     #[error("row of table {table} cannot be decoded (key {key}): {what}")]
     Row {
@@ -66,6 +72,16 @@ pub enum StoreError {
     /// An invariant that every earlier apply has kept does not hold.
     #[error("invariant broken: {0}")]
     Broken(String),
+}
+
+impl StoreError {
+    /// Whether what is on disk is wrong, so that opening it again does not help and building it anew does.
+    pub fn is_damage(&self) -> bool {
+        match self {
+            StoreError::Damaged(_) | StoreError::Row { .. } | StoreError::Broken(_) => true,
+            StoreError::Engine(_) | StoreError::Full(_) => false,
+        }
+    }
 }
 
 /// Rows of one table in the order of their keys.

@@ -9,8 +9,9 @@ use std::{path::Path, sync::Arc};
 use bytes::Bytes;
 use clutch_state::store::{Store, StoreError, Table, View, WriteBatch, key_after};
 use rocksdb::{
-    BlockBasedIndexType, BlockBasedOptions, Cache, DB, DBCompressionType, FlushOptions, LruCacheOptions,
-    Options, ReadOptions, ReadTier, WriteBufferManager, WriteOptions, checkpoint::Checkpoint,
+    BlockBasedIndexType, BlockBasedOptions, Cache, DB, DBCompressionType, ErrorKind, FlushOptions,
+    LruCacheOptions, Options, ReadOptions, ReadTier, WriteBufferManager, WriteOptions,
+    checkpoint::Checkpoint,
 };
 
 /// What all databases of a process share.
@@ -18,6 +19,8 @@ use rocksdb::{
 pub struct SharedMemory {
     cache: Cache,
     write_buffers: WriteBufferManager,
+    /// Files that each database keeps open at most.
+    files_max: i32,
 }
 
 impl SharedMemory {
@@ -30,7 +33,12 @@ impl SharedMemory {
         let cache = Cache::new_lru_cache_opts(&cache);
         // Each has its own budget: memtables that wait to be merged must not push filters out of the cache.
         let write_buffers = WriteBufferManager::new_write_buffer_manager(write_buffer_bytes, false);
-        SharedMemory { cache, write_buffers }
+        SharedMemory { cache, write_buffers, files_max: 256 }
+    }
+
+    /// The same with another bound for the files that each database keeps open.
+    pub fn with_files_max(self, files_max: usize) -> SharedMemory {
+        SharedMemory { files_max: i32::try_from(files_max).unwrap_or(i32::MAX), ..self }
     }
 }
 
@@ -42,8 +50,33 @@ pub struct RocksStore {
     db: Arc<DB>,
 }
 
+/// What the system says when files are as they should be and it cannot give them now.
+const TRANSIENT: [&str; 7] = [
+    "lock ",
+    "Permission denied",
+    "Too many open files",
+    "Resource temporarily unavailable",
+    "Read-only file system",
+    "Cannot allocate memory",
+    "Operation not permitted",
+];
+
 fn engine(error: rocksdb::Error) -> StoreError {
-    StoreError::Engine(error.into_string())
+    let kind = error.kind();
+    let text = error.into_string();
+    let has = |words: &str| text.contains(words);
+    if has("No space left on device") || has("Disk quota exceeded") || has("NoSpace") {
+        return StoreError::Full(text);
+    }
+    match kind {
+        ErrorKind::Corruption
+        | ErrorKind::InvalidArgument
+        | ErrorKind::NotSupported
+        | ErrorKind::NotFound => StoreError::Damaged(text),
+        // A file that is missing or cannot be read is damage; what the system refuses for other reasons is not.
+        ErrorKind::IOError if !TRANSIENT.iter().any(|words| has(words)) => StoreError::Damaged(text),
+        _ => StoreError::Engine(text),
+    }
 }
 
 fn options(memory: &SharedMemory) -> Options {
@@ -79,7 +112,7 @@ fn options(memory: &SharedMemory) -> Options {
     options.set_memtable_prefix_bloom_ratio(0.015);
     options.set_arena_block_size(256 << 10);
     options.set_compression_type(DBCompressionType::Lz4);
-    options.set_max_open_files(256);
+    options.set_max_open_files(memory.files_max);
     options.set_keep_log_file_num(2);
     options.set_max_log_file_size(4 << 20);
     options.set_paranoid_checks(true);

@@ -50,6 +50,14 @@ fn fault(error: impl std::fmt::Display) -> Refusal {
     Refusal::new(Code::ReplicaFault, error.to_string())
 }
 
+/// The same of a store, which may only be out of room.
+fn store_fault(error: StoreError) -> Refusal {
+    match error {
+        StoreError::Full(text) => Refusal::new(Code::NoSpace, text),
+        error => fault(error),
+    }
+}
+
 impl<M: Machine> Replica<M> {
     pub(super) fn admin(&mut self, request: AdminRequest, reply: oneshot::Sender<AdminResult>) {
         let runtime = self.config.runtime.clone();
@@ -110,7 +118,7 @@ impl<M: Machine> Replica<M> {
         let checks = self.applier.checks();
         let status = StatusReply {
             name: self.config.name.clone(),
-            leading: self.leading.is_some() && self.fault.is_none() && self.applier.time().0 != 0,
+            leading: self.leading.is_some() && self.fault.get().is_none() && self.applier.time().0 != 0,
             epoch: self.leading.map_or(0, |e| e.0),
             applied_position: self.applier.position().0,
             applied_time: self.applier.time().0,
@@ -120,7 +128,7 @@ impl<M: Machine> Replica<M> {
             log_last: bounds.last.0,
             checks_compared: checks.compared,
             checks_not_compared: checks.not_compared,
-            fault: self.fault.clone().unwrap_or_default(),
+            fault: self.fault.get().cloned().unwrap_or_default(),
             checkpoints: self.checkpoints()?.iter().map(|p| p.0).collect(),
             ..StatusReply::default()
         };
@@ -154,7 +162,7 @@ impl<M: Machine> Replica<M> {
         if self.config.runtime.disk.exists(&path) {
             return Ok(());
         }
-        self.applier.store().checkpoint(&path).map_err(fault)?;
+        self.applier.store().checkpoint(&path).map_err(store_fault)?;
         self.config.runtime.disk.sync_dir(&dir).map_err(fault)
     }
 
@@ -180,7 +188,7 @@ impl<M: Machine> Replica<M> {
             }
             self.snapshots.next += 1;
             let (view, position) = match scan.checkpoint {
-                0 => (self.applier.store().snapshot().map_err(fault)?, self.applier.position()),
+                0 => (self.applier.store().snapshot().map_err(store_fault)?, self.applier.position()),
                 at => (self.open_checkpoint(Position(at))?, Position(at)),
             };
             let snapshot = Snapshot { view, position, used: now };

@@ -29,7 +29,7 @@ use clutch_proto::{
         begin, cdc_entry::Body, cdc_request::Op,
     },
     mutants::{self, Mutant},
-    name,
+    name, rules,
     shard::{ShardReply, ShardRequest, shard_request},
     types::{ClientTag, Code},
 };
@@ -42,10 +42,9 @@ use steps::{Next, State};
 
 /// The client id under which the CDC sends its steps to shards.
 pub const STEP_CLIENT: u64 = 1;
-/// Transactions in flight at a time; more are refused as overloaded.
-pub const TRANSACTIONS_MAX: u64 = 10_000;
-/// Ended moves that are remembered for walks; a walk during which more moves ended begins again.
-pub const MOVES_REMEMBERED: u64 = 1024;
+/// Transactions in flight at a time, above which more are refused as overloaded; and ended moves that are remembered for
+/// walks: a walk during which more moves ended begins again.
+pub use clutch_proto::rules::v1::{MOVES_REMEMBERED, TRANSACTIONS_MAX};
 /// Steps whose answers one entry brings.
 pub const STEPS_PER_ENTRY_MAX: usize = 64;
 /// Bits of a step's number within a tag's sequence. Walks have the most steps, one for each ancestor and retry.
@@ -101,8 +100,22 @@ impl Machine for Cdc {
     type Effect = SendStep;
     type Facts = ();
 
+    fn check_home(view: &dyn View, cluster: u64, _number: u32) -> Result<(), StoreError> {
+        let genesis: Option<clutch_proto::cdc::Genesis> = get_row(view, tables::GENESIS, &[])?;
+        match genesis {
+            Some(genesis) if genesis.cluster != cluster => {
+                Err(StoreError::Damaged(format!("they are of cluster {:016x}", genesis.cluster)))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn is_read(request: &CdcRequest) -> bool {
         matches!(request.op, None | Some(Op::ListTransactions(_)))
+    }
+
+    fn gives_space_back(request: &CdcRequest) -> bool {
+        matches!(request.op, Some(Op::RemoveDirectory(_) | Op::ForgetFile(_) | Op::ForgetDirectory(_)))
     }
 
     fn read(view: &dyn View, request: &CdcRequest, _facts: &()) -> Result<CdcReply, Stop> {
@@ -159,13 +172,12 @@ impl Machine for Cdc {
                 if tx.get(tables::GENESIS, &[])?.is_some() {
                     return Err(Stop::refuse(Code::Exists, "the CDC has begun already"));
                 }
+                rules::check(genesis.rules).map_err(Stop::unknown)?;
                 tx.put_row(tables::GENESIS, &[], &genesis);
                 Ok(Applied::Reply(CdcReply::default()))
             }
             Some(Body::Begin(begin)) => {
-                let tag = entry
-                    .tag
-                    .ok_or_else(|| Stop::refuse(Code::Malformed, "a transaction needs a client tag"))?;
+                let tag = entry.tag.ok_or_else(|| Stop::unknown("a transaction without a client tag"))?;
                 apply_begin(tx, time, begin, tag, effects)?;
                 Ok(Applied::Pending)
             }
@@ -173,7 +185,7 @@ impl Machine for Cdc {
                 apply_step_done(tx, done, effects)?;
                 Ok(Applied::Reply(CdcReply::default()))
             }
-            None => Err(Stop::refuse(Code::Malformed, "an entry without a body")),
+            None => Err(Stop::unknown("it has no operation that this build knows")),
         }
     }
 
@@ -288,7 +300,7 @@ fn apply_begin(
     let op = begin
         .op
         .as_ref()
-        .ok_or_else(|| Stop::refuse(Code::Malformed, "a transaction without an operation"))?;
+        .ok_or_else(|| Stop::unknown("a transaction of a kind that this build does not know"))?;
     check(op)?;
     let mut counters = counters(tx)?;
     if counters.live >= TRANSACTIONS_MAX {

@@ -15,14 +15,14 @@
 use clutch_proto::{
     InodeId, Refusal,
     cdc::{CdcReply, RenameDirectory, TransactionRow, begin::Op},
-    limits::PATH_DEPTH_MAX,
     mutants::{self, Mutant},
+    rules::v1::PATH_DEPTH_MAX,
     shard::{
         AdoptDirectory, CreateDirectoryInode, DropPastEdge, ForgetDirectoryInode, InsertEdge, LockEdge,
         OrphanDirectory, Remaining, RemoveDirectoryInode, RemoveFileInode, RemoveLockedEdge, SetOwner,
         ShardReply, ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
     },
-    types::Code,
+    types::{Code, Error},
 };
 
 /// Where a transaction stands. The numbers are in the rows.
@@ -228,7 +228,8 @@ fn roll_back(row: &mut TransactionRow, cause: &Refusal) -> Next {
     if mutants::is(Mutant::RollbackForgets) {
         return Next::Finish(Err(cause.clone()));
     }
-    row.cause = Some(cause.to_wire());
+    // The code alone: a sentence of this build must not become part of the state.
+    row.cause = Some(Error { code: cause.code as i32, detail: String::new() });
     Next::Enter(State::Back)
 }
 

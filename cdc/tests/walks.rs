@@ -32,7 +32,8 @@ impl Coordinator {
     fn new() -> Coordinator {
         let applier = Applier::open(Arc::new(MemoryStore::new())).expect("opens");
         let mut coordinator = Coordinator { applier, sequence: 0 };
-        coordinator.apply(CdcEntry { tag: None, body: Some(Body::Genesis(Genesis { cluster: 1 })) });
+        coordinator
+            .apply(CdcEntry { tag: None, body: Some(Body::Genesis(Genesis { cluster: 1, rules: 1 })) });
         coordinator
     }
 

@@ -6,11 +6,14 @@
 use clutch_log::Position;
 use clutch_proto::{
     Refusal, Time,
-    limits::{SERVICES_MAX, SHARDS_MAX},
     mutants::{self, Mutant},
     registry::{
         Chain, ClusterRow, Map, RegistryEntry, RegistryReply, RegistryRequest, Segment, SwapChain,
         registry_entry::Body, registry_request::Op,
+    },
+    rules::{
+        self,
+        v1::{SERVICES_MAX, SHARDS_MAX},
     },
     types::{BlockService, ClientTag, Code, ShardPlacement},
 };
@@ -56,8 +59,23 @@ impl Machine for Registry {
     type Effect = NoEffect;
     type Facts = ();
 
+    fn check_home(view: &dyn View, cluster: u64, _number: u32) -> Result<(), StoreError> {
+        let row: Option<ClusterRow> = get_row(view, tables::CLUSTER, &[])?;
+        match row {
+            Some(row) if row.cluster != cluster => {
+                Err(StoreError::Damaged(format!("they are of cluster {:016x}", row.cluster)))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn is_read(request: &RegistryRequest) -> bool {
         matches!(request.op, None | Some(Op::GetMap(_) | Op::GetChain(_)))
+    }
+
+    fn gives_space_back(_request: &RegistryRequest) -> bool {
+        // Few and small, and without them nobody learns of new room.
+        true
     }
 
     fn read(view: &dyn View, request: &RegistryRequest, _facts: &()) -> Result<RegistryReply, Stop> {
@@ -84,8 +102,14 @@ impl Machine for Registry {
     ) -> Result<RegistryEntry, Stop> {
         let body = match request.op {
             Some(Op::RegisterServices(op)) => Body::RegisterServices(op),
+            Some(Op::PlaceShard(op)) if op.placement.is_none() => {
+                return Err(Refusal::malformed("no placement").into());
+            }
             Some(Op::PlaceShard(op)) => Body::PlaceShard(op),
             Some(Op::PlaceCdc(op)) => Body::PlaceCdc(op),
+            Some(Op::SwapChain(op)) if op.append.is_none() => {
+                return Err(Refusal::malformed("no segment to append").into());
+            }
             Some(Op::SwapChain(op)) => Body::SwapChain(op),
             Some(Op::SetServiceFlags(op)) => Body::SetServiceFlags(op),
             Some(Op::GetMap(_) | Op::GetChain(_)) | None => {
@@ -111,6 +135,7 @@ impl Machine for Registry {
                 if tx.get(tables::CLUSTER, &[])?.is_some() {
                     return Err(Stop::refuse(Code::Exists, "the registry has begun already"));
                 }
+                rules::check(genesis.rules).map_err(Stop::unknown)?;
                 if genesis.shards == 0 || genesis.shards > SHARDS_MAX || !genesis.shards.is_power_of_two() {
                     let text =
                         format!("{} shards; a power of two up to {SHARDS_MAX} is allowed", genesis.shards);
@@ -137,7 +162,7 @@ impl Machine for Registry {
                 RegistryReply::default()
             }
             Some(Body::PlaceShard(op)) => {
-                let placement = op.placement.ok_or_else(|| Stop::refuse(Code::Malformed, "no placement"))?;
+                let placement = op.placement.ok_or_else(|| Stop::unknown("no placement"))?;
                 place(tx, &placement)?;
                 RegistryReply::default()
             }
@@ -149,7 +174,7 @@ impl Machine for Registry {
                 RegistryReply::default()
             }
             Some(Body::SwapChain(op)) => swap_chain(tx, op)?,
-            None => return Err(Stop::refuse(Code::Malformed, "an entry without a body")),
+            None => return Err(Stop::unknown("it has no operation that this build knows")),
         };
         Ok(Applied::Reply(reply))
     }
@@ -246,7 +271,7 @@ fn check_epoch(what: &str, known: u64, offered: u64) -> Result<(), Stop> {
 }
 
 fn swap_chain(tx: &mut Tx<'_>, op: SwapChain) -> Result<RegistryReply, Stop> {
-    let append = op.append.ok_or_else(|| Stop::refuse(Code::Malformed, "no segment to append"))?;
+    let append = op.append.ok_or_else(|| Stop::unknown("no segment to append"))?;
     let key = tables::chain_key(op.role, op.number);
     let mut chain: Chain = tx.get_row(tables::CHAIN, &key)?.unwrap_or_default();
     let newest = chain.segments.last().cloned().unwrap_or_default();

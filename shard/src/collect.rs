@@ -6,9 +6,9 @@
 
 use clutch_proto::{
     ContentId, InodeId, ServiceId, SpanId, Time,
-    limits::{CONTENTS_PER_ENTRY_MAX, EXTENTS_PER_ENTRY_MAX},
     mutants::{self, Mutant},
     name,
+    rules::v1::{CONTENTS_PER_ENTRY_MAX, EXTENTS_PER_ENTRY_MAX},
     shard::{
         CollectContent, ContentRow, Done, DropPastEdge, ForgetContent, ForgetEdge, PastEdgeRow, Remaining,
         RemoveFileInode, RemoveSpanEntry, shard_reply::Reply,
@@ -157,8 +157,7 @@ pub(crate) fn collect_content(tx: &mut Tx<'_>, time: Time, op: &CollectContent) 
 }
 
 pub(crate) fn remove_span(tx: &mut Tx<'_>, entry: &RemoveSpanEntry) -> Reapplied {
-    let op =
-        entry.op.as_ref().ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
+    let op = entry.op.as_ref().ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
     let id = SpanId(op.span_id);
     check_slot(tx, id.slot())?;
     let dead = tables::span_key(id);

@@ -6,10 +6,10 @@
 
 use clutch_proto::{
     BlockId, ContentId, InodeKind, ServiceId, Slot, SpanId, Time,
-    limits::{
+    mutants::{self, Mutant},
+    rules::v1::{
         CERTIFICATE_LIFETIME_MS, CONTENT_EXTENTS_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS,
     },
-    mutants::{self, Mutant},
     shard::{
         AddHole, AddInline, CertifySpanEntry, ContentReply, ContentRow, Done, ExtentRow, InitiateSpanEntry,
         ScrapContent, StartContentEntry, extent_row::Source, shard_reply::Reply,
@@ -63,7 +63,7 @@ pub(crate) fn put_transient(tx: &mut Tx<'_>, time: Time, id: ContentId, mut row:
 }
 
 pub(crate) fn start(tx: &mut Tx<'_>, time: Time, entry: StartContentEntry) -> Reapplied {
-    let op = entry.op.ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
+    let op = entry.op.ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
     let home = parse_inode(op.dir)?;
     check_slot(tx, home.slot())?;
     match home.kind() {
@@ -169,15 +169,15 @@ pub(crate) fn add_hole(tx: &mut Tx<'_>, time: Time, op: &AddHole) -> Reapplied {
 }
 
 pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) -> Reapplied {
-    let op = entry.op.ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
+    let op = entry.op.ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
     let id = ContentId(op.content);
     let mut row = transient(tx, time, id, &op.cookie)?;
     extended(&row, op.offset, u64::from(op.size))?;
-    let shape = op.shape.ok_or_else(|| Stop::refuse(Code::Malformed, "a span without a shape"))?;
+    let shape = op.shape.ok_or_else(|| Stop::unknown("a span without a shape"))?;
     shape.check(op.size)?;
     let blocks = shape.blocks() as usize;
     if op.cell_crcs.len() != blocks * shape.stripes as usize || entry.services.len() != blocks {
-        return Err(Stop::refuse(Code::Malformed, "as many CRCs as cells and services as blocks are needed"));
+        return Err(Stop::unknown("its CRCs, services, cells and blocks do not fit each other"));
     }
     let slot = id.slot();
     let (span, first_block) = inode::with_counters(tx, slot, |c| {
@@ -201,7 +201,7 @@ pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) ->
     let crcs = shape.block_crcs(&op.cell_crcs);
     for (i, (service, crc)) in entry.services.iter().zip(crcs).enumerate() {
         if entry.services[..i].contains(service) {
-            return Err(Stop::refuse(Code::Malformed, "two blocks of a span on one service"));
+            return Err(Stop::unknown("two blocks of a span on one service"));
         }
         let known: Option<BlockService> = tx.get_row(tables::SERVICE, &service.to_be_bytes())?;
         if known.is_none_or(|s| s.flags & (FLAG_NO_WRITE | FLAG_GONE) != 0) {
@@ -227,8 +227,7 @@ pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) ->
 }
 
 pub(crate) fn certify(tx: &mut Tx<'_>, time: Time, entry: &CertifySpanEntry) -> Reapplied {
-    let op =
-        entry.op.as_ref().ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without its operation"))?;
+    let op = entry.op.as_ref().ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
     let id = ContentId(op.content);
     let mut row = transient(tx, time, id, &op.cookie)?;
     if row.pending_span == 0 || row.pending_span != op.span_id {
@@ -282,6 +281,7 @@ mod tests {
             Ok(_) => None,
             Err(Stop::Refused(refusal)) => Some(refusal.code),
             Err(Stop::Fault(fault)) => panic!("{fault}"),
+            Err(Stop::Unknown(what)) => panic!("{what}"),
         }
     }
 

@@ -6,9 +6,9 @@
 
 use clutch_proto::{
     ContentId, InodeId, InodeKind, Time,
-    limits::{INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
     mutants::{self, Mutant},
     name,
+    rules::v1::{INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
     shard::{
         ContentRow, CreateFile, CreateSymlink, EdgeReply, EdgeRow, ExtentRow, InodeRow, LinkFile,
         PastEdgeRow, RenameInDirectory, Undelete, Unlink, extent_row::Source, shard_reply::Reply,

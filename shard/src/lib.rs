@@ -25,6 +25,7 @@ use clutch_log::Position;
 use clutch_proto::{
     InodeId, Slot, Time,
     mutants::{self, Mutant},
+    rules,
     shard::{
         Genesis, InodeRow, ServicesChanged, ShardEntry, ShardReply, ShardRequest, shard_entry::Body,
         shard_reply::Reply, shard_request::Op,
@@ -53,8 +54,35 @@ impl Machine for Shard {
     type Effect = NoEffect;
     type Facts = ShardFacts;
 
+    fn check_home(view: &dyn View, cluster: u64, number: u32) -> Result<(), StoreError> {
+        let genesis: Option<Genesis> = clutch_state::get_row(view, tables::SHARD, &[])?;
+        match genesis {
+            Some(genesis) if (genesis.cluster, genesis.shard) != (cluster, number) => {
+                Err(StoreError::Damaged(format!(
+                    "they are of shard {} of cluster {:016x}",
+                    genesis.shard, genesis.cluster
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn is_read(request: &ShardRequest) -> bool {
         request.op.as_ref().is_none_or(is_read)
+    }
+
+    fn gives_space_back(request: &ShardRequest) -> bool {
+        matches!(
+            request.op,
+            Some(
+                Op::Unlink(_)
+                    | Op::ForgetEdge(_)
+                    | Op::ForgetContent(_)
+                    | Op::CollectContent(_)
+                    | Op::RemoveSpan(_)
+                    | Op::ScrapContent(_)
+            )
+        )
     }
 
     fn read(view: &dyn View, request: &ShardRequest, facts: &ShardFacts) -> Result<ShardReply, Stop> {
@@ -96,7 +124,7 @@ impl Machine for Shard {
         entry: ShardEntry,
         _effects: &mut Effects<Shard>,
     ) -> Result<Applied<ShardReply>, Stop> {
-        let body = entry.body.ok_or_else(|| Stop::refuse(Code::Malformed, "an entry without a body"))?;
+        let body = entry.body.ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
         let reply = apply_body(tx, time, body)?;
         Ok(Applied::Reply(ShardReply { reply: Some(reply) }))
     }
@@ -172,6 +200,7 @@ fn apply_genesis(tx: &mut Tx<'_>, time: Time, genesis: &Genesis) -> Reapplied {
     if tx.get(tables::SHARD, &[])?.is_some() {
         return Err(Stop::refuse(Code::Exists, "the shard has begun already"));
     }
+    rules::check(genesis.rules).map_err(Stop::unknown)?;
     tx.put_row(tables::SHARD, &[], genesis);
     if genesis.slot_first == 0 {
         let row = InodeRow {

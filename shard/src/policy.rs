@@ -5,11 +5,11 @@
 
 use clutch_proto::{
     Time,
-    limits::{
+    mutants::{self, Mutant},
+    rules::v1::{
         CELL_BYTES_MAX, DATA_BLOCKS_MAX, PAGE_BYTES, PARITY_BLOCKS_MAX, POLICY_CLASSES_MAX,
         SNAPSHOT_VERSIONS_MAX, SPAN_BYTES_MAX,
     },
-    mutants::{self, Mutant},
     shard::{InodeRow, SetPolicy, shard_reply::Reply},
     types::{Code, DirectoryPolicy, PolicyPart, SnapshotPolicy, SpanClasses, StorageClasses, StripePolicy},
 };
@@ -75,6 +75,15 @@ fn check_stripe(policy: &StripePolicy) -> Result<(), Stop> {
     Ok(())
 }
 
+/// Refuses parts that this build does not know, before they are logged.
+pub(crate) fn check_parts(op: &SetPolicy) -> Result<(), Stop> {
+    let is_known = |part: &i32| !matches!(PolicyPart::try_from(*part), Ok(PolicyPart::Unspecified) | Err(_));
+    match op.inherit.iter().find(|part| !is_known(part)) {
+        Some(part) => Err(bad(format!("{part} is not a part of a policy"))),
+        None => Ok(()),
+    }
+}
+
 /// Changes the parts that are named.
 pub(crate) fn set(tx: &mut Tx<'_>, time: Time, op: SetPolicy) -> Reapplied {
     let id = parse_directory(tx, op.id)?;
@@ -91,8 +100,9 @@ pub(crate) fn set(tx: &mut Tx<'_>, time: Time, op: SetPolicy) -> Reapplied {
             Ok(PolicyPart::Spans) => policy.spans = None,
             Ok(PolicyPart::Storage) => policy.storage = None,
             Ok(PolicyPart::Stripe) => policy.stripe = None,
+            // Refused before it is logged, so that a newer build logged it.
             Ok(PolicyPart::Unspecified) | Err(_) => {
-                return Err(bad(format!("{part} is not a part of a policy")));
+                return Err(Stop::unknown(format!("part {part} of a policy")));
             }
         }
     }

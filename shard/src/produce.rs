@@ -13,7 +13,7 @@ use clutch_proto::{
 };
 use clutch_state::{ProduceContext, Stop, View, client_table::SYSTEM_CLIENTS, get_row};
 
-use crate::{FLAG_GONE, ShardFacts, check_slot, content, parse_inode, placement, tables};
+use crate::{FLAG_GONE, ShardFacts, check_slot, content, parse_inode, placement, policy, tables};
 
 pub(crate) fn produce(
     mut view: &dyn View,
@@ -47,7 +47,10 @@ pub(crate) fn produce(
             Body::StartContent(StartContentEntry { op: Some(op), cookie: cookie.into(), lifetime_ms })
         }
         Op::ScrapContent(op) => Body::ScrapContent(op),
-        Op::SetPolicy(op) => Body::SetPolicy(op),
+        Op::SetPolicy(op) => {
+            policy::check_parts(&op)?;
+            Body::SetPolicy(op)
+        }
         Op::ShareRange(op) => Body::ShareRange(op),
         Op::PublishContent(op) => Body::PublishContent(op),
         Op::RestoreContent(op) => Body::RestoreContent(op),

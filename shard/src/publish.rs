@@ -5,8 +5,8 @@
 
 use clutch_proto::{
     ContentId, InodeId, InodeKind, SpanId, Time,
-    limits::{CONTENT_EXTENTS_MAX, EXTENTS_PER_ENTRY_MAX},
     mutants::{self, Mutant},
+    rules::v1::{CONTENT_EXTENTS_MAX, EXTENTS_PER_ENTRY_MAX},
     shard::{
         ContentRow, ExtentRow, InodeRow, PastContentRow, PublishContent, RestoreContent, ShareRange,
         extent_row::Source, shard_reply::Reply,

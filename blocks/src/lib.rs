@@ -7,6 +7,7 @@
 
 pub mod codec;
 pub mod format;
+pub mod label;
 pub mod service;
 pub mod store;
 

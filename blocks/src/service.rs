@@ -7,10 +7,11 @@ use clutch_proto::{
     Refusal, Time,
     blocks::{BlocksReply, BlocksRequest, blocks_request::Op},
     certificate::{Claims, Key, Operation},
-    limits::CLOCK_SKEW_MS_MAX,
+    limits::{CLOCK_AHEAD_MS_MAX, CLOCK_SKEW_MS_MAX},
+    mutants::{self, Mutant},
     types::Code,
 };
-use clutch_runtime::Runtime;
+use clutch_runtime::{HybridClock, Runtime};
 use prost::Message as _;
 
 use crate::store::{BlockStore, Expected};
@@ -18,6 +19,8 @@ use crate::store::{BlockStore, Expected};
 /// One block service.
 pub struct BlockService {
     runtime: Runtime,
+    /// The cluster's time: what those who grant go by, never a wall clock alone.
+    clock: Arc<HybridClock>,
     store: Arc<BlockStore>,
     cluster: u64,
     /// Live keys, newest first.
@@ -28,8 +31,15 @@ pub struct BlockService {
 
 impl BlockService {
     /// A service over a disk's blocks.
-    pub fn new(runtime: Runtime, store: BlockStore, cluster: u64, keys: Vec<Key>) -> BlockService {
-        BlockService { runtime, store: Arc::new(store), cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX }
+    pub fn new(
+        runtime: Runtime,
+        clock: Arc<HybridClock>,
+        store: BlockStore,
+        cluster: u64,
+        keys: Vec<Key>,
+    ) -> BlockService {
+        let store = Arc::new(store);
+        BlockService { runtime, clock, store, cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX }
     }
 
     /// The same with another bound for the skew of clocks: where all of a cluster has one clock, erasing need not wait
@@ -44,9 +54,24 @@ impl BlockService {
     }
 
     fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
-        let now = self.runtime.clock.now();
         let admitted = Claims::verify(certificate, &self.keys).and_then(|claims| {
-            claims.check_grant(operation, self.cluster, self.store.service(), now, self.skew_ms_max)?;
+            // Whoever has the key signs by the cluster's time, so it is at least that late; within the bounds of clocks.
+            let bound = self.clock.now().plus_ms(self.skew_ms_max + CLOCK_AHEAD_MS_MAX);
+            if !self.clock.is_set() || claims.time <= bound {
+                self.clock.hear(claims.time);
+            }
+            let now = match mutants::is(Mutant::GrantByWallClock) {
+                true => self.runtime.clock.now(),
+                false => self.clock.now(),
+            };
+            let check = |now| {
+                claims.check_grant(operation, self.cluster, self.store.service(), now, self.skew_ms_max)
+            };
+            check(now).inspect_err(|_| {
+                if check(self.clock.now()).is_ok() {
+                    self.runtime.note("blocks: a good certificate is refused");
+                }
+            })?;
             Ok(claims)
         });
         let claims = admitted.inspect_err(|refusal| {
@@ -70,7 +95,7 @@ impl BlockService {
             None => Err(Refusal::malformed("a request without an operation that this build knows")),
             Some(Op::Write(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Write)?;
-                let (clock, expiry) = (self.runtime.clock.clone(), claims.expiry);
+                let (clock, expiry) = (self.clock.clone(), claims.expiry);
                 let is_granted = move || clock.now() <= expiry;
                 let write = move || store.write(&expected, &op.data, &is_granted);
                 self.runtime.blocking(write).await.ok_or_else(gone)??;
@@ -95,7 +120,7 @@ impl BlockService {
     }
 
     fn proof(&self, claims: &Claims, operation: Operation) -> BlocksReply {
-        let now: Time = self.runtime.clock.now();
+        let now: Time = self.clock.now();
         let proof = self.keys.first().map(|key| claims.proof(operation, now).sign(key)).unwrap_or_default();
         BlocksReply { proof, ..BlocksReply::default() }
     }

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_proto::{
-    BlockId, Refusal, ServiceId,
+    BlockId, Refusal, ServiceId, Time,
     limits::{BLOCK_BYTES_MAX, PAGE_BYTES},
     mutants::{self, Mutant},
     types::Code,
@@ -20,6 +20,7 @@ use clutch_proto::{
 use clutch_runtime::Disk;
 
 use crate::format::{HEADER_BYTES, Header, data_offset, page_table, pages};
+use crate::label::{self, Label};
 
 /// The blocks of one service. Its calls block on the disk.
 pub struct BlockStore {
@@ -27,7 +28,11 @@ pub struct BlockStore {
     dir: PathBuf,
     cluster: u64,
     service: ServiceId,
+    /// Bytes that blocks leave free.
+    reserve_bytes: u64,
     next_temporary: AtomicU64,
+    /// Why the directory is not used; looked at anew by [`BlockStore::look`].
+    unusable: Mutex<Option<String>>,
     /// Directories of blocks that are known to be durable.
     directories: Mutex<BTreeSet<PathBuf>>,
 }
@@ -51,7 +56,20 @@ fn disk_fault(what: &str, error: &io::Error) -> Refusal {
 }
 
 impl BlockStore {
-    /// Opens a disk's directory and removes what writes that never finished left behind.
+    /// Labels a directory as the disk of a service and opens it: for a new disk, as an operator would.
+    pub fn create(
+        disk: Arc<dyn Disk>,
+        dir: PathBuf,
+        cluster: u64,
+        service: ServiceId,
+        now: Time,
+    ) -> io::Result<BlockStore> {
+        Label { cluster, service, created: now }.write(&*disk, &dir)?;
+        BlockStore::open(disk, dir, cluster, service)
+    }
+
+    /// Opens a disk's directory and removes what writes that never finished left behind. One without its label opens, too,
+    /// and refuses everything until the right disk is there.
     pub fn open(
         disk: Arc<dyn Disk>,
         dir: PathBuf,
@@ -63,9 +81,14 @@ impl BlockStore {
             dir,
             cluster,
             service,
+            reserve_bytes: 0,
             next_temporary: AtomicU64::new(1),
+            unusable: Mutex::default(),
             directories: Mutex::default(),
         };
+        if store.look().is_some() {
+            return Ok(store);
+        }
         let temporary = store.dir.join("tmp");
         store.disk.create_dir_all(&temporary)?;
         for name in store.disk.list(&temporary)? {
@@ -84,9 +107,53 @@ impl BlockStore {
         self.service
     }
 
-    /// Total and available bytes of the disk.
+    /// Total and available bytes of the disk; none of one that is not used.
     pub fn space(&self) -> io::Result<(u64, u64)> {
-        self.disk.space(&self.dir)
+        if self.look().is_some() {
+            return Ok((0, 0));
+        }
+        let (total, available) = self.disk.space(&self.dir)?;
+        Ok((total, available.saturating_sub(self.reserve_bytes)))
+    }
+
+    /// The same, but blocks leave so many bytes of the file system free: for logs and states that share it.
+    pub fn with_reserve(self, reserve_bytes: u64) -> BlockStore {
+        BlockStore { reserve_bytes, ..self }
+    }
+
+    /// Looks at the disk's label anew. Why the disk is not used; `None` while all is well.
+    pub fn look(&self) -> Option<String> {
+        let found = label::check(&*self.disk, &self.dir, self.cluster, self.service).err();
+        let found = found.filter(|_| !mutants::is(Mutant::EmptyDiskUsed));
+        let mut unusable = self.unusable.lock().unwrap_or_else(|e| e.into_inner());
+        if *unusable != found {
+            match &found {
+                Some(reason) => tracing::error!("{reason}"),
+                None => tracing::warn!("disk {} is used again", self.dir.display()),
+            }
+            // What was known of its directories was of another file system.
+            self.directories.lock().unwrap_or_else(|e| e.into_inner()).clear();
+        }
+        (*unusable).clone_from(&found);
+        found
+    }
+
+    /// Why the disk is not used, as it was when it was looked at last.
+    pub fn unusable(&self) -> Option<String> {
+        self.unusable.lock().unwrap_or_else(|e| e.into_inner()).clone()
+    }
+
+    /// Refuses work on a disk that is not used, also on one that has vanished since it was looked at last.
+    fn check_usable(&self) -> Result<(), Refusal> {
+        let known = self.unusable.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        let reason = match known {
+            None if self.disk.exists(&label::path(&self.dir)) || mutants::is(Mutant::EmptyDiskUsed) => {
+                return Ok(());
+            }
+            None => self.look().unwrap_or_else(|| "the disk vanished for a moment".into()),
+            Some(reason) => reason,
+        };
+        Err(Refusal::new(Code::DiskFault, reason))
     }
 
     fn path(&self, block: BlockId) -> PathBuf {
@@ -119,6 +186,7 @@ impl BlockStore {
         if crc32fast::hash(data) != expected.crc && !mutants::is(Mutant::CrcNotBound) {
             return Err(Refusal::new(Code::CrcMismatch, "the data do not have the CRC that was granted"));
         }
+        self.check_usable()?;
         let path = self.path(expected.block);
         if self.disk.exists(&path) {
             match self.read_whole(expected) {
@@ -132,6 +200,14 @@ impl BlockStore {
                 }
                 Err(refusal) if refusal.code == Code::BlockNotFound => {}
                 Err(refusal) => return Err(refusal),
+            }
+        }
+        if self.reserve_bytes > 0 {
+            let space = self.disk.space(&self.dir).map_err(|e| disk_fault("ask for space", &e))?;
+            if space.1 < self.reserve_bytes.saturating_add(data.len() as u64) {
+                let text =
+                    format!("service {} has no space: the rest is kept for logs and states", self.service);
+                return Err(Refusal::new(Code::NoSpace, text));
             }
         }
         let table = page_table(data);
@@ -227,6 +303,7 @@ impl BlockStore {
             let text = format!("{length} bytes at {offset} of a block of {}", expected.size);
             return Err(Refusal::invalid(text));
         };
+        self.check_usable()?;
         let path = self.path(expected.block);
         let block = expected.block;
         let corrupt = |what: String| {
@@ -291,6 +368,8 @@ impl BlockStore {
 
     /// Removes a block durably; one that is not there is fine.
     pub fn erase(&self, block: BlockId) -> Result<(), Refusal> {
+        // A block that cannot be seen is not gone.
+        self.check_usable()?;
         let path = self.path(block);
         match self.disk.remove(&path) {
             Ok(()) => {}
@@ -314,4 +393,24 @@ impl BlockStore {
         }
         Ok(blocks)
     }
+}
+
+/// A block file in a directory that another service or cluster wrote; the first block of each directory is looked at.
+pub fn foreign_block(
+    disk: &dyn Disk,
+    dir: &Path,
+    cluster: u64,
+    service: ServiceId,
+) -> io::Result<Option<String>> {
+    for name in disk.list(dir)?.iter().filter(|name| name.len() == 2) {
+        let dir = dir.join(name);
+        let Some(block) = disk.list(&dir)?.into_iter().next() else { continue };
+        let path = dir.join(block);
+        let mut bytes = vec![0; HEADER_BYTES as usize];
+        let read = disk.open(&path, false)?.read_at(&mut bytes, 0)?;
+        if Header::decode(&bytes[..read]).is_ok_and(|h| (h.cluster, h.service) != (cluster, service)) {
+            return Ok(Some(path.display().to_string()));
+        }
+    }
+    Ok(None)
 }

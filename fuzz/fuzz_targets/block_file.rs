@@ -16,7 +16,7 @@ fuzz_target!(|data: &[u8]| {
     let header = Header::decode(data);
     let (cluster, service) = header.as_ref().map_or((1, ServiceId(2)), |h| (h.cluster, h.service));
     let (size, crc) = header.as_ref().map_or((4096, 0), |h| (h.size, h.crc));
-    let store = BlockStore::open(disk, "disk".into(), cluster, service).expect("opens");
+    let store = BlockStore::create(disk, "disk".into(), cluster, service, clutch_proto::Time(1)).expect("opens");
     let expected = Expected { block: BlockId(3), size, crc, time: 0 };
     if let Ok(bytes) = store.read_whole(&expected) {
         assert_eq!((bytes.len(), crc32fast_of(&bytes)), (size as usize, crc));

@@ -30,19 +30,19 @@ pub fn apply_raw<M: Machine>(applier: &mut Applier<M>, entries: Vec<Bytes>) {
 /// Genesis of shard 0 of one.
 pub fn shard_genesis() -> Bytes {
     use clutch_proto::shard::{Genesis, ShardEntry, shard_entry::Body};
-    let genesis = Genesis { shard: 0, slot_first: 0, slot_last: 255, cluster: 1, root_mode: 0o755 };
+    let genesis = Genesis { shard: 0, slot_first: 0, slot_last: 255, cluster: 1, root_mode: 0o755, rules: 1 };
     ShardEntry { tag: None, body: Some(Body::Genesis(genesis)) }.encode_to_vec().into()
 }
 
 /// Genesis of the CDC.
 pub fn cdc_genesis() -> Bytes {
     use clutch_proto::cdc::{CdcEntry, Genesis, cdc_entry::Body};
-    CdcEntry { tag: None, body: Some(Body::Genesis(Genesis { cluster: 1 })) }.encode_to_vec().into()
+    CdcEntry { tag: None, body: Some(Body::Genesis(Genesis { cluster: 1, rules: 1 })) }.encode_to_vec().into()
 }
 
 /// Genesis of the registry.
 pub fn registry_genesis() -> Bytes {
     use clutch_proto::registry::{Genesis, RegistryEntry, registry_entry::Body};
-    let genesis = Genesis { cluster: 1, shards: 1, default_policy: None };
+    let genesis = Genesis { cluster: 1, shards: 1, default_policy: None, rules: 1 };
     RegistryEntry { tag: None, body: Some(Body::Genesis(genesis)) }.encode_to_vec().into()
 }

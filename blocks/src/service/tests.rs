@@ -32,13 +32,26 @@ fn claims(operation: Operation, now: Time) -> Claims {
     }
 }
 
+/// The service's disk, labelled when it is new.
+fn open(runtime: &Runtime) -> BlockStore {
+    let (disk, dir) = (runtime.disk.clone(), PathBuf::from("d"));
+    match runtime.disk.exists(&crate::label::path(&dir)) {
+        true => BlockStore::open(disk, dir, 1, SERVICE),
+        false => BlockStore::create(disk, dir, 1, SERVICE, Time(1)),
+    }
+    .expect("opens")
+}
+
+fn clock(runtime: &Runtime) -> Arc<HybridClock> {
+    Arc::new(HybridClock::new(runtime.clock.clone()))
+}
+
 fn call(world: &World, op: Op) -> Result<BlocksReply, Refusal> {
     let runtime = world.node(NODE);
     world
         .run(NODE, std::time::Duration::from_secs(5), async move {
-            let store =
-                BlockStore::open(runtime.disk.clone(), PathBuf::from("d"), 1, SERVICE).expect("opens");
-            let service = BlockService::new(runtime, store, 1, vec![key()]);
+            let store = open(&runtime);
+            let service = BlockService::new(runtime.clone(), clock(&runtime), store, 1, vec![key()]);
             service.handle(BlocksRequest { op: Some(op) }.encode_to_vec().into()).await
         })
         .expect("answers")
@@ -94,7 +107,7 @@ fn nothing_happens_without_the_right_certificate() {
         let write = WriteBlock { certificate, data: data().into() };
         assert_eq!(call(&world, Op::Write(write)).expect_err("refused").code, code);
     }
-    assert!(world.disk(NODE).files().is_empty(), "nothing was written");
+    assert_eq!(world.disk(NODE).files().len(), 1, "nothing was written but the label");
     assert_eq!(read(&world, 0, 1).expect_err("nothing there").code, Code::BlockNotFound);
 }
 
@@ -103,7 +116,8 @@ fn every_flipped_byte_is_an_error_or_the_right_bytes() {
     let world = World::new(3);
     write(&world).expect("writes");
     let disk = world.disk(NODE);
-    let (path, len) = disk.files().pop().expect("one file");
+    let is_block = |(path, _): &(PathBuf, u64)| !path.ends_with("label");
+    let (path, len) = disk.files().into_iter().find(is_block).expect("one block");
     let mut errors = 0u64;
     for offset in 0..len {
         assert!(disk.corrupt(&path, offset, 0x04));
@@ -145,7 +159,7 @@ fn what_is_proven_erased_does_not_come_back() {
         let world = World::new(seed);
         write(&world).expect("writes");
         let (runtime, disk) = (world.node(NODE), world.disk(NODE));
-        let store = BlockStore::open(runtime.disk.clone(), PathBuf::from("d"), 1, SERVICE).expect("opens");
+        let store = open(&runtime);
         let is_there = |store: &BlockStore| store.list().expect("lists").contains(&block);
         disk.set_faults(DiskFaults { write_error_permille: 500, ..DiskFaults::default() });
         let first = store.erase(block);

@@ -175,6 +175,8 @@ impl Client {
                 Ok(_) => {
                     (draft.size, draft.last_span) = (draft.size + part, 0);
                     from_offset += part;
+                    // What lies behind a dense place may fit in larger parts again.
+                    part = part.saturating_mul(2);
                 }
                 // More extents than one entry takes.
                 Err(error) if error.code() == Some(Code::TooLarge) && part > 1 => part = part.div_ceil(2),
@@ -238,18 +240,25 @@ impl Client {
     ) -> Result<Attributes, ClientError> {
         let before = self.stat(file.id).await?;
         let policy = self.write_policy(file.parent).await?;
+        let first = read_up_to(source, policy.span_bytes()).await?;
+        // Nothing that is written lengthens nothing.
+        let offset = if first.is_empty() { offset.min(before.size) } else { offset };
+        if first.is_empty() && (!truncate || offset == before.size) {
+            return Ok(before);
+        }
         let mut draft = self.start_draft(file.id).await?;
         let written = async {
             let kept = offset.min(before.size);
             self.append_shared(&mut draft, before.content, 0, kept).await?;
             self.append_hole(&mut draft, offset - kept).await?;
+            let mut chunk = first;
             loop {
-                let chunk = read_up_to(source, policy.span_bytes()).await?;
                 let length = chunk.len();
                 self.append(&mut draft, chunk, &policy).await?;
                 if length < policy.span_bytes() {
                     break;
                 }
+                chunk = read_up_to(source, policy.span_bytes()).await?;
             }
             if !truncate && draft.size < before.size {
                 let from = draft.size;

@@ -58,7 +58,7 @@ pub trait Observer: Send + Sync {
 /// How a client behaves.
 #[derive(Clone)]
 pub struct ClientOptions {
-    /// How long a request is retried before its outcome is reported as it is.
+    /// How long a request is retried, and any other wait lasts without getting on, before the outcome is reported as it is.
     pub patience: Duration,
     /// How long one attempt may take.
     pub attempt: Duration,
@@ -124,6 +124,9 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// An attempt gets this long, however little patience there is.
+const ATTEMPT_MIN: Duration = Duration::from_secs(1);
+
 /// An answer that came and cannot be read: what was asked for has happened, if it changes anything.
 fn undecodable(error: impl std::fmt::Display, mutates: bool) -> ClientError {
     let text = format!("decode the answer: {error}");
@@ -170,7 +173,7 @@ impl Client {
         // Small ids are the cluster's own.
         let id = runtime.random.u64() | 1 << 32;
         let edges = EdgeCache::new(options.cache_entries_max, options.cache_lifetime);
-        let clock = HybridClock::new(runtime.clock.clone());
+        let clock = HybridClock::following(runtime.clock.clone());
         let writing = tokio::sync::Semaphore::new(options.write_mib_max.max(1) as usize);
         Client {
             inner: Arc::new(Inner {
@@ -196,6 +199,13 @@ impl Client {
         Client::new(runtime, self.inner.registry.clone(), self.inner.options.clone())
     }
 
+    /// The same client with other patience; ids, caches and sessions are its own.
+    pub fn with_patience(&self, patience: Duration) -> Client {
+        let patience = patience.min(self.inner.options.patience);
+        let options = ClientOptions { patience, ..self.inner.options.clone() };
+        Client::new(self.inner.runtime.clone(), self.inner.registry.clone(), options)
+    }
+
     /// What the client runs on.
     pub fn runtime(&self) -> &Runtime {
         &self.inner.runtime
@@ -211,13 +221,34 @@ impl Client {
         self.inner.clock.highest()
     }
 
-    fn tag(&self) -> Tag<'_> {
+    /// The cluster's time, as far as it is known from what its servers have said.
+    pub fn cluster_time(&self) -> Time {
+        self.inner.clock.now()
+    }
+
+    /// A tag for a mutation. Its time is the cluster's, so somebody is asked first where nobody has said it yet: by this
+    /// machine's own clock a request may be long expired, or never expire.
+    async fn tag(&self) -> Result<Tag<'_>, ClientError> {
+        if !self.inner.clock.is_set() && !mutants::is(Mutant::TagFromWallClock) {
+            Box::pin(self.refresh_map()).await?;
+        }
+        Ok(self.draw_tag())
+    }
+
+    fn issue_time(&self) -> u64 {
+        match mutants::is(Mutant::TagFromWallClock) {
+            true => self.inner.runtime.clock.now().0,
+            false => self.inner.clock.now().0,
+        }
+    }
+
+    fn draw_tag(&self) -> Tag<'_> {
         let mut tags = lock(&self.inner.tags);
         tags.last += 1;
         let sequence = tags.last;
         tags.outstanding.insert(sequence);
         let acknowledged = tags.outstanding.first().map_or(0, |first| first - 1);
-        let issued_at = self.inner.runtime.clock.now().0.max(self.inner.clock.highest().0);
+        let issued_at = self.issue_time();
         Tag {
             inner: &self.inner,
             tag: ClientTag { client: self.inner.id, sequence, acknowledged, issued_at },
@@ -310,8 +341,10 @@ impl Client {
             Body::Encoded(body) => Request { body, ..request }.encode_to_vec().into(),
             Body::Blocks(body) => Parts::of_request(&request, body),
         };
-        let timeout =
-            if lane == Lane::Bulk { self.inner.options.block_attempt } else { self.inner.options.attempt };
+        let options = &self.inner.options;
+        let timeout = if lane == Lane::Bulk { options.block_attempt } else { options.attempt };
+        // No attempt outlasts patience; a moment is always given.
+        let timeout = timeout.min(options.patience.max(ATTEMPT_MIN));
         let call = self.inner.runtime.network.call(&target.endpoint, lane, request, timeout);
         let nowhere = AnsweredAt::default();
         let answer = match call.await {
@@ -328,7 +361,7 @@ impl Client {
                 return (Err(ClientError::Unknown(text)), nowhere);
             }
         };
-        self.inner.clock.advance(Time(response.time));
+        self.inner.clock.hear(Time(response.time));
         let at = AnsweredAt { position: response.position, time: response.time };
         match response.error {
             Some(error) => (Err(ClientError::Refused(Refusal::from_wire(error))), at),
@@ -374,6 +407,8 @@ impl Client {
         let start = clock.monotonic();
         let mut backoff = Duration::from_millis(5);
         let mut maybe_done = false;
+        let mut tag = tag.copied();
+        let mut renewed = false;
         loop {
             let target = Box::pin(self.target(service)).await;
             // What went wrong on the way to the registry had no effect at the service.
@@ -381,7 +416,7 @@ impl Client {
             let (result, answered_at) = match target {
                 Ok(target) => {
                     let body = Body::Encoded(body.clone());
-                    self.attempt(&target, Lane::Metadata, tag.cloned(), body, admin).await
+                    self.attempt(&target, Lane::Metadata, tag, body, admin).await
                 }
                 Err(error) => (Err(error), AnsweredAt::default()),
             };
@@ -396,7 +431,26 @@ impl Client {
                 Err(error) => error,
             };
             let retry = match &error {
+                // Nothing was sent before that could have had an effect, so this had none: the tag's time was too old when
+                // it was drawn, and now the cluster's time is known. The sequence stays, so that a copy of this attempt
+                // that comes late is recognised.
+                ClientError::Refused(refusal)
+                    if refusal.code == Code::ExpiredUnknown
+                        && !maybe_done
+                        && !renewed
+                        && !mutants::is(Mutant::TagFromWallClock) =>
+                {
+                    self.inner.runtime.note("client: a tag is drawn again");
+                    renewed = true;
+                    if let Some(tag) = &mut tag {
+                        tag.issued_at = self.issue_time();
+                    }
+                    true
+                }
                 ClientError::Refused(refusal) => {
+                    if refusal.code == Code::ExpiredUnknown && !maybe_done && tag.is_some() {
+                        self.inner.runtime.note("client: expired before it was ever sent");
+                    }
                     maybe_done |= was_sent && refusal.may_have_effect();
                     let moved = matches!(
                         refusal.code,
@@ -464,7 +518,7 @@ impl Client {
         mutates: bool,
     ) -> Result<RegistryReply, ClientError> {
         let body = Bytes::from(RegistryRequest { op: Some(op) }.encode_to_vec());
-        let tag = mutates.then(|| self.tag());
+        let tag = if mutates { Some(self.tag().await?) } else { None };
         let answer = self.ask(Service::Registry, body, tag.as_ref().map(|t| &t.tag), false).await?;
         RegistryReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))
     }
@@ -473,7 +527,7 @@ impl Client {
     pub async fn cdc(&self, op: cdc_request::Op) -> Result<CdcReply, ClientError> {
         let mutates = !matches!(op, cdc_request::Op::ListTransactions(_));
         let body = Bytes::from(CdcRequest { op: Some(op) }.encode_to_vec());
-        let tag = mutates.then(|| self.tag());
+        let tag = if mutates { Some(self.tag().await?) } else { None };
         let answer = self.ask(Service::Cdc, body, tag.as_ref().map(|t| &t.tag), false).await?;
         CdcReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))
     }
@@ -485,7 +539,7 @@ impl Client {
 
     /// Changes something at the shard of a slot, once, however often it must be asked.
     pub async fn shard_write(&self, slot: Slot, op: shard_request::Op) -> Result<Reply, ClientError> {
-        let tag = self.tag();
+        let tag = self.tag().await?;
         self.shard(slot, op, Some(&tag.tag)).await
     }
 

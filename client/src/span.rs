@@ -55,6 +55,29 @@ pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Resu
     Ok(Encoded { shape, size: size as u32, crc: span_crc, cell_crcs, blocks })
 }
 
+/// The same data blocks with another number of parity blocks.
+pub(crate) fn with_parity(
+    codec: &Codec,
+    shape: SpanShape,
+    parity_blocks: u32,
+    size: u32,
+    crc: u32,
+    data: Vec<Bytes>,
+) -> Result<Encoded, CodecError> {
+    let cell = shape.cell_size as usize;
+    let mut blocks = data;
+    let mut parity: Vec<Vec<u8>> =
+        (0..parity_blocks).map(|_| Vec::with_capacity(shape.block_bytes() as usize)).collect();
+    for stripe in 0..shape.stripes as usize {
+        let cells: Vec<&[u8]> =
+            blocks.iter().map(|block| &block[stripe * cell..(stripe + 1) * cell]).collect();
+        codec.encode_onto(&cells, &mut parity)?;
+    }
+    blocks.extend(parity.into_iter().map(Bytes::from));
+    let cell_crcs = blocks.iter().flat_map(|block| block.chunks(cell).map(crc::of)).collect();
+    Ok(Encoded { shape: SpanShape { parity_blocks, ..shape }, size, crc, cell_crcs, blocks })
+}
+
 /// Cells of consecutive stripes of one block.
 pub(crate) type Cells = Bytes;
 
@@ -109,6 +132,17 @@ mod tests {
                 }
                 assert_eq!(back[..size], bytes);
                 assert!(back[size..].iter().all(|byte| *byte == 0));
+                // With another number of parity blocks it is what it would have been from the beginning.
+                for fewer in 1..parity_blocks {
+                    let codec = Codec::new(data_blocks as usize, fewer as usize).expect("a known scheme");
+                    let data = encoded.blocks[..data_blocks as usize].to_vec();
+                    let again =
+                        with_parity(&codec, shape, fewer, encoded.size, encoded.crc, data).expect("encodes");
+                    let shape = SpanShape { parity_blocks: fewer, ..shape };
+                    let whole = encode(&codec, shape, bytes.clone()).expect("encodes");
+                    assert_eq!((again.crc, again.cell_crcs), (whole.crc, whole.cell_crcs));
+                    assert_eq!((again.blocks, again.shape), (whole.blocks, whole.shape));
+                }
             }
         }
     }

@@ -22,7 +22,7 @@ use crate::{
     error::ClientError,
     files::{Created, FileAttributes, created},
     rpc::{Client, lock},
-    span::Encoded,
+    span::{Encoded, with_parity},
 };
 
 /// Where a file's bytes come from.
@@ -114,11 +114,51 @@ impl Client {
         storage_class: u32,
         never: &Never,
     ) -> Result<Span, ClientError> {
+        let mut less: Option<Encoded> = None;
+        loop {
+            let encoded = less.as_ref().unwrap_or(encoded);
+            match self.write_span_as(to, offset, encoded, storage_class, never).await {
+                // Disks are missing: bytes with less parity are better than none, as long as they have some.
+                Err(error) if error.code() == Some(Code::NoSpace) && encoded.shape.parity_blocks > 1 => {
+                    self.inner.runtime.note("write: a span gets less parity than its policy says");
+                    let fewer = encoded.shape.parity_blocks - 1;
+                    let codec = self.codec(encoded.shape.data_blocks, fewer)?;
+                    let (shape, size, crc) = (encoded.shape, encoded.size, encoded.crc);
+                    let blocks = encoded.blocks[..shape.data_blocks as usize].to_vec();
+                    let work = self
+                        .inner
+                        .runtime
+                        .blocking(move || with_parity(&codec, shape, fewer, size, crc, blocks));
+                    let again =
+                        work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
+                    match again {
+                        Ok(again) => less = Some(again),
+                        Err(_) => return Err(error),
+                    }
+                }
+                written => return written,
+            }
+        }
+    }
+
+    async fn write_span_as(
+        &self,
+        to: &Draft,
+        offset: u64,
+        encoded: &Encoded,
+        storage_class: u32,
+        never: &Never,
+    ) -> Result<Span, ClientError> {
         let slot = to.slot;
         let mut avoid = self.suspects();
         avoid.extend_from_slice(&never.services);
         let mut failures: Vec<String> = Vec::new();
+        let clock = self.inner.runtime.clock.clone();
+        let begin = clock.monotonic();
         for attempt in 0..PLACEMENTS_MAX {
+            if attempt > 0 && clock.monotonic() - begin >= self.inner.options.patience {
+                break;
+            }
             if attempt > 0 {
                 self.inner.runtime.note("write: a span is placed again");
             }
@@ -203,10 +243,12 @@ impl Client {
 
     /// Writes one block; what may pass is tried again, because writing the same block twice is the same as once.
     pub(crate) async fn write_block(&self, block: &Block, data: Bytes) -> Result<Bytes, ClientError> {
+        let clock = &self.inner.runtime.clock;
+        let (begin, patience) = (clock.monotonic(), self.inner.options.patience);
         let mut pause = Duration::from_millis(50);
         for _ in 1..BLOCK_ATTEMPTS_MAX {
             match self.write_block_once(block, data.clone()).await {
-                Err(error) if error.may_pass() => {
+                Err(error) if error.may_pass() && clock.monotonic() - begin < patience => {
                     self.inner.runtime.note("write: a block is sent again");
                     self.inner.runtime.clock.sleep(pause).await;
                 }

@@ -8,7 +8,7 @@ use clutch_runtime::Runtime;
 use serde::{Deserialize, Serialize};
 
 /// The version of the directory's layout that this build writes.
-pub const LAYOUT: u32 = 1;
+pub const LAYOUT: u32 = 2;
 /// Disks of one directory.
 pub const DISKS_MAX: u32 = 4096;
 
@@ -56,7 +56,8 @@ impl ClusterFile {
     pub fn check(&self) -> Result<()> {
         ensure!(
             self.layout == LAYOUT,
-            "layout {} is not known to this build (it knows {LAYOUT})",
+            "layout {} is not known to this build, which knows {LAYOUT}: with the build that made the directory, copy the \
+             files out (clutch fs get -r), then put them into a new directory",
             self.layout
         );
         ensure!(
@@ -102,24 +103,63 @@ impl ClusterFile {
         Ok(Some(file))
     }
 
-    /// Writes the file, durably. A directory with foreign files in it is refused.
-    pub fn create(&self, runtime: &Runtime, dir: &Path) -> Result<()> {
+    /// Writes the file, durably, as the last thing after `prepare` has made what belongs to a cluster. A directory with
+    /// foreign files in it is refused; what a creation left that did not come to its end is removed.
+    pub fn create(
+        &self,
+        runtime: &Runtime,
+        dir: &Path,
+        prepare: &dyn Fn(&ClusterFile) -> Result<()>,
+    ) -> Result<()> {
         runtime.disk.create_dir_all(dir)?;
+        remove_interrupted(dir)?;
         let foreign: Vec<String> = runtime
             .disk
             .list(dir)?
             .into_iter()
             .filter(|n| n != "lock" && n != "keys" && n != "cluster.new")
             .collect();
+        if let Some(name) = ["log", "state", "blocks"].iter().find(|name| foreign.iter().any(|f| f == *name))
+        {
+            bail!(
+                "{} is missing, but {} is there: this was a cluster. Restore cluster.json from a copy; without it nothing \
+                 can be started",
+                dir.join("cluster.json").display(),
+                dir.join(name).display()
+            );
+        }
         if let Some(name) = foreign.first() {
             bail!(
                 "{} is not a Clutch directory and not empty (it has {name:?}); choose another",
                 dir.display()
             );
         }
+        prepare(self)?;
         runtime
             .disk
             .replace(&dir.join("cluster.json"), &serde_json::to_vec_pretty(self)?)
             .context("write cluster.json")
     }
+}
+
+/// Removes the disks that a creation made which did not come to its end: labels and nothing else.
+fn remove_interrupted(dir: &Path) -> Result<()> {
+    let blocks = dir.join("blocks");
+    if !blocks.is_dir() || dir.join("log").exists() || dir.join("state").exists() {
+        return Ok(());
+    }
+    let mut disks = Vec::new();
+    for disk in std::fs::read_dir(&blocks)? {
+        let disk = disk?.path();
+        let names: Vec<_> =
+            std::fs::read_dir(&disk)?.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
+        if names.iter().any(|name| name != clutch_blocks::label::LABEL_FILE && name != "label.new") {
+            return Ok(());
+        }
+        disks.push(disk);
+    }
+    for disk in disks {
+        std::fs::remove_dir_all(&disk).with_context(|| format!("remove {}", disk.display()))?;
+    }
+    std::fs::remove_dir(&blocks).with_context(|| format!("remove {}", blocks.display()))
 }

@@ -155,7 +155,7 @@ fn may_go(policy: &SnapshotPolicy, now: Time, ended_at: u64, newer: usize) -> bo
 }
 
 fn now_of(client: &Client) -> Time {
-    client.runtime().clock.now().max(client.seen_time())
+    client.cluster_time()
 }
 
 async fn directories(pace: &mut Pace, done: &mut Collected) -> Result<(), ClientError> {

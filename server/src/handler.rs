@@ -18,6 +18,8 @@ use clutch_runtime::{BoxFuture, Handler, HybridClock};
 use clutch_state::{Answer, ReplicaHandle};
 use prost::Message as _;
 
+use crate::{room::Room, stores::LogProvider};
+
 /// The roles of a node, as seen from the network.
 pub(crate) struct NodeHandler {
     pub(crate) cluster: u64,
@@ -28,6 +30,27 @@ pub(crate) struct NodeHandler {
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) process_usage: ProcessUsage,
+    pub(crate) logs: Arc<dyn LogProvider>,
+    pub(crate) room: Arc<Room>,
+}
+
+impl NodeHandler {
+    /// Adds what only the node knows.
+    fn add_node(&self, reply: &mut AdminReply) {
+        if let Some(status) = &mut reply.status {
+            let (cpu_us, resident_bytes) = (self.process_usage)().unwrap_or_default();
+            (status.process_cpu_us, status.resident_bytes) = (cpu_us, resident_bytes);
+            status.node_faults = node_faults(&self.blocks, &self.room);
+            status.log_bytes = self.logs.bytes();
+            status.clock_ahead_ms = self.clock.wall_ahead_ms();
+        }
+    }
+}
+
+/// What is wrong with a node beside its replicas.
+pub(crate) fn node_faults(blocks: &BTreeMap<u64, Arc<BlockService>>, room: &Room) -> Vec<String> {
+    let disks = blocks.values().filter_map(|service| service.store().unusable());
+    disks.chain(room.shortage()).collect()
 }
 
 /// Asks for the processor time in microseconds and the resident bytes of this process, where it has some of its own.
@@ -58,7 +81,7 @@ impl NodeHandler {
             Ok(answer) => answer,
             Err(refusal) => (Response { error: Some(refusal.to_wire()), ..Response::default() }, None),
         };
-        response.time = response.time.max(self.clock.highest().0);
+        response.time = response.time.max(self.clock.now().0);
         (response, body)
     }
 
@@ -110,7 +133,7 @@ impl NodeHandler {
             let op = AdminRequest::decode(request.body)
                 .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
             let mut reply = Box::pin(replica.admin(op)).await?;
-            add_process(&mut reply, self.process_usage);
+            self.add_node(&mut reply);
             return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));
         }
         let Answer { result, position, time } = replica.call(request.body, request.tag).await;
@@ -120,14 +143,6 @@ impl NodeHandler {
             Err(refusal) => Response { error: Some(refusal.to_wire()), ..response },
         };
         Ok((response, None))
-    }
-}
-
-/// Adds what only the process knows of itself.
-fn add_process(reply: &mut AdminReply, process_usage: ProcessUsage) {
-    if let Some(status) = &mut reply.status {
-        let (cpu_us, resident_bytes) = process_usage().unwrap_or_default();
-        (status.process_cpu_us, status.resident_bytes) = (cpu_us, resident_bytes);
     }
 }
 

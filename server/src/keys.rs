@@ -13,7 +13,7 @@ use clutch_shard::Keyring;
 
 /// Reads the keys of these services, and makes those that are missing.
 pub fn load_or_create(runtime: &Runtime, dir: &Path, services: &[u64]) -> Result<Keyring> {
-    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    make_directory(runtime, dir)?;
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700))?;
     let mut keyring = Keyring::default();
     for service in services {
@@ -26,9 +26,18 @@ pub fn load_or_create(runtime: &Runtime, dir: &Path, services: &[u64]) -> Result
 
 /// Reads the key that the parts of the cluster know each other by, and makes it if it is missing.
 pub fn system_key(runtime: &Runtime, dir: &Path) -> Result<[u8; 32]> {
-    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    make_directory(runtime, dir)?;
     let keys = read_or_create(runtime, &dir.join("cluster.key"))?;
     Ok(keys.into_iter().max_by_key(|k| k.epoch).context("no key")?.secret)
+}
+
+fn make_directory(runtime: &Runtime, dir: &Path) -> Result<()> {
+    let made = runtime.disk.create_dir_all(dir).and_then(|()| match dir.parent() {
+        // Also one that a process made that did not come to its sync.
+        Some(parent) => runtime.disk.sync_dir(parent),
+        None => Ok(()),
+    });
+    made.with_context(|| format!("make {}", dir.display()))
 }
 
 fn read_or_create(runtime: &Runtime, path: &Path) -> Result<Vec<Key>> {

@@ -6,6 +6,8 @@
 //! running cluster.
 
 pub mod cdc_driver;
+#[cfg(feature = "rocks")]
+pub mod clock_file;
 pub mod cluster_file;
 pub mod collector;
 pub mod fsck;
@@ -14,6 +16,7 @@ pub mod keys;
 pub mod node;
 #[cfg(feature = "rocks")]
 pub mod replay;
+pub mod room;
 pub mod stores;
 #[cfg(feature = "rocks")]
 pub mod up;

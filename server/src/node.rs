@@ -15,28 +15,33 @@ use bytes::Bytes;
 use clutch_blocks::{BlockService, BlockStore};
 use clutch_cdc::Cdc;
 use clutch_client::{Client, ClientOptions};
-use clutch_log::LogId;
+use clutch_log::{Bounds, LogId};
 use clutch_proto::{
-    ServiceId, cdc,
+    ServiceId, Time, cdc,
     mutants::{self, Mutant},
     registry::{
         self, GetChain, PlaceCdc, PlaceShard, RegisterServices, Segment, SpanPolicy, SwapChain,
         registry_entry, registry_request::Op,
     },
+    rules,
     session::Role,
     shard, types,
 };
 use clutch_registry::Registry;
-use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime};
+use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
 use clutch_shard::{Keyring, Lifetimes, Shard, ShardFacts};
-use clutch_state::{Applier, Machine, Replica, ReplicaConfig, ReplicaHandle, replica::LeaderEvent};
+use clutch_state::{
+    Applier, Fault, Machine, Replica, ReplicaConfig, ReplicaHandle, applier::batch_crc, replica::LeaderEvent,
+};
+use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::mpsc;
 
 use crate::{
     cdc_driver,
     cluster_file::ClusterFile,
-    handler::{INCARNATION, NodeHandler, ProcessUsage, SharedHandler},
+    handler::{INCARNATION, NodeHandler, ProcessUsage, SharedHandler, node_faults},
+    room::Room,
     stores::{LogProvider, StoreProvider, log_name},
 };
 
@@ -44,7 +49,10 @@ use crate::{
 pub const SPAN_BYTES: u32 = 8 << 20;
 /// How often a node compares what it knows with the registry.
 const REFRESH: Duration = Duration::from_secs(2);
-/// Free space is reported when it has moved by this part of the capacity.
+/// How often a node looks at the room for its logs and states.
+const LOOK_AT_ROOM: Duration = Duration::from_millis(250);
+/// Free space is reported when it has moved by this part of the capacity, or of what was reported where that is less: at the
+/// edge, a little decides.
 const SPACE_STEP: u64 = 32;
 
 /// Which roles a node has.
@@ -61,6 +69,7 @@ pub struct Roles {
 }
 
 /// Everything a node is made of.
+#[derive(Clone)]
 pub struct NodeConfig {
     /// What it runs on.
     pub runtime: Runtime,
@@ -88,6 +97,14 @@ pub struct NodeConfig {
     pub lifetimes: Lifetimes,
     /// How far apart the clocks of the cluster's nodes may be, in milliseconds.
     pub clock_skew_ms_max: u64,
+    /// Says how long ago the logs ended at a time, where a clock that nobody sets knows it.
+    pub down: Arc<dyn Fn(Time) -> Option<Duration> + Send + Sync>,
+    /// Believe a wall clock that is further ahead than the node can have been down.
+    pub accept_clock: bool,
+    /// Room for logs and states.
+    pub room: Arc<Room>,
+    /// Disks that share their file system with logs or states leave the reserve free.
+    pub reserve_on: Vec<u64>,
     /// What the process uses; a simulated node has no process of its own.
     pub process_usage: ProcessUsage,
 }
@@ -98,16 +115,50 @@ pub struct Node {
     replicas: Vec<ReplicaHandle>,
     stopping: Arc<AtomicBool>,
     client: Client,
+    notices: Vec<String>,
+    clock: Arc<HybridClock>,
+    blocks: BTreeMap<u64, Arc<BlockService>>,
+    room: Arc<Room>,
 }
 
 impl Node {
-    /// Starts all roles and returns when the registry knows them.
+    /// Starts all roles and returns when the registry knows them. When that fails, nothing of the node runs any more.
+    ///
+    /// # Errors
+    /// Also when a state turns out to be damaged while its log is replayed; starting again builds it anew.
     pub async fn start(config: NodeConfig) -> Result<Node> {
+        let (notices, started) = (Mutex::default(), Mutex::default());
+        let node = Node::start_all(config, &notices, &started).await;
+        if node.is_err() {
+            let started = std::mem::take(&mut *started.lock());
+            for replica in started {
+                replica.stop().await;
+            }
+        }
+        node.map(|node| Node { notices: notices.into_inner(), ..node })
+    }
+
+    async fn start_all(
+        config: NodeConfig,
+        notices: &Mutex<Vec<String>>,
+        started: &Mutex<Vec<ReplicaHandle>>,
+    ) -> Result<Node> {
         let runtime = config.runtime.clone();
         let cluster = config.cluster.cluster_id()?;
-        let clock = Arc::new(HybridClock::new(runtime.clock.clone()));
-        let starter =
-            Starter { config: &config, clock: clock.clone(), activity: Arc::new(AtomicU64::new(0)) };
+        // Who has no logs goes by what those say who have.
+        let has_logs = config.roles.registry || config.roles.cdc || !config.roles.shards.is_empty();
+        let clock = Arc::new(match has_logs {
+            true => HybridClock::new(runtime.clock.clone()),
+            false => HybridClock::following(runtime.clock.clone()),
+        });
+        let starter = Starter {
+            config: &config,
+            cluster,
+            clock: clock.clone(),
+            activity: Arc::new(AtomicU64::new(0)),
+            notices,
+            started,
+        };
         let facts = Arc::new(ShardFacts {
             cluster,
             keyring: std::sync::RwLock::new(config.keyring.clone()),
@@ -115,39 +166,52 @@ impl Node {
             ..ShardFacts::default()
         });
 
-        let registry = match config.roles.registry {
-            true => Some(
-                starter
-                    .start::<Registry>(LogId::REGISTRY, Arc::new(()), registry_genesis(&config.cluster)?)
-                    .await?
-                    .0,
-            ),
-            false => None,
+        // All states are opened and compared with their logs before anything is appended to any of these.
+        let registry =
+            config.roles.registry.then(|| starter.prepare::<Registry>(LogId::REGISTRY)).transpose()?;
+        let mut prepared = Vec::new();
+        for number in &config.roles.shards {
+            prepared.push((*number, starter.prepare::<Shard>(LogId::shard(*number))?));
+        }
+        let cdc = config.roles.cdc.then(|| starter.prepare::<Cdc>(LogId::CDC)).transpose()?;
+        let ended = registry.iter().map(Applier::time).chain(prepared.iter().map(|(_, shard)| shard.time()));
+        let ended = ended.chain(cdc.iter().map(Applier::time)).max();
+        if let Some(ended) = ended {
+            let start = clock.begin(ended, (config.down)(ended), config.accept_clock);
+            notices.lock().extend(clock_notice(start));
+        }
+        let registry = match registry {
+            Some(applier) => {
+                let genesis = registry_genesis(&config.cluster)?;
+                Some(starter.start(LogId::REGISTRY, applier, Arc::new(()), genesis).await?.0)
+            }
+            None => None,
         };
         let mut shards = BTreeMap::new();
-        for number in &config.roles.shards {
-            let genesis = shard_genesis(&config.cluster, *number)?;
-            shards.insert(
-                *number,
-                starter.start::<Shard>(LogId::shard(*number), facts.clone(), genesis).await?.0,
-            );
+        for (number, applier) in prepared {
+            let genesis = shard_genesis(&config.cluster, number)?;
+            let started = starter.start(LogId::shard(number), applier, facts.clone(), genesis).await?;
+            shards.insert(number, started.0);
         }
-        let cdc = match config.roles.cdc {
-            true => {
-                let entry = cdc::CdcEntry {
-                    tag: None,
-                    body: Some(cdc::cdc_entry::Body::Genesis(cdc::Genesis { cluster })),
-                };
-                Some(starter.start::<Cdc>(LogId::CDC, Arc::new(()), entry.encode_to_vec().into()).await?)
+        let cdc = match cdc {
+            Some(applier) => {
+                let genesis = cdc::Genesis { cluster, rules: rules::VERSION };
+                let body = Some(cdc::cdc_entry::Body::Genesis(genesis));
+                let entry = cdc::CdcEntry { tag: None, body };
+                Some(starter.start(LogId::CDC, applier, Arc::new(()), entry.encode_to_vec().into()).await?)
             }
-            false => None,
+            None => None,
         };
         let mut blocks = BTreeMap::new();
         for (service, dir) in &config.roles.disks {
             let store = BlockStore::open(runtime.disk.clone(), dir.clone(), cluster, ServiceId(*service))
                 .with_context(|| format!("open disk {}", dir.display()))?;
+            let store = match config.reserve_on.contains(service) {
+                true => store.with_reserve(config.room.reserve_bytes()),
+                false => store,
+            };
             let keys = config.keyring.of(ServiceId(*service)).to_vec();
-            let service_of_disk = BlockService::new(runtime.clone(), store, cluster, keys)
+            let service_of_disk = BlockService::new(runtime.clone(), clock.clone(), store, cluster, keys)
                 .with_skew_ms_max(config.clock_skew_ms_max);
             blocks.insert(*service, Arc::new(service_of_disk));
         }
@@ -160,13 +224,15 @@ impl Node {
             .collect();
         let handler = Arc::new(NodeHandler {
             cluster,
-            clock,
+            clock: clock.clone(),
             system_key: config.system_key,
             registry,
             cdc: cdc.as_ref().map(|(handle, _)| handle.clone()),
             shards: shards.clone(),
             blocks: blocks.clone(),
             process_usage: config.process_usage,
+            logs: config.logs.clone(),
+            room: config.room.clone(),
         });
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
@@ -186,6 +252,7 @@ impl Node {
             epochs.insert(name, epoch);
         }
         let stopping = Arc::new(AtomicBool::new(false));
+        watch_room(&runtime, config.room.clone(), stopping.clone());
         let keeper = Keeper {
             client: client.clone(),
             address,
@@ -193,14 +260,24 @@ impl Node {
             shard_count: config.cluster.shards,
             engine: config.engine.clone(),
             epochs,
-            blocks,
+            clock: clock.clone(),
+            blocks: blocks.clone(),
             shards,
             facts,
             logged_version: 0,
             reported: BTreeMap::new(),
         };
         keeper.run(stopping.clone()).await?;
-        Ok(Node { listening, replicas, stopping, client })
+        Ok(Node {
+            listening,
+            replicas,
+            stopping,
+            client,
+            notices: Vec::new(),
+            clock,
+            blocks,
+            room: config.room,
+        })
     }
 
     /// Where the node listens.
@@ -213,6 +290,28 @@ impl Node {
         &self.client
     }
 
+    /// What an operator should know of the start.
+    pub fn notices(&self) -> &[String] {
+        &self.notices
+    }
+
+    /// The node's clock.
+    pub fn clock(&self) -> &Arc<HybridClock> {
+        &self.clock
+    }
+
+    /// What is wrong with the node beside its replicas.
+    pub fn node_faults(&self) -> Vec<String> {
+        node_faults(&self.blocks, &self.room)
+    }
+
+    /// Why replicas have stopped for good, and whether any goes on.
+    pub fn faults(&self) -> (Vec<String>, bool) {
+        let faults: Vec<String> = self.replicas.iter().filter_map(|r| r.fault().map(str::to_owned)).collect();
+        let serves = faults.len() < self.replicas.len() || self.replicas.is_empty();
+        (faults, serves)
+    }
+
     /// Ends cleanly: what is applied is flushed, so that the next start need not replay it.
     pub async fn stop(self) {
         self.stopping.store(true, Ordering::Relaxed);
@@ -220,6 +319,37 @@ impl Node {
             replica.stop().await;
         }
     }
+}
+
+/// Looks at the room for logs and states again and again.
+fn watch_room(runtime: &Runtime, room: Arc<Room>, stopping: Arc<AtomicBool>) {
+    let clock = runtime.clock.clone();
+    let seam = runtime.clone();
+    runtime.spawn("room", async move {
+        while !stopping.load(Ordering::Relaxed) {
+            let room = room.clone();
+            seam.blocking(move || room.look()).await;
+            clock.sleep(LOOK_AT_ROOM).await;
+        }
+    });
+}
+
+/// What an operator should know of the clock.
+fn clock_notice(start: Start) -> Option<String> {
+    let notice = match start {
+        Start::Followed => return None,
+        Start::Behind(by) => format!(
+            "the clock is {} s behind the log: time goes on from where the log ended, and slowly comes back to the clock's",
+            by.as_secs()
+        ),
+        Start::Ahead(by) => format!(
+            "the clock is {} s ahead of what the log and the time since its end give: it is not believed, and time goes on \
+             from where the log ended. If the clock is right, start once with --accept-clock",
+            by.as_secs()
+        ),
+    };
+    tracing::warn!("{notice}");
+    Some(notice)
 }
 
 /// Waits until a replica has applied its log and leads, however long that takes. Returns its name and epoch.
@@ -250,6 +380,7 @@ fn registry_genesis(cluster: &ClusterFile) -> Result<Bytes> {
             parity_blocks: cluster.parity_blocks,
             span_size_max: SPAN_BYTES,
         }),
+        rules: rules::VERSION,
     };
     let entry = registry::RegistryEntry { tag: None, body: Some(registry_entry::Body::Genesis(genesis)) };
     Ok(entry.encode_to_vec().into())
@@ -263,6 +394,7 @@ fn shard_genesis(cluster: &ClusterFile, number: u32) -> Result<Bytes> {
         slot_last,
         cluster: cluster.cluster_id()?,
         root_mode: 0o755,
+        rules: rules::VERSION,
     };
     let entry = shard::ShardEntry { tag: None, body: Some(shard::shard_entry::Body::Genesis(genesis)) };
     Ok(entry.encode_to_vec().into())
@@ -270,17 +402,90 @@ fn shard_genesis(cluster: &ClusterFile, number: u32) -> Result<Bytes> {
 
 struct Starter<'a> {
     config: &'a NodeConfig,
+    cluster: u64,
     clock: Arc<HybridClock>,
     activity: Arc<AtomicU64>,
+    /// What an operator should know of this start.
+    notices: &'a Mutex<Vec<String>>,
+    /// Replicas that run, so that they are stopped when the start fails.
+    started: &'a Mutex<Vec<ReplicaHandle>>,
 }
 
 type Started<M> = (ReplicaHandle, mpsc::UnboundedReceiver<LeaderEvent<<M as Machine>::Effect>>);
 
 impl Starter<'_> {
-    async fn start<M: Machine>(&self, id: LogId, facts: Arc<M::Facts>, genesis: Bytes) -> Result<Started<M>> {
+    /// Opens a state and compares it with its log. One that is damaged, missing behind a trimmed log, or of somebody else is
+    /// built anew; one that the log does not reach is refused.
+    fn prepare<M: Machine>(&self, id: LogId) -> Result<Applier<M>> {
+        let (stores, logs) = (&self.config.stores, &self.config.logs);
+        let log = logs.bounds(id);
+        let reason = match stores.condemned(id) {
+            Some(why) => why,
+            None => match self.open::<M>(id) {
+                Ok(applier) if applier.position().next() >= log.first => {
+                    self.compare(id, &applier, log)?;
+                    return Ok(applier);
+                }
+                Ok(applier) => {
+                    format!("it ends at {} and the log begins at {}", applier.position(), log.first)
+                }
+                Err(fault) if fault.is_damage() => fault.to_string(),
+                Err(fault) => return Err(fault).with_context(|| format!("open the state of {id}")),
+            },
+        };
+        let rebuilt =
+            stores.rebuild(id, log).with_context(|| format!("build the state of {id} anew ({reason})"))?;
+        let from = match rebuilt.from_checkpoint {
+            Some(position) => format!("from the checkpoint at {position}"),
+            None => "from the beginning of the log".to_owned(),
+        };
+        let aside = rebuilt
+            .set_aside
+            .map_or(String::new(), |path| format!("; the old files are in {}", path.display()));
+        let notice =
+            format!("the state of {id} could not be used ({reason}) and is built anew {from}{aside}");
+        tracing::warn!("{notice}");
+        self.config.runtime.note("node: a state is built anew");
+        self.notices.lock().push(notice);
+        let applier = self.open::<M>(id).with_context(|| format!("open the state of {id}"))?;
+        self.compare(id, &applier, log)?;
+        Ok(applier)
+    }
+
+    fn open<M: Machine>(&self, id: LogId) -> Result<Applier<M>, Fault> {
+        let applier = Applier::<M>::open(self.config.stores.store(id)?)?;
+        M::check_home(&**applier.store(), self.cluster, id.number)?;
+        Ok(applier)
+    }
+
+    /// Refuses a log that is not the one that a state was made from.
+    fn compare<M: Machine>(&self, id: LogId, applier: &Applier<M>, log: Bounds) -> Result<()> {
+        let (position, crc) = applier.last_batch();
+        ensure!(
+            position <= log.last,
+            "the log of {id} ends at position {}, but its state is at {position}: the log is older than the state, or it is \
+             gone. Put the newer log back; or, to go on with this one and lose what came after it, move the state of \
+             every log away (DIR/state), so that it is built from the log",
+            log.last
+        );
+        let batch = self.config.logs.batch(id, position).with_context(|| format!("read the log of {id}"))?;
+        ensure!(
+            batch.is_none_or(|batch| batch_crc(&batch.entries) == crc),
+            "the state of {id} at position {position} was made from another log than the one that is here: one of the two \
+             is a copy of another time. Put the right one back; or, to go on with this log, move the state of every log \
+             away (DIR/state), so that it is built from the log"
+        );
+        Ok(())
+    }
+
+    async fn start<M: Machine>(
+        &self,
+        id: LogId,
+        applier: Applier<M>,
+        facts: Arc<M::Facts>,
+        genesis: Bytes,
+    ) -> Result<Started<M>> {
         let name = log_name(id);
-        let store = self.config.stores.store(id).with_context(|| format!("open the state of {name}"))?;
-        let applier = Applier::<M>::open(store).with_context(|| format!("open the state of {name}"))?;
         if !mutants::is(Mutant::TimeGoesBack) {
             self.clock.advance(applier.time());
         }
@@ -297,8 +502,18 @@ impl Starter<'_> {
             leader_events,
             checkpoints: self.config.stores.checkpoints(id),
             open_checkpoint: self.config.stores.open_checkpoint(),
+            shortage: {
+                let room = self.config.room.clone();
+                Arc::new(move || room.shortage())
+            },
+            on_damage: {
+                let stores = self.config.stores.clone();
+                Arc::new(move |why| stores.condemn(id, why))
+            },
         };
-        Ok((Replica::start(applier, replica), receiver))
+        let handle = Replica::start(applier, replica);
+        self.started.lock().push(handle.clone());
+        Ok((handle, receiver))
     }
 }
 
@@ -311,6 +526,7 @@ struct Keeper {
     engine: String,
     /// In which epoch each log here is led, by its name.
     epochs: BTreeMap<String, u64>,
+    clock: Arc<HybridClock>,
     blocks: BTreeMap<u64, Arc<BlockService>>,
     shards: BTreeMap<u32, ReplicaHandle>,
     facts: Arc<ShardFacts>,
@@ -344,6 +560,11 @@ impl Keeper {
     }
 
     async fn register_services(&mut self) -> Result<()> {
+        if self.shards.is_empty() && self.epochs.is_empty() {
+            // A node without logs learns the time from those who have some.
+            self.client.refresh_map().await?;
+            self.clock.hear(self.client.seen_time());
+        }
         let mut services = Vec::new();
         let mut reported = Vec::new();
         for (id, service) in &self.blocks {
@@ -354,10 +575,10 @@ impl Keeper {
                 // A disk that cannot be asked takes no new blocks until it can.
                 _ => (0, 0),
             };
-            let moved = self
-                .reported
-                .get(id)
-                .is_none_or(|r| r.abs_diff(available_bytes) > capacity_bytes / SPACE_STEP);
+            let moved = self.reported.get(id).is_none_or(|r| {
+                r.abs_diff(available_bytes)
+                    > capacity_bytes.min((*r).max(available_bytes).saturating_mul(4)) / SPACE_STEP
+            });
             if moved {
                 reported.push((*id, available_bytes));
                 services.push(types::BlockService {

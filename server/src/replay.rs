@@ -6,12 +6,12 @@
 
 use std::{path::Path, sync::Arc};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use clutch_cdc::Cdc;
 use clutch_client::Client;
 use clutch_log::{Batch, Epoch, LogFault, LogId, Position};
-use clutch_log_local::{RecordKind, SegmentReader, open_read_only};
+use clutch_log_local::{Continuity, RecordKind, SegmentReader, open_read_only};
 use clutch_proto::{
     Time,
     admin::{AdminRequest, HashAt, ReadLog, ScanRows, Status, StatusReply, admin_request::Op},
@@ -76,6 +76,8 @@ pub struct Report {
     pub entries: u64,
     /// The cut went through a batch: no replica ever stood exactly there.
     pub cut_inside_batch: bool,
+    /// It ended because the log does, not because of what it was asked.
+    pub reached_end: bool,
     /// Where it ended.
     pub position: u64,
     /// The time of the last entry.
@@ -98,6 +100,35 @@ pub struct Until {
 }
 
 impl Until {
+    /// Refuses a position before the place from which there is something to apply, or behind the log's end.
+    fn check(&self, id: LogId, from_checkpoint: u64, last: u64) -> Result<()> {
+        let Some(position) = self.position else { return Ok(()) };
+        ensure!(position > 0, "position 0 lies before the beginning: positions count from 1");
+        ensure!(
+            position >= from_checkpoint,
+            "position {position} of {id} was trimmed: what is kept begins with the checkpoint at {from_checkpoint}"
+        );
+        ensure!(position <= last, "position {position} of {id} lies behind the log's end, which is {last}");
+        Ok(())
+    }
+
+    /// Refuses a time before the first entry that could be applied.
+    fn check_began(&self, id: LogId, report: &Report) -> Result<()> {
+        let Some(time) = self.time else { return Ok(()) };
+        ensure!(
+            report.batches > 0 || report.from_checkpoint > 0 && report.time <= time,
+            "time {time} lies before {}",
+            match report.from_checkpoint {
+                0 => format!("the first entry of {id}"),
+                at => format!(
+                    "the checkpoint of {id} at {at}, which is the oldest that is kept (its time is {})",
+                    report.time
+                ),
+            }
+        );
+        Ok(())
+    }
+
     fn includes(&self, position: u64) -> bool {
         self.position.is_none_or(|last| position <= last)
     }
@@ -138,22 +169,21 @@ pub async fn from_cluster(
     id: LogId,
     store: Arc<dyn Store>,
     until: Until,
+    from_checkpoint: Option<u64>,
     progress: &mut (dyn FnMut(u64, u64) + Send),
 ) -> Result<Report> {
     let live = status(client, id).await?;
     let mut report = Report::default();
-    if live.log_first > 1 {
-        let oldest = live.checkpoints.iter().copied().filter(|c| c + 1 >= live.log_first).min();
-        let oldest = oldest.with_context(|| {
-            format!("{id}: the log begins at {} and no checkpoint covers what was trimmed", live.log_first)
-        })?;
-        load_checkpoint(client, id, oldest, &*store).await?;
-        report.from_checkpoint = oldest;
+    report.from_checkpoint = begin_at(id, from_checkpoint, &live.checkpoints, live.log_first)?;
+    until.check(id, report.from_checkpoint, live.log_last)?;
+    if report.from_checkpoint > 0 {
+        load_checkpoint(client, id, report.from_checkpoint, &*store).await?;
     }
     let mut replayer = replayer(id, store)?;
     let mut from = replayer.position().0 + 1;
     // The log grows while it is read: the end is where it stood at the beginning.
     let last = live.log_last;
+    report.reached_end = true;
     'read: while from <= last {
         let op = Op::ReadLog(ReadLog { from, limit_bytes: SCAN_BYTES_MAX as u32 });
         let reply = client.admin(role(id), id.number, AdminRequest { op: Some(op) }).await?;
@@ -166,6 +196,7 @@ pub async fn from_cluster(
                 || !until.includes(batch.position)
                 || !apply(&mut *replayer, &mut report, until, Position(batch.position), batch.entries)?
             {
+                report.reached_end = batch.position > last;
                 break 'read;
             }
         }
@@ -173,6 +204,7 @@ pub async fn from_cluster(
         progress(from.min(last), last);
     }
     finish(&*replayer, &mut report);
+    until.check_began(id, &report)?;
     let op = Op::HashAt(HashAt { position: report.position });
     let live =
         client.admin(role(id), id.number, AdminRequest { op: Some(op) }).await?.hash.unwrap_or_default();
@@ -181,6 +213,26 @@ pub async fn from_cluster(
         report.verified = hash == replayer.hash();
     }
     Ok(report)
+}
+
+/// The checkpoint to begin from: the one that was asked for, or the oldest that the log goes on from where its beginning was
+/// trimmed; 0 for the beginning of the log.
+fn begin_at(id: LogId, asked: Option<u64>, checkpoints: &[u64], log_first: u64) -> Result<u64> {
+    let covers = |position: &u64| position + 1 >= log_first;
+    match asked {
+        Some(asked) if checkpoints.contains(&asked) => {
+            ensure!(
+                covers(&asked),
+                "{id}: the log begins at {log_first}, behind the checkpoint at {asked}; begin from a later one"
+            );
+            Ok(asked)
+        }
+        Some(asked) => bail!("{id}: there is no checkpoint at {asked} (see `clutch log checkpoint ls`)"),
+        None if log_first <= 1 => Ok(0),
+        None => checkpoints.iter().copied().filter(covers).min().with_context(|| {
+            format!("{id}: the log begins at {log_first} and no checkpoint covers what was trimmed")
+        }),
+    }
 }
 
 async fn load_checkpoint(client: &Client, id: LogId, checkpoint: u64, store: &dyn Store) -> Result<()> {
@@ -235,6 +287,7 @@ pub fn from_directory(
     id: LogId,
     store: Arc<dyn Store>,
     until: Until,
+    from_checkpoint: Option<u64>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Report> {
     let log_dir = dir.join("log");
@@ -244,21 +297,16 @@ pub fn from_directory(
     let mut report = Report::default();
     let live = live_state(&state_dir, id, &memory)?;
     let trimmed = summary.before.get(&id).map_or(0, |position| position.0);
-    if trimmed > 0 {
-        let checkpoints = state_dir.join(crate::stores::log_name(id)).join("checkpoints");
-        let kept = disk.list(&checkpoints)?;
-        let oldest =
-            kept.iter().filter_map(|n| n.parse::<u64>().ok()).filter(|position| *position >= trimmed).min();
-        let oldest = oldest.with_context(|| {
-            format!(
-                "{id}: the log was trimmed up to {trimmed} and no checkpoint in {} covers it",
-                checkpoints.display()
-            )
-        })?;
-        let copy = RocksStore::open_read_only(&checkpoints.join(format!("{oldest:020}")), &memory)?;
+    let kept = RocksStores::checkpoint_positions(&state_dir, id)?;
+    report.from_checkpoint = begin_at(id, from_checkpoint, &kept, trimmed + 1)?;
+    if report.from_checkpoint > 0 {
+        let path =
+            RocksStores::checkpoints_of(&state_dir, id).join(format!("{:020}", report.from_checkpoint));
+        let copy = RocksStore::open_read_only(&path, &memory)?;
         copy_rows(&copy, &*store)?;
-        report.from_checkpoint = oldest;
     }
+    // Only the end of the log is not known before it was read.
+    until.check(id, report.from_checkpoint, u64::MAX)?;
     let mut replayer = replayer(id, store)?;
     let mut compared = None;
     let compare = |replayer: &dyn Replayer, compared: &mut Option<(u64, StateHash, StateHash)>, next: u64| {
@@ -272,17 +320,24 @@ pub fn from_directory(
         }
     };
     let total = summary.segments.len() as u64;
+    let mut continuity = Continuity::default();
+    let mut cluster = None;
+    report.reached_end = true;
     'segments: for (done, number) in summary.segments.iter().enumerate() {
         let mut reader = match SegmentReader::open(disk, &log_dir, *number) {
             Ok(reader) => reader,
             Err(LogFault::Corrupt { .. }) if *number > summary.synced.0 => break,
             Err(fault) => return Err(fault.into()),
         };
+        ensure!(
+            *cluster.get_or_insert(reader.cluster()) == reader.cluster(),
+            "segment {number:016x} belongs to another cluster than those before it; restore the right one"
+        );
         loop {
             let at = (*number, reader.offset());
             let record = match reader.next_record() {
                 Ok(Some(record)) => record,
-                Ok(None) if at < summary.synced => {
+                Ok(None) if *number == summary.synced.0 && at < summary.synced => {
                     bail!("segment {number:016x} ends at {}, but more was synced: it was cut short", at.1)
                 }
                 Ok(None) => break,
@@ -290,6 +345,15 @@ pub fn from_directory(
                 Err(LogFault::Corrupt { .. }) if at >= summary.synced => break 'segments,
                 Err(fault) => return Err(fault.into()),
             };
+            let followed = match record.kind {
+                RecordKind::Groups => continuity.begin(*number, &record),
+                RecordKind::Batch | RecordKind::Epoch | RecordKind::Seal => continuity.record(&record, at.1),
+            };
+            match followed {
+                Ok(()) => {}
+                Err(_) if at >= summary.synced => break 'segments,
+                Err(fault) => return Err(fault.into()),
+            }
             if record.kind != RecordKind::Batch || record.log != id || record.position <= replayer.position()
             {
                 continue;
@@ -298,6 +362,7 @@ pub fn from_directory(
             if !until.includes(record.position.0)
                 || !apply(&mut *replayer, &mut report, until, record.position, record.entries)?
             {
+                report.reached_end = false;
                 break 'segments;
             }
         }
@@ -307,6 +372,10 @@ pub fn from_directory(
         compare(&*replayer, &mut compared, u64::MAX);
     }
     finish(&*replayer, &mut report);
+    if report.reached_end {
+        until.check(id, report.from_checkpoint, continuity.last(id).map_or(0, |last| last.0))?;
+    }
+    until.check_began(id, &report)?;
     if let Some((position, theirs, ours)) = compared {
         report.compared = Some((position, theirs.to_string()));
         report.verified = theirs == ours;

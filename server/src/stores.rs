@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
-use clutch_log::{Log, LogFault, LogId};
+use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
 use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
 
@@ -12,12 +12,30 @@ use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
 pub trait LogProvider: Send + Sync {
     /// The log of that id.
     async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault>;
+    /// What a log holds, before it is opened: nothing is appended.
+    fn bounds(&self, id: LogId) -> Bounds;
+    /// The batch at a position, before the log is opened; `None` when there is none, or where it cannot be told.
+    fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault>;
+    /// Bytes that all logs of the node take; 0 where they are not on its disk.
+    fn bytes(&self) -> u64;
 }
 
 #[async_trait]
 impl LogProvider for LocalEngine {
     async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
         LocalEngine::log(self, id).await
+    }
+
+    fn bounds(&self, id: LogId) -> Bounds {
+        LocalEngine::bounds(self, id).unwrap_or(Bounds { first: Position(1), last: Position(0) })
+    }
+
+    fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault> {
+        LocalEngine::batch(self, id, position)
+    }
+
+    fn bytes(&self) -> u64 {
+        LocalEngine::bytes(self)
     }
 }
 
@@ -29,6 +47,26 @@ pub trait StoreProvider: Send + Sync {
     fn checkpoints(&self, id: LogId) -> Option<PathBuf>;
     /// How a checkpoint is opened for reading.
     fn open_checkpoint(&self) -> OpenCheckpoint;
+    /// Takes note that a replica's state is damaged, so that the next start builds it anew.
+    fn condemn(&self, id: LogId, why: &str);
+    /// Why a state was condemned, if it was.
+    fn condemned(&self, id: LogId) -> Option<String>;
+    /// Sets a state aside that is damaged, missing or of somebody else, and puts another in its place: from the newest
+    /// checkpoint that is whole and from which the log goes on, or an empty one where the log is there from its beginning.
+    /// No store of the replica may be open.
+    ///
+    /// # Errors
+    /// [`StoreError::Damaged`] when the log was trimmed and no checkpoint fits; nothing was changed then.
+    fn rebuild(&self, id: LogId, log: Bounds) -> Result<Rebuilt, StoreError>;
+}
+
+/// What [`StoreProvider::rebuild`] did.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rebuilt {
+    /// The position of the checkpoint that it begins from; `None` for the beginning of the log.
+    pub from_checkpoint: Option<u64>,
+    /// Where the old files are now; `None` when there were none.
+    pub set_aside: Option<PathBuf>,
 }
 
 /// A directory name for a log.
@@ -41,67 +79,7 @@ pub fn log_name(id: LogId) -> String {
 }
 
 #[cfg(feature = "rocks")]
-pub use rocks::RocksStores;
+mod rocks;
 
 #[cfg(feature = "rocks")]
-mod rocks {
-    use std::{
-        path::{Path, PathBuf},
-        sync::Arc,
-    };
-
-    use clutch_log::LogId;
-    use clutch_shard::tables;
-    use clutch_state::{BufferedStore, RowCache, Store, StoreError, replica::OpenCheckpoint};
-    use clutch_state_rocks::{RocksStore, SharedMemory};
-
-    use super::{StoreProvider, log_name};
-
-    /// RocksDB databases under one directory: `<dir>/<log>/db`, checkpoints in `<dir>/<log>/checkpoints`.
-    pub struct RocksStores {
-        dir: PathBuf,
-        memory: SharedMemory,
-        cache: RowCache,
-    }
-
-    /// Rows that one replica holds back before RocksDB gets them: enough to write hot rows once for many batches, few
-    /// enough that passing them on delays nobody for more than some milliseconds.
-    const WAITING_ROWS_MAX: usize = 4096;
-    const WAITING_BYTES_MAX: usize = 1 << 20;
-
-    impl RocksStores {
-        /// Stores that share a cache of rows of 48 MiB, a block cache of 32 MiB and write buffers of 64 MiB, or of 2 MiB for
-        /// each replica where that is more.
-        pub fn new(dir: PathBuf, replicas: usize) -> RocksStores {
-            let cache = RowCache::new(48 << 20);
-            // Each memtable takes half a MiB when it is made; a budget that is used up by that would flush for ever.
-            let write_buffers = (replicas << 21).max(64 << 20);
-            RocksStores { dir, memory: SharedMemory::new(32 << 20, write_buffers), cache }
-        }
-
-        /// Where a replica's database lies.
-        pub fn database(dir: &Path, id: LogId) -> PathBuf {
-            dir.join(log_name(id)).join("db")
-        }
-    }
-
-    impl StoreProvider for RocksStores {
-        fn store(&self, id: LogId) -> Result<Arc<dyn Store>, StoreError> {
-            let path = RocksStores::database(&self.dir, id);
-            std::fs::create_dir_all(&path)
-                .map_err(|e| StoreError::Engine(format!("make {}: {e}", path.display())))?;
-            let store = Arc::new(RocksStore::open(&path, &self.memory)?);
-            let store = BufferedStore::new(store, self.cache.clone(), WAITING_ROWS_MAX, WAITING_BYTES_MAX);
-            Ok(Arc::new(store.with_passing(tables::PASSING)))
-        }
-
-        fn checkpoints(&self, id: LogId) -> Option<PathBuf> {
-            Some(self.dir.join(log_name(id)).join("checkpoints"))
-        }
-
-        fn open_checkpoint(&self) -> OpenCheckpoint {
-            let memory = self.memory.clone();
-            Arc::new(move |path| Ok(Arc::new(RocksStore::open_read_only(path, &memory)?)))
-        }
-    }
-}
+pub use rocks::RocksStores;

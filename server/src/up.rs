@@ -10,6 +10,7 @@
 //! ```
 
 use std::{
+    collections::BTreeSet,
     fs::File,
     path::{Path, PathBuf},
     sync::Arc,
@@ -17,15 +18,19 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use clutch_blocks::label::Label;
+use clutch_log::LogId;
 use clutch_log_local::{LocalEngine, Options};
-use clutch_runtime::{Endpoint, Runtime};
+use clutch_proto::ServiceId;
+use clutch_runtime::{Disk as _, Endpoint, Runtime, production::OsDisk};
 use clutch_shard::Lifetimes;
 
 use crate::{
-    ClusterFile, Node, NodeConfig, Roles,
+    ClusterFile, Node, NodeConfig, Roles, clock_file,
     collector::{self, CollectOptions},
     keys,
-    stores::RocksStores,
+    room::Room,
+    stores::{RocksStores, StoreProvider},
 };
 
 /// What `up` was asked for. Sizes of an existing directory are kept; asking for others is refused.
@@ -35,6 +40,8 @@ pub struct UpConfig {
     pub dir: PathBuf,
     /// Where to listen.
     pub listen: Endpoint,
+    /// What others reach it by; where it listens when `None`, and this machine's own loopback where that is a wildcard.
+    pub advertise: Option<String>,
     /// Metadata shards; `None` takes what is there, or 4.
     pub shards: Option<u32>,
     /// Disks; `None` takes what is there, or 8.
@@ -47,10 +54,16 @@ pub struct UpConfig {
     pub lifetimes: Lifetimes,
     /// How far apart clocks may be, in milliseconds.
     pub clock_skew_ms_max: u64,
+    /// Believe a wall clock that is further ahead than the cluster can have been down.
+    pub accept_clock: bool,
+    /// Bytes of the file system of logs and states that blocks leave free; `None` for a part of it.
+    pub reserve_bytes: Option<u64>,
     /// How long the collector rests between two passes; `None` for no collector.
     pub collect_pause: Option<Duration>,
 }
 
+/// Files that all databases together keep open at most.
+const DATABASE_FILES_MAX: usize = 4096;
 /// Requests of the background collector in a second: a small part of what a shard can do.
 const COLLECT_REQUESTS_PER_S: u32 = 2000;
 
@@ -61,12 +74,22 @@ pub struct Up {
     pub cluster: ClusterFile,
     /// Whether the directory was made by this start.
     pub created: bool,
+    registered: Option<String>,
+    dir: PathBuf,
+    runtime: Runtime,
     _lock: File,
+}
+
+/// Makes a directory and its parents, durably: also those that a process made that did not come to its sync.
+fn make_durable(dir: &Path) -> std::io::Result<()> {
+    let dir = std::path::absolute(dir)?;
+    OsDisk.create_dir_all(&dir)?;
+    dir.parent().map_or(Ok(()), |parent| OsDisk.sync_dir(parent))
 }
 
 /// Takes the lock that a process holds while it runs on a directory.
 pub fn lock(dir: &Path) -> Result<File> {
-    std::fs::create_dir_all(dir).with_context(|| format!("make {}", dir.display()))?;
+    make_durable(dir).with_context(|| format!("make {}", dir.display()))?;
     let path = dir.join("lock");
     let file = File::options()
         .create(true)
@@ -89,6 +112,20 @@ pub fn lock(dir: &Path) -> Result<File> {
 impl Up {
     /// Starts everything and returns when it serves.
     pub async fn start(runtime: Runtime, config: UpConfig) -> Result<Up> {
+        // An address that cannot be listened on is said before anything is made.
+        drop(tokio::net::TcpListener::bind(&*config.listen.0).await.with_context(|| {
+            format!("listen on {}: choose a free address of this machine with --listen", config.listen)
+        })?);
+        let dir = config.dir.clone();
+        let before = Traces::look(&dir);
+        let started = Up::start_on(runtime, config).await;
+        if started.is_err() {
+            before.remove_new(&dir);
+        }
+        started
+    }
+
+    async fn start_on(runtime: Runtime, config: UpConfig) -> Result<Up> {
         let lock = lock(&config.dir)?;
         let (cluster, created) = match ClusterFile::read(&runtime, &config.dir)? {
             Some(cluster) => {
@@ -104,42 +141,65 @@ impl Up {
                     data,
                     parity,
                 )?;
-                cluster.create(&runtime, &config.dir)?;
+                let disks = |n: usize| config.dir.join("blocks").join(n.to_string());
+                cluster.create(&runtime, &config.dir, &|cluster| label_disks(&runtime, cluster, disks))?;
                 (cluster, true)
             }
         };
         let services = cluster.service_ids()?;
         let system_key = keys::system_key(&runtime, &config.dir.join("keys"))?;
         let keyring = keys::load_or_create(&runtime, &config.dir.join("keys"), &services)?;
-        let disks =
-            services.iter().enumerate().map(|(n, id)| (*id, config.dir.join("blocks").join(n.to_string())));
-        let roles = Roles {
-            registry: true,
-            cdc: true,
-            shards: (0..cluster.shards).collect(),
-            disks: disks.collect(),
+        let disks: Vec<(u64, PathBuf)> = services
+            .iter()
+            .enumerate()
+            .map(|(n, id)| (*id, config.dir.join("blocks").join(n.to_string())))
+            .collect();
+        let roles =
+            Roles { registry: true, cdc: true, shards: (0..cluster.shards).collect(), disks: disks.clone() };
+        let seam = runtime.clone();
+        let places = vec![config.dir.join("log"), config.dir.join("state")];
+        for place in &places {
+            make_durable(place).with_context(|| format!("make {}", place.display()))?;
+        }
+        let room = Arc::new(Room::new(runtime.disk.clone(), places, config.reserve_bytes, Some(&config.dir)));
+        room.release_for_start();
+        let (log_seam, log_dir) = (runtime.clone(), config.dir.join("log"));
+        let options = Options {
+            segment_bytes_max: config.segment_bytes_max,
+            cluster: cluster.cluster_id()?,
+            ..Options::default()
         };
-        let (seam, log_dir) = (runtime.clone(), config.dir.join("log"));
-        let options = Options { segment_bytes_max: config.segment_bytes_max, ..Options::default() };
         let engine =
-            tokio::task::spawn_blocking(move || LocalEngine::open(&seam, log_dir, options)).await??;
-        let node = Node::start(NodeConfig {
+            tokio::task::spawn_blocking(move || LocalEngine::open(&log_seam, log_dir, options)).await??;
+        let replicas = cluster.shards as usize + 2;
+        let stores: Arc<dyn StoreProvider> =
+            Arc::new(RocksStores::new(config.dir.join("state"), replicas, DATABASE_FILES_MAX));
+        let registered = advertised(&config);
+        let node_config = NodeConfig {
             runtime,
             listen: config.listen,
-            advertise: None,
+            advertise: registered.clone(),
             registry: None,
             cluster: cluster.clone(),
             roles,
             logs: Arc::new(engine),
             process_usage: crate::handler::process_usage,
-            stores: Arc::new(RocksStores::new(config.dir.join("state"), cluster.shards as usize + 2)),
+            stores: stores.clone(),
             engine: "local".into(),
             keyring,
             system_key,
             lifetimes: config.lifetimes,
             clock_skew_ms_max: config.clock_skew_ms_max,
-        })
-        .await?;
+            down: {
+                let (runtime, dir) = (seam.clone(), config.dir.clone());
+                Arc::new(move |last| clock_file::down_since(&runtime, &dir, last))
+            },
+            accept_clock: config.accept_clock,
+            room: room.clone(),
+            reserve_on: on_the_same_file_system(&config.dir, &disks),
+        };
+        let node = start_node(node_config, &*stores, &cluster).await?;
+        room.hold_again();
         if let Some(pause) = config.collect_pause {
             let options =
                 CollectOptions { requests_per_s: COLLECT_REQUESTS_PER_S, ..CollectOptions::default() };
@@ -147,7 +207,21 @@ impl Up {
             let client = node.client().sibling();
             node.client().runtime().spawn("collector", collector::run(client, options, pause));
         }
-        Ok(Up { node, cluster, created, _lock: lock })
+        clock_file::write(&seam, &config.dir, node.clock().now());
+        let (clock, dir, runtime) = (node.clock().clone(), config.dir.clone(), seam.clone());
+        seam.spawn("clock file", async move {
+            loop {
+                runtime.clock.sleep(clock_file::PERIOD).await;
+                let (runtime_of_write, dir, now) = (runtime.clone(), dir.clone(), clock.now());
+                runtime.blocking(move || clock_file::write(&runtime_of_write, &dir, now)).await;
+            }
+        });
+        Ok(Up { node, cluster, created, registered, dir: config.dir, runtime: seam, _lock: lock })
+    }
+
+    /// What others reach the node by, where that was said or chosen.
+    pub fn registered(&self) -> Option<String> {
+        self.registered.clone()
     }
 
     /// The node that does it all.
@@ -157,7 +231,136 @@ impl Up {
 
     /// Ends cleanly.
     pub async fn stop(self) {
+        let clock = self.node.clock().clone();
         self.node.stop().await;
+        clock_file::write(&self.runtime, &self.dir, clock.now());
+    }
+}
+
+/// What others reach the node by, where that is not what it listens on.
+fn advertised(config: &UpConfig) -> Option<String> {
+    if config.advertise.is_some() {
+        return config.advertise.clone();
+    }
+    let (host, port) = config.listen.0.rsplit_once(':')?;
+    // Whoever is told a wildcard asks himself. The port is known: a wildcard with port 0 is told apart below.
+    let loopback = match host {
+        "0.0.0.0" | "*" => "127.0.0.1",
+        "[::]" | "::" => "[::1]",
+        _ => return None,
+    };
+    Some(format!("{loopback}:{port}"))
+}
+
+/// What was in a directory before a start, so that a first start that fails leaves nothing behind.
+struct Traces {
+    had_dir: bool,
+    had_cluster: bool,
+    names: BTreeSet<std::ffi::OsString>,
+}
+
+impl Traces {
+    fn names_in(dir: &Path) -> BTreeSet<std::ffi::OsString> {
+        std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
+    }
+
+    fn look(dir: &Path) -> Traces {
+        Traces {
+            had_dir: dir.exists(),
+            had_cluster: dir.join("cluster.json").exists(),
+            names: Traces::names_in(dir),
+        }
+    }
+
+    /// Removes what a start made, if there was no cluster before it: what it made nobody has used.
+    fn remove_new(&self, dir: &Path) {
+        const OURS: [&str; 8] =
+            ["lock", "keys", "log", "state", "blocks", "cluster.json", "clock", "reserve"];
+        if self.had_cluster {
+            return;
+        }
+        for name in
+            Traces::names_in(dir).difference(&self.names).filter(|name| OURS.iter().any(|our| name == our))
+        {
+            let path = dir.join(name);
+            // What stays is in nobody's way: the next start goes on with it or says what it is.
+            let _ = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+        }
+        if !self.had_dir {
+            let _ = std::fs::remove_dir(dir);
+        }
+    }
+}
+
+/// Disks that take room from logs or states.
+fn on_the_same_file_system(dir: &Path, disks: &[(u64, PathBuf)]) -> Vec<u64> {
+    use std::os::unix::fs::MetadataExt as _;
+    let device = |path: &Path| path.metadata().ok().map(|metadata| metadata.dev());
+    let ours = [device(&dir.join("log")), device(&dir.join("state"))];
+    let shares = |path: &Path| device(path).is_some_and(|device| ours.contains(&Some(device)));
+    disks.iter().filter(|(_, path)| shares(path)).map(|(id, _)| *id).collect()
+}
+
+/// Labels the disks of a new cluster.
+fn label_disks(runtime: &Runtime, cluster: &ClusterFile, dir: impl Fn(usize) -> PathBuf) -> Result<()> {
+    for (n, service) in cluster.service_ids()?.into_iter().enumerate() {
+        let dir = dir(n);
+        let label = Label {
+            cluster: cluster.cluster_id()?,
+            service: ServiceId(service),
+            created: runtime.clock.now(),
+        };
+        label.write(&*runtime.disk, &dir).with_context(|| format!("label {}", dir.display()))?;
+    }
+    Ok(())
+}
+
+/// Labels one disk of a stopped cluster's directory: an empty one that takes the place of another, or one whose label is
+/// damaged. A disk that holds the blocks of another service is refused.
+pub fn label_disk(runtime: &Runtime, dir: &Path, number: u32) -> Result<PathBuf> {
+    let _lock = lock(dir)?;
+    let cluster = ClusterFile::read(runtime, dir)?
+        .with_context(|| format!("{} has no cluster.json; name a directory of `clutch up`", dir.display()))?;
+    let services = cluster.service_ids()?;
+    let service = services
+        .get(number as usize)
+        .with_context(|| format!("disk {number}: there are {}, counted from 0", services.len()))?;
+    let disk = dir.join("blocks").join(number.to_string());
+    let (cluster, service) = (cluster.cluster_id()?, ServiceId(*service));
+    let found = std::fs::read(clutch_blocks::label::path(&disk)).ok().and_then(|bytes| Label::decode(&bytes));
+    if let Some(found) = found.filter(|found| (found.cluster, found.service) != (cluster, service)) {
+        bail!(
+            "{} is the disk of service {} of cluster {:016x}; mount it in its own place, or empty it first",
+            disk.display(),
+            found.service,
+            found.cluster
+        );
+    }
+    if let Some(other) = clutch_blocks::store::foreign_block(&*runtime.disk, &disk, cluster, service)? {
+        bail!("{} holds blocks of another service or cluster ({other}); empty it first", disk.display());
+    }
+    Label { cluster, service, created: runtime.clock.now() }
+        .write(&*runtime.disk, &disk)
+        .with_context(|| format!("label {}", disk.display()))?;
+    Ok(disk)
+}
+
+/// Starts the node. A state that turns out to be damaged while its log is replayed is built anew, once.
+async fn start_node(config: NodeConfig, stores: &dyn StoreProvider, cluster: &ClusterFile) -> Result<Node> {
+    let logs: Vec<LogId> =
+        [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..cluster.shards).map(LogId::shard)).collect();
+    let mut tried: BTreeSet<LogId> = BTreeSet::new();
+    loop {
+        let error = match Node::start(config.clone()).await {
+            Ok(node) => return Ok(node),
+            Err(error) => error,
+        };
+        let condemned: Vec<LogId> =
+            logs.iter().copied().filter(|id| stores.condemned(*id).is_some()).collect();
+        if condemned.is_empty() || condemned.iter().any(|id| !tried.insert(*id)) {
+            return Err(error);
+        }
+        tracing::warn!(%error, "a state is damaged; it is built anew");
     }
 }
 

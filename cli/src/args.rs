@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::remote::RemotePath;
+
 /// Clutch: a distributed filesystem whose metadata is a set of replicated logs.
 #[derive(Parser, Debug)]
 #[command(
@@ -24,7 +26,8 @@ pub(crate) struct Cli {
         value_name = "HOST:PORT"
     )]
     pub(crate) registry: String,
-    /// Seconds for which a request is retried before its outcome is reported as it is.
+    /// Seconds that a command waits without getting on before it gives up and says why. What may have happened by then is
+    /// reported as unknown.
     #[arg(long, global = true, default_value_t = 30, value_name = "SECONDS")]
     pub(crate) patience_s: u64,
     #[command(subcommand)]
@@ -44,9 +47,70 @@ pub(crate) fn registry_log_flag(args: impl Iterator<Item = OsString>) -> Vec<OsS
     args
 }
 
+/// So many seconds; more than a life has are as many as that.
+pub(crate) fn seconds(seconds: u64) -> Duration {
+    Duration::from_secs(seconds.min(100 * 365 * 24 * 60 * 60))
+}
+
 impl Cli {
     pub(crate) fn patience(&self) -> Duration {
-        Duration::from_secs(self.patience_s)
+        seconds(self.patience_s)
+    }
+}
+
+impl Command {
+    /// Whether one JSON document was asked for.
+    pub(crate) fn wants_json(&self) -> bool {
+        match self {
+            Command::Status(args) => args.json,
+            Command::Fs(command) => command.wants_json(),
+            Command::Log(command) => match command {
+                LogCommand::Status { json } | LogCommand::Replay { json, .. } => *json,
+                LogCommand::Checkpoint { command: Some(CheckpointCommand::Ls { json }), .. } => *json,
+                LogCommand::Checkpoint { command: None, .. } | LogCommand::Trim { .. } => false,
+            },
+            Command::Fsck(args) => args.json,
+            Command::Collect(args) => args.json,
+            Command::Fuzz(args) => args.json,
+            Command::Bench(command) => match command {
+                BenchCommand::Meta { json, .. } | BenchCommand::Data { json, .. } => *json,
+                BenchCommand::Table(args) => args.json,
+            },
+            Command::Up(_)
+            | Command::Disk(_)
+            | Command::Completions { .. }
+            | Command::Man { .. }
+            | Command::Crash { .. } => false,
+        }
+    }
+}
+
+impl FsCommand {
+    fn wants_json(&self) -> bool {
+        match self {
+            FsCommand::Ls { json, .. }
+            | FsCommand::Tree { json, .. }
+            | FsCommand::Stat { json, .. }
+            | FsCommand::Du { json, .. }
+            | FsCommand::History { json, .. }
+            | FsCommand::Versions { json, .. } => *json,
+            FsCommand::Policy(PolicyCommand::Get { json, .. }) => *json,
+            FsCommand::Policy(PolicyCommand::Set { .. })
+            | FsCommand::Mkdir { .. }
+            | FsCommand::Put { .. }
+            | FsCommand::Get { .. }
+            | FsCommand::Cat { .. }
+            | FsCommand::Mv { .. }
+            | FsCommand::Rm { .. }
+            | FsCommand::Ln { .. }
+            | FsCommand::Chmod { .. }
+            | FsCommand::Chown { .. }
+            | FsCommand::Touch { .. }
+            | FsCommand::Write { .. }
+            | FsCommand::Truncate { .. }
+            | FsCommand::Restore { .. }
+            | FsCommand::Undelete { .. } => false,
+        }
     }
 }
 
@@ -68,6 +132,9 @@ pub(crate) enum Command {
     Collect(CollectArgs),
     /// Run whole simulated clusters under faults, from seeds, and check everything.
     Fuzz(FuzzArgs),
+    /// Look after the disks of a directory of `clutch up`.
+    #[command(subcommand)]
+    Disk(DiskCommand),
     /// Measure.
     #[command(subcommand)]
     Bench(BenchCommand),
@@ -127,7 +194,7 @@ pub(crate) struct FuzzArgs {
     #[arg(long, value_enum, default_value_t = FuzzProfile::Mixed, conflicts_with_all = ["trace", "script"])]
     pub(crate) profile: FuzzProfile,
     /// Threads, each with worlds of its own; one world never uses more than one.
-    #[arg(long, value_name = "N", value_parser = parse_count, conflicts_with = "script")]
+    #[arg(long, value_name = "N", value_parser = parse_threads, conflicts_with = "script")]
     pub(crate) jobs: Option<usize>,
     /// Seeds divisible by this run twice and must give the same trace; 0 for none.
     #[arg(long, default_value_t = 20, value_name = "N")]
@@ -165,6 +232,25 @@ fn parse_count(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|n| *n > 0).ok_or_else(|| format!("{text:?} is not a number above 0"))
 }
 
+/// Threads of a simulation: each has worlds of its own.
+fn parse_threads(text: &str) -> Result<usize, String> {
+    parse_count(text)
+        .and_then(|n| if n <= 1024 { Ok(n) } else { Err("at most 1024 threads are allowed".into()) })
+}
+
+/// How many at a time; 0 means one, and more than there is room for means as many as there is.
+fn parse_jobs(text: &str) -> Result<usize, String> {
+    text.parse().map_err(|_| format!("{text:?} is not a number of files"))
+}
+
+/// Nanoseconds since 1970, also with the quotes that they have in JSON.
+fn parse_nanoseconds(text: &str) -> Result<u64, String> {
+    let digits = text.trim().trim_matches('"');
+    digits.parse().map_err(|_| {
+        format!("{text:?} is not a time in nanoseconds since 1970, as `--json` and the tables print it")
+    })
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct UpArgs {
     /// Everything is kept under this directory.
@@ -185,6 +271,9 @@ pub(crate) struct UpArgs {
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT", value_parser = parse_address)]
     pub(crate) listen: String,
+    /// What others reach the cluster by, where that is not what it listens on.
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_advertised)]
+    pub(crate) advertise: Option<String>,
     /// Collect what may go every so often; 0 leaves it to `clutch collect`.
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     pub(crate) collect_every_s: u64,
@@ -194,6 +283,14 @@ pub(crate) struct UpArgs {
     /// How far apart the clocks of the cluster may be; erasing waits for twice as long after the last grant.
     #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(0..=3600), value_name = "SECONDS")]
     pub(crate) clock_skew_s: u64,
+    /// Believe the clock also where it is further ahead than the cluster can have been down. Times in the log never go back:
+    /// be sure.
+    #[arg(long)]
+    pub(crate) accept_clock: bool,
+    /// Blocks leave so much of the file system free that holds logs and states; a sixteenth of it, and at most 1 GiB, when
+    /// nothing is said.
+    #[arg(long, value_parser = clap::value_parser!(u64).range(0..=1_048_576), value_name = "MIB")]
+    pub(crate) reserve_mib: Option<u64>,
     /// A file that is being written and that nobody writes to is given up after so long.
     #[arg(long, default_value_t = 28_800, value_parser = clap::value_parser!(u64).range(1..=31_536_000), value_name = "SECONDS")]
     pub(crate) unfinished_s: u64,
@@ -231,18 +328,33 @@ fn parse_shards(text: &str) -> Result<u32, String> {
     }
 }
 
+fn parse_advertised(text: &str) -> Result<String, String> {
+    let address = parse_address(text)?;
+    match address.rsplit_once(':') {
+        Some(("0.0.0.0" | "[::]" | "*", _)) => {
+            Err("a wildcard leads everybody to himself; name an address".into())
+        }
+        Some((_, "0")) => Err("port 0 leads nowhere; name the port".into()),
+        _ => Ok(address),
+    }
+}
+
+/// Reads where the registry listens.
+pub(crate) fn parse_registry(text: &str) -> Result<String, String> {
+    let address = parse_address(text).map_err(|what| format!("--registry {text:?}: {what}"))?;
+    let host = address.rsplit_once(':').map_or("", |(host, _)| host);
+    if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
+        return Err(format!(
+            "--registry {text:?}: write an IPv6 address in brackets, for example [::1]:7400"
+        ));
+    }
+    Ok(address)
+}
+
 fn parse_address(text: &str) -> Result<String, String> {
     match text.rsplit_once(':') {
         Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(text.to_owned()),
         _ => Err("write it as HOST:PORT, for example 127.0.0.1:7400".into()),
-    }
-}
-
-fn remote_path(text: &str) -> Result<String, String> {
-    if text.starts_with('/') {
-        Ok(text.to_owned())
-    } else {
-        Err("remote paths are absolute: begin with /".into())
     }
 }
 
@@ -261,8 +373,8 @@ pub(crate) enum FsCommand {
     /// List a directory.
     Ls {
         /// The directory, or a file.
-        #[arg(default_value = "/", value_parser = remote_path)]
-        path: String,
+        #[arg(default_value = "/")]
+        path: RemotePath,
         /// Kind, mode, owner, size and time of each entry.
         #[arg(short, long)]
         long: bool,
@@ -276,8 +388,8 @@ pub(crate) enum FsCommand {
     /// Draw a directory and what is below it.
     Tree {
         /// The directory.
-        #[arg(default_value = "/", value_parser = remote_path)]
-        path: String,
+        #[arg(default_value = "/")]
+        path: RemotePath,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
@@ -291,8 +403,8 @@ pub(crate) enum FsCommand {
         #[arg(short, long, default_value = "755", value_parser = parse_mode)]
         mode: u32,
         /// The directories.
-        #[arg(required = true, value_parser = remote_path)]
-        paths: Vec<String>,
+        #[arg(required = true)]
+        paths: Vec<RemotePath>,
     },
     /// Store local files.
     Put {
@@ -303,13 +415,12 @@ pub(crate) enum FsCommand {
         #[arg(short, long)]
         verbose: bool,
         /// Files that are stored at a time.
-        #[arg(short, long, default_value_t = 32)]
+        #[arg(short, long, default_value_t = 32, value_parser = parse_jobs)]
         jobs: usize,
         /// A local file or directory; `-` is standard input.
         source: PathBuf,
         /// Where to; an existing directory takes it under its own name.
-        #[arg(value_parser = remote_path)]
-        target: String,
+        target: RemotePath,
     },
     /// Fetch files.
     Get {
@@ -317,28 +428,25 @@ pub(crate) enum FsCommand {
         #[arg(short, long)]
         recursive: bool,
         /// Files that are fetched at a time.
-        #[arg(short, long, default_value_t = 32)]
+        #[arg(short, long, default_value_t = 32, value_parser = parse_jobs)]
         jobs: usize,
         /// The remote file or directory.
-        #[arg(value_parser = remote_path)]
-        source: String,
+        source: RemotePath,
         /// Where to; an existing directory takes it under its own name.
         target: PathBuf,
     },
     /// Print files.
     Cat {
         /// The files.
-        #[arg(required = true, value_parser = remote_path)]
-        paths: Vec<String>,
+        #[arg(required = true)]
+        paths: Vec<RemotePath>,
     },
     /// Move or rename.
     Mv {
         /// What.
-        #[arg(value_parser = remote_path)]
-        source: String,
+        source: RemotePath,
         /// Where to; an existing directory takes it under its own name.
-        #[arg(value_parser = remote_path)]
-        target: String,
+        target: RemotePath,
     },
     /// Remove files and links; they stay in the history of their directory as long as its policy keeps them.
     Rm {
@@ -349,14 +457,13 @@ pub(crate) enum FsCommand {
         #[arg(short, long)]
         force: bool,
         /// What.
-        #[arg(required = true, value_parser = remote_path)]
-        paths: Vec<String>,
+        #[arg(required = true)]
+        paths: Vec<RemotePath>,
     },
     /// Show all that is known of a file.
     Stat {
         /// The file.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
@@ -367,10 +474,9 @@ pub(crate) enum FsCommand {
         #[arg(short, long, required = true)]
         symbolic: bool,
         /// What the link says.
-        target: String,
+        target: OsString,
         /// The link.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
     },
     /// Change permission bits.
     Chmod {
@@ -378,16 +484,16 @@ pub(crate) enum FsCommand {
         #[arg(value_parser = parse_mode)]
         mode: u32,
         /// Of what.
-        #[arg(required = true, value_parser = remote_path)]
-        paths: Vec<String>,
+        #[arg(required = true)]
+        paths: Vec<RemotePath>,
     },
     /// Change owner and group.
     Chown {
         /// Numbers: UID, UID:GID or :GID.
         owner: String,
         /// Of what.
-        #[arg(required = true, value_parser = remote_path)]
-        paths: Vec<String>,
+        #[arg(required = true)]
+        paths: Vec<RemotePath>,
     },
     /// Set the modification time to now, or make an empty file.
     Touch {
@@ -395,14 +501,14 @@ pub(crate) enum FsCommand {
         #[arg(short, long)]
         date: Option<String>,
         /// Of what.
-        #[arg(required = true, value_parser = remote_path)]
-        paths: Vec<String>,
+        #[arg(required = true)]
+        paths: Vec<RemotePath>,
     },
     /// Add up sizes.
     Du {
         /// The directory.
-        #[arg(default_value = "/", value_parser = remote_path)]
-        path: String,
+        #[arg(default_value = "/")]
+        path: RemotePath,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
@@ -410,8 +516,7 @@ pub(crate) enum FsCommand {
     /// Show what a directory or a name held before.
     History {
         /// A directory, or a name in one.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
@@ -427,22 +532,20 @@ pub(crate) enum FsCommand {
         /// A local file; `-` is standard input.
         source: PathBuf,
         /// The remote file, which must exist.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
     },
     /// Cut a file, or make it longer with zeros.
     Truncate {
         /// In bytes.
         size: u64,
         /// Of what.
-        #[arg(required = true, value_parser = remote_path)]
-        paths: Vec<String>,
+        #[arg(required = true)]
+        paths: Vec<RemotePath>,
     },
     /// Show the earlier contents of a file that was written over in place.
     Versions {
         /// The file.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
@@ -450,10 +553,9 @@ pub(crate) enum FsCommand {
     /// Make an earlier content of a file its present one.
     Restore {
         /// The file.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
         /// The content that ended at this time, as `versions` prints it; the newest when left away.
-        #[arg(long)]
+        #[arg(long, value_parser = parse_nanoseconds)]
         ended: Option<u64>,
     },
     /// Look at a directory's policies, or change them.
@@ -462,12 +564,11 @@ pub(crate) enum FsCommand {
     /// Bring the newest deleted or replaced file of a name back, or a removed directory.
     Undelete {
         /// The name it had.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
         /// The name it gets; the old one when left away.
-        new_path: Option<String>,
+        new_path: Option<RemotePath>,
         /// The version that ended at this time, as `history` prints it.
-        #[arg(long)]
+        #[arg(long, value_parser = parse_nanoseconds)]
         ended: Option<u64>,
     },
 }
@@ -477,8 +578,8 @@ pub(crate) enum PolicyCommand {
     /// Print what holds in a directory, and which of it is set there.
     Get {
         /// The directory.
-        #[arg(default_value = "/", value_parser = remote_path)]
-        path: String,
+        #[arg(default_value = "/")]
+        path: RemotePath,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
@@ -486,8 +587,7 @@ pub(crate) enum PolicyCommand {
     /// Change what a directory says for itself and for what is below it.
     Set {
         /// The directory.
-        #[arg(value_parser = remote_path)]
-        path: String,
+        path: RemotePath,
         /// Old versions may be collected after so long: 30s, 12h, 7d; `forever` for no such limit.
         #[arg(long, value_parser = parse_age, value_name = "AGE")]
         keep_age: Option<Keep<u64>>,
@@ -588,6 +688,29 @@ fn parse_mode(text: &str) -> Result<u32, String> {
     if mode > 0o7777 { Err("modes go up to 7777".into()) } else { Ok(mode) }
 }
 
+fn parse_up_to(text: &str, what: &str, max: usize) -> Result<usize, String> {
+    text.parse()
+        .ok()
+        .filter(|n| (1..=max).contains(n))
+        .ok_or_else(|| format!("1 to {max} {what} are allowed"))
+}
+
+fn parse_clients(text: &str) -> Result<usize, String> {
+    parse_up_to(text, "clients", 1024)
+}
+
+fn parse_depth(text: &str) -> Result<usize, String> {
+    parse_up_to(text, "requests in flight", 65_536)
+}
+
+fn parse_files(text: &str) -> Result<usize, String> {
+    parse_up_to(text, "files", 100_000_000)
+}
+
+fn parse_size_mib(text: &str) -> Result<usize, String> {
+    parse_up_to(text, "MiB", 65_536)
+}
+
 /// Which logs.
 #[derive(Args, Debug, Clone)]
 #[group(required = true, multiple = false)]
@@ -624,20 +747,26 @@ pub(crate) enum LogCommand {
         /// Read this directory of `clutch up` (or a copy) instead of asking the cluster.
         #[arg(long)]
         dir: Option<PathBuf>,
+        /// Begin from the checkpoint at this position instead of the beginning, or of the oldest one of a trimmed log.
+        #[arg(long, value_name = "POSITION")]
+        from_checkpoint: Option<u64>,
         /// Stop after this position.
         #[arg(long)]
         to_position: Option<u64>,
         /// Stop at this time, in nanoseconds since 1970.
-        #[arg(long)]
+        #[arg(long, value_parser = parse_nanoseconds)]
         to_time: Option<u64>,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Copy the present state beside the log, to replay from.
+    /// Copy the present state beside the log, to replay from; `log checkpoint ls` lists the copies.
+    #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
     Checkpoint {
         #[command(flatten)]
-        which: Which,
+        which: Option<Which>,
+        #[command(subcommand)]
+        command: Option<CheckpointCommand>,
     },
     /// Allow what a checkpoint and the flushed state cover to be removed.
     Trim {
@@ -649,6 +778,16 @@ pub(crate) enum LogCommand {
     },
 }
 
+#[derive(Subcommand, Debug)]
+pub(crate) enum CheckpointCommand {
+    /// List the checkpoints of every log, and from where each log can be replayed.
+    Ls {
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 #[derive(Args, Debug)]
 pub(crate) struct FsckArgs {
     /// Read every row from disk and compare with the stored hashes, too.
@@ -657,6 +796,19 @@ pub(crate) struct FsckArgs {
     /// Print one JSON document.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Subcommand, Debug)]
+pub(crate) enum DiskCommand {
+    /// Label a disk of a stopped cluster: an empty one that takes the place of another, or one whose label is damaged. A
+    /// directory without its label is never written to.
+    Label {
+        /// The directory of `clutch up`.
+        #[arg(long, default_value = "clutch-data")]
+        dir: PathBuf,
+        /// Which disk: N of DIR/blocks/N.
+        disk: u32,
+    },
 }
 
 #[derive(Subcommand, Debug)]
@@ -673,13 +825,13 @@ pub(crate) enum BenchCommand {
         )]
         ops: Vec<String>,
         /// Clients, each with a session of its own.
-        #[arg(long, default_value_t = 4)]
+        #[arg(long, default_value_t = 4, value_parser = parse_clients)]
         clients: usize,
         /// Requests that each client keeps in flight.
-        #[arg(long, default_value_t = 64)]
+        #[arg(long, default_value_t = 64, value_parser = parse_depth)]
         depth: usize,
         /// Files of each operation, over all clients.
-        #[arg(long, default_value_t = 20_000)]
+        #[arg(long, default_value_t = 20_000, value_parser = parse_files)]
         files: usize,
         /// Print one JSON document.
         #[arg(long)]
@@ -688,13 +840,13 @@ pub(crate) enum BenchCommand {
     /// Writing and reading file data.
     Data {
         /// Files.
-        #[arg(long, default_value_t = 8)]
+        #[arg(long, default_value_t = 8, value_parser = parse_files)]
         files: usize,
         /// Bytes of each, in MiB.
-        #[arg(long, default_value_t = 32)]
+        #[arg(long, default_value_t = 32, value_parser = parse_size_mib)]
         size_mib: usize,
         /// Files at a time.
-        #[arg(long, default_value_t = 1)]
+        #[arg(long, default_value_t = 1, value_parser = parse_clients)]
         clients: usize,
         /// Print one JSON document.
         #[arg(long)]

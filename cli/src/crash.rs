@@ -24,9 +24,11 @@ pub(crate) fn install() {
     std::panic::set_hook(Box::new(move |info| {
         before(info);
         if std::env::var_os("RUST_BACKTRACE").is_none() {
-            eprintln!("{}", std::backtrace::Backtrace::force_capture());
+            let _ = writeln!(std::io::stderr(), "{}", std::backtrace::Backtrace::force_capture());
         }
-        eprintln!(
+        // Nobody may be reading.
+        let _ = writeln!(
+            std::io::stderr(),
             "clutch {}: this is a bug; please report it with the lines above",
             env!("CARGO_PKG_VERSION")
         );
@@ -58,9 +60,14 @@ extern "C" fn on_signal(signal: libc::c_int) {
     }
     let name = FATAL.iter().find(|(s, _)| *s == signal).map_or("a signal", |(_, name)| name);
     let thread = std::thread::current();
-    eprintln!("clutch: fatal signal {name} in thread {:?}", thread.name().unwrap_or("?"));
-    eprintln!("{:?}", backtrace::Backtrace::new());
-    eprintln!("clutch {}: this is a bug; please report it with the lines above", env!("CARGO_PKG_VERSION"));
+    // Nobody may be reading.
+    let _ = writeln!(
+        std::io::stderr(),
+        "clutch: fatal signal {name} in thread {:?}\n{:?}\nclutch {}: this is a bug; please report it with the lines above",
+        thread.name().unwrap_or("?"),
+        backtrace::Backtrace::new(),
+        env!("CARGO_PKG_VERSION")
+    );
     // SAFETY: the action was reset to the default, so this ends the process with the signal as its reason.
     unsafe {
         libc::raise(signal);

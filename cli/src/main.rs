@@ -5,15 +5,18 @@
 mod args;
 mod commands;
 mod crash;
+mod interrupt;
 mod output;
+mod remote;
 
-use std::{process::ExitCode, sync::Arc};
+use std::{io::IsTerminal as _, process::ExitCode, sync::Arc};
 
 use anyhow::Result;
 use args::{Cli, Command};
 use clap::Parser as _;
 use clutch_client::{Client, ClientError, ClientOptions};
 use clutch_runtime::production;
+use output::talk;
 
 #[global_allocator]
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
@@ -31,47 +34,95 @@ fn main() -> ExitCode {
     // Simulated clusters are full of faults on purpose; their complaints are not news.
     let level = if matches!(cli.command, Command::Fuzz(_)) { "off" } else { "warn" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("CLUTCH_LOG").unwrap_or_else(|_| level.into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| output::Quiet)
+        .with_ansi(std::io::stderr().is_terminal())
+        .log_internal_errors(false)
+        .init();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
-        Err(error) => return fail(&anyhow::anyhow!("start the runtime: {error}")),
+        Err(error) => return fail(&anyhow::anyhow!("start the runtime: {error}"), false),
     };
-    let code = match runtime.block_on(run(cli)) {
-        Ok(code) => code,
-        Err(error) => fail(&error),
-    };
+    let as_json = cli.command.wants_json();
+    // `up` stops in its own way, and a simulation holds the thread: the system ends it.
+    let guarded = !matches!(cli.command, Command::Up(_) | Command::Fuzz(_));
+    let code = runtime.block_on(async {
+        match guarded {
+            true => match interrupt::guard(run(cli)).await {
+                Ok(ended) => ended,
+                Err(number) => Ok(ExitCode::from(number)),
+            },
+            false => run(cli).await,
+        }
+    });
+    let code = code.unwrap_or_else(|error| fail(&error, as_json));
+    interrupt::remove_all();
     // Owners on threads of their own must not see the timers end under them: the process ends them all.
     std::mem::forget(runtime);
     crash::end(code)
 }
 
-fn fail(error: &anyhow::Error) -> ExitCode {
+/// Says why a command failed, in JSON too where that was asked for, and what exit code that is.
+fn fail(error: &anyhow::Error, as_json: bool) -> ExitCode {
     if error.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe) {
         // Whoever read our output has had enough. There is nobody to tell, but the work may not be done.
         return ExitCode::FAILURE;
     }
-    eprintln!("clutch: {error:#}");
-    match error.downcast_ref::<ClientError>() {
+    let text = format!("{error:#}");
+    talk!("clutch: {text}");
+    let client_error = error.chain().find_map(|cause| cause.downcast_ref::<ClientError>());
+    if as_json {
+        let code = client_error.map_or("failed".to_owned(), code_name);
+        // Whoever asked for it may have gone.
+        let _ = output::json(
+            &serde_json::json!({ "error": { "code": code, "message": output::printable(text.as_bytes()) } }),
+        );
+    }
+    match client_error {
         Some(ClientError::Unknown(_)) => ExitCode::from(3),
         _ => ExitCode::FAILURE,
+    }
+}
+
+/// A word for what went wrong, for scripts: the code of a refusal in lower case, or what kind of failure it was.
+fn code_name(error: &ClientError) -> String {
+    match error {
+        ClientError::Refused(refusal) => {
+            let name = format!("{:?}", refusal.code);
+            let mut word = String::new();
+            for c in name.chars() {
+                if c.is_uppercase() && !word.is_empty() {
+                    word.push('_');
+                }
+                word.extend(c.to_lowercase());
+            }
+            word
+        }
+        ClientError::Unreachable(_) => "unreachable".into(),
+        ClientError::Unknown(_) => "outcome_unknown".into(),
+        ClientError::DataLost(_) => "data_lost".into(),
+        ClientError::Local(_) => "local".into(),
     }
 }
 
 async fn run(cli: Cli) -> Result<ExitCode> {
     let runtime = production::runtime();
     let client = || {
+        let registry = args::parse_registry(&cli.registry).map_err(anyhow::Error::msg)?;
         let options = ClientOptions { patience: cli.patience(), ..ClientOptions::default() };
-        Client::new(production::runtime(), cli.registry.as_str().into(), options)
+        anyhow::Ok(Client::new(production::runtime(), registry.as_str().into(), options))
     };
     match &cli.command {
         Command::Up(args) => commands::up::run(runtime, args).await,
-        Command::Status(args) => commands::status::run(&client(), args).await,
-        Command::Fs(command) => commands::fs::run(Arc::new(client()), command).await,
+        Command::Status(args) => commands::status::run(&client()?, args).await,
+        Command::Fs(command) => commands::fs::run(Arc::new(client()?), command).await,
         Command::Log(command) => commands::log::run(client, command).await,
-        Command::Fsck(args) => commands::fsck::run(&client(), args).await,
-        Command::Collect(args) => commands::collect::run(&client(), args).await,
+        Command::Fsck(args) => commands::fsck::run(&client()?, args).await,
+        Command::Collect(args) => commands::collect::run(&client()?, args).await,
+        Command::Disk(command) => commands::disk::run(&runtime, command),
         Command::Fuzz(args) => commands::fuzz::run(args),
-        Command::Bench(command) => commands::bench::run(Arc::new(client()), command).await,
+        Command::Bench(command) => commands::bench::run(Arc::new(client()?), command).await,
         Command::Completions { shell } => commands::shell::completions(*shell),
         Command::Man { dir } => commands::shell::man(dir.as_deref()),
         Command::Crash { signal } => crash::provoke(signal),

@@ -1,12 +1,15 @@
 //! `clutch collect`.
 
-use std::{process::ExitCode, time::Duration};
+use std::process::ExitCode;
 
 use anyhow::Result;
 use clutch_client::Client;
 use clutch_server::collector::{CollectOptions, Collected, collect};
 
-use crate::{args::CollectArgs, output};
+use crate::{
+    args::CollectArgs,
+    output::{self, talk},
+};
 
 pub(crate) async fn run(client: &Client, args: &CollectArgs) -> Result<ExitCode> {
     let options = CollectOptions { requests_per_s: args.requests_per_s, ..CollectOptions::default() };
@@ -19,9 +22,9 @@ pub(crate) async fn run(client: &Client, args: &CollectArgs) -> Result<ExitCode>
                 }
             }
             Err(error) if args.once => return Err(error.into()),
-            Err(error) => eprintln!("clutch: {error}; the next pass tries again"),
+            Err(error) => talk!("clutch: {error}; the next pass tries again"),
         }
-        client.runtime().clock.sleep(Duration::from_secs(args.every_s)).await;
+        client.runtime().clock.sleep(crate::args::seconds(args.every_s)).await;
     }
 }
 
@@ -44,7 +47,7 @@ fn show(done: &Collected, json: bool) -> Result<()> {
         ))?;
     }
     for failure in &done.failures {
-        eprintln!("clutch: {failure}");
+        talk!("clutch: {failure}");
     }
     Ok(())
 }

@@ -7,20 +7,15 @@ use clutch_client::Client;
 use clutch_server::fsck;
 use serde_json::json;
 
-use crate::{args::FsckArgs, commands::status, output};
+use crate::{args::FsckArgs, commands::status::Picture, output};
 
 pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
-    let (_, replicas) = status::all(client).await?;
+    let picture = Picture::take(client).await?;
+    let replicas = &picture.replicas;
     let mut checked = fsck::Checked::default();
-    for replica in &replicas {
-        let fault = match &replica.status {
-            Ok(status) => status.fault.clone(),
-            Err(error) => error.to_string(),
-        };
-        if !fault.is_empty() {
-            checked.violations.insert(format!("{}: {fault}", replica.name));
-        }
-    }
+    let has_stopped = replicas.iter().any(|r| r.status.as_ref().map_or(true, |s| !s.fault.is_empty()));
+    let faults = picture.faults();
+    checked.violations.extend(faults.iter().cloned());
     let mut rescanned = 0;
     if args.rescan {
         let rescan = fsck::rescan(client).await?;
@@ -28,13 +23,15 @@ pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
         checked.violations.extend(rescan.violations);
     }
     // A replica that has stopped serves no rows; what it stopped on is the finding.
-    if checked.violations.is_empty() {
+    if !has_stopped {
         let bar = output::bar("fsck: shards", replicas.len() as u64);
         let mut progress = |done: u64, total: u64| {
             bar.set_length(total);
             bar.set_position(done);
         };
+        let before = std::mem::take(&mut checked.violations);
         checked = fsck::check(client, &mut progress).await?;
+        checked.violations.extend(before);
         bar.finish_and_clear();
     }
     let clean = checked.violations.is_empty();

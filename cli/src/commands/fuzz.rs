@@ -17,7 +17,7 @@ use serde_json::json;
 
 use crate::{
     args::{FuzzArgs, FuzzProfile},
-    output,
+    output::{self, talk},
 };
 
 /// Lines of the timeline that are shown; the whole is in the file beside the script.
@@ -71,7 +71,7 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
         show(&summary, begin.elapsed())?;
     }
     if let Some(kinds) = &short {
-        eprintln!("clutch: these kinds of faults struck fewer than {} times: {kinds}", args.require_faults);
+        talk!("clutch: these kinds of faults struck fewer than {} times: {kinds}", args.require_faults);
     }
     Ok(if summary.failures.is_empty() && short.is_none() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
@@ -98,7 +98,14 @@ fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
     let time = args.minutes.map(|minutes| Duration::from_secs_f64(minutes * 60.0));
     let seeds = match (args.seed, args.seeds, time) {
         (Some(_), ..) => 1,
-        (None, Some(seeds), _) => seeds,
+        (None, Some(seeds), _) => {
+            ensure!(
+                first_seed.checked_add(seeds - 1).is_some(),
+                "seeds from {first_seed} on: there are not {seeds}; they end at {}",
+                u64::MAX
+            );
+            seeds
+        }
         (None, None, Some(_)) => u64::MAX,
         (None, None, None) => 100,
     };
@@ -113,7 +120,7 @@ fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
         repeat_every: if args.seed.is_some() { 1 } else { args.repeat_every },
         failures_max: args.failures_max,
     };
-    eprintln!("clutch: fuzzing from seed {first_seed}");
+    talk!("clutch: fuzzing from seed {first_seed}");
     let bar = output::counter("fuzz");
     let progress = |summary: &Summary| {
         let seconds = begin.elapsed().as_secs_f64().max(0.001);
@@ -170,11 +177,7 @@ fn report_failure(args: &FuzzArgs, failure: &Failure) -> Result<serde_json::Valu
     let (script, report) = match args.no_shrink || args.script.is_some() {
         true => (failure.script.clone(), failure.report.clone()),
         false => {
-            eprintln!(
-                "clutch: seed {} failed; minimising {} events",
-                failure.seed,
-                failure.script.events.len()
-            );
+            talk!("clutch: seed {} failed; minimising {} events", failure.seed, failure.script.events.len());
             shrink(&failure.script, &failure.report)
         }
     };
@@ -206,19 +209,21 @@ fn report_failure(args: &FuzzArgs, failure: &Failure) -> Result<serde_json::Valu
             Some(path)
         }
     };
-    eprintln!("seed {} failed:", failure.seed);
+    talk!("seed {} failed:", failure.seed);
     for violation in &failure.report.violations {
-        eprintln!("  {}: {}", violation.checker, violation.what);
+        talk!("  {}: {}", violation.checker, violation.what);
     }
-    eprintln!("timeline of {} events:", script.events.len());
+    talk!("timeline of {} events:", script.events.len());
     let skipped = timeline.lines().count().saturating_sub(TIMELINE_SHOWN);
     if skipped > 0 {
-        eprintln!("  ... {skipped} lines before");
+        talk!("  ... {skipped} lines before");
     }
-    timeline.lines().skip(skipped).for_each(|line| eprintln!("  {line}"));
-    eprintln!("repeat it: {command}");
+    for line in timeline.lines().skip(skipped) {
+        talk!("  {line}");
+    }
+    talk!("repeat it: {command}");
     if let Some(path) = &stored {
-        eprintln!("the small one: clutch fuzz --script {}", path.display());
+        talk!("the small one: clutch fuzz --script {}", path.display());
     }
     let violations: Vec<_> =
         failure.report.violations.iter().map(|v| json!({ "checker": v.checker, "what": v.what })).collect();

@@ -18,15 +18,16 @@ use clutch_state_rocks::{RocksStore, SharedMemory};
 use serde_json::json;
 
 use crate::{
-    args::{LogCommand, Which},
+    args::{CheckpointCommand, LogCommand, Which},
     commands::status,
+    interrupt::Temporary,
     output,
 };
 
-pub(crate) async fn run(client: impl Fn() -> Client, command: &LogCommand) -> Result<ExitCode> {
+pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogCommand) -> Result<ExitCode> {
     match command {
-        LogCommand::Status { json } => show(&client(), *json).await,
-        LogCommand::Replay { which, verify, dir, to_position, to_time, json } => {
+        LogCommand::Status { json } => show(&client()?, *json).await,
+        LogCommand::Replay { which, verify, dir, from_checkpoint, to_position, to_time, json } => {
             let until = Until { position: *to_position, time: *to_time };
             let mut reports = Vec::new();
             let logs = match dir {
@@ -37,27 +38,43 @@ pub(crate) async fn run(client: impl Fn() -> Client, command: &LogCommand) -> Re
                     })?;
                     chosen(which, cluster.shards)?
                 }
-                None => chosen(which, client().map().await?.shards.len() as u32)?,
+                None => chosen(which, client()?.map().await?.shards.len() as u32)?,
             };
             for id in logs {
                 let work = tempdir()?;
-                let store = Arc::new(RocksStore::open(&work.0, &SharedMemory::new(32 << 20, 64 << 20))?);
+                let store = Arc::new(RocksStore::open(work.path(), &SharedMemory::new(32 << 20, 64 << 20))?);
                 let bar = output::bar(&format!("replay {id}"), 0);
                 let mut progress = |done: u64, total: u64| {
                     bar.set_length(total);
                     bar.set_position(done);
                 };
                 let report = match dir {
-                    Some(dir) => replay::from_directory(&OsDisk, dir, id, store, until, &mut progress),
-                    None => replay::from_cluster(&client(), id, store, until, &mut progress).await,
+                    Some(dir) => replay::from_directory(
+                        &OsDisk,
+                        dir,
+                        id,
+                        store,
+                        until,
+                        *from_checkpoint,
+                        &mut progress,
+                    ),
+                    None => {
+                        replay::from_cluster(&client()?, id, store, until, *from_checkpoint, &mut progress)
+                            .await
+                    }
                 };
                 bar.finish_and_clear();
                 reports.push((id, report.with_context(|| format!("replay {id}"))?));
             }
+            check_time(&reports, *to_time)?;
             print(&reports, *verify, *json)
         }
-        LogCommand::Checkpoint { which } => {
-            let client = client();
+        LogCommand::Checkpoint { command: Some(CheckpointCommand::Ls { json }), .. } => {
+            list_checkpoints(&client()?, *json).await
+        }
+        LogCommand::Checkpoint { which, command: None } => {
+            let client = client()?;
+            let which = which.as_ref().context("say which log: --shard N, --cdc, --registry-log or --all")?;
             for id in chosen(which, client.map().await?.shards.len() as u32)? {
                 let reply = admin(&client, id, Op::TakeCheckpoint(TakeCheckpoint {})).await?;
                 let newest = reply.status.and_then(|s| s.checkpoints.last().copied()).unwrap_or(0);
@@ -66,7 +83,7 @@ pub(crate) async fn run(client: impl Fn() -> Client, command: &LogCommand) -> Re
             Ok(ExitCode::SUCCESS)
         }
         LogCommand::Trim { which, upto } => {
-            let client = client();
+            let client = client()?;
             for id in chosen(which, client.map().await?.shards.len() as u32)? {
                 let reply =
                     admin(&client, id, Op::TrimLog(TrimLog { upto: upto.unwrap_or(u64::MAX) })).await?;
@@ -78,21 +95,61 @@ pub(crate) async fn run(client: impl Fn() -> Client, command: &LogCommand) -> Re
     }
 }
 
-/// A directory that is removed when it is not needed any more.
-struct Work(std::path::PathBuf);
-
-impl Drop for Work {
-    fn drop(&mut self) {
-        // A directory that stays behind in the temporary directory does no harm.
-        let _ = std::fs::remove_dir_all(&self.0);
+async fn list_checkpoints(client: &Client, as_json: bool) -> Result<ExitCode> {
+    let (_, replicas) = status::all(client).await?;
+    let mut rows = Vec::new();
+    for replica in &replicas {
+        let s = replica.status.as_ref().map_err(|e| anyhow::anyhow!("{}: {e}", replica.name))?;
+        // What a replay begins from, and so how far back it reaches.
+        let begin = match s.log_first {
+            0 | 1 => Some(0),
+            first => s.checkpoints.iter().copied().filter(|position| position + 1 >= first).min(),
+        };
+        rows.push(json!({
+            "log": replica.name, "checkpoints": s.checkpoints.iter().map(|p| output::number(*p)).collect::<Vec<_>>(),
+            "log_first": output::number(s.log_first), "log_last": output::number(s.log_last),
+            "replays_from": begin.map(output::number),
+        }));
+        if !as_json {
+            let begin = match begin {
+                Some(0) => "replays from its beginning".to_owned(),
+                Some(position) => format!("replays from the checkpoint at {position}"),
+                None => "CANNOT be replayed: no checkpoint covers what was trimmed".to_owned(),
+            };
+            let checkpoints: Vec<String> = s.checkpoints.iter().map(u64::to_string).collect();
+            let checkpoints = if checkpoints.is_empty() { "none".to_owned() } else { checkpoints.join(", ") };
+            output::line(format!(
+                "{}: checkpoints {checkpoints}; log {}..{}; {begin}",
+                replica.name, s.log_first, s.log_last
+            ))?;
+        }
     }
+    if as_json {
+        output::json(&json!({ "logs": rows }))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
-fn tempdir() -> Result<Work> {
+/// Refuses a time behind the end of all logs that were replayed: a log may rest while others go on, but where all end
+/// before it, nobody can say what was there.
+fn check_time(reports: &[(LogId, Report)], to_time: Option<u64>) -> Result<()> {
+    let Some(time) = to_time else { return Ok(()) };
+    let newest = reports.iter().map(|(_, report)| report.time).max().unwrap_or(0);
+    if reports.iter().all(|(_, report)| report.reached_end) && newest < time {
+        bail!(
+            "time {time} lies behind the end of the log, whose last entry is of {newest}; leave --to-time away to replay all"
+        );
+    }
+    Ok(())
+}
+
+/// A directory for a store that is removed when it is not needed any more, or when the command is interrupted.
+fn tempdir() -> Result<Temporary> {
     let random = clutch_runtime::production::runtime().random;
     let path = std::env::temp_dir().join(format!("clutch-replay-{:016x}", random.u64()));
+    let temporary = Temporary::new(path.clone());
     std::fs::create_dir(&path).with_context(|| format!("make {}", path.display()))?;
-    Ok(Work(path))
+    Ok(temporary)
 }
 
 fn chosen(which: &Which, shards: u32) -> Result<Vec<LogId>> {
@@ -127,8 +184,9 @@ fn print(reports: &[(LogId, Report)], verify: bool, as_json: bool) -> Result<Exi
             .iter()
             .map(|(id, r)| {
                 json!({
-                    "log": id.to_string(), "from_checkpoint": r.from_checkpoint, "batches": r.batches,
-                    "entries": r.entries, "position": r.position, "time": r.time, "hash": r.hash,
+                    "log": id.to_string(), "from_checkpoint": output::number(r.from_checkpoint),
+                    "batches": output::number(r.batches), "entries": output::number(r.entries),
+                    "position": output::number(r.position), "time": output::nanoseconds(r.time), "hash": r.hash,
                     "compared_at": r.compared.as_ref().map(|c| c.0),
                     "live_hash": r.compared.as_ref().map(|c| c.1.clone()), "verified": r.verified,
                 })
@@ -169,7 +227,8 @@ async fn show(client: &Client, as_json: bool) -> Result<ExitCode> {
         let s = replica.status.as_ref().map_err(|e| anyhow::anyhow!("{}: {e}", replica.name))?;
         rows.push(json!({
             "log": replica.name, "first": s.log_first, "last": s.log_last, "applied": s.applied_position,
-            "flushed": s.flushed_position, "epoch": s.epoch, "time": s.applied_time, "checkpoints": s.checkpoints,
+            "flushed": s.flushed_position, "epoch": s.epoch, "time": output::nanoseconds(s.applied_time),
+            "checkpoints": s.checkpoints,
         }));
         if !as_json {
             output::line(format!(

@@ -2,6 +2,7 @@
 
 pub(crate) mod bench;
 pub(crate) mod collect;
+pub(crate) mod disk;
 pub(crate) mod fs;
 pub(crate) mod fsck;
 pub(crate) mod fuzz;

@@ -1,6 +1,9 @@
 //! `clutch status`.
+//!
+//! Says what there is, whatever does not work: a table always comes, with the faults in it.
 
 use std::{
+    collections::BTreeSet,
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -14,7 +17,13 @@ use clutch_proto::{
 };
 use serde_json::json;
 
-use crate::{args::StatusArgs, output};
+use crate::{
+    args::{StatusArgs, seconds},
+    output,
+};
+
+/// A wall clock that is further away from the cluster's time than this is worth a line.
+const CLOCK_OFF_MS: i64 = 5000;
 
 /// One replica and what it says of itself.
 pub(crate) struct ReplicaStatus {
@@ -26,57 +35,142 @@ impl ReplicaStatus {
     fn serves(&self) -> bool {
         self.status.as_ref().is_ok_and(|s| s.leading && s.fault.is_empty())
     }
+
+    /// Why it does not serve.
+    fn fault(&self) -> Option<String> {
+        match &self.status {
+            Ok(status) if !status.fault.is_empty() => Some(status.fault.clone()),
+            Ok(_) => None,
+            Err(error) => Some(error.to_string()),
+        }
+    }
 }
 
 /// Asks every replica of the cluster.
 pub(crate) async fn all(client: &Client) -> Result<(std::sync::Arc<Map>, Vec<ReplicaStatus>), ClientError> {
     let map = client.refresh_map().await?;
+    let replicas = ask(client, &map).await;
+    Ok((map, replicas))
+}
+
+async fn ask(client: &Client, map: &Map) -> Vec<ReplicaStatus> {
     let mut asked = vec![(Role::Registry, 0, "registry".to_owned()), (Role::Cdc, 0, "cdc".to_owned())];
     asked.extend(map.shards.iter().map(|s| (Role::Shard, s.shard, format!("shard {}", s.shard))));
-    let mut replicas = Vec::new();
-    for (role, number, name) in asked {
+    // Side by side: one that does not answer must not hold up the others.
+    let answers = asked.into_iter().map(|(role, number, name)| async move {
         let request = AdminRequest { op: Some(Op::Status(Status {})) };
         let status = client.admin(role, number, request).await;
         let status = status
             .and_then(|r| r.status.ok_or_else(|| ClientError::Unreachable("no status in the answer".into())));
-        replicas.push(ReplicaStatus { name, status });
-    }
-    Ok((map, replicas))
+        ReplicaStatus { name, status }
+    });
+    futures_util::future::join_all(answers).await
 }
 
-/// Whether the map covers all slots and the CDC, and every replica serves.
-fn is_ready(map: &Map, replicas: &[ReplicaStatus]) -> bool {
-    let slots: u32 = map.shards.iter().map(|s| s.slot_last - s.slot_first + 1).sum();
-    slots == 256
-        && !map.cdc_address.is_empty()
-        && !map.services.is_empty()
-        && replicas.iter().all(ReplicaStatus::serves)
+/// What is known of the cluster.
+pub(crate) struct Picture {
+    map: std::sync::Arc<Map>,
+    /// Why the registry gave no map.
+    map_fault: Option<String>,
+    pub(crate) replicas: Vec<ReplicaStatus>,
+}
+
+impl Picture {
+    pub(crate) async fn take(client: &Client) -> Result<Picture, ClientError> {
+        match client.refresh_map().await {
+            Ok(map) => {
+                let replicas = ask(client, &map).await;
+                Ok(Picture { map, map_fault: None, replicas })
+            }
+            Err(error) => {
+                // The registry does not serve, but its node may say why.
+                let map = std::sync::Arc::new(Map::default());
+                let replicas = ask_registry(client).await;
+                if replicas.iter().all(|replica| replica.status.is_err()) {
+                    return Err(error);
+                }
+                Ok(Picture { map, map_fault: Some(error.to_string()), replicas })
+            }
+        }
+    }
+
+    /// What is wrong, a sentence each.
+    pub(crate) fn faults(&self) -> Vec<String> {
+        let mut faults: Vec<String> = self
+            .replicas
+            .iter()
+            .filter_map(|replica| Some(format!("{}: {}", replica.name, replica.fault()?)))
+            .collect();
+        faults.extend(self.map_fault.iter().map(|fault| format!("the registry gives no map: {fault}")));
+        let of_nodes: BTreeSet<&String> = self
+            .replicas
+            .iter()
+            .filter_map(|r| r.status.as_ref().ok())
+            .flat_map(|s| &s.node_faults)
+            .collect();
+        faults.extend(of_nodes.into_iter().cloned());
+        if self.replicas.iter().all(ReplicaStatus::serves) && !self.has_disks() {
+            let need = self.map.default_policy.map_or(0, |policy| policy.data_blocks);
+            faults.push(format!("fewer than {need} disks can be used: files in blocks cannot be read"));
+        }
+        faults
+    }
+
+    fn clock_ahead_ms(&self) -> i64 {
+        let ahead = self.replicas.iter().filter_map(|r| r.status.as_ref().ok()).map(|s| s.clock_ahead_ms);
+        ahead.max_by_key(|ms| ms.unsigned_abs()).unwrap_or(0)
+    }
+
+    fn log_bytes(&self) -> u64 {
+        self.replicas.iter().filter_map(|r| r.status.as_ref().ok()).map(|s| s.log_bytes).max().unwrap_or(0)
+    }
+
+    /// Whether as many disks can be used as a file needs at least.
+    fn has_disks(&self) -> bool {
+        let used = self.map.services.iter().filter(|s| s.capacity_bytes > 0).count();
+        let need = self.map.default_policy.map_or(0, |policy| policy.data_blocks) as usize;
+        self.map.services.len() < need || used >= need
+    }
+
+    /// Whether the map covers all slots and the CDC, every replica serves, and what is stored can be read.
+    fn is_serving(&self) -> bool {
+        let slots: u32 = self.map.shards.iter().map(|s| s.slot_last - s.slot_first + 1).sum();
+        slots == 256
+            && !self.map.cdc_address.is_empty()
+            && !self.map.services.is_empty()
+            && self.replicas.iter().all(ReplicaStatus::serves)
+            && self.has_disks()
+    }
+}
+
+async fn ask_registry(client: &Client) -> Vec<ReplicaStatus> {
+    let request = AdminRequest { op: Some(Op::Status(Status {})) };
+    let status = client.admin(Role::Registry, 0, request).await;
+    let status = status
+        .and_then(|r| r.status.ok_or_else(|| ClientError::Unreachable("no status in the answer".into())));
+    vec![ReplicaStatus { name: "registry".into(), status }]
 }
 
 pub(crate) async fn run(client: &Client, args: &StatusArgs) -> Result<ExitCode> {
-    let deadline = args.wait.map(|seconds| Instant::now() + Duration::from_secs(seconds));
-    let (map, replicas) = loop {
-        // A cluster that is starting is asked again and again, each time with little patience.
-        let round =
-            tokio::time::timeout(Duration::from_secs(if deadline.is_some() { 3 } else { 10 }), all(client))
-                .await;
-        let waits = deadline.is_some_and(|deadline| Instant::now() < deadline);
-        match round {
-            Ok(Ok((map, replicas))) if !waits || is_ready(&map, &replicas) => break (map, replicas),
-            Ok(Err(error)) if !waits => return Err(error.into()),
-            Err(_) if !waits => {
-                anyhow::bail!("no answer from the cluster; is `clutch up` running, and --registry right?")
-            }
+    let start = Instant::now();
+    let wait = seconds(args.wait.unwrap_or(0));
+    // A cluster that is starting is asked again and again, each time with little patience.
+    let client = client.with_patience(Duration::from_secs(3));
+    let picture = loop {
+        let picture = Picture::take(&client).await;
+        let waits = start.elapsed() < wait;
+        match picture {
+            Ok(picture) if !waits || picture.is_serving() => break picture,
+            Err(error) if !waits => return Err(error.into()),
             _ => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     };
-    let ready = is_ready(&map, &replicas);
     if args.json {
-        output::json(&document(&map, &replicas, ready))?;
+        output::json(&document(&picture))?;
     } else {
-        print(&map, &replicas, ready)?;
+        print(&picture)?;
     }
-    Ok(if ready { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    Ok(if picture.is_serving() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn hex(bytes: &[u8]) -> String {
@@ -84,62 +178,85 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
 }
 
-fn document(map: &Map, replicas: &[ReplicaStatus], ready: bool) -> serde_json::Value {
-    let replicas: Vec<_> = replicas
+fn document(picture: &Picture) -> serde_json::Value {
+    let replicas: Vec<_> = picture
+        .replicas
         .iter()
         .map(|replica| match &replica.status {
             Ok(s) => json!({
                 "name": replica.name, "serving": replica.serves(), "epoch": s.epoch, "applied": s.applied_position,
-                "flushed": s.flushed_position, "time": s.applied_time, "hash": hex(&s.hash), "log_first": s.log_first,
-                "log_last": s.log_last, "checks_compared": s.checks_compared,
+                "flushed": s.flushed_position, "time": output::nanoseconds(s.applied_time), "hash": hex(&s.hash),
+                "log_first": s.log_first, "log_last": s.log_last, "checks_compared": s.checks_compared,
                 "checks_not_compared": s.checks_not_compared, "checkpoints": s.checkpoints, "fault": s.fault,
                 "process_cpu_us": s.process_cpu_us, "resident_bytes": s.resident_bytes,
             }),
             Err(error) => json!({ "name": replica.name, "serving": false, "fault": error.to_string() }),
         })
         .collect();
-    let services: Vec<_> = map
+    let services: Vec<_> = picture
+        .map
         .services
         .iter()
         .map(|s| {
             json!({
                 "service": format!("{:016x}", s.service_id), "address": s.address, "failure_domain": s.failure_domain,
-                "capacity_bytes": s.capacity_bytes, "available_bytes": s.available_bytes, "flags": s.flags,
+                "capacity_bytes": output::number(s.capacity_bytes),
+                "available_bytes": output::number(s.available_bytes), "flags": s.flags,
             })
         })
         .collect();
-    json!({ "ready": ready, "cluster": format!("{:016x}", map.cluster), "replicas": replicas, "block_services": services })
+    let serving = picture.is_serving();
+    json!({
+        "serving": serving, "ready": serving, "faults": picture.faults(),
+        "cluster": format!("{:016x}", picture.map.cluster), "replicas": replicas, "block_services": services,
+        "log_bytes": output::number(picture.log_bytes()), "clock_ahead_ms": picture.clock_ahead_ms(),
+    })
 }
 
-fn print(map: &Map, replicas: &[ReplicaStatus], ready: bool) -> Result<()> {
+fn print(picture: &Picture) -> Result<()> {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
     table.set_header(["replica", "state", "applied", "log", "state hash", "checks"]);
-    for replica in replicas {
+    for replica in &picture.replicas {
         match &replica.status {
             Ok(s) => table.add_row([
                 replica.name.clone(),
-                if !s.fault.is_empty() {
-                    s.fault.clone()
-                } else if s.leading {
-                    "serving".to_owned()
-                } else {
-                    "starting".to_owned()
+                match (s.fault.is_empty(), s.leading) {
+                    (false, _) => "STOPPED".to_owned(),
+                    (true, true) => "serving".to_owned(),
+                    (true, false) => "starting".to_owned(),
                 },
                 s.applied_position.to_string(),
                 format!("{}..{}", s.log_first, s.log_last),
                 hex(&s.hash),
                 format!("{} equal, {} not compared", s.checks_compared, s.checks_not_compared),
             ]),
-            Err(error) => table.add_row([replica.name.clone(), error.to_string()]),
+            Err(_) => table.add_row([replica.name.clone(), "no answer".to_owned()]),
         };
     }
-    output::line(table)?;
-    let available: u64 = map.services.iter().map(|s| s.available_bytes).max().unwrap_or(0);
+    output::block(table)?;
+    let available: u64 = picture.map.services.iter().map(|s| s.available_bytes).max().unwrap_or(0);
     output::line(format!(
-        "block services: {}, up to {} free on one",
-        map.services.len(),
-        output::bytes(available)
+        "block services: {}, up to {} free on one; logs: {}",
+        picture.map.services.len(),
+        output::bytes(available),
+        output::bytes(picture.log_bytes())
     ))?;
-    output::line(if ready { "everything serves" } else { "not everything serves" })
+    let ahead = picture.clock_ahead_ms();
+    if ahead.abs() > CLOCK_OFF_MS {
+        let how = if ahead > 0 { "ahead of" } else { "behind" };
+        output::line(format!(
+            "the clock is {} s {how} the cluster's time, which follows it slowly",
+            ahead.abs() / 1000
+        ))?;
+    }
+    let faults = picture.faults();
+    for fault in &faults {
+        output::line(format!("FAULT {fault}"))?;
+    }
+    output::line(match (picture.is_serving(), faults.is_empty()) {
+        (true, true) => "everything serves",
+        (true, false) => "serves, with faults",
+        (false, _) => "not everything serves",
+    })
 }

@@ -7,63 +7,101 @@ use clutch_runtime::Runtime;
 use clutch_server::up::{Up, UpConfig};
 use clutch_shard::Lifetimes;
 
-use crate::args::UpArgs;
+use crate::{
+    args::{UpArgs, seconds},
+    output::talk,
+};
 
 pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     let mut interrupted = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
     let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
+    let mut hung_up = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
     let started = std::time::Instant::now();
     let config = UpConfig {
         dir: args.dir.clone(),
         listen: args.listen.as_str().into(),
+        advertise: args.advertise.clone(),
         shards: args.shards,
         disks: args.disks,
         policy: args.policy,
         segment_bytes_max: args.segment_mib << 20,
         lifetimes: Lifetimes { grant_ms: args.grant_s * 1000, transient_ms: args.unfinished_s * 1000 },
         clock_skew_ms_max: args.clock_skew_s * 1000,
-        collect_pause: Some(Duration::from_secs(args.collect_every_s)).filter(|pause| !pause.is_zero()),
+        accept_clock: args.accept_clock,
+        reserve_bytes: args.reserve_mib.map(|mib| mib << 20),
+        collect_pause: Some(seconds(args.collect_every_s)).filter(|pause| !pause.is_zero()),
     };
     let up = tokio::select! {
         up = Up::start(runtime, config) => up?,
         _ = interrupted.recv() => return Ok(ExitCode::FAILURE),
         _ = terminated.recv() => return Ok(ExitCode::FAILURE),
+        _ = hung_up.recv() => return Ok(ExitCode::FAILURE),
     };
     let cluster = &up.cluster;
     let address = up.node().endpoint();
     let what = if up.created { "made" } else { "opened" };
-    eprintln!(
+    talk!(
         "clutch: {what} cluster {} in {} ({:.1} s)",
         cluster.cluster,
         args.dir.display(),
         started.elapsed().as_secs_f64()
     );
-    eprintln!(
+    talk!(
         "  registry, CDC, {} shards, {} disks, policy {}+{}, log engine local",
         cluster.shards,
         cluster.disks.len(),
         cluster.data_blocks,
         cluster.parity_blocks
     );
-    eprintln!("  listening on {address}; in another terminal:");
-    eprintln!("    export CLUTCH_REGISTRY={address}");
-    eprintln!("    clutch fs put FILE /FILE && clutch fs ls -l /");
-    eprintln!("  Ctrl-C stops it.");
+    talk!("  listening on {address}; in another terminal:");
+    talk!("    export CLUTCH_REGISTRY={address}");
+    talk!("    clutch fs put FILE /FILE && clutch fs ls -l /");
+    talk!("  Ctrl-C stops it.");
+    if let Some(registered) = up.registered().filter(|registered| *registered != address.to_string()) {
+        let hint = match args.advertise {
+            Some(_) => "",
+            None => ", which only this machine reaches; say --advertise HOST:PORT for others",
+        };
+        talk!("  registered as {registered}{hint}");
+    }
     let blocks = cluster.data_blocks + cluster.parity_blocks;
     if (cluster.disks.len() as u32) < blocks {
-        eprintln!(
+        talk!(
             "  note: files over 255 bytes need {blocks} disks and there are {}; writing one will be refused (no space)",
             cluster.disks.len()
         );
     }
-    tokio::select! {
-        _ = interrupted.recv() => {}
-        _ = terminated.recv() => {}
+    for notice in up.node().notices().iter().chain(&up.node().node_faults()) {
+        talk!("  note: {notice}");
     }
-    eprintln!("clutch: stopping");
+    let ended_by_fault = tokio::select! {
+        _ = interrupted.recv() => false,
+        _ = terminated.recv() => false,
+        _ = hung_up.recv() => false,
+        faults = useless(&up) => {
+            for fault in faults {
+                talk!("clutch: {fault}");
+            }
+            talk!("clutch: no replica serves any more");
+            true
+        }
+    };
+    talk!("clutch: stopping");
     tokio::select! {
-        () = up.stop() => eprintln!("clutch: stopped"),
-        _ = interrupted.recv() => eprintln!("clutch: stopped without flushing; the next start replays the log"),
+        () = up.stop() => talk!("clutch: stopped"),
+        _ = interrupted.recv() => talk!("clutch: stopped without flushing; the next start replays the log"),
     }
-    Ok(ExitCode::SUCCESS)
+    // Whoever supervises the process must notice.
+    Ok(if ended_by_fault { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+/// Completes when nothing useful is served any more: all replicas have stopped for good. Why they have.
+async fn useless(up: &Up) -> Vec<String> {
+    loop {
+        let (faults, serves) = up.node().faults();
+        if !serves {
+            return faults;
+        }
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    }
 }

@@ -13,7 +13,7 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use clutch_client::{Client, FileAttributes, Resolved};
 use clutch_proto::{
@@ -25,7 +25,11 @@ use clutch_server::handler::process_usage;
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use crate::{args::BenchCommand, output};
+use crate::{
+    args::BenchCommand,
+    interrupt::{self, Cleanup},
+    output::{self, talk},
+};
 
 mod data;
 mod meta;
@@ -38,15 +42,15 @@ pub(crate) async fn run(client: Arc<Client>, command: &BenchCommand) -> Result<E
             let load = Load { clients: (0..*clients).map(|_| client.sibling()).collect(), depth: *depth };
             let workload =
                 meta::Workload { ops, files: *files, directories: (files / 10).max(1), parents: 16 };
-            let root = Root::make(&client).await?;
-            let rows = meta::rows(&client, &root, &workload, &load).await;
+            let (_cleanup, root) = (Cleanup::new(), Root::make(&client).await?);
+            let rows = until_interrupted(meta::rows(&client, &root, &workload, &load)).await;
             root.remove(&client).await?;
             (rows, *json)
         }
         BenchCommand::Data { files, size_mib, clients, json } => {
             ensure!(*clients > 0 && *files > 0 && *size_mib > 0, "clients, files and size must be above 0");
-            let root = Root::make(&client).await?;
-            let rows = data::rows(&client, &root, *files, *size_mib << 20, *clients).await;
+            let (_cleanup, root) = (Cleanup::new(), Root::make(&client).await?);
+            let rows = until_interrupted(data::rows(&client, &root, *files, *size_mib << 20, *clients)).await;
             root.remove(&client).await?;
             (rows, *json)
         }
@@ -54,6 +58,14 @@ pub(crate) async fn run(client: Arc<Client>, command: &BenchCommand) -> Result<E
     };
     print(&rows?, as_json)?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Ends the work, not what comes after it, when the command is interrupted.
+async fn until_interrupted(rows: impl Future<Output = Result<Vec<Row>>>) -> Result<Vec<Row>> {
+    tokio::select! {
+        rows = rows => rows,
+        () = interrupt::interrupted() => bail!("interrupted"),
+    }
 }
 
 /// A directory of the benchmark's own.
@@ -254,8 +266,8 @@ fn print(rows: &[Row], as_json: bool) -> Result<()> {
     for row in rows {
         table.add_row(cells(row));
     }
-    output::line(table)?;
+    output::block(table)?;
     let total: f64 = rows.iter().map(|r| r.seconds).sum();
-    eprintln!("({total:.1} s in all; load generator and cluster share this machine)");
+    talk!("({total:.1} s in all; load generator and cluster share this machine)");
     Ok(())
 }

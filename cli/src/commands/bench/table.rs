@@ -26,7 +26,10 @@ use tokio::{
 };
 
 use super::{HEADER, Load, Root, Row, cells, data, document, meta};
-use crate::{args::TableArgs, output};
+use crate::{
+    args::TableArgs,
+    output::{self, talk},
+};
 
 /// How the machine was while a part ran.
 struct Surroundings {
@@ -212,7 +215,7 @@ impl Scratch {
 impl Drop for Scratch {
     fn drop(&mut self) {
         if let Err(error) = std::fs::remove_dir_all(&self.0) {
-            eprintln!("clutch: remove {}: {error}", self.0.display());
+            talk!("clutch: remove {}: {error}", self.0.display());
         }
     }
 }
@@ -261,7 +264,7 @@ impl Cluster {
         tokio::spawn(async move {
             while let Ok(Some(line)) = lines.next_line().await {
                 if line.contains("ERROR") || line.contains("WARN") {
-                    eprintln!("{line}");
+                    talk!("{line}");
                 }
             }
         });

@@ -6,21 +6,18 @@ use clutch_proto::{InodeId, InodeKind, listing::DirEntry, types::Attributes};
 use futures_util::{StreamExt as _, TryStreamExt as _};
 use serde_json::{Value, json};
 
-use crate::output;
+use crate::{output, remote::RemotePath};
 
 /// Attributes that are asked for at a time.
 const PARALLEL: usize = 64;
 
-fn shown(name: &[u8]) -> String {
-    String::from_utf8_lossy(name).into_owned()
+/// A name as a line has it: bytes for a program, characters that drive nothing for a terminal (see `output::line_of`).
+fn raw(parts: &[&[u8]]) -> Vec<u8> {
+    parts.concat()
 }
 
 fn id_of(entry: &DirEntry) -> Result<InodeId> {
     InodeId::from_wire(entry.target).context("an inode id")
-}
-
-fn join(dir: &str, name: &str) -> String {
-    format!("{}/{name}", dir.trim_end_matches('/'))
 }
 
 async fn with_attributes(client: &Client, entries: Vec<DirEntry>) -> Result<Vec<(DirEntry, Attributes)>> {
@@ -34,47 +31,47 @@ async fn with_attributes(client: &Client, entries: Vec<DirEntry>) -> Result<Vec<
         .await
 }
 
-fn document(path: &str, attributes: &Attributes) -> Value {
+fn document(path: &RemotePath, attributes: &Attributes) -> Value {
     let id = InodeId::from_wire(attributes.id);
     let mut document = json!({
-        "path": path,
         "id": format!("{:x}", attributes.id),
         "kind": id.map_or("unknown", output::kind),
         "mode": format!("{:04o}", attributes.mode),
         "uid": attributes.uid,
         "gid": attributes.gid,
-        "size": attributes.size,
+        "size": output::number(attributes.size),
         "nlink": attributes.nlink,
-        "mtime": attributes.mtime,
-        "ctime": attributes.ctime,
-        "atime": attributes.atime,
+        "mtime": output::nanoseconds(attributes.mtime),
+        "ctime": output::nanoseconds(attributes.ctime),
+        "atime": output::nanoseconds(attributes.atime),
     });
+    output::put_name(&mut document, "path", path.as_bytes());
     if id.is_some_and(|id| id.kind() == InodeKind::Symlink) {
-        document["target"] = json!(shown(&attributes.symlink_target));
+        output::put_name(&mut document, "target", &attributes.symlink_target);
     }
     document
 }
 
-fn long_line(name: &str, attributes: &Attributes) -> String {
-    let Some(id) = InodeId::from_wire(attributes.id) else { return name.to_owned() };
-    let target = match id.kind() {
-        InodeKind::Symlink => format!(" -> {}", shown(&attributes.symlink_target)),
-        _ => String::new(),
-    };
-    format!(
-        "{} {:>2} {:>5} {:>5} {:>12} {} {name}{target}",
+fn long_line(name: &[u8], attributes: &Attributes) -> Vec<u8> {
+    let Some(id) = InodeId::from_wire(attributes.id) else { return name.to_vec() };
+    let head = format!(
+        "{} {:>2} {:>5} {:>5} {:>12} {} ",
         output::mode(id, attributes.mode),
         attributes.nlink,
         attributes.uid,
         attributes.gid,
         attributes.size,
         output::time(attributes.mtime)
-    )
+    );
+    match id.kind() {
+        InodeKind::Symlink => raw(&[head.as_bytes(), name, b" -> ", &attributes.symlink_target]),
+        InodeKind::Directory | InodeKind::File => raw(&[head.as_bytes(), name]),
+    }
 }
 
 pub(super) async fn ls(
     client: &Client,
-    path: &str,
+    path: &RemotePath,
     long: bool,
     recursive: bool,
     as_json: bool,
@@ -84,53 +81,52 @@ pub(super) async fn ls(
         let attributes = client.stat(at.id).await?;
         return match (as_json, long) {
             (true, _) => output::json(&json!({ "entries": [document(path, &attributes)] })),
-            (false, true) => output::line(long_line(path, &attributes)),
-            (false, false) => output::line(path),
+            (false, true) => output::line_of(&long_line(path.as_bytes(), &attributes)),
+            (false, false) => output::line_of(path.as_bytes()),
         };
     }
     let mut documents = Vec::new();
-    let mut directories = vec![(path.trim_end_matches('/').to_owned(), at.id)];
+    let mut directories = vec![(path.trimmed(), at.id)];
     let mut first = true;
     while let Some((dir, id)) = directories.pop() {
         let entries = client.read_dir(id).await?;
         if recursive && !as_json {
-            output::line(format!(
-                "{}{}:",
-                if first { "" } else { "\n" },
-                if dir.is_empty() { "/" } else { &dir }
-            ))?;
+            if !first {
+                output::line("")?;
+            }
+            let shown: &[u8] = if dir.as_bytes().is_empty() { b"/" } else { dir.as_bytes() };
+            output::line_of(&raw(&[shown, b":"]))?;
         }
         first = false;
         if recursive {
             let below = entries.iter().rev().filter(|e| id_of(e).is_ok_and(InodeId::is_directory));
-            directories.extend(below.filter_map(|e| Some((join(&dir, &shown(&e.name)), id_of(e).ok()?))));
+            directories.extend(below.filter_map(|e| Some((dir.join(&e.name), id_of(e).ok()?))));
         }
         if long || as_json {
             for (entry, attributes) in with_attributes(client, entries).await? {
-                let name = shown(&entry.name);
                 if as_json {
-                    let mut document = document(&join(&dir, &name), &attributes);
-                    document["name"] = json!(name);
+                    let mut document = document(&dir.join(&entry.name), &attributes);
+                    output::put_name(&mut document, "name", &entry.name);
                     documents.push(document);
                 } else {
-                    output::line(long_line(&name, &attributes))?;
+                    output::line_of(&long_line(&entry.name, &attributes))?;
                 }
             }
         } else {
             for entry in entries {
-                output::line(shown(&entry.name))?;
+                output::line_of(&entry.name)?;
             }
         }
     }
     if as_json { output::json(&json!({ "entries": documents })) } else { Ok(()) }
 }
 
-pub(super) async fn tree(client: &Client, path: &str, as_json: bool) -> Result<()> {
+pub(super) async fn tree(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let top = client.resolve_directory(path).await?;
     if as_json {
-        return output::json(&tree_document(client, path, top).await?);
+        return tree_document(client, path, top).await;
     }
-    output::line(path)?;
+    output::line_of(path.as_bytes())?;
     let (mut directories, mut files) = (0u64, 0u64);
     // What is still to be printed, the next one last: prefix, entry, whether it is the last of its directory.
     let mut stack: Vec<(String, DirEntry, bool)> = Vec::new();
@@ -141,7 +137,8 @@ pub(super) async fn tree(client: &Client, path: &str, as_json: bool) -> Result<(
     };
     push(&mut stack, "", client.read_dir(top).await?);
     while let Some((prefix, entry, last)) = stack.pop() {
-        output::line(format!("{prefix}{}{}", if last { "└── " } else { "├── " }, shown(&entry.name)))?;
+        let branch = if last { "└── " } else { "├── " };
+        output::line_of(&raw(&[prefix.as_bytes(), branch.as_bytes(), &entry.name]))?;
         let id = id_of(&entry)?;
         if id.is_directory() {
             directories += 1;
@@ -151,35 +148,60 @@ pub(super) async fn tree(client: &Client, path: &str, as_json: bool) -> Result<(
             files += 1;
         }
     }
-    output::line(format!("\n{directories} directories, {files} files"))
+    output::line("")?;
+    output::line(format!("{directories} directories, {files} files"))
 }
 
-fn tree_document<'a>(
-    client: &'a Client,
-    name: &'a str,
-    dir: InodeId,
-) -> std::pin::Pin<Box<dyn Future<Output = Result<Value>> + Send + 'a>> {
-    Box::pin(async move {
-        let mut entries = Vec::new();
-        for entry in client.read_dir(dir).await? {
-            let (id, name) = (id_of(&entry)?, shown(&entry.name));
-            entries.push(match id.is_directory() {
-                true => tree_document(client, &name, id).await?,
-                false => json!({ "name": name, "kind": output::kind(id) }),
-            });
+/// Prints a tree as one nested document while it is read: it may be deeper than any stack.
+async fn tree_document(client: &Client, path: &RemotePath, top: InodeId) -> Result<()> {
+    use std::io::Write as _;
+    let mut out = std::io::BufWriter::new(std::io::stdout());
+    let head = |name: &[u8], kind: &str| {
+        let mut document = json!({ "kind": kind });
+        output::put_name(&mut document, "name", name);
+        document.to_string()
+    };
+    // A directory's document without its closing brace, and its entries.
+    let open = |name: &[u8]| {
+        let head = head(name, "directory");
+        format!("{},\"entries\":[", &head[..head.len() - 1])
+    };
+    write!(out, "{}", open(path.as_bytes()))?;
+    let mut way = vec![client.read_dir(top).await?.into_iter()];
+    let mut is_first = true;
+    while let Some(entries) = way.last_mut() {
+        let Some(entry) = entries.next() else {
+            way.pop();
+            write!(out, "]}}")?;
+            is_first = false;
+            continue;
+        };
+        if !std::mem::replace(&mut is_first, false) {
+            write!(out, ",")?;
         }
-        Ok(json!({ "name": name, "kind": "directory", "entries": entries }))
-    })
+        let id = id_of(&entry)?;
+        if id.is_directory() {
+            write!(out, "{}", open(&entry.name))?;
+            way.push(client.read_dir(id).await?.into_iter());
+            is_first = true;
+        } else {
+            write!(out, "{}", head(&entry.name, output::kind(id)))?;
+        }
+    }
+    writeln!(out)?;
+    out.flush()?;
+    Ok(())
 }
 
-pub(super) async fn du(client: &Client, path: &str, as_json: bool) -> Result<()> {
+pub(super) async fn du(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let at = client.resolve(path).await?;
-    let (mut bytes, mut files, mut directories) = (0u64, 0u64, 0u64);
+    // Sizes go up to 2^62, and there may be many of them.
+    let (mut bytes, mut files, mut directories) = (0u128, 0u64, 0u64);
     let mut queue = Vec::new();
     if at.id.is_directory() {
         queue.push(at.id);
     } else {
-        (bytes, files) = (client.stat(at.id).await?.size, 1);
+        (bytes, files) = (u128::from(client.stat(at.id).await?.size), 1);
     }
     let progress = output::counter("du");
     while let Some(dir) = queue.pop() {
@@ -188,29 +210,44 @@ pub(super) async fn du(client: &Client, path: &str, as_json: bool) -> Result<()>
             client.read_dir(dir).await?.into_iter().partition(|e| id_of(e).is_ok_and(InodeId::is_directory));
         queue.extend(below.iter().filter_map(|e| id_of(e).ok()));
         for (_, attributes) in with_attributes(client, here).await? {
-            bytes += attributes.size;
+            bytes += u128::from(attributes.size);
             files += 1;
         }
-        progress.set_message(format!("{files} files, {}", output::bytes(bytes)));
+        progress.set_message(format!("{files} files, {}", output::bytes(clamped(bytes))));
     }
     progress.finish_and_clear();
     if as_json {
-        return output::json(
-            &json!({ "path": path, "bytes": bytes, "files": files, "directories": directories }),
-        );
+        let sum = u64::try_from(bytes).map_or_else(|_| json!(bytes.to_string()), output::number);
+        let mut document = json!({ "bytes": sum, "files": files, "directories": directories });
+        output::put_name(&mut document, "path", path.as_bytes());
+        return output::json(&document);
     }
     output::line(format!(
         "{} ({bytes} bytes) in {files} files and {directories} directories",
-        output::bytes(bytes)
+        output::bytes(clamped(bytes))
     ))
 }
 
-pub(super) async fn stat(client: &Client, path: &str, as_json: bool) -> Result<()> {
+fn clamped(bytes: u128) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
+pub(super) async fn stat(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let at = client.resolve(path).await?;
     let attributes = client.stat(at.id).await?;
     let mut document = document(path, &attributes);
     if at.id.kind() == InodeKind::File {
-        let layout = client.layout(at.id, 0, 0).await?;
+        // All pages are of the content that the first one is of.
+        let mut layout = client.layout(at.id, 0, 0).await?;
+        let mut page = layout.next_offset;
+        while page != 0 {
+            let next = client.layout(at.id, layout.content, page).await?;
+            page = if next.next_offset > page { next.next_offset } else { 0 };
+            layout.extents.extend(next.extents);
+            layout.spans.extend(next.spans);
+        }
+        layout.spans.sort_by_key(|span| span.span_id);
+        layout.spans.dedup_by_key(|span| span.span_id);
         document["extents"] = json!(layout.extents.len());
         let spans: Vec<_> = layout
             .spans
@@ -233,7 +270,7 @@ pub(super) async fn stat(client: &Client, path: &str, as_json: bool) -> Result<(
     if as_json {
         return output::json(&document);
     }
-    output::line(format!("  path: {path}"))?;
+    output::line_of(&raw(&[b"  path: ", path.as_bytes()]))?;
     output::line(format!("    id: {} ({}, slot {})", at.id, output::kind(at.id), at.id.slot().0))?;
     output::line(format!("  mode: {:04o} {}", attributes.mode, output::mode(at.id, attributes.mode)))?;
     output::line(format!(" owner: {}:{}", attributes.uid, attributes.gid))?;
@@ -244,7 +281,7 @@ pub(super) async fn stat(client: &Client, path: &str, as_json: bool) -> Result<(
         output::line(format!(" {what}: {}.{:09} UTC", output::time(time), time % 1_000_000_000))?;
     }
     if at.id.kind() == InodeKind::Symlink {
-        output::line(format!("target: {}", shown(&attributes.symlink_target)))?;
+        output::line_of(&raw(&[b"target: ", &attributes.symlink_target]))?;
     }
     for span in document["spans"].as_array().into_iter().flatten() {
         output::line(format!("  span: {} {} bytes, {}", span["span"], span["size"], span["policy"]))?;
@@ -252,7 +289,7 @@ pub(super) async fn stat(client: &Client, path: &str, as_json: bool) -> Result<(
     Ok(())
 }
 
-pub(super) async fn history(client: &Client, path: &str, as_json: bool) -> Result<()> {
+pub(super) async fn history(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let (dir, name) = match client.resolve(path).await {
         Ok(at) if at.id.is_directory() => (at.id, None),
         Ok(at) => (at.parent, Some(at.name)),
@@ -267,10 +304,12 @@ pub(super) async fn history(client: &Client, path: &str, as_json: bool) -> Resul
         let past: Vec<_> = past
             .iter()
             .map(|p| {
-                json!({
-                    "name": shown(&p.name), "id": format!("{:x}", p.target), "created_at": p.created_at,
-                    "ended_at": p.ended_at, "can_be_undeleted": p.owned,
-                })
+                let mut document = json!({
+                    "id": format!("{:x}", p.target), "created_at": output::nanoseconds(p.created_at),
+                    "ended_at": output::nanoseconds(p.ended_at), "can_be_undeleted": p.owned,
+                });
+                output::put_name(&mut document, "name", &p.name);
+                document
             })
             .collect();
         return output::json(&json!({ "past": past }));
@@ -278,7 +317,8 @@ pub(super) async fn history(client: &Client, path: &str, as_json: bool) -> Resul
     for p in &past {
         let how = if p.owned { "deleted or replaced" } else { "moved away" };
         let (from, to) = (output::time(p.created_at), output::time(p.ended_at));
-        output::line(format!("{from} .. {to} ({}) {how} {:x} {}", p.ended_at, p.target, shown(&p.name)))?;
+        let head = format!("{from} .. {to} ({}) {how} {:x} ", p.ended_at, p.target);
+        output::line_of(&raw(&[head.as_bytes(), &p.name]))?;
     }
     Ok(())
 }

@@ -1,5 +1,6 @@
 //! `clutch fs`.
 
+mod failures;
 mod get;
 mod list;
 mod policy;
@@ -29,23 +30,27 @@ pub(crate) async fn run(client: Arc<Client>, command: &FsCommand) -> Result<Exit
         FsCommand::Get { recursive, jobs, source, target } => {
             return get::run(client, source, target, *recursive, *jobs).await;
         }
-        FsCommand::Cat { paths } => get::cat(&client, paths).await?,
-        FsCommand::Mkdir { parents, mode, paths } => small::mkdir(&client, paths, *parents, *mode).await?,
+        FsCommand::Cat { paths } => return get::cat(&client, paths).await,
+        FsCommand::Mkdir { parents, mode, paths } => {
+            return small::mkdir(&client, paths, *parents, *mode).await;
+        }
         FsCommand::Mv { source, target } => small::mv(&client, source, target).await?,
-        FsCommand::Rm { recursive, force, paths } => small::rm(&client, paths, *recursive, *force).await?,
+        FsCommand::Rm { recursive, force, paths } => {
+            return small::rm(&client, paths, *recursive, *force).await;
+        }
         FsCommand::Ln { target, path, .. } => small::ln(&client, target, path).await?,
-        FsCommand::Chmod { mode, paths } => small::chmod(&client, *mode, paths).await?,
-        FsCommand::Chown { owner, paths } => small::chown(&client, owner, paths).await?,
-        FsCommand::Touch { date, paths } => small::touch(&client, date.as_deref(), paths).await?,
+        FsCommand::Chmod { mode, paths } => return small::chmod(&client, *mode, paths).await,
+        FsCommand::Chown { owner, paths } => return small::chown(&client, owner, paths).await,
+        FsCommand::Touch { date, paths } => return small::touch(&client, date.as_deref(), paths).await,
         FsCommand::Write { offset, truncate, source, path } => {
             versions::write(&client, source, path, *offset, *truncate).await?
         }
-        FsCommand::Truncate { size, paths } => versions::truncate(&client, *size, paths).await?,
+        FsCommand::Truncate { size, paths } => return versions::truncate(&client, *size, paths).await,
         FsCommand::Versions { path, json } => versions::list(&client, path, *json).await?,
         FsCommand::Restore { path, ended } => versions::restore(&client, path, *ended).await?,
         FsCommand::Policy(command) => policy::run(&client, command).await?,
         FsCommand::Undelete { path, new_path, ended } => {
-            small::undelete(&client, path, new_path.as_deref(), *ended).await?
+            small::undelete(&client, path, new_path.as_ref(), *ended).await?
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use crate::{
     args::{Keep, Part, PolicyCommand},
     output,
+    remote::RemotePath,
 };
 
 pub(super) async fn run(client: &Client, command: &PolicyCommand) -> Result<()> {
@@ -55,7 +56,7 @@ pub(super) async fn run(client: &Client, command: &PolicyCommand) -> Result<()> 
                 "nothing to set: say what to keep, spans, storage, a cell size, or what to inherit"
             );
             let inherit: Vec<PolicyPart> = inherit.iter().map(|part| part_of(*part)).collect();
-            client.set_policy(dir, policy, &inherit).await.with_context(|| path.clone())?;
+            client.set_policy(dir, policy, &inherit).await.with_context(|| path.to_string())?;
             Ok(())
         }
     }
@@ -86,7 +87,7 @@ fn shown_age(ms: u64) -> String {
     format!("{ms}ms")
 }
 
-async fn get(client: &Client, path: &str, as_json: bool) -> Result<()> {
+async fn get(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let dir = client.resolve_directory(path).await?;
     let own = client.stat(dir).await?.policy.unwrap_or_default();
     let holds = client.effective_policy(dir).await?;
@@ -121,7 +122,7 @@ async fn get(client: &Client, path: &str, as_json: bool) -> Result<()> {
         let storage: Vec<Value> =
             storage.iter().map(|(size, class)| json!({ "size_min": size, "storage_class": class })).collect();
         return output::json(&json!({
-            "keep": { "age_ms": keep.age_ms, "versions": keep.versions, "from": origins[0] },
+            "keep": { "age_ms": keep.age_ms.map(output::number), "versions": keep.versions, "from": origins[0] },
             "spans": { "classes": spans, "from": origins[1] },
             "storage": { "classes": storage, "from": origins[2] },
             "cell_size": { "bytes": write.cell_bytes(), "from": origins[3] },

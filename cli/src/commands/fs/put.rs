@@ -8,86 +8,110 @@ use std::{
     time::Instant,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use clutch_client::{Client, ClientError, FileAttributes, Resolved};
+use clutch_client::{Client, FileAttributes};
 use clutch_proto::{InodeId, shard::SetAttributes};
-use tokio::{sync::Semaphore, task::JoinSet};
+use tokio::task::JoinSet;
 
-use super::small::make_or_find;
-use crate::output;
+use super::{
+    failures::{Failures, is_final},
+    small::{make_or_find, place_for_file},
+};
+use crate::{
+    output::{self, talk},
+    remote::RemotePath,
+};
 
 pub(super) async fn run(
     client: Arc<Client>,
     source: &Path,
-    target: &str,
+    target: &RemotePath,
     recursive: bool,
     verbose: bool,
     jobs: usize,
 ) -> Result<ExitCode> {
     if source == Path::new("-") {
-        let (dir, name) = client.resolve_parent(target).await?;
+        let (dir, name) = place_for_file(&client, target).await?;
+        if let Ok(existing) = client.resolve(target).await {
+            ensure!(!existing.id.is_directory(), "{target} is a directory; name the file in it");
+        }
         let (uid, gid) = super::identity();
         let attributes = FileAttributes { mode: 0o644, uid, gid, mtime: 0 };
         client
             .write_file(dir, &name, attributes, true, &mut tokio::io::stdin())
             .await
-            .with_context(|| target.to_owned())?;
+            .with_context(|| target.to_string())?;
         return Ok(ExitCode::SUCCESS);
     }
     let metadata = source.symlink_metadata().with_context(|| source.display().to_string())?;
-    let (dir, name, path) = destination(&client, source, target).await?;
+    let (dir, name, path) = destination(&client, source, target, metadata.is_dir()).await?;
     if !metadata.is_dir() {
         let stored = store(&client, source.to_owned(), dir, name).await?;
         if stored.is_none() {
             bail!("{}: only files, directories and symbolic links can be stored", source.display());
         }
         if verbose {
-            output::line(&path)?;
+            output::line_of(path.as_bytes())?;
         }
         return Ok(ExitCode::SUCCESS);
     }
     if !recursive {
         bail!("{} is a directory; use -r to store it with all that is in it", source.display());
     }
-    Tree { client, jobs: Arc::new(Semaphore::new(jobs.clamp(1, 1024))), verbose }
-        .put(source, dir, name, path)
-        .await
+    Tree { client, jobs: jobs.clamp(1, 1024), verbose }.put(source, dir, name, path).await
 }
 
 /// The remote directory, the name in it and the whole path.
-async fn destination(client: &Client, source: &Path, target: &str) -> Result<(InodeId, Bytes, String)> {
-    let into = |existing: Resolved| {
-        let absolute = std::path::absolute(source).context("the source's own name")?;
-        let name = absolute.file_name().context("the source has no name; name the target")?.to_owned();
-        let path = format!("{}/{}", target.trim_end_matches('/'), name.to_string_lossy());
-        anyhow::Ok((existing.id, Bytes::copy_from_slice(name.as_bytes()), path))
-    };
+async fn destination(
+    client: &Client,
+    source: &Path,
+    target: &RemotePath,
+    is_directory: bool,
+) -> Result<(InodeId, Bytes, RemotePath)> {
     match client.resolve(target).await {
-        Ok(existing) if existing.id.is_directory() => into(existing),
-        Ok(existing) => Ok((existing.parent, existing.name, target.to_owned())),
+        Ok(existing) if existing.id.is_directory() => {
+            let absolute = std::path::absolute(source).context("the source's own name")?;
+            let name = absolute.file_name().context("the source has no name; name the target")?.to_owned();
+            Ok((existing.id, Bytes::copy_from_slice(name.as_bytes()), target.join(name.as_bytes())))
+        }
+        Ok(existing) => Ok((existing.parent, existing.name, target.clone())),
         Err(error) if error.is_not_found() => {
-            let (dir, name) = client.resolve_parent(target).await?;
-            Ok((dir, name, target.trim_end_matches('/').to_owned()))
+            let (dir, name) = match is_directory {
+                true => client.resolve_parent(target).await?,
+                false => place_for_file(client, target).await?,
+            };
+            Ok((dir, name, target.trimmed()))
         }
         Err(error) => Err(error.into()),
     }
 }
 
-fn mtime(metadata: &std::fs::Metadata) -> u64 {
-    u64::try_from(metadata.mtime())
-        .unwrap_or(0)
-        .saturating_mul(1_000_000_000)
-        .saturating_add(metadata.mtime_nsec() as u64)
-        .max(1)
+/// A local file's modification time; `None` for one that lies before 1970 or too far ahead to be stored.
+fn mtime(metadata: &std::fs::Metadata) -> Option<u64> {
+    let seconds = u64::try_from(metadata.mtime()).ok()?;
+    let ns = seconds.checked_mul(1_000_000_000)?.checked_add(u64::try_from(metadata.mtime_nsec()).ok()?)?;
+    // 0 stands for the time of the change itself.
+    Some(ns.max(1))
 }
 
-fn attributes(metadata: &std::fs::Metadata) -> FileAttributes {
+/// Says that a time could not be kept.
+fn kept_mtime(metadata: &std::fs::Metadata, source: &Path) -> u64 {
+    mtime(metadata).unwrap_or_else(|| {
+        talk!(
+            "clutch: {}: its time lies before 1970 or after 2554 and is stored as that of 1970",
+            source.display()
+        );
+        1
+    })
+}
+
+fn attributes(metadata: &std::fs::Metadata, source: &Path) -> FileAttributes {
     FileAttributes {
         mode: metadata.mode() & 0o7777,
         uid: metadata.uid(),
         gid: metadata.gid(),
-        mtime: mtime(metadata),
+        mtime: kept_mtime(metadata, source),
     }
 }
 
@@ -98,7 +122,7 @@ async fn store(client: &Client, source: PathBuf, dir: InodeId, name: Bytes) -> R
         let target = std::fs::read_link(&source).with_context(|| source.display().to_string())?;
         let target = Bytes::copy_from_slice(target.as_os_str().as_bytes());
         client
-            .symlink(dir, &name, target, attributes(&metadata), true)
+            .symlink(dir, &name, target, attributes(&metadata, &source), true)
             .await
             .with_context(|| source.display().to_string())?;
         return Ok(Some(0));
@@ -108,173 +132,208 @@ async fn store(client: &Client, source: PathBuf, dir: InodeId, name: Bytes) -> R
     }
     let mut file = tokio::fs::File::open(&source).await.with_context(|| source.display().to_string())?;
     client
-        .write_file(dir, &name, attributes(&metadata), true, &mut file)
+        .write_file(dir, &name, attributes(&metadata, &source), true, &mut file)
         .await
         .with_context(|| source.display().to_string())?;
     Ok(Some(metadata.len()))
 }
 
-/// Whether an error is about a local file and not about the cluster.
-fn is_local(error: &anyhow::Error) -> bool {
-    match error.downcast_ref::<ClientError>() {
-        Some(error) => matches!(error, ClientError::Local(_)),
-        None => error.downcast_ref::<std::io::Error>().is_some(),
-    }
-}
-
 /// A tree on its way.
 struct Tree {
     client: Arc<Client>,
-    jobs: Arc<Semaphore>,
+    jobs: usize,
     verbose: bool,
 }
 
+/// A directory whose entries are still to be stored.
+struct Waiting {
+    source: PathBuf,
+    dir: InodeId,
+    name: Bytes,
+    path: RemotePath,
+}
+
+#[derive(Default)]
+struct Counts {
+    files: u64,
+    bytes: u64,
+    directories: u64,
+}
+
 enum Done {
-    Directory { source: PathBuf, id: InodeId, path: String },
-    File { bytes: Option<u64>, source: PathBuf, path: String },
+    Directory(Waiting, InodeId),
+    File { bytes: u64, path: RemotePath },
+    Skipped(PathBuf),
+    Finished,
+}
+
+/// A directory that is there; it is finished when everything in it has let go of it.
+struct Open {
+    source: PathBuf,
+    id: InodeId,
+    above: Option<Arc<Open>>,
+}
+
+type Running = JoinSet<(Option<Arc<Open>>, Result<Done>)>;
+
+/// What a walk keeps: the directories that are still to be read, the work under way, and what came of it.
+struct Walk {
+    waiting: Vec<(Waiting, InodeId, Option<Arc<Open>>)>,
+    running: Running,
+    failures: Failures,
+    counts: Counts,
+    progress: indicatif::ProgressBar,
 }
 
 impl Tree {
-    async fn put(&self, source: &Path, dir: InodeId, name: Bytes, path: String) -> Result<ExitCode> {
+    async fn put(&self, source: &Path, dir: InodeId, name: Bytes, path: RemotePath) -> Result<ExitCode> {
         let start = Instant::now();
-        let progress = output::counter("put");
-        let mut running: JoinSet<Result<Done>> = JoinSet::new();
-        // Directories whose entries are still to be stored; at most one is being read at a time.
-        let mut waiting: Vec<(PathBuf, InodeId, String)> = Vec::new();
-        let mut directories: Vec<(PathBuf, InodeId)> = Vec::new();
-        let (mut files, mut bytes, mut skipped) = (0u64, 0u64, 0u64);
-        self.start_directory(&mut running, source.to_owned(), dir, name, path).await?;
+        let first = Waiting { source: source.to_owned(), dir, name, path };
+        let id = make(&self.client, &first).await?;
+        let mut walk = Walk {
+            waiting: vec![(first, id, None)],
+            running: Running::new(),
+            failures: Failures::default(),
+            counts: Counts::default(),
+            progress: output::counter("put"),
+        };
         loop {
-            if let Some((source, id, path)) = waiting.pop() {
-                match self.start_entries(&mut running, &source, id, &path).await {
-                    Err(error) if is_local(&error) => {
-                        skipped += 1;
-                        eprintln!("clutch: {error:#}; the rest of the directory is left out");
-                    }
-                    other => other?,
-                }
-                directories.push((source, id));
-            }
-            let done = if waiting.is_empty() {
-                match running.join_next().await {
-                    Some(done) => done,
+            match walk.waiting.pop() {
+                Some((waiting, id, above)) => self.read(&mut walk, waiting, id, above).await?,
+                None => match walk.running.join_next().await {
+                    Some(done) => self.take(&mut walk, done)?,
                     None => break,
-                }
-            } else {
-                match running.try_join_next() {
-                    Some(done) => done,
-                    None => continue,
-                }
-            };
-            let done = match done? {
-                Ok(done) => done,
-                // What is wrong with one local file is no reason to leave the others out.
-                Err(error) if is_local(&error) => {
-                    skipped += 1;
-                    eprintln!("clutch: {error:#}; left out");
-                    continue;
-                }
-                Err(error) => return Err(error),
-            };
-            match done {
-                Done::Directory { source, id, path } => waiting.push((source, id, path)),
-                Done::File { bytes: Some(stored), path, .. } => {
-                    (files, bytes) = (files + 1, bytes + stored);
-                    progress.set_message(format!("{files} files, {}", output::bytes(bytes)));
-                    // A closed pipe must not end the work.
-                    if self.verbose && output::line(path).is_err() {
-                        eprintln!("clutch: nobody reads the list of stored files any more");
-                    }
-                }
-                Done::File { bytes: None, source, .. } => {
-                    skipped += 1;
-                    eprintln!(
-                        "clutch: {}: not a file, directory or symbolic link; left out",
-                        source.display()
-                    );
-                }
+                },
             }
         }
-        self.finish_directories(&directories).await?;
+        let Walk { failures, counts, progress, .. } = walk;
         progress.finish_and_clear();
         let seconds = start.elapsed().as_secs_f64().max(1e-9);
-        eprintln!(
-            "stored {files} files in {} directories, {} in {seconds:.1} s ({:.0} files/s, {:.1} MB/s)",
-            directories.len(),
-            output::bytes(bytes),
-            files as f64 / seconds,
-            bytes as f64 / 1e6 / seconds
+        let failed = match failures.count() {
+            0 => String::new(),
+            count => format!("; {count} could NOT be stored"),
+        };
+        talk!(
+            "stored {} files in {} directories, {} in {seconds:.1} s ({:.0} files/s, {:.1} MB/s){failed}",
+            counts.files,
+            counts.directories,
+            output::bytes(counts.bytes),
+            counts.files as f64 / seconds,
+            counts.bytes as f64 / 1e6 / seconds
         );
-        Ok(if skipped == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+        Ok(failures.exit_code())
     }
 
-    async fn start_directory(
+    /// Starts the work for everything in a directory, waiting for room.
+    async fn read(
         &self,
-        running: &mut JoinSet<Result<Done>>,
-        source: PathBuf,
-        dir: InodeId,
-        name: Bytes,
-        path: String,
+        walk: &mut Walk,
+        waiting: Waiting,
+        id: InodeId,
+        above: Option<Arc<Open>>,
     ) -> Result<()> {
-        let permit = self.jobs.clone().acquire_owned().await?;
-        let client = self.client.clone();
-        running.spawn(async move {
-            let metadata = source.metadata().with_context(|| source.display().to_string())?;
-            let id = make_or_find(&client, dir, &name, attributes(&metadata))
-                .await
-                .with_context(|| path.clone())?;
-            drop(permit);
-            Ok(Done::Directory { source, id, path })
-        });
+        let open = Arc::new(Open { source: waiting.source.clone(), id, above });
+        walk.counts.directories += 1;
+        let shown = || waiting.source.display().to_string();
+        if let Some(entries) = walk.failures.take(std::fs::read_dir(&waiting.source).with_context(shown)) {
+            for entry in entries {
+                let Some(entry) = walk.failures.take(entry.with_context(shown)) else { continue };
+                while walk.running.len() >= self.jobs
+                    && let Some(done) = walk.running.join_next().await
+                {
+                    self.take(walk, done)?;
+                }
+                let (source, name) = (entry.path(), Bytes::copy_from_slice(entry.file_name().as_bytes()));
+                let path = waiting.path.join(&name);
+                let kind = entry.file_type().with_context(|| source.display().to_string());
+                let Some(kind) = walk.failures.take(kind) else { continue };
+                let (client, open) = (self.client.clone(), Some(open.clone()));
+                walk.running.spawn(async move {
+                    let done = if kind.is_dir() {
+                        let below = Waiting { source, dir: id, name, path };
+                        make(&client, &below).await.map(|id| Done::Directory(below, id))
+                    } else {
+                        store(&client, source.clone(), id, name).await.map(|stored| match stored {
+                            Some(bytes) => Done::File { bytes, path },
+                            None => Done::Skipped(source),
+                        })
+                    };
+                    (open, done)
+                });
+            }
+        }
+        self.release(walk, Some(open));
         Ok(())
     }
 
-    async fn start_entries(
+    fn take(
         &self,
-        running: &mut JoinSet<Result<Done>>,
-        source: &Path,
-        dir: InodeId,
-        path: &str,
+        walk: &mut Walk,
+        done: Result<(Option<Arc<Open>>, Result<Done>), tokio::task::JoinError>,
     ) -> Result<()> {
-        for entry in std::fs::read_dir(source).with_context(|| source.display().to_string())? {
-            let entry = entry.with_context(|| source.display().to_string())?;
-            let name = Bytes::copy_from_slice(entry.file_name().as_bytes());
-            let path = format!("{path}/{}", entry.file_name().to_string_lossy());
-            if entry.file_type()?.is_dir() {
-                self.start_directory(running, entry.path(), dir, name, path).await?;
-                continue;
+        let (open, done) = done?;
+        match done {
+            Err(error) if is_final(&error) => return Err(error),
+            Err(error) => {
+                walk.failures.add(&error);
+                if walk.failures.is_hopeless() {
+                    return Err(error);
+                }
             }
-            let permit = self.jobs.clone().acquire_owned().await?;
+            Ok(Done::Directory(below, id)) => walk.waiting.push((below, id, open.clone())),
+            Ok(Done::File { bytes, path }) => {
+                walk.failures.succeeded();
+                let counts = &mut walk.counts;
+                (counts.files, counts.bytes) = (counts.files + 1, counts.bytes + bytes);
+                walk.progress.set_message(format!("{} files, {}", counts.files, output::bytes(counts.bytes)));
+                // A closed pipe must not end the work.
+                if self.verbose && output::line_of(path.as_bytes()).is_err() {
+                    talk!("clutch: nobody reads the list of stored files any more");
+                }
+            }
+            Ok(Done::Skipped(source)) => {
+                let what = "not a file, directory or symbolic link; left out";
+                walk.failures.add(&anyhow::anyhow!("{}: {what}", source.display()));
+            }
+            Ok(Done::Finished) => {}
+        }
+        self.release(walk, open);
+        Ok(())
+    }
+
+    /// Finishes a directory when nothing in it is under way any more; the one above follows when that is done.
+    fn release(&self, walk: &mut Walk, open: Option<Arc<Open>>) {
+        if let Some(done) = open.and_then(Arc::into_inner) {
             let client = self.client.clone();
-            running.spawn(async move {
-                let bytes = store(&client, entry.path(), dir, name).await?;
-                drop(permit);
-                Ok(Done::File { bytes, source: entry.path(), path })
+            walk.running.spawn(async move {
+                let finished = finish(&client, &done).await.map(|()| Done::Finished);
+                (done.above, finished)
             });
         }
-        Ok(())
     }
+}
 
-    /// Modes and times of directories, which storing their entries has changed.
-    async fn finish_directories(&self, directories: &[(PathBuf, InodeId)]) -> Result<()> {
-        use futures_util::{StreamExt as _, TryStreamExt as _};
-        futures_util::stream::iter(directories)
-            .map(|(source, id)| async move {
-                let metadata = source.metadata().with_context(|| source.display().to_string())?;
-                let time = Some(mtime(&metadata));
-                let change = SetAttributes {
-                    mode: Some(metadata.mode() & 0o7777),
-                    mtime: time,
-                    ..SetAttributes::default()
-                };
-                self.client
-                    .set_attributes(*id, change)
-                    .await
-                    .with_context(|| source.display().to_string())
-                    .map(drop)
-            })
-            .buffer_unordered(32)
-            .try_collect()
-            .await
-    }
+async fn make(client: &Client, waiting: &Waiting) -> Result<InodeId> {
+    let metadata = waiting.source.metadata().with_context(|| waiting.source.display().to_string())?;
+    let attributes = FileAttributes {
+        mode: metadata.mode() & 0o7777,
+        uid: metadata.uid(),
+        gid: metadata.gid(),
+        mtime: mtime(&metadata).unwrap_or(1),
+    };
+    make_or_find(client, waiting.dir, &waiting.name, attributes)
+        .await
+        .with_context(|| waiting.path.to_string())
+}
+
+/// The mode and time of a directory, which storing its entries has changed.
+async fn finish(client: &Client, done: &Open) -> Result<()> {
+    let shown = || done.source.display().to_string();
+    let metadata = done.source.metadata().with_context(shown)?;
+    let change = SetAttributes {
+        mode: Some(metadata.mode() & 0o7777),
+        mtime: Some(kept_mtime(&metadata, &done.source)),
+        ..SetAttributes::default()
+    };
+    client.set_attributes(done.id, change).await.with_context(shown).map(drop)
 }

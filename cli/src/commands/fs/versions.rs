@@ -1,33 +1,34 @@
 //! Files that are written over in place, and their earlier contents.
 
-use std::path::Path;
+use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
 use clutch_client::{Client, ContentSource, Resolved};
 use clutch_proto::{InodeKind, types::Code};
 use serde_json::json;
 
-use crate::output;
+use super::failures::Failures;
+use crate::{output, remote::RemotePath};
 
-async fn file(client: &Client, path: &str) -> Result<Resolved> {
+async fn file(client: &Client, path: &RemotePath) -> Result<Resolved> {
     let at = client.resolve(path).await?;
     ensure!(at.id.kind() == InodeKind::File, "{path}: not a file");
     Ok(at)
 }
 
-fn published<T>(result: Result<T, clutch_client::ClientError>, path: &str) -> Result<T> {
+fn published<T>(result: Result<T, clutch_client::ClientError>, path: &RemotePath) -> Result<T> {
     result.map_err(|error| match error.code() {
         Some(Code::Stale) => anyhow::Error::new(error).context(format!(
             "{path}: somebody else changed it at the same time; nothing was written, try again"
         )),
-        _ => anyhow::Error::new(error).context(path.to_owned()),
+        _ => anyhow::Error::new(error).context(path.to_string()),
     })
 }
 
 pub(super) async fn write(
     client: &Client,
     source: &Path,
-    path: &str,
+    path: &RemotePath,
     offset: u64,
     truncate: bool,
 ) -> Result<()> {
@@ -42,21 +43,28 @@ pub(super) async fn write(
     Ok(())
 }
 
-pub(super) async fn truncate(client: &Client, size: u64, paths: &[String]) -> Result<()> {
+pub(super) async fn truncate(client: &Client, size: u64, paths: &[RemotePath]) -> Result<ExitCode> {
+    let mut failures = Failures::default();
     for path in paths {
-        let at = file(client, path).await?;
-        published(client.truncate(&at, size).await, path)?;
+        let truncated = async { published(client.truncate(&file(client, path).await?, size).await, path) };
+        failures.take(truncated.await);
     }
-    Ok(())
+    Ok(failures.exit_code())
 }
 
-pub(super) async fn list(client: &Client, path: &str, as_json: bool) -> Result<()> {
+pub(super) async fn list(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let at = file(client, path).await?;
     let past = client.content_history(at.id).await?;
     if as_json {
         let past: Vec<_> = past
             .iter()
-            .map(|p| json!({ "content": format!("{:x}", p.content), "ended": p.ended_at, "size": p.size }))
+            .map(|p| {
+                json!({
+                    "content": format!("{:x}", p.content),
+                    "ended": output::nanoseconds(p.ended_at),
+                    "size": output::number(p.size),
+                })
+            })
             .collect();
         return output::json(&json!({ "past": past }));
     }
@@ -71,7 +79,7 @@ pub(super) async fn list(client: &Client, path: &str, as_json: bool) -> Result<(
     Ok(())
 }
 
-pub(super) async fn restore(client: &Client, path: &str, ended: Option<u64>) -> Result<()> {
+pub(super) async fn restore(client: &Client, path: &RemotePath, ended: Option<u64>) -> Result<()> {
     let at = file(client, path).await?;
     let past = client.content_history(at.id).await?;
     let chosen = match ended {

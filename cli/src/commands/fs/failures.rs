@@ -1,0 +1,80 @@
+//! What failed of work on several things: said at once, and no reason to leave the others out.
+
+use std::process::ExitCode;
+
+use anyhow::{Error, Result};
+use clutch_client::ClientError;
+
+use crate::output::talk;
+
+/// Counts what failed.
+#[derive(Default)]
+pub(super) struct Failures {
+    count: u64,
+    unknown: bool,
+    /// Failures in a row because nobody could be asked.
+    unreachable: u32,
+}
+
+/// So many failures in a row because nobody could be asked mean that nobody serves.
+const UNREACHABLE_MAX: u32 = 8;
+
+impl Failures {
+    /// Says what failed and goes on; `None` for it.
+    pub(super) fn take<T>(&mut self, result: Result<T>) -> Option<T> {
+        match result {
+            Ok(done) => {
+                self.unreachable = 0;
+                Some(done)
+            }
+            Err(error) => {
+                self.add(&error);
+                None
+            }
+        }
+    }
+
+    pub(super) fn add(&mut self, error: &Error) {
+        talk!("clutch: {error:#}");
+        self.count += 1;
+        let is_unreachable = |cause: &(dyn std::error::Error + 'static)| {
+            matches!(cause.downcast_ref::<ClientError>(), Some(ClientError::Unreachable(_)))
+        };
+        self.unreachable = if error.chain().any(is_unreachable) { self.unreachable + 1 } else { 0 };
+        self.unknown |= error
+            .chain()
+            .any(|cause| matches!(cause.downcast_ref::<ClientError>(), Some(ClientError::Unknown(_))));
+    }
+
+    /// It worked.
+    pub(super) fn succeeded(&mut self) {
+        self.unreachable = 0;
+    }
+
+    /// Whether nobody seems to serve: the rest would fail in the same way, each after its own wait.
+    pub(super) fn is_hopeless(&self) -> bool {
+        self.unreachable >= UNREACHABLE_MAX
+    }
+
+    /// How many so far.
+    pub(super) fn count(&self) -> u64 {
+        self.count
+    }
+
+    /// 0 when nothing failed, 3 when the outcome of something is unknown, else 1.
+    pub(super) fn exit_code(&self) -> ExitCode {
+        match (self.count, self.unknown) {
+            (0, _) => ExitCode::SUCCESS,
+            (_, true) => ExitCode::from(3),
+            (_, false) => ExitCode::FAILURE,
+        }
+    }
+}
+
+/// Whether nobody reads what is printed, so that there is no sense in going on.
+pub(super) fn is_final(error: &Error) -> bool {
+    let is_pipe = |cause: &(dyn std::error::Error + 'static)| {
+        cause.downcast_ref::<std::io::Error>().is_some_and(|e| e.kind() == std::io::ErrorKind::BrokenPipe)
+    };
+    error.chain().any(is_pipe)
+}

@@ -500,6 +500,14 @@ impl Generator {
                     let crash = Fault::Crash(*party, Duration::from_millis(2));
                     events.push(Event { at, action: Action::Strike(crash) });
                 }
+                if let Fault::Step(party, ..) = &fault
+                    && self.rng.random_ratio(1, 3)
+                {
+                    // A clock that is wrong when its node starts.
+                    let at = at + Duration::from_micros(self.rng.random_range(100..50_000));
+                    let crash = Fault::Crash(*party, Duration::from_millis(2));
+                    events.push(Event { at, action: Action::Strike(crash) });
+                }
                 if let Fault::DiskErrors(Party::Disk(disk), _, lasting) = &fault
                     && self.rng.random()
                 {
@@ -576,6 +584,12 @@ impl Generator {
                 Fault::Full(party, lasting)
             }
             "wipe" => Fault::Wipe(bad?),
+            "step" => {
+                let by = *[30i64, 3600, 86_400, 365 * 86_400].choose(&mut self.rng)?;
+                let by = if self.rng.random() { by } else { -by };
+                Fault::Step(self.party(), by, lasting)
+            }
+            "unmount" => Fault::Unmount(bad?, lasting),
             _ => return None,
         })
     }

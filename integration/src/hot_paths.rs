@@ -223,7 +223,8 @@ impl Replica {
         let applier = Applier::open(Arc::new(MemoryStore::new())).expect("an empty store opens");
         let facts = ShardFacts { cluster: 1, ..ShardFacts::default() };
         let mut shard = Replica { applier, facts, sequence: 0 };
-        let genesis = Genesis { shard: 0, slot_first: 0, slot_last: 255, cluster: 1, root_mode: 0o755 };
+        let genesis =
+            Genesis { shard: 0, slot_first: 0, slot_last: 255, cluster: 1, root_mode: 0o755, rules: 1 };
         shard.apply_entry(ShardEntry { tag: None, body: Some(Body::Genesis(genesis)) });
         shard
     }

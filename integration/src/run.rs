@@ -7,7 +7,7 @@ use std::{
 };
 
 use clutch_log::LogId;
-use clutch_runtime::simulated::{DiskFaults, Faults, NodeId};
+use clutch_runtime::simulated::{DiskFaults, Faults, NodeId, Unmounted};
 use parking_lot::Mutex;
 
 use crate::{
@@ -60,6 +60,8 @@ enum End {
     Hear(LogId, NodeId),
     HealDisk(Party),
     SetClock(NodeId),
+    SetRight(NodeId),
+    Mount(u32),
 }
 
 type Lanes = Arc<Mutex<BTreeMap<Lane, VecDeque<(Duration, Operation)>>>>;
@@ -81,6 +83,10 @@ struct Runner {
     /// Nodes whose power will go, and for how long.
     armed: BTreeMap<NodeId, Duration>,
     blocked: BTreeMap<(NodeId, NodeId), u32>,
+    /// Disks that are not mounted.
+    unmounted: BTreeMap<u32, Unmounted>,
+    /// What was seen that must not be.
+    seen: Vec<Violation>,
     clients: u32,
     faults: BTreeMap<&'static str, u64>,
     timeline: Vec<(Duration, String)>,
@@ -141,6 +147,8 @@ impl Runner {
             zombies: BTreeSet::new(),
             armed: BTreeMap::new(),
             blocked: BTreeMap::new(),
+            unmounted: BTreeMap::new(),
+            seen: Vec::new(),
             clients: script.clients,
             faults: BTreeMap::new(),
             timeline: Vec::new(),
@@ -389,11 +397,28 @@ impl Runner {
                 self.cluster.world.disk(node(self, party)).set_faults(faults);
                 self.end_after(*d, End::HealDisk(*party));
             }
+            Fault::Step(party, seconds, d) => {
+                let node = node(self, party);
+                self.cluster.world.set_step_ms(node, seconds.saturating_mul(1000));
+                self.end_after(*d, End::SetRight(node));
+            }
+            Fault::Unmount(disk, d) => {
+                let node = disk_node(*disk);
+                if !self.unmounted.contains_key(disk) {
+                    self.crash(node);
+                    self.unmounted.insert(*disk, self.cluster.world.disk(node).unmount());
+                    self.end_after(RESTART_PAUSE, End::Boot(node));
+                    self.end_after(RESTART_PAUSE + *d, End::Mount(*disk));
+                }
+            }
+            // The right disk is not there.
+            Fault::Wipe(disk) if self.unmounted.contains_key(disk) => {}
             Fault::Wipe(disk) => {
                 // As an operator would: stop the node, change the disk, start it.
                 let node = disk_node(*disk);
                 self.crash(node);
                 self.cluster.world.disk(node).wipe();
+                self.cluster.label(*disk);
                 self.end_after(RESTART_PAUSE, End::Boot(node));
             }
         }
@@ -478,6 +503,14 @@ impl Runner {
                     self.paused.remove(&node);
                 }
             }
+            End::SetRight(node) => self.cluster.world.set_step_ms(node, 0),
+            End::Mount(disk) => {
+                self.mount(disk);
+                let node = disk_node(disk);
+                if self.down.insert(node) {
+                    self.end_after(RESTART_PAUSE, End::Boot(node));
+                }
+            }
             End::SetClock(node) => self.cluster.world.set_drift_ppm(node, 0),
             End::Hear(log, node) => self.cluster.logs.set_deaf(log, u64::from(node.0), false),
             End::HealDisk(party) => {
@@ -489,6 +522,19 @@ impl Runner {
                     self.end_after(RESTART_PAUSE, End::Boot(node));
                 }
             }
+        }
+    }
+
+    /// Puts a disk back in its place; its node is down afterwards. Nothing may have been written there meanwhile.
+    fn mount(&mut self, disk: u32) {
+        let Some(unmounted) = self.unmounted.remove(&disk) else { return };
+        let node = disk_node(disk);
+        self.cluster.world.crash(node);
+        let hidden = self.cluster.world.disk(node).mount(unmounted);
+        if let Some(path) = hidden.first() {
+            let what =
+                format!("disk {disk} was not mounted, and {} was written in its place", path.display());
+            self.seen.push(Violation::new("data", what));
         }
     }
 
@@ -515,6 +561,11 @@ impl Runner {
         for node in std::mem::take(&mut self.zombies) {
             world.crash(node);
         }
+        let unmounted: Vec<u32> = self.unmounted.keys().copied().collect();
+        for disk in unmounted {
+            self.mount(disk);
+            self.down.insert(disk_node(disk));
+        }
         let mut nodes = self.cluster.nodes();
         for node in &nodes {
             let disk = world.disk(*node);
@@ -538,7 +589,7 @@ impl Runner {
     }
 
     fn finish(mut self) -> Report {
-        let mut violations = Vec::new();
+        let mut violations = std::mem::take(&mut self.seen);
         if !self.run_until_done(CONVERGENCE_MAX) {
             let busy: Vec<String> = self.busy.lock().iter().map(ToString::to_string).collect();
             violations.push(Violation::new("convergence", format!("lanes {busy:?} do not come to an end")));

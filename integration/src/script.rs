@@ -149,11 +149,15 @@ pub enum Fault {
     Full(Party, Duration),
     /// The disk is exchanged for an empty one.
     Wipe(u32),
+    /// The node's wall clock is set by so many seconds, and set right after a while.
+    Step(Party, i64, Duration),
+    /// The disk's node starts without it, as when it is not mounted, and with it again after a while.
+    Unmount(u32, Duration),
 }
 
 impl Fault {
     /// Every kind, for reports.
-    pub const KINDS: [&'static str; 22] = [
+    pub const KINDS: [&'static str; 24] = [
         "loss",
         "duplicate",
         "delay",
@@ -176,6 +180,8 @@ impl Fault {
         "disk-errors",
         "full",
         "wipe",
+        "step",
+        "unmount",
     ];
 
     /// Its kind.
@@ -203,6 +209,8 @@ impl Fault {
             Fault::DiskErrors(..) => "disk-errors",
             Fault::Full(..) => "full",
             Fault::Wipe(_) => "wipe",
+            Fault::Step(..) => "step",
+            Fault::Unmount(..) => "unmount",
         }
     }
 }
@@ -324,6 +332,8 @@ impl fmt::Display for Fault {
             Fault::Suspend(d) => write!(f, "{kind} {}", seconds(*d)),
             Fault::Flip(disk, draw) => write!(f, "{kind} disk{disk} {draw}"),
             Fault::Misdirect(disk) | Fault::Wipe(disk) => write!(f, "{kind} disk{disk}"),
+            Fault::Step(a, by, d) => write!(f, "{kind} {a} {by} {}", seconds(*d)),
+            Fault::Unmount(disk, d) => write!(f, "{kind} disk{disk} {}", seconds(*d)),
         }
     }
 }
@@ -386,6 +396,24 @@ impl<'a> Words<'a> {
         }
     }
 
+    /// Bytes that are written.
+    fn bytes(&mut self) -> Result<u32, String> {
+        let bytes: u32 = self.number("a number of bytes")?;
+        match bytes <= WRITE_BYTES_MAX {
+            true => Ok(bytes),
+            false => Err(format!("{bytes} bytes: a simulated write has at most {WRITE_BYTES_MAX}")),
+        }
+    }
+
+    /// A size that a file gets, or an offset.
+    fn size(&mut self, what: &str) -> Result<u64, String> {
+        let size = self.number(what)?;
+        match size <= FILE_SIZE_MAX || size > clutch_proto::limits::FILE_BYTES_MAX {
+            true => Ok(size),
+            false => Err(format!("{size}: simulated files have at most {FILE_SIZE_MAX} bytes")),
+        }
+    }
+
     fn path(&mut self) -> Result<String, String> {
         let word = self.next("a path")?;
         if word.starts_with('/') {
@@ -424,12 +452,8 @@ impl<'a> Words<'a> {
         Ok(match self.next("an operation")? {
             "mkdir" => Operation::MakeDirectory(self.path()?),
             "rmdir" => Operation::RemoveDirectory(self.path()?),
-            "create" => {
-                Operation::Create(self.path()?, self.number("a number of bytes")?, self.number("a salt")?)
-            }
-            "write" => {
-                Operation::Write(self.path()?, self.number("a number of bytes")?, self.number("a salt")?)
-            }
+            "create" => Operation::Create(self.path()?, self.bytes()?, self.number("a salt")?),
+            "write" => Operation::Write(self.path()?, self.bytes()?, self.number("a salt")?),
             "symlink" => Operation::Symlink(self.path()?, self.next("a target")?.to_owned()),
             "read" => Operation::Read(self.path()?),
             "read-range" => Operation::ReadRange(
@@ -449,14 +473,20 @@ impl<'a> Words<'a> {
                 Operation::ChangeMode(path, mode)
             }
             "undelete" => Operation::Undelete(self.path()?, self.path()?),
-            "forge" => Operation::Forge(self.path()?, self.number("a kind")?),
-            "patch" => Operation::Patch(
-                self.path()?,
-                self.number("an offset")?,
-                self.number("a number of bytes")?,
-                self.number("a salt")?,
-            ),
-            "truncate" => Operation::Truncate(self.path()?, self.number("a size")?),
+            "forge" => {
+                let (path, kind) = (self.path()?, self.number("a kind")?);
+                if kind >= FORGERIES {
+                    return Err(format!(
+                        "{kind} is not a kind of forgery; they go from 0 to {}",
+                        FORGERIES - 1
+                    ));
+                }
+                Operation::Forge(path, kind)
+            }
+            "patch" => {
+                Operation::Patch(self.path()?, self.size("an offset")?, self.bytes()?, self.number("a salt")?)
+            }
+            "truncate" => Operation::Truncate(self.path()?, self.size("a size")?),
             "restore" => Operation::Restore(self.path()?),
             "contents" => Operation::Contents(self.path()?),
             "policy" => Operation::Policy(
@@ -467,12 +497,8 @@ impl<'a> Words<'a> {
             "forget" => Operation::Forget(self.path()?, self.number("milliseconds")?),
             "collect" => Operation::Collect(false),
             "collect-early" => Operation::Collect(true),
-            "scrap" => {
-                Operation::Scrap(self.path()?, self.number("a number of bytes")?, self.number("a salt")?)
-            }
-            "assemble" => {
-                Operation::Assemble(self.path()?, self.number("a number of bytes")?, self.number("a salt")?)
-            }
+            "scrap" => Operation::Scrap(self.path()?, self.bytes()?, self.number("a salt")?),
+            "assemble" => Operation::Assemble(self.path()?, self.bytes()?, self.number("a salt")?),
             "move-block" => Operation::MoveBlock(self.path()?, self.number("the number of a block")?),
             "recode" => Operation::Recode(self.path()?),
             "survey" => Operation::Survey(self.disk()?),
@@ -506,15 +532,25 @@ impl<'a> Words<'a> {
             "disk-errors" => Fault::DiskErrors(self.party()?, self.number("a per mille")?, self.time()?),
             "full" => Fault::Full(self.party()?, self.time()?),
             "wipe" => Fault::Wipe(self.disk()?),
+            "step" => Fault::Step(self.party()?, self.number("seconds")?, self.time()?),
+            "unmount" => Fault::Unmount(self.disk()?, self.time()?),
             other => return Err(format!("{other:?} is not a fault; known are {}", Fault::KINDS.join(", "))),
         })
     }
 }
 
+/// Seconds that a script may last: a day.
+const TIME_S_MAX: f64 = 86_400.0;
+/// Bytes of one write: they are kept in memory several times over.
+const WRITE_BYTES_MAX: u32 = 32 << 20;
+/// Bytes of a file that are compared; above the limit of all files a size is refused by the cluster.
+const FILE_SIZE_MAX: u64 = 256 << 20;
+
 fn parse_time(word: &str) -> Result<Duration, String> {
     let seconds: f64 = word.parse().map_err(|_| format!("{word:?} is not a time in seconds"))?;
-    if !(0.0..1e9).contains(&seconds) {
-        return Err(format!("{word:?} is not a time from 0 to 10^9 seconds"));
+    // Later than that, nothing but the nodes' own ticks would be simulated for a very long time.
+    if !(0.0..=TIME_S_MAX).contains(&seconds) {
+        return Err(format!("{word:?} is not a time from 0 to {TIME_S_MAX} seconds"));
     }
     Ok(Duration::from_micros((seconds * 1e6).round() as u64))
 }
@@ -537,6 +573,8 @@ pub fn default_cluster() -> ClusterConfig {
     }
 }
 
+/// Kinds of forged certificates and proofs.
+pub const FORGERIES: u32 = 11;
 /// Clients and threads of a client that a script may have.
 const LANES_MAX: u32 = 64;
 
@@ -627,10 +665,12 @@ impl Script {
             Party::Client(n) => *n < clients,
         };
         for event in &self.events {
-            let Action::Strike(fault) = &event.action else { continue };
-            if !fault.parties().iter().all(exists) {
-                return Err(format!("`{fault}` names a party that the cluster does not have"));
-            }
+            let what = match &event.action {
+                Action::Operate(_, Operation::Survey(disk)) if *disk >= disks => format!("survey disk{disk}"),
+                Action::Strike(fault) if !fault.parties().iter().all(exists) => fault.to_string(),
+                Action::Operate(..) | Action::Strike(_) => continue,
+            };
+            return Err(format!("`{what}` names a party that the cluster does not have"));
         }
         self.events.sort_by_key(|e| e.at);
         Ok(())
@@ -654,8 +694,11 @@ impl Fault {
             | Fault::Skew(a, _)
             | Fault::Drift(a, _)
             | Fault::DiskErrors(a, ..)
-            | Fault::Full(a, _) => vec![*a],
-            Fault::Flip(disk, _) | Fault::Misdirect(disk) | Fault::Wipe(disk) => vec![Party::Disk(*disk)],
+            | Fault::Full(a, _)
+            | Fault::Step(a, ..) => vec![*a],
+            Fault::Flip(disk, _) | Fault::Misdirect(disk) | Fault::Wipe(disk) | Fault::Unmount(disk, _) => {
+                vec![Party::Disk(*disk)]
+            }
         }
     }
 }

@@ -1,20 +1,27 @@
 //! A simulated cluster: registry, CDC, shards, disks and clients, each on a node of its own.
 
-use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
+use clutch_blocks::label::Label;
 use clutch_client::{Client, ClientOptions, Observer};
-use clutch_log::{Log, LogFault, LogId};
+use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
 use clutch_log_sim::SimLogs;
-use clutch_proto::{ServiceId, certificate::Key};
+use clutch_proto::{ServiceId, Time, certificate::Key};
 use clutch_runtime::{
     Runtime,
     simulated::{NodeId, World},
 };
 use clutch_server::{
     ClusterFile, Node, NodeConfig, Roles,
-    stores::{LogProvider, StoreProvider},
+    room::Room,
+    stores::{LogProvider, Rebuilt, StoreProvider},
 };
 use clutch_shard::{Keyring, Lifetimes};
 use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
@@ -28,6 +35,8 @@ pub const REGISTRY: NodeId = NodeId(1);
 pub const CDC: NodeId = NodeId(2);
 /// The first client's node.
 pub const CLIENT: NodeId = NodeId(500);
+/// Nanoseconds since 1970 when a simulated world begins.
+const SIM_START: u64 = clutch_runtime::simulated::START_NS;
 /// Nodes from here on take over roles of others.
 const SPARE: u32 = 1000;
 
@@ -115,6 +124,25 @@ impl LogProvider for SimLogProvider {
         };
         Ok(self.recording.wrap(id, log))
     }
+
+    fn bounds(&self, id: LogId) -> Bounds {
+        match &self.local {
+            Some(engine) => LogProvider::bounds(engine, id),
+            None => self.logs.log(&self.runtime, id, u64::from(self.node.0)).bounds(),
+        }
+    }
+
+    fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault> {
+        match &self.local {
+            Some(engine) => engine.batch(id, position),
+            // What a quorum keeps is not of this node's disk, so no copy of another time.
+            None => Ok(None),
+        }
+    }
+
+    fn bytes(&self) -> u64 {
+        self.local.as_ref().map_or(0, LocalEngine::bytes)
+    }
 }
 
 struct SimStores {
@@ -134,6 +162,22 @@ impl StoreProvider for SimStores {
 
     fn open_checkpoint(&self) -> OpenCheckpoint {
         Arc::new(|_| Err(StoreError::Engine("simulated stores have no checkpoints".into())))
+    }
+
+    fn condemn(&self, id: LogId, why: &str) {
+        self.images.condemn(self.node, id, why);
+    }
+
+    fn condemned(&self, id: LogId) -> Option<String> {
+        self.images.condemned(self.node, id)
+    }
+
+    fn rebuild(&self, id: LogId, log: Bounds) -> Result<Rebuilt, StoreError> {
+        if log.first > Position(1) {
+            return Err(StoreError::Damaged(format!("the log of {id} begins at {}", log.first)));
+        }
+        self.images.forget(self.node, id);
+        Ok(Rebuilt::default())
     }
 }
 
@@ -179,6 +223,9 @@ impl SimCluster {
             spares: Mutex::new(0),
             failed: Arc::default(),
         };
+        for disk in 0..this.config.disks {
+            this.label(disk);
+        }
         for node in this.nodes() {
             this.boot(node);
         }
@@ -233,6 +280,18 @@ impl SimCluster {
         roles
     }
 
+    /// Labels a disk, as an operator does with a new one.
+    pub fn label(&self, disk: u32) {
+        let label = Label {
+            cluster: self.cluster_id(),
+            service: ServiceId(self.service_ids()[disk as usize]),
+            created: clutch_proto::Time(1),
+        };
+        label
+            .write(&*self.world.disk(disk_node(disk)), Path::new("disk"))
+            .expect("a new disk can be written");
+    }
+
     /// Starts a node, or starts it again after a crash.
     pub fn boot(&self, node: NodeId) {
         let runtime = self.world.node(node);
@@ -277,6 +336,17 @@ impl SimCluster {
                 process_usage: || None,
                 lifetimes: LIFETIMES,
                 clock_skew_ms_max: CLOCK_SKEW_MS_MAX,
+                down: {
+                    // A boot clock that nobody sets.
+                    let runtime = runtime.clone();
+                    Arc::new(move |last: Time| {
+                        let now = SIM_START.saturating_add(runtime.clock.steady().as_nanos() as u64);
+                        Some(Duration::from_nanos(now.saturating_sub(last.0)))
+                    })
+                },
+                accept_clock: false,
+                room: Arc::new(Room::new(runtime.disk.clone(), vec!["log".into()], Some(1 << 30), None)),
+                reserve_on: Vec::new(),
                 runtime: runtime.clone(),
             };
             match Node::start(config).await {

@@ -33,12 +33,33 @@ type Image = Arc<Mutex<Arc<MemoryStore>>>;
 pub struct SimImages {
     images: Arc<Mutex<BTreeMap<(NodeId, LogId), Image>>>,
     flush_permille: Arc<AtomicU64>,
+    condemned: Arc<Mutex<BTreeMap<(NodeId, LogId), String>>>,
 }
 
 impl SimImages {
     /// Nothing so far; of a thousand writes so many are followed by a flush.
     pub fn new(flush_permille: u32) -> SimImages {
-        SimImages { images: Arc::default(), flush_permille: Arc::new(u64::from(flush_permille).into()) }
+        SimImages {
+            images: Arc::default(),
+            flush_permille: Arc::new(u64::from(flush_permille).into()),
+            condemned: Arc::default(),
+        }
+    }
+
+    /// Takes note that a replica's state is damaged.
+    pub fn condemn(&self, node: NodeId, log: LogId, why: &str) {
+        self.condemned.lock().insert((node, log), why.to_owned());
+    }
+
+    /// Why a state was condemned.
+    pub fn condemned(&self, node: NodeId, log: LogId) -> Option<String> {
+        self.condemned.lock().get(&(node, log)).cloned()
+    }
+
+    /// Removes a state, so that its replica builds it from the log.
+    pub fn forget(&self, node: NodeId, log: LogId) {
+        self.images.lock().remove(&(node, log));
+        self.condemned.lock().remove(&(node, log));
     }
 
     /// The store of a replica as the last flush before a crash left it.

@@ -68,6 +68,9 @@ async fn in_production_form() {
         segment_bytes_max: 64 << 20,
         lifetimes: clutch_shard::Lifetimes::default(),
         clock_skew_ms_max: clutch_proto::limits::CLOCK_SKEW_MS_MAX,
+        accept_clock: false,
+        advertise: None,
+        reserve_bytes: None,
         collect_pause: None,
     };
     let runtime = clutch_runtime::production::runtime();

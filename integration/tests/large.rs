@@ -34,7 +34,7 @@ fn apply(applier: &mut Applier<Shard>, bodies: Vec<shard_entry::Body>) {
 #[test]
 fn a_directory_of_a_million_names_is_listed_in_bounded_pages() {
     let mut applier = Applier::<Shard>::open(Arc::new(MemoryStore::new())).expect("opens");
-    let genesis = Genesis { shard: 0, slot_first: 0, slot_last: 255, cluster: 1, root_mode: 0o755 };
+    let genesis = Genesis { shard: 0, slot_first: 0, slot_last: 255, cluster: 1, root_mode: 0o755, rules: 1 };
     apply(&mut applier, vec![shard_entry::Body::Genesis(genesis)]);
     let dir = InodeId::ROOT.raw();
     for first in (0..NAMES).step_by(BATCH) {

@@ -1,5 +1,6 @@
 //! What must be true of every run, one file each.
 
+pub mod clock;
 pub mod convergence;
 pub mod data;
 pub mod invariants;
@@ -99,6 +100,7 @@ pub fn check(
     violations.extend(linearizability::check(evidence));
     violations.extend(search::check(evidence));
     violations.extend(log_time::check(evidence));
+    violations.extend(clock::check(evidence, cluster));
     violations.extend(transactions::check(evidence));
     let (replayed, hashes) = state_hash::check(evidence, statuses);
     violations.extend(hashes);

@@ -550,7 +550,7 @@ mod tests {
     #[test]
     fn a_hundred_thousand_entries_are_replayed_quickly_and_a_repeated_one_once() {
         let mut oracle = ShardOracle::default();
-        let genesis = Genesis { slot_last: 255, root_mode: 0o755, ..Genesis::default() };
+        let genesis = Genesis { slot_last: 255, root_mode: 0o755, rules: 1, ..Genesis::default() };
         oracle.apply(Position(1), &entry(None, Body::Genesis(genesis))).expect("decodes");
         for n in 1..=100_000u64 {
             let tag = ClientTag { client: 99, sequence: n, acknowledged: n - 1, issued_at: 1 };

@@ -126,6 +126,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// An attempt gets this long, however little patience there is.
 const ATTEMPT_MIN: Duration = Duration::from_secs(1);
+/// How often one request is tagged anew, each time because it was held up for longer than the cluster remembers clients.
+const RENEWALS_MAX: u32 = 8;
 
 /// An answer that came and cannot be read: what was asked for has happened, if it changes anything.
 fn undecodable(error: impl std::fmt::Display, mutates: bool) -> ClientError {
@@ -408,7 +410,7 @@ impl Client {
         let mut backoff = Duration::from_millis(5);
         let mut maybe_done = false;
         let mut tag = tag.copied();
-        let mut renewed = false;
+        let mut renewals = 0;
         loop {
             let target = Box::pin(self.target(service)).await;
             // What went wrong on the way to the registry had no effect at the service.
@@ -437,11 +439,11 @@ impl Client {
                 ClientError::Refused(refusal)
                     if refusal.code == Code::ExpiredUnknown
                         && !maybe_done
-                        && !renewed
+                        && renewals < RENEWALS_MAX
                         && !mutants::is(Mutant::TagFromWallClock) =>
                 {
                     self.inner.runtime.note("client: a tag is drawn again");
-                    renewed = true;
+                    renewals += 1;
                     if let Some(tag) = &mut tag {
                         tag.issued_at = self.issue_time();
                     }

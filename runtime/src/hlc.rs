@@ -31,8 +31,9 @@ use crate::Clock;
 pub const ELASTIC: Duration = Duration::from_millis(500);
 /// Time follows the wall clock by this part of the time that passes.
 pub const SLEW: u64 = 16;
-/// A wall clock that is ahead of what is known of the time by more than this is not followed when a node starts.
-pub const START_SLACK: Duration = Duration::from_secs(30);
+/// A wall clock that is further than this from what is known of the time is not followed when a node starts. Less than a
+/// peer bears, since a node that starts ahead of the others would be refused by all of them.
+pub const START_SLACK: Duration = Duration::from_millis(250);
 /// The same where nothing is known of how long the node was down.
 pub const DOWN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -103,12 +104,16 @@ impl HybridClock {
     pub fn begin(&self, last: Time, down: Option<Duration>, accept: bool) -> Start {
         let wall = self.clock.now().0;
         let known = last.0.saturating_add(nanos(down.unwrap_or(Duration::ZERO)));
-        let slack = if down.is_some() { START_SLACK } else { DOWN_MAX };
-        let (time, start) = if last == Time(0) {
+        let slack = nanos(if down.is_some() { START_SLACK } else { DOWN_MAX });
+        // What is known without the wall clock. Without a clock that nobody sets the logs' end is a lower bound only.
+        let sure = down.is_some() && !accept;
+        let floor = if sure { known.saturating_sub(slack).max(last.0) } else { last.0 };
+        let (time, start) = if known == 0 {
             (wall, Start::Followed)
-        } else if wall < last.0 {
-            (last.0, Start::Behind(Duration::from_nanos(last.0 - wall)))
-        } else if wall <= known.saturating_add(nanos(slack)) || accept || mutants::is(Mutant::JumpBelieved) {
+        } else if wall < floor {
+            let time = if sure { known } else { last.0 };
+            (time, Start::Behind(Duration::from_nanos(time - wall)))
+        } else if wall <= known.saturating_add(slack) || accept || mutants::is(Mutant::JumpBelieved) {
             (wall, Start::Followed)
         } else {
             (known, Start::Ahead(Duration::from_nanos(wall - known)))
@@ -332,7 +337,11 @@ mod tests {
                 Start::Ahead(Duration::from_secs(2 * 86_400 + 3600)),
                 -3_600_000,
             ),
-            (-7_200_000, hour, false, Start::Behind(Duration::from_secs(3600)), -3_600_000),
+            (-7_200_000, hour, false, Start::Behind(Duration::from_secs(7200)), 0),
+            (-1_800_000, hour, false, Start::Behind(Duration::from_secs(1800)), 0),
+            (-1_800_000, hour, true, Start::Followed, -1_800_000),
+            (-7_200_000, None, false, Start::Behind(Duration::from_secs(3600)), -3_600_000),
+            (-1_800_000, None, false, Start::Followed, -1_800_000),
         ];
         for (step, down, accept, expected, offset) in cases {
             let (hands, clock) = clock();

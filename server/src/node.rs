@@ -25,7 +25,9 @@ use clutch_proto::{
     },
     rules,
     session::Role,
-    shard, types,
+    shard,
+    state::Entry,
+    types,
 };
 use clutch_registry::Registry;
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
@@ -177,6 +179,7 @@ impl Node {
         let ended = registry.iter().map(Applier::time).chain(prepared.iter().map(|(_, shard)| shard.time()));
         let ended = ended.chain(cdc.iter().map(Applier::time)).max();
         if let Some(ended) = ended {
+            let ended = ended.max(starter.logs_end()?);
             let start = clock.begin(ended, (config.down)(ended), config.accept_clock);
             notices.lock().extend(clock_notice(start));
         }
@@ -450,6 +453,24 @@ impl Starter<'_> {
         let applier = self.open::<M>(id).with_context(|| format!("open the state of {id}"))?;
         self.compare(id, &applier, log)?;
         Ok(applier)
+    }
+
+    /// The time of the newest entry in any log of the node; a state may be behind its log.
+    fn logs_end(&self) -> Result<Time> {
+        let roles = &self.config.roles;
+        let shards = roles.shards.iter().map(|number| LogId::shard(*number));
+        let ids = roles.registry.then_some(LogId::REGISTRY).into_iter().chain(shards);
+        let mut end = Time(0);
+        for id in ids.chain(roles.cdc.then_some(LogId::CDC)) {
+            let logs = &self.config.logs;
+            let last =
+                logs.batch(id, logs.bounds(id).last).with_context(|| format!("read the log of {id}"))?;
+            let entries = last.iter().flat_map(|batch| &batch.entries);
+            let stamps =
+                entries.filter_map(|entry| Entry::decode(entry.clone()).ok()).map(|entry| entry.stamp);
+            end = end.max(Time(stamps.max().unwrap_or(0)));
+        }
+        Ok(end)
     }
 
     fn open<M: Machine>(&self, id: LogId) -> Result<Applier<M>, Fault> {

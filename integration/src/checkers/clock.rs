@@ -8,8 +8,8 @@ use prost::Message as _;
 use super::{Evidence, Violation};
 use crate::sim_cluster::SimCluster;
 
-/// How far ahead small errors of clocks may add up to: a start believes half a minute, skew and drift are below seconds.
-const SLACK_NS: u64 = 40_000_000_000;
+/// How far ahead small errors of clocks may add up to: a start believes a quarter of a second, skew and drift are below seconds.
+const SLACK_NS: u64 = 10_000_000_000;
 
 /// What must never be noted.
 const NEVER: &[&str] = &["client: expired before it was ever sent", "blocks: a good certificate is refused"];

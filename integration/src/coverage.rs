@@ -33,7 +33,6 @@ const NOTED: &[&str] = &[
     "client: refused for good",
     "client: was sent elsewhere",
     "node: a newer leader was placed first",
-    "node: a state is built anew",
     "node: does not start",
     "read: a block is corrupt",
     "read: a block is missing",

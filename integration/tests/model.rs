@@ -82,7 +82,7 @@ impl<M: Machine> Replica<M> {
             let (again, actions, resolved) = self.apply(&entry, now);
             let same = match (&again, &outcome.0) {
                 // Of a refusal the code is kept, not the words.
-                (Err(again), Err(first)) => again.code == first.code,
+                (EntryOutcome::Done(Err(again)), EntryOutcome::Done(Err(first))) => again.code == first.code,
                 (again, first) => again == first,
             };
             assert!(same, "the same request again has another answer");

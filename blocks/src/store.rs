@@ -150,8 +150,11 @@ impl BlockStore {
             None if self.disk.exists(&label::path(&self.dir)) || mutants::is(Mutant::EmptyDiskUsed) => {
                 return Ok(());
             }
-            None => self.look().unwrap_or_else(|| "the disk vanished for a moment".into()),
-            Some(reason) => reason,
+            // Also what was wrong before may be right by now: a disk is used as soon as it is back.
+            _ => match self.look() {
+                Some(reason) => reason,
+                None => return Ok(()),
+            },
         };
         Err(Refusal::new(Code::DiskFault, reason))
     }

@@ -17,7 +17,7 @@ pub(super) struct Failures {
 }
 
 /// So many failures in a row because nobody could be asked mean that nobody serves.
-const UNREACHABLE_MAX: u32 = 8;
+const UNREACHABLE_MAX: u32 = 3;
 
 impl Failures {
     /// Says what failed and goes on; `None` for it.

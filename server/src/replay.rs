@@ -173,8 +173,8 @@ pub async fn from_cluster(
     progress: &mut (dyn FnMut(u64, u64) + Send),
 ) -> Result<Report> {
     let live = status(client, id).await?;
-    let mut report = Report::default();
-    report.from_checkpoint = begin_at(id, from_checkpoint, &live.checkpoints, live.log_first)?;
+    let from_checkpoint = begin_at(id, from_checkpoint, &live.checkpoints, live.log_first)?;
+    let mut report = Report { from_checkpoint, ..Report::default() };
     until.check(id, report.from_checkpoint, live.log_last)?;
     if report.from_checkpoint > 0 {
         load_checkpoint(client, id, report.from_checkpoint, &*store).await?;

@@ -73,7 +73,7 @@ impl Room {
                      when there are {} KiB: make room, or delete files and collect",
                     place.display(),
                     available >> 10,
-                    self.reserve_bytes / 4 >> 10
+                    (self.reserve_bytes / 4) >> 10
                 )
             })
         });

@@ -55,6 +55,11 @@ impl CallError {
 pub trait Handler: Send + Sync {
     /// Handles one request; many run at a time.
     fn handle(&self, request: Bytes) -> BoxFuture<Parts>;
+
+    /// Whether requests are served: what a health check is told.
+    fn is_serving(&self) -> bool {
+        true
+    }
 }
 
 /// Keeps an endpoint open; dropping it stops accepting and ends its sessions.

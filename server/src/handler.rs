@@ -1,6 +1,12 @@
 //! What a node answers: opens the envelope and hands the body to whom it is for.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use bytes::Bytes;
 use clutch_blocks::BlockService;
@@ -32,6 +38,8 @@ pub(crate) struct NodeHandler {
     pub(crate) process_usage: ProcessUsage,
     pub(crate) logs: Arc<dyn LogProvider>,
     pub(crate) room: Arc<Room>,
+    /// Everything has started.
+    pub(crate) ready: Arc<AtomicBool>,
 }
 
 impl NodeHandler {
@@ -71,6 +79,12 @@ impl Handler for SharedHandler {
                 (response, Some(reply)) => Parts::of_response(&response, reply),
             }
         })
+    }
+
+    fn is_serving(&self) -> bool {
+        let node = &self.0;
+        let replicas = node.registry.iter().chain(&node.cdc).chain(node.shards.values());
+        node.ready.load(Ordering::Acquire) && replicas.into_iter().all(|replica| replica.fault().is_none())
     }
 }
 

@@ -12,11 +12,33 @@ use crate::{
     output::talk,
 };
 
+/// Below this many open files a cluster of many shards, or one with many clients, meets the limit.
+const OPEN_FILES_LOW: u64 = 4096;
+
+/// Raises the limit of open files as far as it goes without privileges: the usual soft limit of 1,024 is for programs that
+/// use `select`, and databases and sessions need more.
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current < limit.maximum || limit.maximum.is_none() {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        if let Err(error) = setrlimit(Resource::Nofile, raised) {
+            tracing::warn!(%error, "raise the limit of open files");
+        }
+    }
+    if let Some(most) = getrlimit(Resource::Nofile).current.filter(|most| *most < OPEN_FILES_LOW) {
+        talk!(
+            "clutch: at most {most} files may be open at a time (ulimit -n); {OPEN_FILES_LOW} or more are advised"
+        );
+    }
+}
+
 pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     let mut interrupted = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
     let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
     let mut hung_up = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
     let started = std::time::Instant::now();
+    raise_open_files();
     let config = UpConfig {
         dir: args.dir.clone(),
         listen: args.listen.as_str().into(),

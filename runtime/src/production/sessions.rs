@@ -46,6 +46,8 @@ const MESSAGE_BYTES_TARGET: usize = 1 << 20;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 /// A peer that does not answer a ping for this long is gone.
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
+/// How often the health service asks whether requests are served.
+const HEALTH: Duration = Duration::from_millis(500);
 /// How often callers that have given up are forgotten.
 const SWEEP: Duration = Duration::from_secs(1);
 /// HTTP/2 flow-control windows: large enough that a block never waits for a window update.
@@ -112,11 +114,12 @@ impl Network for GrpcNetwork {
             requests: Arc::new(tokio::sync::Semaphore::new(SESSION_REQUESTS_MAX)),
         };
         let sessions = Arc::new(tokio::sync::Semaphore::new(SESSIONS_MAX));
+        let asked = handler.clone();
         let service = SessionServer::new(SessionService { handler, stopped: stopped.clone(), sessions })
             .max_decoding_message_size(FRAMES_BYTES_MAX)
             .max_encoding_message_size(FRAMES_BYTES_MAX);
         let (reporter, health) = tonic_health::server::health_reporter();
-        reporter.set_serving::<SessionServer<SessionService>>().await;
+        tokio::spawn(report_health(asked, reporter, stopped.clone()));
         let reflection = tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .build_v1()
@@ -202,6 +205,30 @@ impl Drop for GrpcListening {
         let mut own = self.own.lock();
         if own.get(&self.endpoint).is_some_and(|listener| Arc::ptr_eq(&listener.requests, &self.requests)) {
             own.remove(&self.endpoint);
+        }
+    }
+}
+
+/// Keeps the standard health service truthful, for the whole server and for the session service, until the listener goes.
+async fn report_health(
+    handler: Arc<dyn Handler>,
+    reporter: tonic_health::server::HealthReporter,
+    stopped: watch::Receiver<()>,
+) {
+    let mut stopped = std::pin::pin!(ended(stopped));
+    let mut ticks = tokio::time::interval(HEALTH);
+    loop {
+        tokio::select! {
+            () = &mut stopped => return,
+            _ = ticks.tick() => {}
+        }
+        let status = match handler.is_serving() {
+            true => tonic_health::ServingStatus::Serving,
+            false => tonic_health::ServingStatus::NotServing,
+        };
+        let session = <SessionServer<SessionService> as tonic::server::NamedService>::NAME;
+        for service in ["", session] {
+            reporter.set_service_status(service, status).await;
         }
     }
 }

@@ -21,7 +21,7 @@ use clutch_runtime::{
 use clutch_server::{
     ClusterFile, Node, NodeConfig, Roles,
     room::Room,
-    stores::{LogProvider, Rebuilt, StoreProvider},
+    stores::{IsHome, LogProvider, Rebuilt, StoreProvider},
 };
 use clutch_shard::{Keyring, Lifetimes};
 use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
@@ -172,7 +172,7 @@ impl StoreProvider for SimStores {
         self.images.condemned(self.node, id)
     }
 
-    fn rebuild(&self, id: LogId, log: Bounds) -> Result<Rebuilt, StoreError> {
+    fn rebuild(&self, id: LogId, log: Bounds, _is_home: IsHome<'_>) -> Result<Rebuilt, StoreError> {
         if log.first > Position(1) {
             return Err(StoreError::Damaged(format!("the log of {id} begins at {}", log.first)));
         }

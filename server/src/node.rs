@@ -33,7 +33,8 @@ use clutch_registry::Registry;
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
 use clutch_shard::{Keyring, Lifetimes, Shard, ShardFacts};
 use clutch_state::{
-    Applier, Fault, Machine, Replica, ReplicaConfig, ReplicaHandle, applier::batch_crc, replica::LeaderEvent,
+    Applier, Fault, Machine, Replica, ReplicaConfig, ReplicaHandle, View, applier::batch_crc,
+    replica::LeaderEvent,
 };
 use parking_lot::Mutex;
 use prost::Message as _;
@@ -225,6 +226,7 @@ impl Node {
             .chain(cdc.iter().map(|(handle, _)| handle))
             .cloned()
             .collect();
+        let ready = Arc::new(AtomicBool::new(false));
         let handler = Arc::new(NodeHandler {
             cluster,
             clock: clock.clone(),
@@ -236,6 +238,7 @@ impl Node {
             process_usage: config.process_usage,
             logs: config.logs.clone(),
             room: config.room.clone(),
+            ready: ready.clone(),
         });
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
@@ -271,6 +274,7 @@ impl Node {
             reported: BTreeMap::new(),
         };
         keeper.run(stopping.clone()).await?;
+        ready.store(true, Ordering::Release);
         Ok(Node {
             listening,
             replicas,
@@ -436,8 +440,10 @@ impl Starter<'_> {
                 Err(fault) => return Err(fault).with_context(|| format!("open the state of {id}")),
             },
         };
-        let rebuilt =
-            stores.rebuild(id, log).with_context(|| format!("build the state of {id} anew ({reason})"))?;
+        let is_home = |view: &dyn View| M::check_home(view, self.cluster, id.number);
+        let rebuilt = stores
+            .rebuild(id, log, &is_home)
+            .with_context(|| format!("build the state of {id} anew ({reason})"))?;
         let from = match rebuilt.from_checkpoint {
             Some(position) => format!("from the checkpoint at {position}"),
             None => "from the beginning of the log".to_owned(),

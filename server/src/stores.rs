@@ -5,7 +5,7 @@ use std::{path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
-use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
+use clutch_state::{Store, StoreError, View, replica::OpenCheckpoint};
 
 /// Opens the logs of a node.
 #[async_trait]
@@ -53,12 +53,15 @@ pub trait StoreProvider: Send + Sync {
     fn condemned(&self, id: LogId) -> Option<String>;
     /// Sets a state aside that is damaged, missing or of somebody else, and puts another in its place: from the newest
     /// checkpoint that is whole and from which the log goes on, or an empty one where the log is there from its beginning.
-    /// No store of the replica may be open.
+    /// No store of the replica may be open. `is_home` refuses a checkpoint of another replica.
     ///
     /// # Errors
     /// [`StoreError::Damaged`] when the log was trimmed and no checkpoint fits; nothing was changed then.
-    fn rebuild(&self, id: LogId, log: Bounds) -> Result<Rebuilt, StoreError>;
+    fn rebuild(&self, id: LogId, log: Bounds, is_home: IsHome<'_>) -> Result<Rebuilt, StoreError>;
 }
+
+/// Refuses a state that is not the one that is looked for.
+pub type IsHome<'a> = &'a dyn Fn(&dyn View) -> Result<(), StoreError>;
 
 /// What [`StoreProvider::rebuild`] did.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

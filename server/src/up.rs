@@ -170,7 +170,13 @@ impl Up {
             ..Options::default()
         };
         let engine =
-            tokio::task::spawn_blocking(move || LocalEngine::open(&log_seam, log_dir, options)).await??;
+            tokio::task::spawn_blocking(move || LocalEngine::open(&log_seam, log_dir, options)).await?;
+        let engine = engine.with_context(|| {
+            format!(
+                "the log in {} cannot be opened; restore what is named here from a copy",
+                config.dir.join("log").display()
+            )
+        })?;
         let replicas = cluster.shards as usize + 2;
         let stores: Arc<dyn StoreProvider> =
             Arc::new(RocksStores::new(config.dir.join("state"), replicas, DATABASE_FILES_MAX));
@@ -198,7 +204,8 @@ impl Up {
             room: room.clone(),
             reserve_on: on_the_same_file_system(&config.dir, &disks),
         };
-        let node = start_node(node_config, &*stores, &cluster).await?;
+        let node = start_node(node_config, &*stores, &cluster).await;
+        let node = node.with_context(|| format!("start the cluster in {}", config.dir.display()))?;
         room.hold_again();
         if let Some(pause) = config.collect_pause {
             let options =

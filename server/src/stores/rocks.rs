@@ -16,7 +16,7 @@ use clutch_shard::tables;
 use clutch_state::{BufferedStore, RowCache, Store, StoreError, applier, replica::OpenCheckpoint};
 use clutch_state_rocks::{RocksStore, SharedMemory};
 
-use super::{Rebuilt, StoreProvider, log_name};
+use super::{IsHome, Rebuilt, StoreProvider, log_name};
 
 /// RocksDB databases under one directory.
 pub struct RocksStores {
@@ -88,7 +88,12 @@ impl RocksStores {
     }
 
     /// The newest checkpoint that is whole and from which the log goes on.
-    fn newest_good_checkpoint(&self, id: LogId, log: Bounds) -> Result<Option<u64>, StoreError> {
+    fn newest_good_checkpoint(
+        &self,
+        id: LogId,
+        log: Bounds,
+        is_home: IsHome<'_>,
+    ) -> Result<Option<u64>, StoreError> {
         let dir = RocksStores::checkpoints_of(&self.dir, id);
         let positions = RocksStores::checkpoint_positions(&self.dir, id);
         let positions = positions.map_err(|e| failed("list", &dir, &e))?;
@@ -98,8 +103,10 @@ impl RocksStores {
                 continue;
             }
             let path = dir.join(format!("{position:020}"));
-            let checked =
-                RocksStore::open_read_only(&path, &self.memory).and_then(|copy| applier::rescan(&copy));
+            let checked = RocksStore::open_read_only(&path, &self.memory).and_then(|copy| {
+                is_home(&copy)?;
+                applier::rescan(&copy)
+            });
             match checked {
                 Ok(rescan) if rescan.differences.is_empty() && rescan.position <= at => {
                     return Ok(Some(position));
@@ -194,9 +201,9 @@ impl StoreProvider for RocksStores {
         fs::read_to_string(self.home(id).join(CONDEMNED)).ok()
     }
 
-    fn rebuild(&self, id: LogId, log: Bounds) -> Result<Rebuilt, StoreError> {
+    fn rebuild(&self, id: LogId, log: Bounds, is_home: IsHome<'_>) -> Result<Rebuilt, StoreError> {
         let home = self.make_home(id)?;
-        let checkpoint = self.newest_good_checkpoint(id, log)?;
+        let checkpoint = self.newest_good_checkpoint(id, log, is_home)?;
         if checkpoint.is_none() && log.first > Position(1) {
             return Err(StoreError::Damaged(format!(
                 "the log of {id} was trimmed up to {} and no checkpoint in {} is whole and covers that; restore {} from a \

@@ -275,6 +275,14 @@ fn policies_keep_what_they_say() {
         c.set_policy(below, snapshot(Some(3_600_000), None), &[]).await.expect("sets");
         c.unlink(&at(c, "/above/below/f").await).await.expect("unlinks");
         assert_eq!(collect_all(c).await.files, 0);
+        // A pass that read a laxer policy before is stopped by what the directory says now.
+        let kept = c.history(below, None).await.expect("a history");
+        let stale = SnapshotPolicy { age_ms: Some(0), versions: None };
+        let refused = c.forget_edge(below, &kept[0], stale).await.expect_err("is kept");
+        assert!(
+            matches!(&refused, clutch_client::ClientError::Refused(r) if r.code == clutch_proto::types::Code::TooEarly),
+            "{refused}"
+        );
         c.runtime().clock.sleep(Duration::from_secs(3600)).await;
         assert_eq!(collect_all(c).await.files, 3);
         assert_eq!(ends(c.history(below, None).await.expect("a history")), 0);

@@ -59,6 +59,8 @@ pub enum Mutant {
     EraseBeforeGrantsEnd,
     /// What a collector proposes is not compared with the policy again.
     PolicyNotRechecked,
+    /// What a directory says itself by now does not count when something of it is forgotten.
+    OwnPolicyIgnored,
     /// A range that is shared is not counted as a use of its span.
     SharedUseNotCounted,
     /// Publishing replaces whatever content a file has.
@@ -83,7 +85,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 37] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 38] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -111,6 +113,7 @@ impl Mutant {
         (Mutant::ServicesUnknown, &["data"]),
         (Mutant::EraseBeforeGrantsEnd, &["leaks"]),
         (Mutant::PolicyNotRechecked, &["oracle", "linearizability"]),
+        (Mutant::OwnPolicyIgnored, &["oracle", "linearizability"]),
         (Mutant::SharedUseNotCounted, &["invariants", "oracle"]),
         (Mutant::PublishIgnoresExpected, &["oracle", "linearizability"]),
         (Mutant::SwapNotIndexed, &["invariants"]),

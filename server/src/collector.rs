@@ -4,7 +4,10 @@
 //! past contents, expired contents, blocks of dead spans. The shards decide; whoever stops half-way leaves nothing
 //! that the next pass does not find. Any number may run at the same time.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use clutch_client::{Client, ClientError};
@@ -124,6 +127,9 @@ pub async fn collect(client: &Client, options: CollectOptions) -> Result<Collect
     Ok(done)
 }
 
+/// So many versions are forgotten by a policy before it is read again.
+const FORGET_AT_ONCE: usize = 64;
+
 /// Runs one future for each item, some at a time, each paced; calls `each` with what came of them.
 async fn for_all<T, F>(
     pace: &mut Pace,
@@ -200,18 +206,32 @@ async fn directory(
         doomed = doomed_of(&past, &policy, now);
     }
     let mut forgotten = 0;
-    let forget = |client: Client, edge: PastEdge| async move {
-        let result = client.forget_edge(dir, &edge, policy).await;
-        (edge.owned, result)
-    };
-    for_all(pace, doomed, forget, |(owned, result)| {
-        if done.count("forget a past edge", result) {
-            forgotten += 1;
-            done.past_edges += 1;
-            done.files += u64::from(owned);
+    while !doomed.is_empty() {
+        let rest = doomed.split_off(doomed.len().min(FORGET_AT_ONCE));
+        let forget = |client: Client, edge: PastEdge| async move {
+            let result = client.forget_edge(dir, &edge, policy).await;
+            (edge.owned, result)
+        };
+        for_all(pace, std::mem::take(&mut doomed), forget, |(owned, result)| {
+            if done.count("forget a past edge", result) {
+                forgotten += 1;
+                done.past_edges += 1;
+                done.files += u64::from(owned);
+            }
+        })
+        .await;
+        if !rest.is_empty() {
+            // It may have been replaced meanwhile. What is newer than what was forgotten counts as before.
+            let fresh = client.snapshot_policy_now(dir).await?;
+            doomed = rest;
+            if fresh != policy {
+                policy = fresh;
+                let again = doomed_of(&past, &policy, now);
+                let again: BTreeSet<(Bytes, u64)> = again.into_iter().map(|e| (e.name, e.ended_at)).collect();
+                doomed.retain(|edge| again.contains(&(edge.name.clone(), edge.ended_at)));
+            }
         }
-    })
-    .await;
+    }
     if is_removed && forgotten == total && may_go(&policy, now, attributes.ctime, 0) {
         pace.next().await;
         if done.count("forget a directory", client.forget_directory(dir, policy).await) {
@@ -269,6 +289,11 @@ async fn policy_of(client: &Client, dir: InodeId, now: bool) -> Result<SnapshotP
     }
 }
 
+/// Whose policy says how long a past content is kept.
+fn directory_of(past: &PastContent) -> InodeId {
+    InodeId::from_wire(past.dir).filter(|dir| dir.is_directory()).unwrap_or(InodeId::ROOT)
+}
+
 async fn forget_past_contents(
     pace: &mut Pace,
     past: Vec<PastContent>,
@@ -280,7 +305,7 @@ async fn forget_past_contents(
     // All of these were read before: a policy is asked for once.
     let mut fresh: BTreeMap<InodeId, SnapshotPolicy> = BTreeMap::new();
     for past in past.into_iter().rev() {
-        let dir = InodeId::from_wire(past.dir).filter(|dir| dir.is_directory()).unwrap_or(InodeId::ROOT);
+        let dir = directory_of(&past);
         let count = newer.entry(past.file).or_default();
         if may_go(&policy_of(&pace.client, dir, false).await?, now, past.ended_at, *count) {
             let policy = match fresh.get(&dir) {
@@ -298,13 +323,28 @@ async fn forget_past_contents(
         *count += 1;
     }
     doomed.reverse();
-    let forget = |client: Client, (past, policy): (PastContent, SnapshotPolicy)| async move {
-        client.forget_content(&past, policy).await
-    };
-    for_all(pace, doomed, forget, |result| {
-        done.past_contents += u64::from(done.count("forget a past content", result));
-    })
-    .await;
+    while !doomed.is_empty() {
+        let rest = doomed.split_off(doomed.len().min(FORGET_AT_ONCE));
+        let forget = |client: Client, (past, policy): (PastContent, SnapshotPolicy)| async move {
+            client.forget_content(&past, policy).await
+        };
+        for_all(pace, std::mem::take(&mut doomed), forget, |result| {
+            done.past_contents += u64::from(done.count("forget a past content", result));
+        })
+        .await;
+        // Policies may have been replaced meanwhile.
+        fresh.clear();
+        for (past, _) in rest {
+            let dir = directory_of(&past);
+            let policy = match fresh.get(&dir) {
+                Some(policy) => *policy,
+                None => policy_of(&pace.client, dir, true).await?,
+            };
+            fresh.insert(dir, policy);
+            // The shard counts what is newer.
+            doomed.push((past, policy));
+        }
+    }
     Ok(())
 }
 

@@ -34,7 +34,7 @@ fn past_edge(
     ended_at: u64,
     policy: Option<&SnapshotPolicy>,
 ) -> Result<(Key, PastEdgeRow), Stop> {
-    inode::get(tx, dir)?;
+    let directory = inode::get(tx, dir)?;
     name::check(name)?;
     let key = tables::past_edge_key(dir, name, ended_at);
     let row: Option<PastEdgeRow> = tx.get_row(tables::PAST_EDGE, &key)?;
@@ -42,7 +42,7 @@ fn past_edge(
         let shown = String::from_utf8_lossy(name);
         Stop::refuse(Code::NotFound, format!("no such past version of {shown:?}"))
     })?;
-    policy::may_go(policy, time, ended_at, |limit| {
+    policy::may_go_from(&directory, policy, time, ended_at, |limit| {
         let until = key_after(&tables::past_edge_prefix(dir, name));
         Ok(tx.scan(tables::PAST_EDGE, &[&key[..], &[0]].concat(), &until, limit)?.len())
     })?;

@@ -134,7 +134,7 @@ pub(crate) fn forget(tx: &mut Tx<'_>, time: Time, op: &ForgetDirectoryInode) -> 
         return Err(Stop::refuse(Code::Stale, "the directory was not removed"));
     }
     // Its change time is that of its removal, or later.
-    policy::may_go(op.policy.as_ref(), time, row.ctime, |_| Ok(0))?;
+    policy::may_go_from(&row, op.policy.as_ref(), time, row.ctime, |_| Ok(0))?;
     if has_rows(tx, tables::EDGE, dir)? || has_rows(tx, tables::PAST_EDGE, dir)? {
         return Err(Stop::refuse(Code::NotEmpty, "the directory still has a history"));
     }

@@ -137,3 +137,19 @@ pub(crate) fn may_go(
     }
     Err(Stop::refuse(Code::TooEarly, "the policy still keeps it"))
 }
+
+/// The same for what lies in a directory whose row is at hand: its own policy, as it is by now, must let it go, too. One that
+/// was replaced after it was read decides no more; what a directory inherits is read again by who asks.
+pub(crate) fn may_go_from(
+    directory: &InodeRow,
+    policy: Option<&SnapshotPolicy>,
+    time: Time,
+    ended_at: u64,
+    mut newer: impl FnMut(usize) -> Result<usize, Stop>,
+) -> Result<(), Stop> {
+    may_go(policy, time, ended_at, &mut newer)?;
+    match directory.policy.as_ref().and_then(|own| own.snapshot.as_ref()) {
+        Some(own) if !mutants::is(Mutant::OwnPolicyIgnored) => may_go(Some(own), time, ended_at, newer),
+        _ => Ok(()),
+    }
+}

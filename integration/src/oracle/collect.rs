@@ -31,6 +31,12 @@ impl ShardOracle {
         Err(Code::TooEarly)
     }
 
+    /// The same by the policy that the directory has itself, if it has one.
+    fn may_go_by_its_own(&self, dir: u64, ended_at: u64, newer: usize) -> Result<(), Code> {
+        let own = self.inodes.get(&dir).and_then(|row| row.policy.as_ref()?.snapshot);
+        own.map_or(Ok(()), |own| self.may_go(Some(own), ended_at, newer))
+    }
+
     fn past_edge(
         &self,
         (dir, name, ended_at): (u64, &bytes::Bytes, u64),
@@ -46,6 +52,7 @@ impl ShardOracle {
         let past = self.past.get(&key).filter(|p| p.target == target).ok_or(Code::NotFound)?;
         let newer = self.past.keys().filter(|(d, n, e)| *d == dir && n == name && *e > ended_at).count();
         self.may_go(policy, ended_at, newer)?;
+        self.may_go_by_its_own(dir, ended_at, newer)?;
         Ok(past.clone())
     }
 
@@ -166,6 +173,7 @@ impl ShardOracle {
             return Err(Code::Stale);
         }
         self.may_go(op.policy, row.ctime, 0)?;
+        self.may_go_by_its_own(op.dir, row.ctime, 0)?;
         if !self.is_empty(op.dir) || self.past.keys().any(|(dir, ..)| *dir == op.dir) {
             return Err(Code::NotEmpty);
         }

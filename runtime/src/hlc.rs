@@ -192,7 +192,8 @@ impl HybridClock {
             return Ok(());
         }
         // A clock that was put right is followed slowly, and its wall clock vouches for a peer that is right.
-        let now = self.clock.now().max(self.now());
+        // What was only heard does not: each peer could add a little to what the last one said, without end.
+        let now = Time(self.clock.now().0.max(self.paced()));
         if incoming > now.plus_ms(CLOCK_AHEAD_MS_MAX) {
             let ahead_ms = (incoming.0 - now.0) / 1_000_000;
             return Err(Refusal::new(
@@ -375,6 +376,9 @@ mod tests {
         let ahead = |ms: u64| clock.now().plus_ms(ms);
         assert!(clock.observe(ahead(400)).is_ok());
         assert_eq!(clock.observe(ahead(2000)).expect_err("refused").code, Code::ClockAhead);
+        // Nor little by little.
+        let pushed = (0..100).take_while(|_| clock.observe(clock.now().plus_ms(400)).is_ok()).count();
+        assert!(pushed <= 1, "{pushed} steps");
         hands.step(2000);
         assert!(clock.observe(ahead(1900)).is_ok());
     }

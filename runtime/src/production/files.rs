@@ -71,9 +71,12 @@ impl File for OsFile {
             fs::{FallocateFlags, fallocate},
             io::Errno,
         };
-        match fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, end.max(1)) {
-            Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::INTR) => Ok(()),
-            Err(error) => at(&self.path, Err(error.into())),
+        loop {
+            match fallocate(&self.file, FallocateFlags::KEEP_SIZE, 0, end.max(1)) {
+                Err(Errno::INTR) => {}
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
+                Err(error) => return at(&self.path, Err(error.into())),
+            }
         }
     }
 

@@ -5,6 +5,7 @@ pub mod checkers;
 pub mod coverage;
 pub mod fuzz;
 pub mod generate;
+pub mod golden_logs;
 pub mod history;
 pub mod hot_paths;
 pub mod oracle;

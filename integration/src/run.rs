@@ -42,6 +42,8 @@ pub struct Report {
     pub timeline: Vec<(Duration, String)>,
     /// Virtual time.
     pub elapsed: Duration,
+    /// What every log delivered.
+    pub logs: crate::golden_logs::Logs,
 }
 
 /// How long a clock drifts before somebody sets it: not so long that nobody believes its node any more.
@@ -616,6 +618,7 @@ impl Runner {
             self.history.violations().into_iter().map(|(checker, what)| Violation::new(checker, what)),
         );
         report.coverage = crate::coverage::reached(&evidence, &self.cluster.world);
+        report.logs = std::mem::take(&mut evidence.logs);
         report.timeline = std::mem::take(&mut self.timeline);
         for p in performed {
             let text = format!(

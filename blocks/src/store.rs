@@ -279,6 +279,10 @@ impl BlockStore {
             // The directory may have been emptied by hand.
             self.disk.create_dir_all(&temporary_dir)?;
             let file = self.disk.open(&temporary, true)?;
+            if file.len()? > 0 {
+                // Left behind on a disk that was away when such files were removed.
+                file.set_len(0)?;
+            }
             let mut head = header.to_vec();
             head.extend_from_slice(table);
             head.resize(at as usize, 0);

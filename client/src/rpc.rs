@@ -2,7 +2,10 @@
 
 use std::{
     collections::BTreeSet,
-    sync::{Arc, Mutex, MutexGuard},
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Duration,
 };
 
@@ -111,6 +114,8 @@ pub(crate) struct Inner {
     pub(crate) policies: Mutex<PolicyCache>,
     /// Services that failed lately, and until when they are tried last.
     pub(crate) suspects: Mutex<std::collections::BTreeMap<u64, Duration>>,
+    /// Spans that were written with less parity than their policy says.
+    pub(crate) less_parity: AtomicU64,
 }
 
 #[derive(Default)]
@@ -191,6 +196,7 @@ impl Client {
                 codecs: Mutex::default(),
                 policies: Mutex::default(),
                 suspects: Mutex::default(),
+                less_parity: AtomicU64::new(0),
             }),
         }
     }
@@ -206,6 +212,11 @@ impl Client {
         let patience = patience.min(self.inner.options.patience);
         let options = ClientOptions { patience, ..self.inner.options.clone() };
         Client::new(self.inner.runtime.clone(), self.inner.registry.clone(), options)
+    }
+
+    /// How many spans this client wrote with less parity than their policy says, because disks are missing.
+    pub fn spans_with_less_parity(&self) -> u64 {
+        self.inner.less_parity.load(Ordering::Relaxed)
     }
 
     /// What the client runs on.

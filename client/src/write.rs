@@ -3,7 +3,11 @@
 //! A block that cannot be written makes the whole span be initiated again elsewhere, with what failed in the
 //! request's list of services to avoid; the shard keeps the blocks of the first try in its index, so none leaks.
 
-use std::{pin::pin, sync::Arc, time::Duration};
+use std::{
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use clutch_blocks::Codec;
@@ -114,13 +118,14 @@ impl Client {
         storage_class: u32,
         never: &Never,
     ) -> Result<Span, ClientError> {
-        let mut less: Option<Encoded> = None;
+        let (mut less, mut reduced): (Option<Encoded>, bool) = (None, false);
         loop {
             let encoded = less.as_ref().unwrap_or(encoded);
             match self.write_span_as(to, offset, encoded, storage_class, never).await {
                 // Disks are missing: bytes with less parity are better than none, as long as they have some.
                 Err(error) if error.code() == Some(Code::NoSpace) && encoded.shape.parity_blocks > 1 => {
                     self.inner.runtime.note("write: a span gets less parity than its policy says");
+                    reduced = true;
                     let fewer = encoded.shape.parity_blocks - 1;
                     let codec = self.codec(encoded.shape.data_blocks, fewer)?;
                     let (shape, size, crc) = (encoded.shape, encoded.size, encoded.crc);
@@ -136,7 +141,12 @@ impl Client {
                         Err(_) => return Err(error),
                     }
                 }
-                written => return written,
+                written => {
+                    if written.is_ok() && reduced {
+                        self.inner.less_parity.fetch_add(1, Ordering::Relaxed);
+                    }
+                    return written;
+                }
             }
         }
     }

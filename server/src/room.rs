@@ -64,16 +64,19 @@ impl Room {
     pub fn look(&self) {
         let had = self.shortage().is_some();
         // Not at once again when a little is free: what is refused and allowed should not flap.
-        let least = if had { self.reserve_bytes / 4 } else { self.reserve_bytes / 8 };
+        let part = if had { 4 } else { 8 };
         let short = self.places.iter().find_map(|place| {
-            let (_, available) = self.disk.space(place).ok()?;
+            let (total, available) = self.disk.space(place).ok()?;
+            // A log or a state may lie on a file system of its own that is much smaller than the reserve is for.
+            let reserve = self.reserve_bytes.min(total / 4);
+            let least = reserve / part;
             (available < least).then(|| {
                 format!(
                     "no space: {} has {} KiB left, so metadata is read-only: files can be read and deleted. It goes on by itself \
                      when there are {} KiB: make room, or delete files and collect",
                     place.display(),
                     available >> 10,
-                    (self.reserve_bytes / 4) >> 10
+                    (reserve / 4) >> 10
                 )
             })
         });

@@ -87,25 +87,36 @@ fn make_durable(dir: &Path) -> std::io::Result<()> {
     dir.parent().map_or(Ok(()), |parent| OsDisk.sync_dir(parent))
 }
 
+/// Whether this is the file that has the name now.
+fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
+    use std::os::unix::fs::MetadataExt as _;
+    let ours = file.metadata()?;
+    Ok(std::fs::metadata(path).is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
+}
+
 /// Takes the lock that a process holds while it runs on a directory.
 pub fn lock(dir: &Path) -> Result<File> {
     make_durable(dir).with_context(|| format!("make {}", dir.display()))?;
     let path = dir.join("lock");
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .with_context(|| format!("open {}", path.display()))?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => {
-            bail!(
-                "{} is in use by another clutch process; stop it first, or choose another --dir",
-                dir.display()
-            )
+    loop {
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .with_context(|| format!("open {}", path.display()))?;
+        match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+            // A first start that failed may have taken the name away between the two.
+            Ok(()) if is_at(&file, &path)? => return Ok(file),
+            Ok(()) => {}
+            Err(rustix::io::Errno::WOULDBLOCK) => {
+                bail!(
+                    "{} is in use by another clutch process; stop it first, or choose another --dir",
+                    dir.display()
+                )
+            }
+            Err(error) => return Err(error).with_context(|| format!("lock {}", path.display())),
         }
-        Err(error) => Err(error).with_context(|| format!("lock {}", path.display())),
     }
 }
 
@@ -117,16 +128,18 @@ impl Up {
             format!("listen on {}: choose a free address of this machine with --listen", config.listen)
         })?);
         let dir = config.dir.clone();
-        let before = Traces::look(&dir);
-        let started = Up::start_on(runtime, config).await;
+        let (had_dir, had_lock) = (dir.exists(), dir.join("lock").exists());
+        // Held while it is looked at, and while something is removed again: what another process makes is not touched.
+        let lock = lock(&dir)?;
+        let before = Traces::look(&dir, had_dir, had_lock);
+        let started = Up::start_on(runtime, config, lock.try_clone()?).await;
         if started.is_err() {
             before.remove_new(&dir);
         }
         started
     }
 
-    async fn start_on(runtime: Runtime, config: UpConfig) -> Result<Up> {
-        let lock = lock(&config.dir)?;
+    async fn start_on(runtime: Runtime, config: UpConfig, lock: File) -> Result<Up> {
         let (cluster, created) = match ClusterFile::read(&runtime, &config.dir)? {
             Some(cluster) => {
                 check_same(&cluster, &config)?;
@@ -271,12 +284,12 @@ impl Traces {
         std::fs::read_dir(dir).into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
     }
 
-    fn look(dir: &Path) -> Traces {
-        Traces {
-            had_dir: dir.exists(),
-            had_cluster: dir.join("cluster.json").exists(),
-            names: Traces::names_in(dir),
+    fn look(dir: &Path, had_dir: bool, had_lock: bool) -> Traces {
+        let mut names = Traces::names_in(dir);
+        if !had_lock {
+            names.remove(std::ffi::OsStr::new("lock"));
         }
+        Traces { had_dir, had_cluster: dir.join("cluster.json").exists(), names }
     }
 
     /// Removes what a start made, if there was no cluster before it: what it made nobody has used.

@@ -197,7 +197,7 @@ fn print(reports: &[(LogId, Report)], verify: bool, as_json: bool) -> Result<Exi
         for (id, r) in reports {
             let from = match r.from_checkpoint {
                 0 => "from the beginning".to_owned(),
-                position => format!("from the checkpoint at {position} (the log before it was trimmed)"),
+                position => format!("from the checkpoint at {position}"),
             };
             output::line(format!(
                 "{id}: {} entries in {} batches {from} to position {}",
@@ -206,7 +206,11 @@ fn print(reports: &[(LogId, Report)], verify: bool, as_json: bool) -> Result<Exi
             output::line(format!("  hash {}", r.hash))?;
             match &r.compared {
                 Some((at, _)) if r.verified => {
-                    output::line(format!("  equal to the live replica's at position {at}"))?
+                    let rest = match r.position.saturating_sub(*at) {
+                        0 => String::new(),
+                        rest => format!("; the {rest} positions behind it have nothing to be compared with"),
+                    };
+                    output::line(format!("  equal to the live replica's at position {at}{rest}"))?
                 }
                 Some((at, hash)) => {
                     output::line(format!("  DIFFERENT from the live replica's at position {at}: {hash}"))?

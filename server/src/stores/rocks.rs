@@ -108,7 +108,11 @@ impl RocksStores {
                 applier::rescan(&copy)
             });
             match checked {
-                Ok(rescan) if rescan.differences.is_empty() && rescan.position <= at => {
+                Ok(rescan)
+                    if rescan.differences.is_empty()
+                        && rescan.position <= at
+                        && rescan.position.next() >= log.first =>
+                {
                     return Ok(Some(position));
                 }
                 Ok(rescan) => {
@@ -206,11 +210,12 @@ impl StoreProvider for RocksStores {
         let checkpoint = self.newest_good_checkpoint(id, log, is_home)?;
         if checkpoint.is_none() && log.first > Position(1) {
             return Err(StoreError::Damaged(format!(
-                "the log of {id} was trimmed up to {} and no checkpoint in {} is whole and covers that; restore {} from a \
-                 backup",
+                "the log of {id} was trimmed up to {} and no checkpoint in {} is whole and covers that; restore that \
+                 directory from a backup, or {} (and remove {} if it is there)",
                 log.first.0 - 1,
                 RocksStores::checkpoints_of(&self.dir, id).display(),
-                home.join("db").display()
+                home.join("db").display(),
+                home.join(CONDEMNED).display()
             )));
         }
         let set_aside = self.set_aside(&home).map_err(|e| failed("set aside", &home.join("db"), &e))?;

@@ -23,10 +23,8 @@ impl Failures {
     /// Says what failed and goes on; `None` for it.
     pub(super) fn take<T>(&mut self, result: Result<T>) -> Option<T> {
         match result {
-            Ok(done) => {
-                self.unreachable = 0;
-                Some(done)
-            }
+            // Says nothing about the cluster: it may have been something local.
+            Ok(done) => Some(done),
             Err(error) => {
                 self.add(&error);
                 None

@@ -228,6 +228,13 @@ pub(super) async fn run(
         (Place::open(parent)?, Bytes::copy_from_slice(name.as_bytes()))
     };
     if !is_directory {
+        // Renaming would put a file in the place of the device or pipe, or of the link that leads to it.
+        let path = place.path.join(OsStr::from_bytes(&name));
+        ensure!(
+            std::fs::metadata(&path).map_or(true, |there| there.is_file() || there.is_dir()),
+            "{}: is neither a file nor a directory; `clutch fs cat` writes to pipes and devices",
+            path.display()
+        );
         place.remove_left_behind();
         fetch(&client, at.id, &place, &name).await.with_context(|| source.to_string())?;
         return Ok(ExitCode::SUCCESS);
@@ -278,7 +285,12 @@ impl Tree {
         while let Some((id, names)) = walk.waiting.pop() {
             match self.directory(&mut walk, id, &names).await {
                 Err(error) if is_final(&error) => return Err(error),
-                Err(error) => walk.failures.add(&error),
+                Err(error) => {
+                    walk.failures.add(&error);
+                    if walk.failures.is_hopeless() {
+                        return Err(error);
+                    }
+                }
                 Ok(()) => {
                     walk.counts.directories += 1;
                     entered.push((id, names));
@@ -290,7 +302,15 @@ impl Tree {
         }
         // The deepest first.
         for (id, names) in entered.iter().rev().filter(|(_, names)| !names.is_empty()) {
-            walk.failures.take(self.finish_directory(*id, names).await);
+            match self.finish_directory(*id, names).await {
+                Ok(()) => walk.failures.succeeded(),
+                Err(error) => {
+                    walk.failures.add(&error);
+                    if walk.failures.is_hopeless() {
+                        return Err(error);
+                    }
+                }
+            }
         }
         let Walk { failures, counts, progress, .. } = walk;
         progress.finish_and_clear();

@@ -32,16 +32,17 @@ pub(super) async fn run(
     jobs: usize,
 ) -> Result<ExitCode> {
     if source == Path::new("-") {
-        let (dir, name) = place_for_file(&client, target).await?;
         if let Ok(existing) = client.resolve(target).await {
             ensure!(!existing.id.is_directory(), "{target} is a directory; name the file in it");
         }
+        let (dir, name) = place_for_file(&client, target).await?;
         let (uid, gid) = super::identity();
         let attributes = FileAttributes { mode: 0o644, uid, gid, mtime: 0 };
         client
             .write_file(dir, &name, attributes, true, &mut tokio::io::stdin())
             .await
             .with_context(|| target.to_string())?;
+        say_less_parity(&client);
         return Ok(ExitCode::SUCCESS);
     }
     let metadata = source.symlink_metadata().with_context(|| source.display().to_string())?;
@@ -51,6 +52,7 @@ pub(super) async fn run(
         if stored.is_none() {
             bail!("{}: only files, directories and symbolic links can be stored", source.display());
         }
+        say_less_parity(&client);
         if verbose {
             output::line_of(path.as_bytes())?;
         }
@@ -59,7 +61,21 @@ pub(super) async fn run(
     if !recursive {
         bail!("{} is a directory; use -r to store it with all that is in it", source.display());
     }
-    Tree { client, jobs: jobs.clamp(1, 1024), verbose }.put(source, dir, name, path).await
+    let tree = Tree { client: client.clone(), jobs: jobs.clamp(1, 1024), verbose };
+    let stored = tree.put(source, dir, name, path).await;
+    say_less_parity(&client);
+    stored
+}
+
+/// Says what was stored less safely than the policy asks for.
+fn say_less_parity(client: &Client) {
+    match client.spans_with_less_parity() {
+        0 => {}
+        spans => talk!(
+            "clutch: disks are missing or full, so {spans} spans were stored with less parity than the policy says; `clutch \
+             status` names the disks, and what is written again when they are back has all of it"
+        ),
+    }
 }
 
 /// The remote directory, the name in it and the whole path.

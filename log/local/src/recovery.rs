@@ -135,6 +135,25 @@ fn scan(
     Ok(scanned)
 }
 
+/// The mark of a directory that holds these segments. One without a mark never synced anything, or has lost it: then what
+/// was acknowledged cannot be told from a torn tail.
+fn known_mark(disk: &dyn Disk, dir: &Path, mark: Option<Mark>, numbers: &[u64]) -> Result<Mark, LogFault> {
+    let mark = match mark {
+        Some(mark) => mark,
+        None if is_first_start(disk, dir, numbers) => Mark { first: 1, ..Mark::default() },
+        None => {
+            return Err(LogFault::Storage(format!(
+                "{} (the mark of what was synced) is missing or damaged; restore it from a copy",
+                dir.join(MARK_FILE).display()
+            )));
+        }
+    };
+    match numbers.last() {
+        Some(last) if mark.segment <= *last => Ok(mark),
+        _ => Err(gone(dir, &segment_name(mark.segment))),
+    }
+}
+
 /// Recovers for writing: cuts a torn tail off, refuses damage before the mark and positions that are missing.
 pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recovered, LogFault> {
     disk.create_dir_all(dir).map_err(|e| storage("make the log's directory", &e))?;
@@ -151,19 +170,7 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
             mark: Mark { first: 1, ..Mark::default() },
         });
     };
-    let mark = match mark {
-        Some(mark) => mark,
-        None if is_first_start(disk, dir, &numbers) => Mark { first: 1, ..Mark::default() },
-        None => {
-            return Err(LogFault::Storage(format!(
-                "{} (the mark of what was synced) is missing or damaged; restore it from a copy",
-                dir.join(MARK_FILE).display()
-            )));
-        }
-    };
-    if mark.segment > last {
-        return Err(gone(dir, &segment_name(mark.segment)));
-    }
+    let mark = known_mark(disk, dir, mark, &numbers)?;
     let mut continuity = Continuity::default();
     let mut segments = Vec::new();
     for &number in &numbers[..numbers.len() - 1] {
@@ -341,12 +348,7 @@ pub fn open_read_only(disk: &dyn Disk, dir: &Path) -> Result<Summary, LogFault> 
     if segments.is_empty() {
         return Err(LogFault::Storage(format!("{} holds no log segments", dir.display())));
     }
-    if let Some(mark) = &mark
-        && segments.last().is_some_and(|last| *last < mark.segment)
-    {
-        return Err(gone(dir, &segment_name(mark.segment)));
-    }
-    let mark = mark.unwrap_or_default();
+    let mark = known_mark(disk, dir, mark, &segments)?;
     let mut before = BTreeMap::new();
     if let Some(first) = SegmentReader::open(disk, dir, segments[0])?.next_record()?
         && first.kind == RecordKind::Groups

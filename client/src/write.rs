@@ -118,14 +118,13 @@ impl Client {
         storage_class: u32,
         never: &Never,
     ) -> Result<Span, ClientError> {
-        let (mut less, mut reduced): (Option<Encoded>, bool) = (None, false);
+        let mut less: Option<Encoded> = None;
         loop {
             let encoded = less.as_ref().unwrap_or(encoded);
             match self.write_span_as(to, offset, encoded, storage_class, never).await {
                 // Disks are missing: bytes with less parity are better than none, as long as they have some.
                 Err(error) if error.code() == Some(Code::NoSpace) && encoded.shape.parity_blocks > 1 => {
                     self.inner.runtime.note("write: a span gets less parity than its policy says");
-                    reduced = true;
                     let fewer = encoded.shape.parity_blocks - 1;
                     let codec = self.codec(encoded.shape.data_blocks, fewer)?;
                     let (shape, size, crc) = (encoded.shape, encoded.size, encoded.crc);
@@ -142,7 +141,7 @@ impl Client {
                     }
                 }
                 written => {
-                    if written.is_ok() && reduced {
+                    if written.is_ok() && less.is_some() {
                         self.inner.less_parity.fetch_add(1, Ordering::Relaxed);
                     }
                     return written;

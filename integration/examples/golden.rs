@@ -17,7 +17,10 @@ fn main() -> anyhow::Result<()> {
     let (first, count): (u64, u64) = (first.parse()?, count.parse()?);
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/formats/golden/logs");
     std::fs::create_dir_all(&dir)?;
-    let text = std::fs::read_to_string(dir.join("hashes.txt")).unwrap_or_default();
+    let hashes = dir.join("hashes.txt");
+    let text = if hashes.exists() { std::fs::read_to_string(&hashes)? } else { String::new() };
+    let kept = text.lines().find_map(|l| l.strip_prefix("# refusals: ")).unwrap_or("");
+    let mut names: BTreeSet<String> = kept.split_whitespace().map(str::to_owned).collect();
     let mut text = text.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
     let mut candidates = Vec::new();
     for seed in first..first + count {
@@ -45,8 +48,9 @@ fn main() -> anyhow::Result<()> {
         write!(text, "\n\n{name}-{seed}.lz4\n{}", lines.trim())?;
         println!("seed {seed}: {} bytes", file.len());
     }
-    let codes: Vec<String> = all.iter().map(|code| format!("{code:?}")).collect();
-    let text = format!("# refusals: {}\n\n{}\n", codes.join(" "), text.trim());
-    std::fs::write(dir.join("hashes.txt"), text)?;
+    names.extend(all.iter().map(|code| format!("{code:?}")));
+    let names: Vec<String> = names.into_iter().collect();
+    let text = format!("# refusals: {}\n\n{}\n", names.join(" "), text.trim());
+    std::fs::write(hashes, text)?;
     Ok(())
 }

@@ -262,10 +262,10 @@ mod tests {
         }
     }
 
-    /// A store that takes no more writes.
-    struct Broken(MemoryStore);
+    /// A store that fails writes in one way while it is told so.
+    struct Failing(MemoryStore, StoreError, std::sync::atomic::AtomicBool);
 
-    impl View for Broken {
+    impl View for Failing {
         fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
             self.0.get(table, key)
         }
@@ -281,63 +281,10 @@ mod tests {
         }
     }
 
-    impl Store for Broken {
-        fn write(&self, _batch: WriteBatch) -> Result<(), StoreError> {
-            Err(StoreError::Engine("broken".into()))
-        }
-
-        fn flush(&self) -> Result<(), StoreError> {
-            Ok(())
-        }
-
-        fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-            self.0.get_flushed(table, key)
-        }
-
-        fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
-            self.0.snapshot()
-        }
-
-        fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
-            self.0.checkpoint(to)
-        }
-    }
-
-    #[test]
-    fn after_rows_were_lost_nothing_goes_on() {
-        let table = Table(64);
-        let store =
-            BufferedStore::new(Arc::new(Broken(MemoryStore::new())), RowCache::new(1 << 20), 100, 1 << 20);
-        let row = || vec![(table.stored_key(b"k"), Some(Bytes::from_static(b"v")))];
-        store.write(row()).expect("waits in memory");
-        assert!(store.snapshot().is_err(), "the rows cannot be passed on");
-        assert!(store.write(row()).is_err() && store.get(table, b"k").is_err() && store.flush().is_err());
-        assert!(store.scan(table, b"", b"", 1).is_err() && store.snapshot().is_err());
-    }
-
-    /// A store that has no room while it is told so.
-    struct Full(MemoryStore, std::sync::atomic::AtomicBool);
-
-    impl View for Full {
-        fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-            self.0.get(table, key)
-        }
-
-        fn visit(
-            &self,
-            table: Table,
-            from: &[u8],
-            until: &[u8],
-            each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
-        ) -> Result<(), StoreError> {
-            self.0.visit(table, from, until, each)
-        }
-    }
-
-    impl Store for Full {
+    impl Store for Failing {
         fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
-            match self.1.load(Ordering::Relaxed) {
-                true => Err(StoreError::Full("no space".into())),
+            match self.2.load(Ordering::Relaxed) {
+                true => Err(self.1.clone()),
                 false => self.0.write(batch),
             }
         }
@@ -360,9 +307,21 @@ mod tests {
     }
 
     #[test]
+    fn after_rows_were_lost_nothing_goes_on() {
+        let table = Table(64);
+        let below = Failing(MemoryStore::new(), StoreError::Engine("broken".into()), true.into());
+        let store = BufferedStore::new(Arc::new(below), RowCache::new(1 << 20), 100, 1 << 20);
+        let row = || vec![(table.stored_key(b"k"), Some(Bytes::from_static(b"v")))];
+        store.write(row()).expect("waits in memory");
+        assert!(store.snapshot().is_err(), "the rows cannot be passed on");
+        assert!(store.write(row()).is_err() && store.get(table, b"k").is_err() && store.flush().is_err());
+        assert!(store.scan(table, b"", b"", 1).is_err() && store.snapshot().is_err());
+    }
+
+    #[test]
     fn rows_wait_for_room_and_are_read_meanwhile() {
         let table = Table(64);
-        let below = Arc::new(Full(MemoryStore::new(), true.into()));
+        let below = Arc::new(Failing(MemoryStore::new(), StoreError::Full("no space".into()), true.into()));
         let store = BufferedStore::new(below.clone(), RowCache::new(1 << 20), 2, 1 << 20);
         for n in 0..10u8 {
             store.write(vec![(table.stored_key(&[n]), Some(Bytes::from(vec![n])))]).expect("waits");
@@ -370,7 +329,7 @@ mod tests {
         assert!(matches!(store.flush(), Err(StoreError::Full(_))));
         assert_eq!(store.scan(table, b"", b"", 100).expect("reads").len(), 10);
         assert!(below.0.is_empty());
-        below.1.store(false, Ordering::Relaxed);
+        below.2.store(false, Ordering::Relaxed);
         store.flush().expect("there is room");
         assert_eq!(below.scan(table, b"", b"", 100).expect("reads").len(), 10);
         assert_eq!(store.get(table, &[7]).expect("reads"), Some(Bytes::from(vec![7])));

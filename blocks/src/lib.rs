@@ -8,6 +8,7 @@
 pub mod codec;
 pub mod format;
 pub mod label;
+mod queue;
 pub mod service;
 pub mod store;
 

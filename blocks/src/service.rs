@@ -1,6 +1,6 @@
 //! Answers requests for blocks: certificate first, then the disk.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
 use bytes::Bytes;
 use clutch_proto::{
@@ -11,10 +11,13 @@ use clutch_proto::{
     mutants::{self, Mutant},
     types::Code,
 };
-use clutch_runtime::{HybridClock, Runtime};
+use clutch_runtime::{Budget, Held, HybridClock, Runtime};
 use prost::Message as _;
 
-use crate::store::{BlockStore, Expected};
+use crate::{
+    queue::DiskQueue,
+    store::{BlockStore, Expected, VERIFY_BYTES},
+};
 
 /// One block service.
 pub struct BlockService {
@@ -27,6 +30,22 @@ pub struct BlockService {
     keys: Vec<Key>,
     /// How far apart this service's clock and those of shards may be.
     skew_ms_max: u64,
+    queue: DiskQueue,
+}
+
+/// An answer, and what is held for it until it is sent.
+#[derive(Debug, Default)]
+pub struct Answer {
+    /// The answer.
+    pub reply: BlocksReply,
+    /// Its part of the budget for answers.
+    pub held: Held,
+}
+
+impl From<BlocksReply> for Answer {
+    fn from(reply: BlocksReply) -> Answer {
+        Answer { reply, held: Held::default() }
+    }
 }
 
 impl BlockService {
@@ -39,7 +58,8 @@ impl BlockService {
         keys: Vec<Key>,
     ) -> BlockService {
         let store = Arc::new(store);
-        BlockService { runtime, clock, store, cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX }
+        let queue = DiskQueue::new(runtime.clone(), store.service());
+        BlockService { runtime, clock, store, cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX, queue }
     }
 
     /// The same with another bound for the skew of clocks: where all of a cluster has one clock, erasing need not wait
@@ -51,6 +71,17 @@ impl BlockService {
     /// The disk's blocks.
     pub fn store(&self) -> &Arc<BlockStore> {
         &self.store
+    }
+
+    /// Why the disk takes no work: it is not the right one, or it hangs.
+    pub fn fault(&self) -> Option<String> {
+        self.store.unusable().or_else(|| self.queue.fault())
+    }
+
+    /// Total and available bytes of the disk; an error when it cannot be asked, or hangs.
+    pub async fn space(&self) -> io::Result<(u64, u64)> {
+        let store = self.store.clone();
+        self.queue.run(0, move || store.space()).await.map_err(io::Error::other)?
     }
 
     fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
@@ -85,36 +116,40 @@ impl BlockService {
         Ok((claims, expected))
     }
 
-    /// Handles one request.
-    pub async fn handle(&self, body: Bytes) -> Result<BlocksReply, Refusal> {
+    /// Handles one request. What is read has its part of `answers` first.
+    pub async fn handle(&self, body: Bytes, answers: &Budget) -> Result<Answer, Refusal> {
         let request = BlocksRequest::decode(body)
             .map_err(|e| Refusal::malformed(format!("decode blocks request: {e}")))?;
         let store = self.store.clone();
-        let gone = || Refusal::new(Code::DiskFault, "the disk's work did not finish");
         match request.op {
             None => Err(Refusal::malformed("a request without an operation that this build knows")),
             Some(Op::Write(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Write)?;
                 let (clock, expiry) = (self.clock.clone(), claims.expiry);
                 let is_granted = move || clock.now() <= expiry;
+                let bytes = op.data.len();
                 let write = move || store.write(&expected, &op.data, &is_granted);
-                self.runtime.blocking(write).await.ok_or_else(gone)??;
-                Ok(self.proof(&claims, Operation::Written))
+                self.queue.run(bytes, write).await??;
+                Ok(self.proof(&claims, Operation::Written).into())
             }
             Some(Op::Read(op)) => {
                 let (_, expected) = self.admit(&op.certificate, Operation::Read)?;
-                let read = self.runtime.blocking(move || store.read(&expected, op.offset, op.length));
-                Ok(BlocksReply { data: read.await.ok_or_else(gone)??, ..BlocksReply::default() })
+                // No block is larger than was granted, whatever is asked for.
+                let bytes = op.length.min(expected.size) as usize;
+                let held = answers.hold(bytes).await;
+                let read = self.queue.run(bytes, move || store.read(&expected, op.offset, op.length));
+                let reply = BlocksReply { data: read.await??, ..BlocksReply::default() };
+                Ok(Answer { reply, held })
             }
             Some(Op::Check(op)) => {
                 let (_, expected) = self.admit(&op.certificate, Operation::Check)?;
-                self.runtime.blocking(move || store.read_whole(&expected)).await.ok_or_else(gone)??;
-                Ok(BlocksReply::default())
+                self.queue.run(VERIFY_BYTES as usize, move || store.verify(&expected)).await??;
+                Ok(Answer::default())
             }
             Some(Op::Erase(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Erase)?;
-                self.runtime.blocking(move || store.erase(expected.block)).await.ok_or_else(gone)??;
-                Ok(self.proof(&claims, Operation::Erased))
+                self.queue.run(0, move || store.erase(expected.block)).await??;
+                Ok(self.proof(&claims, Operation::Erased).into())
             }
         }
     }

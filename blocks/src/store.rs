@@ -22,6 +22,9 @@ use clutch_runtime::Disk;
 use crate::format::{HEADER_BYTES, Header, data_offset, page_table, pages};
 use crate::label::{self, Label};
 
+/// A block is looked at in pieces of so many bytes.
+pub(crate) const VERIFY_BYTES: u32 = 4 << 20;
+
 /// The blocks of one service. Its calls block on the disk.
 pub struct BlockStore {
     disk: Arc<dyn Disk>,
@@ -192,9 +195,9 @@ impl BlockStore {
         self.check_usable()?;
         let path = self.path(expected.block);
         if self.disk.exists(&path) {
-            match self.read_whole(expected) {
+            match self.verify(expected) {
                 // Whoever wrote it may not have come to its last sync: what is proven must be durable.
-                Ok(_) => return self.settle(&path).map_err(|e| disk_fault("sync block", &e)),
+                Ok(()) => return self.settle(&path).map_err(|e| disk_fault("sync block", &e)),
                 Err(refusal) if refusal.code == Code::BlockCorrupt => {
                     if self.holds_another(&path, expected) {
                         let text = format!("block {} exists with other data", expected.block);
@@ -361,16 +364,23 @@ impl BlockStore {
         Ok(Bytes::from(data).slice(start..start + length as usize))
     }
 
-    /// Reads a whole block and checks its own CRC too.
-    pub fn read_whole(&self, expected: &Expected) -> Result<Bytes, Refusal> {
-        let data = self.read(expected, 0, expected.size)?;
-        if crc32fast::hash(&data) != expected.crc {
+    /// Reads a whole block, piece by piece, and checks its own CRC too.
+    pub fn verify(&self, expected: &Expected) -> Result<(), Refusal> {
+        let mut hasher = crc32fast::Hasher::new();
+        let mut at = 0;
+        // One without bytes is refused by the first read.
+        while at < expected.size || at == 0 {
+            let piece = self.read(expected, at, VERIFY_BYTES.min(expected.size - at))?;
+            hasher.update(&piece);
+            at += piece.len() as u32;
+        }
+        if hasher.finalize() != expected.crc {
             return Err(Refusal::new(
                 Code::BlockCorrupt,
                 format!("block {} does not have its CRC", expected.block),
             ));
         }
-        Ok(data)
+        Ok(())
     }
 
     /// Removes a block durably; one that is not there is fine.

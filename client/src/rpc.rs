@@ -23,7 +23,7 @@ use clutch_proto::{
     shard::{ShardReply, ShardRequest, shard_reply::Reply, shard_request},
     types::{ClientTag, Code},
 };
-use clutch_runtime::{Endpoint, HybridClock, Lane, Runtime};
+use clutch_runtime::{Budget, Endpoint, HybridClock, Lane, Runtime};
 use prost::Message as _;
 
 use crate::{error::ClientError, path::EdgeCache, policy::PolicyCache};
@@ -71,8 +71,9 @@ pub struct ClientOptions {
     pub cache_lifetime: Duration,
     /// Entries that the cache holds at most.
     pub cache_entries_max: usize,
-    /// MiB of spans that are encoded and written at a time.
-    pub write_mib_max: u32,
+    /// MiB of files that are in memory at a time, on their way in or out, all of this client's transfers together. A span
+    /// that takes more is alone.
+    pub memory_mib_max: u32,
     /// What proves that a request comes from the cluster itself; clients have none.
     pub system_key: Option<[u8; 32]>,
     /// Who watches requests to registry, CDC and shards.
@@ -87,7 +88,7 @@ impl Default for ClientOptions {
             block_attempt: Duration::from_secs(10),
             cache_lifetime: Duration::from_secs(1),
             cache_entries_max: 16_384,
-            write_mib_max: 64,
+            memory_mib_max: 96,
             system_key: None,
             observer: None,
         }
@@ -109,7 +110,8 @@ pub(crate) struct Inner {
     map: Mutex<Option<Arc<Map>>>,
     tags: Mutex<Tags>,
     pub(crate) edges: EdgeCache,
-    pub(crate) writing: tokio::sync::Semaphore,
+    /// For the bytes of files that are on their way.
+    pub(crate) memory: Budget,
     pub(crate) codecs: Mutex<std::collections::BTreeMap<(u32, u32), Arc<Codec>>>,
     pub(crate) policies: Mutex<PolicyCache>,
     /// Services that failed lately, and until when they are tried last.
@@ -181,7 +183,7 @@ impl Client {
         let id = runtime.random.u64() | 1 << 32;
         let edges = EdgeCache::new(options.cache_entries_max, options.cache_lifetime);
         let clock = HybridClock::following(runtime.clock.clone());
-        let writing = tokio::sync::Semaphore::new(options.write_mib_max.max(1) as usize);
+        let memory = Budget::new(options.memory_mib_max.clamp(1, 4095) << 20);
         Client {
             inner: Arc::new(Inner {
                 runtime,
@@ -192,7 +194,7 @@ impl Client {
                 map: Mutex::new(None),
                 tags: Mutex::default(),
                 edges,
-                writing,
+                memory,
                 codecs: Mutex::default(),
                 policies: Mutex::default(),
                 suspects: Mutex::default(),
@@ -330,6 +332,7 @@ impl Client {
         lane: Lane,
         tag: Option<ClientTag>,
         body: Body,
+        answer_bytes: usize,
         admin: bool,
     ) -> (Result<Bytes, ClientError>, AnsweredAt) {
         let cluster = lock(&self.inner.map).as_ref().map_or(0, |m| m.cluster);
@@ -358,7 +361,7 @@ impl Client {
         let timeout = if lane == Lane::Bulk { options.block_attempt } else { options.attempt };
         // No attempt outlasts patience; a moment is always given.
         let timeout = timeout.min(options.patience.max(ATTEMPT_MIN));
-        let call = self.inner.runtime.network.call(&target.endpoint, lane, request, timeout);
+        let call = self.inner.runtime.network.call(&target.endpoint, lane, request, answer_bytes, timeout);
         let nowhere = AnsweredAt::default();
         let answer = match call.await {
             Ok(answer) => answer,
@@ -429,7 +432,7 @@ impl Client {
             let (result, answered_at) = match target {
                 Ok(target) => {
                     let body = Body::Encoded(body.clone());
-                    self.attempt(&target, Lane::Metadata, tag, body, admin).await
+                    self.attempt(&target, Lane::Metadata, tag, body, 0, admin).await
                 }
                 Err(error) => (Err(error), AnsweredAt::default()),
             };
@@ -607,8 +610,12 @@ impl Client {
             )));
         }
         let target = Target { endpoint: address.into(), role: Role::Blocks, number: service };
-        let request = BlocksRequest { op: Some(op) };
-        let answer = self.attempt(&target, Lane::Bulk, None, Body::Blocks(request), false).await.0?;
+        let answer_bytes = match &op {
+            blocks_request::Op::Read(read) => read.length as usize,
+            blocks_request::Op::Write(_) | blocks_request::Op::Check(_) | blocks_request::Op::Erase(_) => 0,
+        };
+        let body = Body::Blocks(BlocksRequest { op: Some(op) });
+        let answer = self.attempt(&target, Lane::Bulk, None, body, answer_bytes, false).await.0?;
         BlocksReply::decode(answer).map_err(|_| ClientError::unexpected("a blocks reply"))
     }
 }

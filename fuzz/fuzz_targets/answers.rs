@@ -9,9 +9,9 @@ use std::{
 
 use bytes::Bytes;
 use clutch_client::{Client, ClientOptions};
-use clutch_proto::{InodeId, Parts};
+use clutch_proto::InodeId;
 use clutch_runtime::{
-    BoxFuture, Endpoint, Handler,
+    BoxFuture, Budget, Endpoint, Handled, Handler,
     simulated::{NodeId, World},
 };
 use libfuzzer_sys::fuzz_target;
@@ -19,11 +19,11 @@ use libfuzzer_sys::fuzz_target;
 struct Canned(Mutex<std::collections::VecDeque<Bytes>>);
 
 impl Handler for Canned {
-    fn handle(&self, _request: Bytes) -> BoxFuture<Parts> {
+    fn handle(&self, _request: Bytes, _: Budget) -> BoxFuture<Handled> {
         let mut answers = self.0.lock().expect("not poisoned");
         let answer = answers.pop_front().unwrap_or_default();
         answers.push_back(answer.clone());
-        Box::pin(async move { answer.into() })
+        Box::pin(async move { Handled { answer: answer.into(), ..Handled::default() } })
     }
 }
 

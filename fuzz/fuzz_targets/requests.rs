@@ -33,7 +33,7 @@ fuzz_target!(|data: &[u8]| {
         let request = Bytes::copy_from_slice(data);
         let to = format!("node{}", node.0).as_str().into();
         let answer = cluster.world.run(CLIENT, Duration::from_secs(100), async move {
-            runtime.network.call(&to, Lane::Metadata, request.into(), Duration::from_secs(50)).await
+            runtime.network.call(&to, Lane::Metadata, request.into(), 0, Duration::from_secs(50)).await
         });
         // A transaction that waits for a shard that refuses for ever may keep its caller waiting; nothing else may.
         assert!(answer.is_some_and(|a| a.is_ok()) || choice & 3 == 1, "no answer");

@@ -113,7 +113,7 @@ fn main() {
         put("requests", &format!("{n}"), &[&[choice], &request.encode_to_vec()[..]].concat());
     }
     let frames = (0..3).map(|id| Frame { id, message: vec![7; 20].into() }).collect();
-    put("frames", "three", &Frames { frames }.encode_to_vec());
+    put("frames", "three", &Frames::new(frames).encode_to_vec());
     let answer = Response { body: vec![10, 4, 8, 1, 16, 1].into(), time: 5, position: 1, ..Response::default() };
     put("answers", "0", &listed(None, &[answer.encode_to_vec(), Response::default().encode_to_vec()]));
     let row = |key: &[u8], value: &[u8]| {

@@ -208,7 +208,7 @@ fn frames(count: u64) -> Frames {
         };
         Frame { id, message: request.encode_to_vec().into() }
     };
-    Frames { frames: (0..count).map(frame).collect() }
+    Frames::new((0..count).map(frame).collect())
 }
 
 /// A shard without a log, in memory.

@@ -328,7 +328,7 @@ impl Worker {
         let limit = std::time::Duration::from_millis(500);
         let address = block.address.as_str().into();
         let answer =
-            runtime.network.call(&address, NetworkLane::Bulk, request.encode_to_vec().into(), limit).await;
+            runtime.network.call(&address, NetworkLane::Bulk, request.encode_to_vec().into(), 0, limit).await;
         let answer = answer.map_err(|e| ClientError::Unreachable(e.to_string()))?;
         let response = Response::decode(answer).map_err(|e| Refusal::malformed(e.to_string()))?;
         match response.error {

@@ -29,7 +29,8 @@ fn tag(sequence: u64) -> ClientTag {
 }
 
 async fn send(runtime: &Runtime, to: &str, bytes: Bytes) -> Response {
-    let answer = runtime.network.call(&to.into(), Lane::Metadata, bytes.into(), Duration::from_secs(5)).await;
+    let answer =
+        runtime.network.call(&to.into(), Lane::Metadata, bytes.into(), 0, Duration::from_secs(5)).await;
     Response::decode(answer.expect("an answer to everything")).expect("a response")
 }
 

@@ -37,7 +37,8 @@ async fn ask(client: &Client, address: &str, service: u64, op: BlockOp) -> Resul
         Request { role: Role::Blocks as i32, number: service, body: body.into(), ..Request::default() };
     let runtime = client.runtime();
     let sent = Bytes::from(request.encode_to_vec());
-    let answer = runtime.network.call(&address.into(), Lane::Bulk, sent.into(), Duration::from_secs(5)).await;
+    let answer =
+        runtime.network.call(&address.into(), Lane::Bulk, sent.into(), 0, Duration::from_secs(5)).await;
     let response = Response::decode(answer.expect("an answer to everything")).expect("a response");
     match response.error {
         Some(error) => {

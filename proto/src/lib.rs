@@ -3,6 +3,7 @@
 //! The messages are generated from `clutch/<area>/v1/<area>.proto`; the hand-written modules give their
 //! numbers a type and a meaning. Nothing in here does I/O or reads a clock.
 
+pub mod answer;
 pub mod certificate;
 pub mod crc;
 pub mod error;

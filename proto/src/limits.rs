@@ -53,9 +53,6 @@ pub const MESSAGE_BYTES_MAX: usize = BLOCK_BYTES_MAX as usize + (1 << 20);
 pub const METADATA_REQUEST_BYTES_MAX: usize = 1 << 20;
 /// Requests of one session that may be unanswered at a time; its receiver stops reading until some are.
 pub const SESSION_REQUESTS_MAX: usize = 4096;
-/// Bytes of such requests: one peer that writes blocks faster than the disks take them waits, and the node's memory does
-/// not grow. Above it a session still has one request at a time, however large.
-pub const SESSION_BYTES_MAX: usize = 256 << 20;
 /// Sessions that a node serves at a time; more are refused. Each costs some buffers even when nothing happens on it.
 pub const SESSIONS_MAX: usize = 4096;
 /// Calls and sessions that one connection may have open at a time.

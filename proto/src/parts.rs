@@ -23,6 +23,7 @@ const BLOCKS_REPLY_DATA: u32 = 2;
 const FRAME_ID: u32 = 1;
 const FRAME_MESSAGE: u32 = 2;
 const FRAMES_FRAMES: u32 = 1;
+const FRAMES_PADDING: u32 = 2;
 
 /// An encoded message: its bytes are those of `head`, then those of `tail`.
 #[derive(Clone, Debug, Default)]
@@ -169,11 +170,70 @@ impl Message for Frame {
 pub struct Frames {
     /// In the order in which they came.
     pub frames: Vec<Frame>,
+    /// Zeros at the end, of which only the sender knows: see [`Frames::pad`].
+    padding: usize,
+}
+
+/// A block shorter than this is copied into what stands around it.
+const PIECE_BYTES_MIN: usize = 256 << 10;
+/// What a message of a client is padded to.
+const PADDED_BYTES: usize = 256;
+
+impl Frames {
+    /// One message of these frames.
+    pub fn new(frames: Vec<Frame>) -> Frames {
+        Frames { frames, padding: 0 }
+    }
+
+    /// Fills a short message up. HTTP/2 servers bound how many short frames may wait to be read, and end the connection
+    /// beyond; a session that asks many small things at once would meet that bound.
+    pub fn pad(&mut self) {
+        let len = self.encoded_len();
+        if len < PADDED_BYTES {
+            self.padding = PADDED_BYTES - len;
+        }
+    }
+
+    /// The encoded message in pieces, none of them empty: blocks are not copied.
+    pub fn into_pieces(self) -> Vec<Bytes> {
+        let (mut pieces, mut gathered) = (Vec::new(), BytesMut::new());
+        for Frame { id, message: Parts { head, tail } } in self.frames {
+            let frame = Frame { id, message: Parts { head: Bytes::new(), tail: Bytes::new() } };
+            let len = head.len() + tail.len();
+            let field = match len {
+                0 => 0,
+                len => key_len(FRAME_MESSAGE) + encoded_len_varint(len as u64) + len,
+            };
+            encode_key(FRAMES_FRAMES, WireType::LengthDelimited, &mut gathered);
+            encode_varint((frame.encoded_len() + field) as u64, &mut gathered);
+            frame.encode_raw(&mut gathered);
+            if len > 0 {
+                encode_key(FRAME_MESSAGE, WireType::LengthDelimited, &mut gathered);
+                encode_varint(len as u64, &mut gathered);
+                for part in [head, tail] {
+                    if part.len() < PIECE_BYTES_MIN {
+                        gathered.extend_from_slice(&part);
+                    } else {
+                        pieces.extend([gathered.split().freeze(), part]);
+                    }
+                }
+            }
+        }
+        pieces.push(gathered.freeze());
+        // An empty frame of HTTP/2 costs its receiver as much as a full one, and too many end a connection.
+        pieces.retain(|piece| !piece.is_empty());
+        pieces
+    }
 }
 
 impl Message for Frames {
     fn encode_raw(&self, buf: &mut impl BufMut) {
         encoding::message::encode_repeated(FRAMES_FRAMES, &self.frames, buf);
+        if self.padding > 0 {
+            encode_key(FRAMES_PADDING, WireType::LengthDelimited, buf);
+            encode_varint(self.padding as u64, buf);
+            buf.put_bytes(0, self.padding);
+        }
     }
 
     fn merge_field(
@@ -195,11 +255,15 @@ impl Message for Frames {
     }
 
     fn encoded_len(&self) -> usize {
-        encoding::message::encoded_len_repeated(FRAMES_FRAMES, &self.frames)
+        let padding = match self.padding {
+            0 => 0,
+            len => key_len(FRAMES_PADDING) + encoded_len_varint(len as u64) + len,
+        };
+        encoding::message::encoded_len_repeated(FRAMES_FRAMES, &self.frames) + padding
     }
 
     fn clear(&mut self) {
-        self.frames.clear();
+        *self = Frames::default();
     }
 }
 
@@ -221,7 +285,7 @@ mod tests {
     }
 
     fn sizes() -> Vec<Bytes> {
-        [0, 1, 127, 128, 100_000].map(|len| Bytes::from(vec![9; len])).to_vec()
+        [0, 1, 127, 128, 100_000, 600_000].map(|len| Bytes::from(vec![9; len])).to_vec()
     }
 
     #[test]
@@ -263,8 +327,21 @@ mod tests {
                 }
             }
         }
-        let many = Frames { frames: (0..5).map(|id| Frame { id, message: vec![7; 3].into() }).collect() };
+        let mut many = Frames::new((0..5).map(|id| Frame { id, message: vec![7; 3].into() }).collect());
         assert_eq!(Frames::decode(&many.encode_to_vec()[..]).expect("decodes"), many);
+        let short = many.clone();
+        many.pad();
+        assert_eq!(many.encode_to_vec().len(), many.encoded_len());
+        assert!((PADDED_BYTES..PADDED_BYTES + 8).contains(&many.encoded_len()));
+        assert_eq!(Frames::decode(&many.encode_to_vec()[..]).expect("decodes"), short);
+        let mut wrapped = Frames::default();
+        for (id, data) in (0..).zip(sizes()) {
+            let message = Parts { head: data.slice(..data.len() / 2), tail: data.slice(data.len() / 2..) };
+            wrapped.frames.extend([Frame { id, message: data.into() }, Frame { id, message }]);
+        }
+        assert_eq!(wrapped.clone().into_pieces().concat(), wrapped.encode_to_vec());
+        assert!(wrapped.clone().into_pieces().iter().all(|piece| !piece.is_empty()));
+        assert_eq!(Frames::default().into_pieces().concat(), []);
         // So many that they would fill the memory are refused before they do.
         let empty = |count: usize| [10, 0].repeat(count);
         let most = Frames::decode(&empty(MESSAGE_FRAMES_MAX)[..]).expect("as many as may be");

@@ -7,6 +7,7 @@
 //! Invariants: in the simulated runtime the same seed gives the same order of events; a call that fails says
 //! whether it certainly never reached its target ([`CallError::NotSent`]).
 
+pub mod budget;
 pub mod disk;
 pub mod hlc;
 pub mod network;
@@ -17,9 +18,10 @@ use std::{borrow::Cow, collections::BTreeMap, future::Future, pin::Pin, sync::Ar
 
 use clutch_proto::Time;
 
+pub use budget::{Budget, Held};
 pub use disk::{Disk, File};
 pub use hlc::HybridClock;
-pub use network::{CallError, Endpoint, Handler, Lane, Listening, Network};
+pub use network::{CallError, Endpoint, Handled, Handler, Lane, Listening, Network};
 
 /// A boxed future that may move between threads.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;

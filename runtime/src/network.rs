@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_proto::Parts;
 
-use crate::BoxFuture;
+use crate::{BoxFuture, Budget, Held};
 
 /// Where a node listens: `HOST:PORT`, or any name in the simulator.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -51,10 +51,19 @@ impl CallError {
     }
 }
 
+/// An answer, and what is held for it until it is sent.
+#[derive(Debug, Default)]
+pub struct Handled {
+    /// The encoded answer.
+    pub answer: Parts,
+    /// Its part of the budget for answers.
+    pub held: Held,
+}
+
 /// Answers requests. Takes and returns an encoded envelope; every failure is an answer.
 pub trait Handler: Send + Sync {
-    /// Handles one request; many run at a time.
-    fn handle(&self, request: Bytes) -> BoxFuture<Parts>;
+    /// Handles one request; many run at a time. Before a large answer takes memory, that is asked for in `answers`.
+    fn handle(&self, request: Bytes, answers: Budget) -> BoxFuture<Handled>;
 
     /// Whether requests are served: what a health check is told.
     fn is_serving(&self) -> bool {
@@ -73,12 +82,15 @@ pub trait Listening: Send + Sync {
 pub trait Network: Send + Sync {
     /// Serves `handler` at an endpoint. Fails when the address is taken or not an address.
     async fn listen(&self, at: &Endpoint, handler: Arc<dyn Handler>) -> std::io::Result<Box<dyn Listening>>;
-    /// Sends one request and waits for its answer, at most `timeout`.
+    /// Sends one request and waits for its answer, as long as `timeout` without getting on. The time in which this
+    /// request, its answer, or what was asked for before on the same way, is moving does not count; `answer_bytes` is
+    /// about how long the answer will be.
     async fn call(
         &self,
         to: &Endpoint,
         lane: Lane,
         request: Parts,
+        answer_bytes: usize,
         timeout: Duration,
     ) -> Result<Bytes, CallError>;
     /// A network with connections of its own; `None` where calls share nothing anyway.

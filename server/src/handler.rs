@@ -13,6 +13,7 @@ use clutch_blocks::BlockService;
 use clutch_proto::{
     Parts, Refusal, Time,
     admin::{AdminReply, AdminRequest},
+    answer,
     blocks::BlocksReply,
     certificate::{SYSTEM_CLIENTS, is_system_mac},
     limits::MESSAGE_BYTES_MAX,
@@ -20,7 +21,7 @@ use clutch_proto::{
     session::{Request, Response, Role},
     types::Code,
 };
-use clutch_runtime::{BoxFuture, Handler, HybridClock};
+use clutch_runtime::{BoxFuture, Budget, Handled, Handler, Held, HybridClock};
 use clutch_state::{Answer, ReplicaHandle};
 use prost::Message as _;
 
@@ -57,7 +58,7 @@ impl NodeHandler {
 
 /// What is wrong with a node beside its replicas.
 pub(crate) fn node_faults(blocks: &BTreeMap<u64, Arc<BlockService>>, room: &Room) -> Vec<String> {
-    let disks = blocks.values().filter_map(|service| service.store().unusable());
+    let disks = blocks.values().filter_map(|service| service.fault());
     disks.chain(room.shortage()).collect()
 }
 
@@ -71,13 +72,15 @@ pub(crate) const INCARNATION: u64 = 1;
 pub(crate) struct SharedHandler(pub(crate) Arc<NodeHandler>);
 
 impl Handler for SharedHandler {
-    fn handle(&self, request: Bytes) -> BoxFuture<Parts> {
+    fn handle(&self, request: Bytes, answers: Budget) -> BoxFuture<Handled> {
         let handler = self.0.clone();
         Box::pin(async move {
-            match handler.respond(request).await {
+            let mut held = Held::default();
+            let answer = match handler.respond(request, &answers, &mut held).await {
                 (response, None) => response.encode_to_vec().into(),
                 (response, Some(reply)) => Parts::of_response(&response, reply),
-            }
+            };
+            Handled { answer, held }
         })
     }
 
@@ -90,8 +93,13 @@ impl Handler for SharedHandler {
 
 impl NodeHandler {
     /// The answer, and its body where that is a block service's.
-    async fn respond(&self, request: Bytes) -> (Response, Option<BlocksReply>) {
-        let (mut response, body) = match self.dispatch(request).await {
+    async fn respond(
+        &self,
+        request: Bytes,
+        answers: &Budget,
+        held: &mut Held,
+    ) -> (Response, Option<BlocksReply>) {
+        let (mut response, body) = match self.dispatch(request, answers, held).await {
             Ok(answer) => answer,
             Err(refusal) => (Response { error: Some(refusal.to_wire()), ..Response::default() }, None),
         };
@@ -99,7 +107,12 @@ impl NodeHandler {
         (response, body)
     }
 
-    async fn dispatch(&self, bytes: Bytes) -> Result<(Response, Option<BlocksReply>), Refusal> {
+    async fn dispatch(
+        &self,
+        bytes: Bytes,
+        answers: &Budget,
+        held: &mut Held,
+    ) -> Result<(Response, Option<BlocksReply>), Refusal> {
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(Refusal::new(Code::TooLarge, format!("a message of {} bytes", bytes.len())));
         }
@@ -133,8 +146,9 @@ impl NodeHandler {
                     )
                 })?;
                 // In a box of its own: requests to the logs, which are many and small, must not carry its size.
-                let reply = Box::pin(service.handle(request.body)).await?;
-                return Ok((Response::default(), Some(reply)));
+                let reply = Box::pin(service.handle(request.body, answers)).await?;
+                *held = reply.held;
+                return Ok((Response::default(), Some(reply.reply)));
             }
             Role::Unspecified => {
                 return Err(Refusal::malformed(format!("role {} is not known", request.role)));
@@ -143,6 +157,7 @@ impl NodeHandler {
         let replica = replica.ok_or_else(|| {
             Refusal::new(Code::WrongShard, format!("{role:?} {} is not on this node", request.number))
         })?;
+        *held = answers.hold(answer::bytes_max(role, request.admin, &request.body)).await;
         if request.admin {
             let op = AdminRequest::decode(request.body)
                 .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;

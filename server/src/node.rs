@@ -595,13 +595,8 @@ impl Keeper {
         let mut services = Vec::new();
         let mut reported = Vec::new();
         for (id, service) in &self.blocks {
-            let store = service.store().clone();
-            let space = self.client.runtime().blocking(move || store.space()).await;
-            let (capacity_bytes, available_bytes) = match space {
-                Some(Ok(space)) => space,
-                // A disk that cannot be asked takes no new blocks until it can.
-                _ => (0, 0),
-            };
+            // A disk that cannot be asked, or hangs, takes no new blocks until it answers.
+            let (capacity_bytes, available_bytes) = service.space().await.unwrap_or_default();
             let moved = self.reported.get(id).is_none_or(|r| {
                 r.abs_diff(available_bytes)
                     > capacity_bytes.min((*r).max(available_bytes).saturating_mul(4)) / SPACE_STEP

@@ -52,7 +52,8 @@ fn call(world: &World, op: Op) -> Result<BlocksReply, Refusal> {
         .run(NODE, std::time::Duration::from_secs(5), async move {
             let store = open(&runtime);
             let service = BlockService::new(runtime.clone(), clock(&runtime), store, 1, vec![key()]);
-            service.handle(BlocksRequest { op: Some(op) }.encode_to_vec().into()).await
+            let body = BlocksRequest { op: Some(op) }.encode_to_vec().into();
+            service.handle(body, &Budget::unbounded()).await.map(|answer| answer.reply)
         })
         .expect("answers")
 }

@@ -1,7 +1,10 @@
 //! The runtime that ships: tokio, the operating system's files, gRPC sessions.
 
+mod admission;
 mod files;
 mod sessions;
+mod sockets;
+mod streams;
 
 use std::{
     sync::Arc,

@@ -2,7 +2,9 @@
 //!
 //! A unary call reaches the same handler. Frames that wait together travel together, so under load the cost
 //! of a gRPC message is shared; nothing waits for company. Both directions are bounded: a session that has
-//! `SESSION_REQUESTS_MAX` requests or `SESSION_BYTES_MAX` bytes unanswered stops reading until some are answered.
+//! `SESSION_REQUESTS_MAX` requests unanswered stops reading until some are answered, and what all sessions and calls hold
+//! comes out of budgets (`admission`). A session of which something waits for memory says so to its peer by messages
+//! without frames: time limits are for those who do not get on, not for those who queue.
 
 use std::{
     collections::HashMap,
@@ -21,14 +23,13 @@ use bytes::Bytes;
 use clutch_proto::{
     DESCRIPTORS, Parts,
     limits::{
-        CONNECTION_STREAMS_MAX, MESSAGE_BYTES_MAX, MESSAGE_FRAMES_MAX, SESSION_BYTES_MAX,
-        SESSION_REQUESTS_MAX, SESSIONS_MAX,
+        CONNECTION_STREAMS_MAX, MESSAGE_BYTES_MAX, MESSAGE_FRAMES_MAX, SESSION_REQUESTS_MAX, SESSIONS_MAX,
     },
     parts::{Frame, Frames},
     session::{
         Request, Response,
         session_client::SessionClient,
-        session_server::{Session, SessionServer},
+        session_server::{SERVICE_NAME, Session, SessionServer},
     },
     types::{Code, Error},
 };
@@ -36,10 +37,15 @@ use futures_util::{Stream, StreamExt as _, stream::FuturesUnordered};
 use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio_stream::wrappers::{ReceiverStream, TcpListenerStream};
-use tonic::{Status, Streaming, transport};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Status, Streaming, body::Body, transport};
 
-use crate::{BoxFuture, CallError, Endpoint, Handler, Lane, Listening, Network};
+use super::{
+    admission::{AdmissionLayer, AnswerHeld, Budgets, LANE_BULK, LANE_HEADER, Share},
+    sockets::{self, Meter, Metered},
+    streams::{Incoming, Outgoing, Sending},
+};
+use crate::{BoxFuture, Budget, CallError, Endpoint, Handled, Handler, Held, Lane, Listening, Network};
 
 /// Bytes that travel in one message, unless a single frame is larger.
 const MESSAGE_BYTES_TARGET: usize = 1 << 20;
@@ -48,18 +54,75 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// How often the health service asks whether requests are served.
 const HEALTH: Duration = Duration::from_millis(500);
+/// A session that was just being closed is opened anew; so often at most.
+const SESSIONS_TRIED_MAX: usize = 3;
 /// How often callers that have given up are forgotten.
 const SWEEP: Duration = Duration::from_secs(1);
-/// HTTP/2 flow-control windows: large enough that a block never waits for a window update.
-const WINDOW_BYTES: u32 = 16 << 20;
-/// HTTP/2 frames as large as the messages: sixteen KiB at a time would cost more than the bytes.
-const FRAME_BYTES_MAX: u32 = 1 << 20;
-const FRAMES_BYTES_MAX: usize = MESSAGE_BYTES_MAX + MESSAGE_BYTES_TARGET + (1 << 20);
+/// What the peer may send before it is read: on a server, where there are many sessions, so little that all together stay
+/// small; a client has few.
+const SERVER_WINDOW_BYTES: u32 = 256 << 10;
+const CLIENT_WINDOW_BYTES: u32 = 16 << 20;
+/// HTTP/2 frames: sixteen KiB at a time, as by default, cost too much, and a server has one of them in memory for each
+/// connection.
+const SERVER_FRAME_BYTES_MAX: u32 = 128 << 10;
+const CLIENT_FRAME_BYTES_MAX: u32 = 1 << 20;
+/// A session on which nothing was asked for so long ends: on the client's side first.
+const CLIENT_IDLE: Duration = Duration::from_secs(60);
+const SERVER_IDLE: Duration = Duration::from_secs(600);
+/// How often a peer is told that something of its session waits for memory.
+const NOTICE: Duration = Duration::from_secs(1);
+/// A time limit is looked at in so many parts.
+const LIMIT_PARTS: u32 = 4;
+/// A way on which less moves in a part of a time limit does not get on.
+const GETS_ON_BYTES: u64 = 16 << 10;
+pub(super) const FRAMES_BYTES_MAX: usize = MESSAGE_BYTES_MAX + MESSAGE_BYTES_TARGET + (1 << 20);
 
 /// Sessions to every peer, opened when first used and again after they break.
 pub struct GrpcNetwork {
-    peers: Mutex<HashMap<(Endpoint, Lane), mpsc::Sender<Call>>>,
+    peers: Mutex<HashMap<(Endpoint, Lane), Arc<Way>>>,
     own: Own,
+}
+
+/// A session as its callers see it.
+struct Way {
+    calls: mpsc::Sender<Call>,
+    progress: Arc<Progress>,
+}
+
+/// Whether a session gets on.
+#[derive(Default)]
+struct Progress {
+    meter: Arc<Meter>,
+    /// Bytes of requests that are not answered, and of their answers.
+    asked: AtomicU64,
+    /// How often the peer said that something waits there.
+    notices: AtomicU64,
+}
+
+/// Bytes that were asked for, as long as they are.
+struct Asked<'a>(&'a AtomicU64, u64);
+
+impl Drop for Asked<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(self.1, Ordering::Relaxed);
+    }
+}
+
+impl Progress {
+    /// Completes when the call that begins now has not got on for `timeout`: neither it nor what was asked for before.
+    async fn ends(&self, bytes: u64, timeout: Duration) {
+        let goal = self.meter.moved() + self.asked.fetch_add(bytes, Ordering::Relaxed) + bytes;
+        let _asked = Asked(&self.asked, bytes);
+        let mut standing = 0;
+        let (mut moved, mut notices) = (self.meter.moved(), self.notices.load(Ordering::Relaxed));
+        while standing < LIMIT_PARTS {
+            tokio::time::sleep(timeout / LIMIT_PARTS).await;
+            let (moved_now, notices_now) = (self.meter.moved(), self.notices.load(Ordering::Relaxed));
+            let gets_on = notices_now != notices || moved < goal && moved_now - moved >= GETS_ON_BYTES;
+            standing = if gets_on { 0 } else { standing + 1 };
+            (moved, notices) = (moved_now, notices_now);
+        }
+    }
 }
 
 /// What this network listens on itself: metadata requests to it need no wire.
@@ -74,7 +137,18 @@ struct OwnListener {
 
 struct Call {
     request: Parts,
-    answer: oneshot::Sender<Result<Bytes, CallError>>,
+    answer: oneshot::Sender<Result<Bytes, Ended>>,
+}
+
+/// Why a session has no answer.
+#[derive(Clone)]
+enum Ended {
+    /// Nothing was sent.
+    NotSent(String),
+    /// It was sent, or a part of it.
+    Unknown(String),
+    /// Nothing was sent, because the session was just being closed after nobody had used it: another will do.
+    Unused(Parts),
 }
 
 impl GrpcNetwork {
@@ -83,15 +157,16 @@ impl GrpcNetwork {
         GrpcNetwork { peers: Mutex::default(), own: Own::default() }
     }
 
-    fn session(&self, to: &Endpoint, lane: Lane) -> mpsc::Sender<Call> {
+    fn session(&self, to: &Endpoint, lane: Lane) -> Arc<Way> {
         let mut peers = self.peers.lock();
-        if let Some(sender) = peers.get(&(to.clone(), lane)).filter(|s| !s.is_closed()) {
-            return sender.clone();
+        if let Some(way) = peers.get(&(to.clone(), lane)).filter(|way| !way.calls.is_closed()) {
+            return way.clone();
         }
-        let (sender, receiver) = mpsc::channel(SESSION_REQUESTS_MAX);
-        peers.insert((to.clone(), lane), sender.clone());
-        tokio::spawn(run_session(to.clone(), receiver));
-        sender
+        let (calls, receiver) = mpsc::channel(SESSION_REQUESTS_MAX);
+        let way = Arc::new(Way { calls, progress: Arc::default() });
+        peers.insert((to.clone(), lane), way.clone());
+        tokio::spawn(run_session(to.clone(), lane, receiver, way.progress.clone()));
+        way
     }
 }
 
@@ -115,7 +190,9 @@ impl Network for GrpcNetwork {
         };
         let sessions = Arc::new(tokio::sync::Semaphore::new(SESSIONS_MAX));
         let asked = handler.clone();
-        let service = SessionServer::new(SessionService { handler, stopped: stopped.clone(), sessions })
+        let service = SessionService { handler, stopped: stopped.clone(), sessions };
+        let layer = AdmissionLayer(Budgets::new(), service.clone());
+        let service = SessionServer::new(service)
             .max_decoding_message_size(FRAMES_BYTES_MAX)
             .max_encoding_message_size(FRAMES_BYTES_MAX);
         let (reporter, health) = tonic_health::server::health_reporter();
@@ -124,17 +201,13 @@ impl Network for GrpcNetwork {
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .build_v1()
             .map_err(io::Error::other)?;
-        let incoming = TcpListenerStream::new(listener).map(|stream| {
-            stream.inspect(|s| {
-                // Small answers must not wait for more; failing to say so only costs latency.
-                let _ = s.set_nodelay(true);
-            })
-        });
+        let incoming = sockets::accept(listener, sockets::connections_max(SESSIONS_MAX));
         tokio::spawn(async move {
             let server = transport::Server::builder()
-                .initial_stream_window_size(WINDOW_BYTES)
-                .initial_connection_window_size(WINDOW_BYTES)
-                .max_frame_size(FRAME_BYTES_MAX)
+                .layer(layer)
+                .initial_stream_window_size(SERVER_WINDOW_BYTES)
+                .initial_connection_window_size(SERVER_WINDOW_BYTES)
+                .max_frame_size(SERVER_FRAME_BYTES_MAX)
                 .max_concurrent_streams(CONNECTION_STREAMS_MAX)
                 .http2_keepalive_interval(Some(KEEP_ALIVE))
                 .http2_keepalive_timeout(Some(KEEP_ALIVE))
@@ -155,7 +228,8 @@ impl Network for GrpcNetwork {
         &self,
         to: &Endpoint,
         lane: Lane,
-        request: Parts,
+        mut request: Parts,
+        answer_bytes: usize,
         timeout: Duration,
     ) -> Result<Bytes, CallError> {
         let silence = || CallError::Unknown(to.clone(), format!("nothing within {timeout:?}"));
@@ -165,19 +239,35 @@ impl Network for GrpcNetwork {
             let answer = async {
                 // Never closed; without a permit it would only be less bounded.
                 let _permit = requests.acquire().await;
-                handler.handle(request.joined()).await.joined()
+                handler.handle(request.joined(), Budget::unbounded()).await.answer.joined()
             };
             return tokio::time::timeout(timeout, answer).await.map_err(|_| silence());
         }
-        let (answer, answered) = oneshot::channel();
-        let session = self.session(to, lane);
-        let exchange = async {
-            if session.send(Call { request, answer }).await.is_err() {
-                return Err(CallError::NotSent(to.clone(), "the session ended".into()));
-            }
-            answered.await.unwrap_or_else(|_| Err(CallError::Unknown(to.clone(), "the session ended".into())))
-        };
-        tokio::time::timeout(timeout, exchange).await.unwrap_or_else(|_| Err(silence()))
+        let bytes = (request.len() + answer_bytes) as u64;
+        for _ in 0..SESSIONS_TRIED_MAX {
+            let way = self.session(to, lane);
+            let exchange = async {
+                let (answer, answered) = oneshot::channel();
+                match way.calls.send(Call { request, answer }).await {
+                    Err(mpsc::error::SendError(call)) => Err(Ended::Unused(call.request)),
+                    Ok(()) => {
+                        answered.await.unwrap_or_else(|_| Err(Ended::Unknown("the session ended".into())))
+                    }
+                }
+            };
+            let ended = tokio::select! {
+                biased;
+                exchanged = exchange => exchanged,
+                () = way.progress.ends(bytes, timeout) => return Err(silence()),
+            };
+            request = match ended {
+                Ok(answer) => return Ok(answer),
+                Err(Ended::NotSent(reason)) => return Err(CallError::NotSent(to.clone(), reason)),
+                Err(Ended::Unknown(reason)) => return Err(CallError::Unknown(to.clone(), reason)),
+                Err(Ended::Unused(request)) => request,
+            };
+        }
+        Err(CallError::NotSent(to.clone(), "the session ended".into()))
     }
 
     fn separate(&self) -> Option<Arc<dyn Network>> {
@@ -234,31 +324,45 @@ async fn report_health(
 }
 
 /// Owns one session: connects, then moves frames until either side ends.
-async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
-    let (outgoing, outgoing_frames) = mpsc::channel::<Frames>(4);
-    let opened = tokio::time::timeout(CONNECT_TIMEOUT, open(&to, outgoing_frames)).await;
+async fn run_session(to: Endpoint, lane: Lane, mut calls: mpsc::Receiver<Call>, progress: Arc<Progress>) {
+    let (outgoing, outgoing_frames) = mpsc::channel::<Frames>(1);
+    let opening = open(&to, lane, progress.meter.clone(), outgoing_frames);
+    let opened = tokio::time::timeout(CONNECT_TIMEOUT, opening).await;
     let mut incoming = match opened.unwrap_or_else(|_| Err(format!("nothing within {CONNECT_TIMEOUT:?}"))) {
         Ok(incoming) => incoming,
         Err(reason) => {
             calls.close();
             while let Some(call) = calls.recv().await {
                 // A caller that gave up needs no answer.
-                let _ = call.answer.send(Err(CallError::NotSent(to.clone(), reason.clone())));
+                let _ = call.answer.send(Err(Ended::NotSent(reason.clone())));
             }
             return;
         }
     };
-    let mut waiting: HashMap<u64, oneshot::Sender<Result<Bytes, CallError>>> = HashMap::new();
+    let mut waiting: HashMap<u64, oneshot::Sender<Result<Bytes, Ended>>> = HashMap::new();
     let next_id = AtomicU64::new(1);
     let mut batch = Vec::new();
     // Answers are read also while the peer takes no requests: two sides that only send would wait for ever.
     let mut unsent: std::collections::VecDeque<Frames> = std::collections::VecDeque::new();
     let mut sweep = tokio::time::interval(SWEEP);
+    let mut used = tokio::time::Instant::now();
+    let mut is_unused = false;
     let reason = loop {
         tokio::select! {
             biased;
-            _ = sweep.tick() => waiting.retain(|_, answer| !answer.is_closed()),
+            now = sweep.tick() => {
+                waiting.retain(|_, answer| !answer.is_closed());
+                if !waiting.is_empty() || !unsent.is_empty() {
+                    used = now;
+                } else if now.saturating_duration_since(used) > CLIENT_IDLE {
+                    is_unused = true;
+                    break "nobody used the session".to_owned();
+                }
+            }
             frames = incoming.next() => match frames {
+                Some(Ok(frames)) if frames.frames.is_empty() => {
+                    progress.notices.fetch_add(1, Ordering::Relaxed);
+                }
                 Some(Ok(frames)) => for frame in frames.frames {
                     if let Some(answer) = waiting.remove(&frame.id) {
                         let _ = answer.send(Ok(frame.message.joined()));
@@ -277,6 +381,7 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
                 if received == 0 {
                     break "the network was closed".to_owned();
                 }
+                used = tokio::time::Instant::now();
                 let mut frames = Frames::default();
                 let mut bytes = 0;
                 for call in batch.drain(..) {
@@ -293,6 +398,7 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
                     }
                 }
                 if !frames.frames.is_empty() {
+                    frames.pad();
                     unsent.push_back(frames);
                 }
             }
@@ -300,30 +406,63 @@ async fn run_session(to: Endpoint, mut calls: mpsc::Receiver<Call>) {
     };
     calls.close();
     for (_, answer) in waiting {
-        let _ = answer.send(Err(CallError::Unknown(to.clone(), reason.clone())));
+        let _ = answer.send(Err(Ended::Unknown(reason.clone())));
     }
-    while let Some(call) = calls.recv().await {
-        let _ = call.answer.send(Err(CallError::NotSent(to.clone(), reason.clone())));
+    while let Some(Call { request, answer }) = calls.recv().await {
+        let ended = if is_unused { Ended::Unused(request) } else { Ended::NotSent(reason.clone()) };
+        let _ = answer.send(Err(ended));
     }
 }
 
-async fn open(to: &Endpoint, outgoing: mpsc::Receiver<Frames>) -> Result<Streaming<Frames>, String> {
+/// Opens connections whose bytes are counted.
+struct Connector {
+    to: Endpoint,
+    meter: Arc<Meter>,
+}
+
+impl tower::Service<http::Uri> for Connector {
+    type Response = hyper_util::rt::TokioIo<Metered>;
+    type Error = io::Error;
+    type Future = BoxFuture<io::Result<Self::Response>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, _: http::Uri) -> Self::Future {
+        let (to, meter) = (self.to.clone(), self.meter.clone());
+        Box::pin(async move {
+            let stream = tokio::net::TcpStream::connect(&*to.0).await?;
+            stream.set_nodelay(true)?;
+            Ok(hyper_util::rt::TokioIo::new(Metered::new(stream, meter)))
+        })
+    }
+}
+
+async fn open(
+    to: &Endpoint,
+    lane: Lane,
+    meter: Arc<Meter>,
+    outgoing: mpsc::Receiver<Frames>,
+) -> Result<Streaming<Frames>, String> {
     let channel = transport::Endpoint::from_shared(format!("http://{to}"))
         .map_err(|e| format!("not an address: {e}"))?
-        .tcp_nodelay(true)
-        .connect_timeout(CONNECT_TIMEOUT)
         .http2_keep_alive_interval(KEEP_ALIVE)
         .keep_alive_timeout(KEEP_ALIVE)
-        .initial_stream_window_size(WINDOW_BYTES)
-        .initial_connection_window_size(WINDOW_BYTES)
-        .max_frame_size(FRAME_BYTES_MAX)
-        .connect()
+        .initial_stream_window_size(CLIENT_WINDOW_BYTES)
+        .initial_connection_window_size(CLIENT_WINDOW_BYTES)
+        .max_frame_size(CLIENT_FRAME_BYTES_MAX)
+        .connect_with_connector(Connector { to: to.clone(), meter })
         .await
         .map_err(|e| source_of(&e))?;
     let mut client = SessionClient::new(channel)
         .max_decoding_message_size(FRAMES_BYTES_MAX)
         .max_encoding_message_size(FRAMES_BYTES_MAX);
-    let opened = client.open(ReceiverStream::new(outgoing)).await.map_err(|s| s.message().to_owned())?;
+    let mut request = tonic::Request::new(ReceiverStream::new(outgoing));
+    if lane == Lane::Bulk {
+        request.metadata_mut().insert(LANE_HEADER, tonic::metadata::MetadataValue::from_static(LANE_BULK));
+    }
+    let opened = client.open(request).await.map_err(|s| s.message().to_owned())?;
     Ok(opened.into_inner())
 }
 
@@ -337,11 +476,37 @@ fn source_of(error: &dyn std::error::Error) -> String {
 }
 
 /// The server side of sessions and unary calls.
-struct SessionService {
+#[derive(Clone)]
+pub(super) struct SessionService {
     handler: Arc<dyn Handler>,
     stopped: watch::Receiver<()>,
     /// One permit for each session that may begin.
     sessions: Arc<tokio::sync::Semaphore>,
+}
+
+/// Whether a request opens a session.
+pub(super) fn opens_session(path: &str) -> bool {
+    let method = path.strip_prefix('/').and_then(|path| path.strip_prefix(SERVICE_NAME));
+    method == Some("/Open")
+}
+
+impl SessionService {
+    /// Serves a session on the body of its request; the body of its response.
+    pub(super) fn open_stream(&self, body: Body, share: Share) -> Result<Body, Status> {
+        let permit = self.sessions.clone().try_acquire_owned().map_err(|_| {
+            Status::resource_exhausted(format!(
+                "{SESSIONS_MAX} sessions are open; close some, or try again later"
+            ))
+        })?;
+        let (sender, answers) = mpsc::channel(4);
+        let incoming = Incoming::new(body, share.clone());
+        let session = serve_session(self.handler.clone(), share, incoming, sender, self.stopped.clone());
+        tokio::spawn(async move {
+            session.await;
+            drop(permit);
+        });
+        Ok(Body::new(Outgoing::new(answers)))
+    }
 }
 
 /// Completes when the listener is dropped.
@@ -353,94 +518,110 @@ async fn ended(mut stopped: watch::Receiver<()>) {
 impl Session for SessionService {
     type OpenStream = Pin<Box<dyn Stream<Item = Result<Frames, Status>> + Send>>;
 
+    /// The layer below takes these: see [`SessionService::open_stream`].
     async fn open(
         &self,
-        request: tonic::Request<Streaming<Frames>>,
+        _: tonic::Request<Streaming<Frames>>,
     ) -> Result<tonic::Response<Self::OpenStream>, Status> {
-        let permit = self.sessions.clone().try_acquire_owned().map_err(|_| {
-            Status::resource_exhausted(format!(
-                "{SESSIONS_MAX} sessions are open; close some, or try again later"
-            ))
-        })?;
-        let (sender, receiver) = mpsc::channel(4);
-        let session = serve_session(self.handler.clone(), request.into_inner(), sender, self.stopped.clone());
-        tokio::spawn(async move {
-            session.await;
-            drop(permit);
-        });
-        Ok(tonic::Response::new(Box::pin(ReceiverStream::new(receiver))))
+        Err(no_share())
     }
 
     async fn call(&self, request: tonic::Request<Request>) -> Result<tonic::Response<Response>, Status> {
-        let answer = self.handler.handle(Bytes::from(request.into_inner().encode_to_vec())).await.joined();
-        let response = Response::decode(answer).unwrap_or_else(|e| Response {
+        let share = request.extensions().get::<Share>().cloned().ok_or_else(no_share)?;
+        let held = share.take();
+        let request = Bytes::from(request.into_inner().encode_to_vec());
+        let handled = self.handler.handle(request, share.answers.clone()).await;
+        let response = Response::decode(handled.answer.joined()).unwrap_or_else(|e| Response {
             error: Some(Error { code: Code::ReplicaFault as i32, detail: format!("decode own answer: {e}") }),
             ..Response::default()
         });
-        Ok(tonic::Response::new(response))
+        let mut response = tonic::Response::new(response);
+        response.extensions_mut().insert(AnswerHeld::new(held, handled.held));
+        Ok(response)
     }
+}
+
+/// Every request comes through the layer that adds it.
+fn no_share() -> Status {
+    Status::internal("a request without its share of the memory")
 }
 
 /// The answer to one frame in the making.
 struct Answering {
     id: u64,
-    /// Bytes of the request.
-    weight: usize,
-    answer: BoxFuture<Parts>,
+    /// What the message that the request came in holds, until all in it are answered.
+    _request: Arc<Held>,
+    answer: BoxFuture<Handled>,
 }
 
 impl Future for Answering {
-    type Output = (Frame, usize);
+    type Output = (Frame, Held);
 
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<(Frame, usize)> {
-        let (id, weight) = (self.id, self.weight);
-        self.answer.as_mut().poll(context).map(|message| (Frame { id, message }, weight))
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<(Frame, Held)> {
+        let id = self.id;
+        let handled = self.answer.as_mut().poll(context);
+        handled.map(|Handled { answer: message, held }| (Frame { id, message }, held))
     }
 }
 
 async fn serve_session(
     handler: Arc<dyn Handler>,
-    mut incoming: Streaming<Frames>,
-    outgoing: mpsc::Sender<Result<Frames, Status>>,
+    share: Share,
+    mut incoming: Incoming,
+    outgoing: mpsc::Sender<Result<Sending, Status>>,
     stopped: watch::Receiver<()>,
 ) {
     let mut stopped = std::pin::pin!(ended(stopped));
     let mut running: FuturesUnordered<Answering> = FuturesUnordered::new();
-    let mut done = Frames::default();
     let mut open = true;
     // Why the peer's messages are not read any more; it is told when what it asked before is answered.
     let mut refused = None;
-    // Bytes of the requests that are running.
-    let mut held = 0;
+    let message = |frames, held| Ok(Sending { frames, _held: held, _owed: share.meter.owe() });
+    let mut ticks = tokio::time::interval(NOTICE);
+    let mut used = tokio::time::Instant::now();
     while open || !running.is_empty() {
         tokio::select! {
             biased;
             () = &mut stopped => return,
-            Some((frame, weight)) = running.next(), if !running.is_empty() => {
-                held -= weight;
+            now = ticks.tick() => {
+                // A peer whose answers are not taken needs no notice.
+                if share.is_waiting() && let Ok(place) = outgoing.try_reserve() {
+                    place.send(message(Frames::default(), Vec::new()));
+                }
+                if !running.is_empty() {
+                    used = now;
+                } else if now.saturating_duration_since(used) > SERVER_IDLE {
+                    return;
+                }
+            }
+            Some((frame, held)) = running.next(), if !running.is_empty() => {
                 let mut bytes = frame.message.len();
-                done.frames.push(frame);
+                let mut done = (Frames::new(vec![frame]), vec![held]);
                 // Take along what is ready by now; the poll below never waits.
-                while done.frames.len() < MESSAGE_FRAMES_MAX && bytes < MESSAGE_BYTES_TARGET {
+                while done.1.len() < MESSAGE_FRAMES_MAX && bytes < MESSAGE_BYTES_TARGET {
                     match futures_util::FutureExt::now_or_never(running.next()).flatten() {
-                        Some((frame, weight)) => {
-                            held -= weight;
+                        Some((frame, held)) => {
                             bytes += frame.message.len();
-                            done.frames.push(frame);
+                            done.0.frames.push(frame);
+                            done.1.push(held);
                         }
                         None => break,
                     }
                 }
-                if outgoing.send(Ok(std::mem::take(&mut done))).await.is_err() {
+                let (frames, held) = done;
+                if outgoing.send(message(frames, held)).await.is_err() {
                     return;
                 }
             }
-            frames = incoming.next(), if open && running.len() < SESSION_REQUESTS_MAX && held < SESSION_BYTES_MAX => match frames {
-                Some(Ok(frames)) => for frame in frames.frames {
-                    let weight = frame.message.len();
-                    held += weight;
-                    running.push(Answering { id: frame.id, weight, answer: handler.handle(frame.message.joined()) });
-                },
+            frames = incoming.next(), if open && running.len() < SESSION_REQUESTS_MAX => match frames {
+                Some(Ok((frames, held))) => {
+                    used = tokio::time::Instant::now();
+                    let request = Arc::new(held);
+                    for frame in frames.frames {
+                        let answer = handler.handle(frame.message.joined(), share.answers.clone());
+                        running.push(Answering { id: frame.id, _request: request.clone(), answer });
+                    }
+                }
                 Some(Err(status)) => (open, refused) = (false, Some(status)),
                 None => open = false,
             }

@@ -6,16 +6,16 @@ use bytes::Bytes;
 use clutch_proto::Parts;
 
 use super::*;
-use crate::{Disk as _, Endpoint, Handler, Lane};
+use crate::{Budget, Disk as _, Endpoint, Handled, Handler, Lane};
 
 struct Echo(Runtime);
 
 impl Handler for Echo {
-    fn handle(&self, request: Bytes) -> BoxFuture<Parts> {
+    fn handle(&self, request: Bytes, _: Budget) -> BoxFuture<Handled> {
         let runtime = self.0.clone();
         Box::pin(async move {
             runtime.clock.sleep(Duration::from_micros(runtime.random.below(100))).await;
-            request.into()
+            Handled { answer: request.into(), ..Handled::default() }
         })
     }
 }
@@ -32,7 +32,7 @@ fn busy_world(seed: u64) -> (u64, u64) {
             let request = Bytes::copy_from_slice(&i.to_le_bytes());
             if let Ok(reply) = client
                 .network
-                .call(&at, Lane::Metadata, request.clone().into(), Duration::from_millis(50))
+                .call(&at, Lane::Metadata, request.clone().into(), 0, Duration::from_millis(50))
                 .await
             {
                 assert_eq!(reply, request);
@@ -118,7 +118,7 @@ fn a_crashed_node_answers_nothing() {
     });
     world.crash(NodeId(1));
     let result = world.run(NodeId(2), Duration::from_secs(5), async move {
-        client.network.call(&at, Lane::Metadata, Parts::default(), Duration::from_secs(1)).await
+        client.network.call(&at, Lane::Metadata, Parts::default(), 0, Duration::from_secs(1)).await
     });
     assert!(result.expect("ends").expect_err("refused").certainly_no_effect());
 }

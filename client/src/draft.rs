@@ -12,6 +12,7 @@ use clutch_proto::{
     },
     types::{Attributes, Code, SpanShape},
 };
+use clutch_runtime::Held;
 
 use crate::{
     error::ClientError,
@@ -36,14 +37,14 @@ pub struct Draft {
 }
 
 /// Bytes that are ready to be appended.
-pub(crate) enum Prepared<'a> {
+pub(crate) enum Prepared {
     Inline(Bytes),
     Hole(u64),
     Span {
         encoded: Encoded,
         storage_class: u32,
         /// What is encoded counts against the client's memory until it is written.
-        _memory: tokio::sync::SemaphorePermit<'a>,
+        _held: Held,
     },
 }
 
@@ -83,16 +84,18 @@ impl Client {
         chunk: Vec<u8>,
         policy: &WritePolicy,
     ) -> Result<(), ClientError> {
-        let prepared = self.prepare(chunk, policy).await?;
+        let prepared = self.prepare(chunk, policy, None).await?;
         self.append_prepared(draft, prepared).await
     }
 
-    /// Does what can be done before it is known where the bytes go.
+    /// Does what can be done before it is known where the bytes go. `held` is the memory for them, where it was waited for
+    /// before they were read.
     pub(crate) async fn prepare(
         &self,
         chunk: Vec<u8>,
         policy: &WritePolicy,
-    ) -> Result<Prepared<'_>, ClientError> {
+        held: Option<Held>,
+    ) -> Result<Prepared, ClientError> {
         if chunk.len() <= INLINE_BYTES_MAX {
             return Ok(Prepared::Inline(chunk.into()));
         }
@@ -101,10 +104,10 @@ impl Client {
         }
         let size = u32::try_from(chunk.len())
             .map_err(|_| Refusal::new(Code::TooLarge, "more bytes than a span may have"))?;
-        let mib = (size >> 20) + 1;
-        let permits = mib.min(self.inner.options.write_mib_max.max(1));
-        let memory = self.inner.writing.acquire_many(permits).await;
-        let memory = memory.map_err(|_| ClientError::Local("the client was closed".into()))?;
+        let held = match held {
+            Some(held) => held,
+            None => self.memory_for(size, policy).await,
+        };
         let (data_blocks, parity_blocks) = policy.code_of(size);
         let codec = self.codec(data_blocks, parity_blocks)?;
         let shape = SpanShape::for_size_with(size, data_blocks, parity_blocks, policy.cell_size);
@@ -112,13 +115,21 @@ impl Client {
         let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
         let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
         let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
-        Ok(Prepared::Span { encoded, storage_class, _memory: memory })
+        Ok(Prepared::Span { encoded, storage_class, _held: held })
+    }
+
+    /// Waits until there is memory for a span of so many bytes, its parity with it. Whoever waits holds none that it does
+    /// not give back by itself, so nobody waits for ever.
+    pub(crate) async fn memory_for(&self, size: u32, policy: &WritePolicy) -> Held {
+        let (data_blocks, parity_blocks) = policy.code_of(size);
+        let parity = u64::from(size) * u64::from(parity_blocks) / u64::from(data_blocks.max(1));
+        self.inner.memory.hold(usize::try_from(u64::from(size) + parity).unwrap_or(usize::MAX)).await
     }
 
     pub(crate) async fn append_prepared(
         &self,
         draft: &mut Draft,
-        prepared: Prepared<'_>,
+        prepared: Prepared,
     ) -> Result<(), ClientError> {
         let (content, cookie, offset) = (draft.content, draft.cookie.clone(), draft.size);
         match prepared {

@@ -21,8 +21,12 @@ use crate::{
 
 /// How long a service that failed is tried only after the others.
 const SUSPICION: Duration = Duration::from_secs(10);
-/// Extents that are read at a time: one is handed out while the next is on its way.
-const EXTENTS_AT_A_TIME: usize = 2;
+/// Spans are read in pieces of about this size, whole stripes: what is in memory does not grow with the spans.
+const PIECE_BYTES: u64 = 4 << 20;
+/// Pieces of one file that are read at a time: one is handed out while the next ones are on their way.
+const PIECES_AT_A_TIME: usize = 4;
+/// A piece is in memory as the cells that came and as the bytes that are handed out.
+const COPIES: usize = 2;
 /// A hole is handed out in pieces of this size.
 const ZEROS_MAX: u64 = 1 << 20;
 
@@ -57,19 +61,22 @@ impl Client {
         // Certificates last an hour: whoever reads more slowly than that asks for new ones.
         let mut renewed_at = None;
         loop {
-            let one = |extent: &Extent| {
-                // Whatever the page says comes from the network: lengths are checked where they are used.
-                let (whole, extent) = (extent.length, extent.clone());
-                let page = &page;
-                async move { self.read_extent(id, page, &extent, 0, whole).await }
+            // Whatever the page says comes from the network: lengths are checked where they are used.
+            let pieces = pieces(&page, done)?;
+            let one = |index: usize| {
+                let (piece, page) = (pieces[index], &page);
+                async move {
+                    // Whoever comes first gets memory first, so the piece that is handed out next never waits for others.
+                    let held = self.inner.memory.hold(piece.memory()).await;
+                    self.read_extent(id, page, piece.extent, piece.from, piece.count)
+                        .await
+                        .map(|read| (read, held))
+                }
             };
             // What comes next is on its way while this is handed out.
-            let mut reads = stream::iter(&page.extents).map(one).buffered(EXTENTS_AT_A_TIME);
+            let mut reads = stream::iter(0..pieces.len()).map(one).buffered(PIECES_AT_A_TIME);
             let mut has_expired = false;
-            for extent in &page.extents {
-                if extent.offset != done {
-                    return Err(ClientError::unexpected("contiguous extents"));
-                }
+            for piece in &pieces {
                 let Some(read) = reads.next().await else { break };
                 has_expired = read.as_ref().is_err_and(|e| e.code() == Some(Code::CertificateExpired))
                     && renewed_at != Some(done);
@@ -77,18 +84,18 @@ impl Client {
                     break;
                 }
                 match read? {
-                    Some(bytes) => sink(bytes).map_err(local)?,
-                    None => {
-                        let mut left = extent.length;
+                    (Some(bytes), _held) => sink(bytes).map_err(local)?,
+                    (None, _) => {
+                        let mut left = piece.count;
                         while left > 0 {
-                            let piece = left.min(ZEROS_MAX);
-                            sink(Bytes::from(vec![0; piece as usize])).map_err(local)?;
-                            left -= piece;
+                            let zeros = left.min(ZEROS_MAX);
+                            sink(Bytes::from(vec![0; zeros as usize])).map_err(local)?;
+                            left -= zeros;
                         }
                     }
                 }
                 done = done
-                    .checked_add(extent.length)
+                    .checked_add(piece.count)
                     .ok_or_else(|| ClientError::unexpected("a possible length"))?;
             }
             drop(reads);
@@ -142,6 +149,7 @@ impl Client {
                 }
                 let from = at - extent.offset;
                 let count = end.min(extent_end) - at;
+                let _held = self.inner.memory.hold(Piece { extent, from, count }.memory()).await;
                 match self.read_extent(id, &page, extent, from, count).await? {
                     Some(bytes) => out.extend_from_slice(&bytes),
                     None => out.resize(out.len() + count as usize, 0),
@@ -243,6 +251,9 @@ impl Client {
             return Err(ClientError::unexpected("a whole span"));
         }
         let last = shape.stripes as usize - 1;
+        // This one, and those that it may have to be computed from.
+        let memory = (shape.data_blocks as usize + 1).saturating_mul(shape.block_bytes() as usize);
+        let _held = self.inner.memory.hold(memory).await;
         let (mut failures, mut may_pass) =
             match self.read_cells(span, &span.blocks[index], index, 0, last).await {
                 Ok(cells) => return Ok(cells),
@@ -448,6 +459,61 @@ impl Client {
         let until = self.inner.runtime.clock.monotonic() + SUSPICION;
         lock(&self.inner.suspects).insert(service, until);
     }
+}
+
+/// A part of an extent that is read at once.
+#[derive(Clone, Copy)]
+struct Piece<'a> {
+    extent: &'a Extent,
+    from: u64,
+    count: u64,
+}
+
+impl Piece<'_> {
+    /// About how much memory it takes.
+    fn memory(&self) -> usize {
+        match &self.extent.source {
+            Some(Source::Span(_)) => (self.count as usize).saturating_mul(COPIES),
+            Some(Source::Inline(_) | Source::Hole(_)) | None => 0,
+        }
+    }
+}
+
+/// The pieces of a page's extents from `start` on.
+fn pieces(page: &LayoutReply, start: u64) -> Result<Vec<Piece<'_>>, ClientError> {
+    let mut pieces = Vec::new();
+    let mut at = start;
+    for (index, extent) in page.extents.iter().enumerate() {
+        let end = extent.offset.checked_add(extent.length);
+        let end = end.ok_or_else(|| ClientError::unexpected("a possible length"))?;
+        // The first one may have begun before.
+        if extent.offset > at || (index > 0 && extent.offset != at) || end < at {
+            return Err(ClientError::unexpected("contiguous extents"));
+        }
+        while at < end {
+            let from = at - extent.offset;
+            let count = match &extent.source {
+                Some(Source::Span(range)) => {
+                    let span = page.spans.iter().find(|span| span.span_id == range.span_id);
+                    let span = span.ok_or_else(|| ClientError::unexpected("a range inside its span"))?;
+                    let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
+                    shape.check(span.size)?;
+                    if u64::from(range.offset).saturating_add(extent.length) > u64::from(span.size) {
+                        return Err(ClientError::unexpected("a range inside its span"));
+                    }
+                    let stripe = shape.stripe_bytes();
+                    // Up to a stripe's end within the span, however the extent lies in it.
+                    let whole = (PIECE_BYTES / stripe).max(1) * stripe;
+                    whole - (u64::from(range.offset) + from) % whole
+                }
+                Some(Source::Inline(_) | Source::Hole(_)) | None => u64::MAX,
+            };
+            let count = count.min(end - at);
+            pieces.push(Piece { extent, from, count });
+            at += count;
+        }
+    }
+    Ok(pieces)
 }
 
 fn places(span: &Span) -> Vec<(u64, u64)> {

@@ -35,6 +35,8 @@ impl<T: AsyncRead + Send + Unpin> ContentSource for T {}
 
 /// Room behind a span's bytes for filling up its last cells.
 const PADDING_BYTES: usize = 64 << 10;
+/// What is read of a file before memory is waited for: most files are no longer.
+const SMALL_BYTES: usize = 256 << 10;
 /// Times a span is tried on other services.
 const PLACEMENTS_MAX: usize = 6;
 /// Times one block is tried on its service.
@@ -74,18 +76,26 @@ impl Client {
         }
         let policy = self.write_policy(dir).await?;
         let span_bytes = policy.span_bytes();
-        read_onto(source, &mut first, span_bytes).await?;
+        // What is small is read at once; more only when there is memory for a whole span.
+        read_onto(source, &mut first, span_bytes.min(SMALL_BYTES)).await?;
+        let mut held = None;
+        if first.len() >= SMALL_BYTES {
+            held = Some(self.memory_for(span_bytes as u32, &policy).await);
+            first.reserve_exact(room_for(span_bytes) - first.len());
+            read_onto(source, &mut first, span_bytes).await?;
+        }
         let mut draft = self.start_draft(dir).await?;
         let written = async {
             let mut is_last = first.len() < span_bytes;
-            let mut prepared = self.prepare(first, &policy).await?;
+            let mut prepared = self.prepare(first, &policy, held).await?;
             while !is_last {
                 // The next span is read and encoded while this one is written.
                 let next = async {
-                    // The file is large, so the room will be used; the rest is for the last stripe's padding.
-                    let mut chunk = Vec::with_capacity(span_bytes + span_bytes / 64 + PADDING_BYTES);
+                    let held = self.memory_for(span_bytes as u32, &policy).await;
+                    let mut chunk = Vec::with_capacity(room_for(span_bytes));
                     read_onto(source, &mut chunk, span_bytes).await?;
-                    Ok::<_, ClientError>((chunk.len() < span_bytes, self.prepare(chunk, &policy).await?))
+                    let is_last = chunk.len() < span_bytes;
+                    Ok::<_, ClientError>((is_last, self.prepare(chunk, &policy, Some(held)).await?))
                 };
                 let (append, next) = (pin!(self.append_prepared(&mut draft, prepared)), pin!(next));
                 (is_last, prepared) = match select(append, next).await {
@@ -284,6 +294,11 @@ impl Client {
         codecs.insert((data_blocks, parity_blocks), codec.clone());
         Ok(codec)
     }
+}
+
+/// A large file uses all of a span's room; the rest is for the last stripe's padding.
+fn room_for(span_bytes: usize) -> usize {
+    span_bytes + span_bytes / 64 + PADDING_BYTES
 }
 
 /// Reads until there are `limit` bytes or no more.

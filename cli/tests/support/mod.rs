@@ -54,6 +54,11 @@ impl Cluster {
         assert!(self.run(&["status", "--wait", "60"]).status.success(), "does not serve");
     }
 
+    /// The process's id.
+    pub fn pid(&self) -> u32 {
+        self.process.as_ref().expect("it runs").id()
+    }
+
     /// Kills the process at once, as `kill -9` does.
     pub fn kill(&mut self) {
         if let Some(mut process) = self.process.take() {

@@ -78,6 +78,11 @@ impl BlockService {
         self.store.unusable().or_else(|| self.queue.fault())
     }
 
+    /// Whether the disk hangs: it has work, and nothing of it ends.
+    pub fn hangs(&self) -> bool {
+        self.queue.stuck().is_some()
+    }
+
     /// Total and available bytes of the disk; an error when it cannot be asked, or hangs.
     pub async fn space(&self) -> io::Result<(u64, u64)> {
         let store = self.store.clone();

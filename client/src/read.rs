@@ -342,7 +342,7 @@ impl Client {
                         expired |= error.code() == Some(Code::CertificateExpired);
                         self.note_failed_read(&error);
                         failures.push(format!(
-                            "block {:x} on service {:x}: {error}",
+                            "block {:x} on service {:016x}: {error}",
                             block.block_id, block.service_id
                         ));
                         if error.code() != Some(Code::BlockNotFound)

@@ -88,7 +88,7 @@ impl Default for ClientOptions {
             block_attempt: Duration::from_secs(10),
             cache_lifetime: Duration::from_secs(1),
             cache_entries_max: 16_384,
-            memory_mib_max: 96,
+            memory_mib_max: 64,
             system_key: None,
             observer: None,
         }
@@ -606,7 +606,7 @@ impl Client {
     ) -> Result<BlocksReply, ClientError> {
         if address.is_empty() {
             return Err(ClientError::Unreachable(format!(
-                "no address is known for block service {service:x}"
+                "no address is known for block service {service:016x}"
             )));
         }
         let target = Target { endpoint: address.into(), role: Role::Blocks, number: service };

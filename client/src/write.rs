@@ -39,6 +39,11 @@ const PADDING_BYTES: usize = 64 << 10;
 const SMALL_BYTES: usize = 256 << 10;
 /// Times a span is tried on other services.
 const PLACEMENTS_MAX: usize = 6;
+/// Pauses between further tries, as long as what failed may pass.
+const PLACEMENT_PAUSE_MIN: Duration = Duration::from_millis(250);
+const PLACEMENT_PAUSE_MAX: Duration = Duration::from_secs(4);
+/// Failures that an error lists at most, besides the last ones.
+const FAILURES_SHOWN: usize = 16;
 /// Times one block is tried on its service.
 const BLOCK_ATTEMPTS_MAX: usize = 4;
 
@@ -129,9 +134,11 @@ impl Client {
         never: &Never,
     ) -> Result<Span, ClientError> {
         let mut less: Option<Encoded> = None;
+        // Patience is for the whole of it, however often it is tried.
+        let end = self.inner.runtime.clock.monotonic() + self.inner.options.patience;
         loop {
             let encoded = less.as_ref().unwrap_or(encoded);
-            match self.write_span_as(to, offset, encoded, storage_class, never).await {
+            match self.write_span_as(to, offset, encoded, storage_class, never, end).await {
                 // Disks are missing: bytes with less parity are better than none, as long as they have some.
                 Err(error) if error.code() == Some(Code::NoSpace) && encoded.shape.parity_blocks > 1 => {
                     self.inner.runtime.note("write: a span gets less parity than its policy says");
@@ -167,19 +174,27 @@ impl Client {
         encoded: &Encoded,
         storage_class: u32,
         never: &Never,
+        end: Duration,
     ) -> Result<Span, ClientError> {
         let slot = to.slot;
         let mut avoid = self.suspects();
         avoid.extend_from_slice(&never.services);
         let mut failures: Vec<String> = Vec::new();
         let clock = self.inner.runtime.clock.clone();
-        let begin = clock.monotonic();
-        for attempt in 0..PLACEMENTS_MAX {
-            if attempt > 0 && clock.monotonic() - begin >= self.inner.options.patience {
+        let mut may_pass = false;
+        let mut pause = PLACEMENT_PAUSE_MIN;
+        for attempt in 0.. {
+            if attempt > 0 && (clock.monotonic() >= end || attempt >= PLACEMENTS_MAX && !may_pass) {
                 break;
             }
             if attempt > 0 {
                 self.inner.runtime.note("write: a span is placed again");
+            }
+            // What hangs everywhere is waited for, but not by asking all the time.
+            if attempt >= PLACEMENTS_MAX {
+                clock.sleep(pause).await;
+                pause = (pause * 2).min(PLACEMENT_PAUSE_MAX);
+                avoid = never.services.clone();
             }
             let initiate = InitiateSpan {
                 content: to.content,
@@ -226,10 +241,12 @@ impl Client {
                     return Ok(span);
                 }
                 Err(failed) => {
+                    may_pass = failed.iter().all(|(_, error)| error.may_pass());
+                    failures.truncate(FAILURES_SHOWN);
                     for (service, error) in failed {
                         self.suspect(service);
                         avoid.push(service);
-                        failures.push(format!("service {service:x}: {error}"));
+                        failures.push(format!("service {service:016x}: {error}"));
                     }
                 }
             }

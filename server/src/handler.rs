@@ -142,7 +142,7 @@ impl NodeHandler {
                 let service = service.ok_or_else(|| {
                     Refusal::new(
                         Code::WrongService,
-                        format!("block service {:x} is not on this node", request.number),
+                        format!("block service {:016x} is not on this node", request.number),
                     )
                 })?;
                 // In a box of its own: requests to the logs, which are many and small, must not carry its size.

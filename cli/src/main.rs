@@ -22,11 +22,12 @@ use output::talk;
 static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 
 /// Spans and blocks are as large as what jemalloc gives back to the system at once by default; taking them anew for each
-/// costs a page fault for every page. What was not used for a second goes back.
+/// costs a page fault for every page. What was not used for a moment goes back.
 #[allow(unsafe_code)]
 // SAFETY: jemalloc reads a string that ends with NUL under this name once, at its start.
 #[unsafe(export_name = "_rjem_malloc_conf")]
-static ALLOCATOR_OPTIONS: &[u8; 58] = b"oversize_threshold:0,dirty_decay_ms:1000,muzzy_decay_ms:0\0";
+static ALLOCATOR_OPTIONS: &[u8; 80] =
+    b"oversize_threshold:0,background_thread:true,dirty_decay_ms:250,muzzy_decay_ms:0\0";
 
 fn main() -> ExitCode {
     crash::install();

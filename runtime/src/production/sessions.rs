@@ -60,7 +60,7 @@ const SESSIONS_TRIED_MAX: usize = 3;
 const SWEEP: Duration = Duration::from_secs(1);
 /// What the peer may send before it is read: on a server, where there are many sessions, so little that all together stay
 /// small; a client has few.
-const SERVER_WINDOW_BYTES: u32 = 256 << 10;
+const SERVER_WINDOW_BYTES: u32 = 320 << 10;
 const CLIENT_WINDOW_BYTES: u32 = 16 << 20;
 /// HTTP/2 frames: sixteen KiB at a time, as by default, cost too much, and a server has one of them in memory for each
 /// connection.

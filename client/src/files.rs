@@ -236,18 +236,39 @@ impl Client {
         let mut past = Vec::new();
         let mut after = Bytes::new();
         loop {
-            let name = name.cloned().unwrap_or_default();
-            let op = History { dir: dir.raw(), name, after, with_present };
-            let Reply::History(page) = self.shard_read(dir.slot(), Op::History(op)).await? else {
-                return Err(ClientError::unexpected("a history"));
-            };
-            past.extend(page.past);
-            if page.next.is_empty() {
-                break;
+            let (page, next) = self.page_of_edges(dir, name, with_present, after).await?;
+            past.extend(page);
+            if next.is_empty() {
+                return Ok(past);
             }
-            after = page.next;
+            after = next;
         }
-        Ok(past)
+    }
+
+    /// A page of what a directory, or one name in it, held before: all of one name together, oldest first. Begin with
+    /// nothing and go on with what was returned, until that is empty; a page may end within a name.
+    pub async fn history_page(
+        &self,
+        dir: InodeId,
+        name: Option<&Bytes>,
+        after: Bytes,
+    ) -> Result<(Vec<PastEdge>, Bytes), ClientError> {
+        self.page_of_edges(dir, name, false, after).await
+    }
+
+    async fn page_of_edges(
+        &self,
+        dir: InodeId,
+        name: Option<&Bytes>,
+        with_present: bool,
+        after: Bytes,
+    ) -> Result<(Vec<PastEdge>, Bytes), ClientError> {
+        let name = name.cloned().unwrap_or_default();
+        let op = History { dir: dir.raw(), name, after, with_present };
+        match self.shard_read(dir.slot(), Op::History(op)).await? {
+            Reply::History(page) => Ok((page.past, page.next)),
+            _ => Err(ClientError::unexpected("a history")),
+        }
     }
 
     /// Brings a deleted or replaced file back under a name that is free.

@@ -186,21 +186,61 @@ async fn directories(pace: &mut Pace, done: &mut Collected) -> Result<(), Client
     }
 }
 
+/// Whole groups at the beginning of what was read, a page at a time: what belongs together is looked at together, and a page
+/// may end within a group. What remains waits for the next page, unless there is none.
+fn whole_groups<T, K: PartialEq>(all: &mut Vec<T>, key: impl Fn(&T) -> K, has_next: bool) -> Vec<T> {
+    let whole = match all.last().filter(|_| has_next).map(&key) {
+        Some(last) => all.iter().rposition(|item| key(item) != last).map_or(0, |at| at + 1),
+        None => all.len(),
+    };
+    all.drain(..whole).collect()
+}
+
 async fn directory(
     pace: &mut Pace,
     dir: InodeId,
     attributes: &Attributes,
     done: &mut Collected,
 ) -> Result<(), ClientError> {
+    let now = now_of(&pace.client);
+    let (mut all, mut after) = (Vec::new(), Bytes::new());
+    let (mut total, mut forgotten) = (0, 0);
+    loop {
+        pace.next().await;
+        let (page, next) = pace.client.history_page(dir, None, after).await?;
+        all.extend(page);
+        let past = whole_groups(&mut all, |edge: &PastEdge| edge.name.clone(), !next.is_empty());
+        total += past.len() as u64;
+        forgotten += past_edges(pace, dir, past, now, done).await?;
+        if next.is_empty() {
+            break;
+        }
+        after = next;
+    }
+    if attributes.owner == 0 && forgotten == total {
+        let policy = pace.client.snapshot_policy_now(dir).await?;
+        if may_go(&policy, now, attributes.ctime, 0) {
+            pace.next().await;
+            if done.count("forget a directory", pace.client.forget_directory(dir, policy).await) {
+                done.directories += 1;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Forgets what may go of whole histories of some names, and says how many past edges that were.
+async fn past_edges(
+    pace: &mut Pace,
+    dir: InodeId,
+    past: Vec<PastEdge>,
+    now: Time,
+    done: &mut Collected,
+) -> Result<u64, ClientError> {
     let client = pace.client.clone();
-    pace.next().await;
-    let past = client.history(dir, None).await?;
-    let total = past.len();
-    let now = now_of(&client);
-    let is_removed = attributes.owner == 0;
     let mut policy = client.snapshot_policy(dir).await?;
     let mut doomed = doomed_of(&past, &policy, now);
-    if !doomed.is_empty() || is_removed {
+    if !doomed.is_empty() {
         // What was remembered decides what is looked at, but only what holds now, read after the history, lets go.
         policy = client.snapshot_policy_now(dir).await?;
         doomed = doomed_of(&past, &policy, now);
@@ -232,13 +272,7 @@ async fn directory(
             }
         }
     }
-    if is_removed && forgotten == total && may_go(&policy, now, attributes.ctime, 0) {
-        pace.next().await;
-        if done.count("forget a directory", client.forget_directory(dir, policy).await) {
-            done.directories += 1;
-        }
-    }
-    Ok(())
+    Ok(forgotten)
 }
 
 /// Past edges that a policy seems to let go, oldest first, so that what is newer still counts.
@@ -263,13 +297,7 @@ async fn past_contents(pace: &mut Pace, done: &mut Collected) -> Result<(), Clie
         pace.next().await;
         let (page, next) = pace.client.visit_past_contents(after).await?;
         all.extend(page);
-        // All of one file are looked at together, and a page may end within a file.
-        let last = all.last().filter(|_| !next.is_empty()).map(|last| last.file);
-        let whole = match last {
-            Some(file) => all.iter().rposition(|p| p.file != file).map_or(0, |at| at + 1),
-            None => all.len(),
-        };
-        let part: Vec<PastContent> = all.drain(..whole).collect();
+        let part = whole_groups(&mut all, |past: &PastContent| past.file, !next.is_empty());
         forget_past_contents(pace, part, done).await?;
         if next.is_empty() {
             return Ok(());

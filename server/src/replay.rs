@@ -236,8 +236,13 @@ fn begin_at(id: LogId, asked: Option<u64>, checkpoints: &[u64], log_first: u64) 
 }
 
 async fn load_checkpoint(client: &Client, id: LogId, checkpoint: u64, store: &dyn Store) -> Result<()> {
-    let mut scan =
-        ScanRows { snapshot: 0, after: Bytes::new(), limit_bytes: SCAN_BYTES_MAX as u32, checkpoint };
+    let mut scan = ScanRows {
+        snapshot: 0,
+        after: Bytes::new(),
+        limit_bytes: SCAN_BYTES_MAX as u32,
+        checkpoint,
+        until: Bytes::new(),
+    };
     loop {
         let request = AdminRequest { op: Some(Op::ScanRows(scan.clone())) };
         let page =

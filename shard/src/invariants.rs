@@ -79,7 +79,21 @@ fn for_rows<M: Message + Default>(
     }
 }
 
-/// Checks one shard; returns what is wrong and what the others must know.
+impl Facts {
+    /// Adds the facts of other slots.
+    pub fn add(&mut self, other: Facts) {
+        let Facts { inodes, edges, owned_past, blocks, past_edges, contents, spans } = other;
+        self.inodes.extend(inodes);
+        self.edges.extend(edges);
+        self.owned_past.extend(owned_past);
+        self.blocks.extend(blocks);
+        self.past_edges += past_edges;
+        self.contents += contents;
+        self.spans += spans;
+    }
+}
+
+/// Checks one shard, or some of its slots; returns what is wrong and what the others must know.
 pub fn check_shard(view: &dyn View) -> Result<(Vec<String>, Facts), StoreError> {
     let mut wrong = Vec::new();
     let mut facts = Facts::default();

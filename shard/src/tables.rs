@@ -30,6 +30,9 @@ pub const DEAD_SPAN: Table = Table(74);
 /// slot → `CounterRow`.
 pub const COUNTER: Table = Table(72);
 
+/// The tables whose keys begin with a slot, all of them: rows of one slot speak only of rows of the same slot.
+pub const BY_SLOT: std::ops::RangeInclusive<u8> = INODE.0..=DEAD_SPAN.0;
+
 /// Tables that are written for later and seldom read, history and indexes for those who collect and repair; no other
 /// machine has tables of these numbers.
 pub const PASSING: &[Table] =

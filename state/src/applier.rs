@@ -410,47 +410,89 @@ pub struct Rescan {
 
 /// Reads every row and compares with the stored sums: finds rows that changed behind our back.
 pub fn rescan(view: &dyn View) -> Result<Rescan, StoreError> {
-    let applied: AppliedRow = get_row(view, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
-    let mut found = Rescan { position: Position(applied.position), ..Rescan::default() };
-    let mut sums = vec![0u128; 256];
-    let mut clients = 0u64;
+    let mut rescanner = Rescanner::default();
     for table in 0..=255u8 {
-        let table = Table(table);
-        if !table.is_hashed() {
-            continue;
-        }
         let mut from: Vec<u8> = Vec::new();
         loop {
-            let rows = view.scan(table, &from, &[], 4096)?;
+            let rows = view.scan(Table(table), &from, &[], 4096)?;
             let Some((last, _)) = rows.last() else { break };
             from = [last, &[0][..]].concat();
             for (key, value) in &rows {
-                found.rows += 1;
-                clients += u64::from(table == Table::CLIENTS_BY_MINUTE);
-                let lane = usize::from(table.lane(key));
-                sums[lane] = sums[lane].wrapping_add(row_hash(table, key, value));
-                if table == Table::CLIENTS && ClientRow::decode(value.clone()).is_err() {
-                    found
-                        .differences
-                        .push(format!("client row {} cannot be decoded", crate::store::hex(key)));
-                }
+                rescanner.row(Table(table), key, value);
             }
         }
     }
-    let counted = view.get(Table::CLIENT_COUNT, &[])?.unwrap_or_default();
-    if *counted != clients.to_be_bytes() && !(counted.is_empty() && clients == 0) {
-        let what = format!("{clients} clients, but their count is {}", crate::store::hex(&counted));
-        found.differences.push(what);
-    }
-    for (lane, sum) in sums.into_iter().enumerate() {
-        let stored = view.get(Table::SUMS, &[lane as u8])?;
-        let stored = stored.and_then(|v| StateHash::from_bytes(&v)).unwrap_or_default();
-        if stored.0 != sum {
-            found.differences.push(format!(
-                "slot {lane}: the rows give {}, the stored hash is {stored}; a row was changed on disk",
-                StateHash(sum)
-            ));
+    rescanner.finish()
+}
+
+/// Compares the rows of a state with its stored sums, as they come, in any order.
+pub struct Rescanner {
+    found: Rescan,
+    sums: Vec<u128>,
+    stored: Vec<StateHash>,
+    applied: Option<Bytes>,
+    clients: u64,
+    /// How many clients the state says that it has.
+    counted: Bytes,
+}
+
+impl Default for Rescanner {
+    fn default() -> Rescanner {
+        Rescanner {
+            found: Rescan::default(),
+            sums: vec![0; 256],
+            stored: vec![StateHash::default(); 256],
+            applied: None,
+            clients: 0,
+            counted: Bytes::new(),
         }
     }
-    Ok(found)
+}
+
+impl Rescanner {
+    /// Takes one row into account.
+    pub fn row(&mut self, table: Table, key: &[u8], value: &Bytes) {
+        match table {
+            Table::APPLIED if key == APPLIED_KEY => self.applied = Some(value.clone()),
+            Table::SUMS => {
+                if let ([lane], Some(stored)) = (key, StateHash::from_bytes(value)) {
+                    self.stored[usize::from(*lane)] = stored;
+                }
+            }
+            Table::CLIENT_COUNT => self.counted = value.clone(),
+            Table::CLIENTS_BY_MINUTE => self.clients += 1,
+            Table::CLIENTS if ClientRow::decode(value.clone()).is_err() => {
+                let text = format!("client row {} cannot be decoded", crate::store::hex(key));
+                self.found.differences.push(text);
+            }
+            _ => {}
+        }
+        if table.is_hashed() {
+            self.found.rows += 1;
+            let lane = usize::from(table.lane(key));
+            self.sums[lane] = self.sums[lane].wrapping_add(row_hash(table, key, value));
+        }
+    }
+
+    /// What was found.
+    pub fn finish(self) -> Result<Rescan, StoreError> {
+        let Rescanner { mut found, sums, stored, applied, clients, counted } = self;
+        if let Some(applied) = applied {
+            let applied: AppliedRow = crate::store::decode_row(Table::APPLIED, APPLIED_KEY, applied)?;
+            found.position = Position(applied.position);
+        }
+        if *counted != clients.to_be_bytes() && !(counted.is_empty() && clients == 0) {
+            let what = format!("{clients} clients, but their count is {}", crate::store::hex(&counted));
+            found.differences.push(what);
+        }
+        for (lane, (sum, stored)) in sums.into_iter().zip(stored).enumerate() {
+            if stored.0 != sum {
+                found.differences.push(format!(
+                    "slot {lane}: the rows give {}, the stored hash is {stored}; a row was changed on disk",
+                    StateHash(sum)
+                ));
+            }
+        }
+        Ok(found)
+    }
 }

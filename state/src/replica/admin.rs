@@ -205,9 +205,9 @@ impl<M: Machine> Replica<M> {
         };
         snapshot.used = now;
         let limit = (scan.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
-        let (rows, last) = page(&*snapshot.view, &scan.after, limit).map_err(fault)?;
+        let (rows, last) = page(&*snapshot.view, &scan.after, &scan.until, limit).map_err(fault)?;
         let position = snapshot.position.0;
-        if last {
+        if last && scan.until.is_empty() {
             self.snapshots.open.remove(&id);
         }
         Ok(AdminReply {
@@ -217,8 +217,8 @@ impl<M: Machine> Replica<M> {
     }
 }
 
-/// Rows of all tables after the stored key `after`.
-fn page(view: &dyn View, after: &[u8], limit: usize) -> Result<(Vec<Row>, bool), StoreError> {
+/// Rows of all tables after the stored key `after`, and before `until` unless that is empty; whether these are the last.
+fn page(view: &dyn View, after: &[u8], until: &[u8], limit: usize) -> Result<(Vec<Row>, bool), StoreError> {
     let mut rows = Vec::new();
     let mut bytes = 0;
     let first = after.first().copied().unwrap_or(0);
@@ -230,8 +230,12 @@ fn page(view: &dyn View, after: &[u8], limit: usize) -> Result<(Vec<Row>, bool),
             let Some((last, _)) = found.last() else { break };
             from = [last, &[0][..]].concat();
             for (key, value) in found {
+                let key = Table(table).stored_key(&key);
+                if !until.is_empty() && key[..] >= *until {
+                    return Ok((rows, true));
+                }
                 bytes += key.len() + value.len() + 16;
-                rows.push(Row { key: Table(table).stored_key(&key).into_vec().into(), value });
+                rows.push(Row { key: key.into_vec().into(), value });
                 if bytes >= limit {
                     return Ok((rows, false));
                 }

@@ -291,6 +291,10 @@ pub(crate) struct UpArgs {
     /// nothing is said.
     #[arg(long, value_parser = clap::value_parser!(u64).range(0..=1_048_576), value_name = "MIB")]
     pub(crate) reserve_mib: Option<u64>,
+    /// Keep so much of the logs that every moment of it can be replayed, for example 12h or 7d: checkpoints are taken by
+    /// themselves, what is older is trimmed, and checkpoints that nothing needs are removed; `all` keeps everything.
+    #[arg(long, default_value = "all", value_parser = parse_retention, value_name = "AGE")]
+    pub(crate) retain_log: Keep<u64>,
     /// A file that is being written and that nobody writes to is given up after so long.
     #[arg(long, default_value_t = 28_800, value_parser = clap::value_parser!(u64).range(1..=31_536_000), value_name = "SECONDS")]
     pub(crate) unfinished_s: u64,
@@ -648,6 +652,17 @@ fn parse_age(text: &str) -> Result<Keep<u64>, String> {
     };
     let number: u64 = number.parse().map_err(|_| format!("{text:?} is not an age; write for example 7d"))?;
     number.checked_mul(unit_ms).map(Keep::AtMost).ok_or_else(|| "an age that long cannot be stored".into())
+}
+
+fn parse_retention(text: &str) -> Result<Keep<u64>, String> {
+    match text {
+        "all" => Ok(Keep::All),
+        "forever" => Err("write `all` to keep the whole logs".into()),
+        age => match parse_age(age)? {
+            Keep::AtMost(ms) if ms < 1000 => Err("keep at least one second; `all` keeps everything".into()),
+            kept => Ok(kept),
+        },
+    }
 }
 
 fn parse_versions(text: &str) -> Result<Keep<u32>, String> {

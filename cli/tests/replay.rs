@@ -154,3 +154,43 @@ fn damage_is_reported_with_its_place() {
     assert_eq!(report["clean"], false, "{report:#}");
     assert!(report["violations"].to_string().contains("changed on disk"), "{report:#}");
 }
+
+#[test]
+fn a_log_that_is_kept_for_a_while_stays_short_and_replays() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let arguments = ["--shards", "1", "--segment-mib", "1", "--retain-log", "2s", "--collect-every-s", "0"];
+    let mut cluster = Cluster::start(&temp.path().join("c"), &arguments);
+    let tree = temp.path().join("tree");
+    std::fs::create_dir(&tree).expect("made");
+    for number in 0..2000 {
+        std::fs::write(tree.join(number.to_string()), support::noise(200, number)).expect("written");
+    }
+    let state = |cluster: &Cluster| {
+        let status = cluster.json(&["status", "--json"]);
+        let replicas = status["replicas"].as_array().expect("replicas").clone();
+        let shard = replicas.into_iter().find(|replica| replica["name"] == "shard 0").expect("a shard");
+        let number = |name: &str| shard[name].as_u64().or_else(|| shard[name].as_str()?.parse().ok());
+        let checkpoints = shard["checkpoints"].as_array().expect("checkpoints").len();
+        (number("log_first").expect("where the log begins"), checkpoints)
+    };
+    // Until its beginning is gone twice, so that checkpoints were removed, too.
+    let mut rounds = 0;
+    let (mut first, mut begins) = (1, 0);
+    while begins < 2 {
+        assert!(rounds < 200, "the log was not trimmed");
+        cluster.ok(&["fs", "put", "-r", tree.to_str().expect("text"), &format!("/tree{rounds}")]);
+        rounds += 1;
+        let (now, checkpoints) = state(&cluster);
+        begins += u32::from(now > first);
+        first = now;
+        assert!(checkpoints < 12, "{checkpoints} checkpoints");
+    }
+    let report = cluster.json(&["log", "replay", "--verify", "--json", "--all"]);
+    assert_eq!(report["verified"], true, "{report:#}");
+    cluster.kill();
+    cluster.boot();
+    cluster.fsck();
+    assert!(cluster.stop());
+    let (code, text) = offline(&cluster.dir, &["--all", "--verify"]);
+    assert_eq!(code, Some(0), "{text}");
+}

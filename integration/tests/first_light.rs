@@ -71,6 +71,7 @@ async fn in_production_form() {
         accept_clock: false,
         advertise: None,
         reserve_bytes: None,
+        retain_log: None,
         collect_pause: None,
     };
     let runtime = clutch_runtime::production::runtime();

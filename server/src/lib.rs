@@ -16,6 +16,8 @@ pub mod keys;
 pub mod node;
 #[cfg(feature = "rocks")]
 pub mod replay;
+#[cfg(feature = "rocks")]
+pub mod retention;
 pub mod room;
 pub mod stores;
 #[cfg(feature = "rocks")]

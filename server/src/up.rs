@@ -29,6 +29,7 @@ use crate::{
     ClusterFile, Node, NodeConfig, Roles, clock_file,
     collector::{self, CollectOptions},
     keys,
+    retention::Retention,
     room::Room,
     stores::{RocksStores, StoreProvider},
 };
@@ -58,12 +59,20 @@ pub struct UpConfig {
     pub accept_clock: bool,
     /// Bytes of the file system of logs and states that blocks leave free; `None` for a part of it.
     pub reserve_bytes: Option<u64>,
+    /// How far back every log can be replayed; older parts are trimmed. `None` for the whole logs.
+    pub retain_log: Option<Duration>,
     /// How long the collector rests between two passes; `None` for no collector.
     pub collect_pause: Option<Duration>,
 }
 
-/// Files that all databases together keep open at most.
+/// Files that all databases together keep open at most: half of what the process may open, and no more than this.
 const DATABASE_FILES_MAX: usize = 4096;
+
+fn database_files() -> usize {
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    most.and_then(|most| usize::try_from(most / 2).ok()).unwrap_or(DATABASE_FILES_MAX).min(DATABASE_FILES_MAX)
+}
+
 /// Requests of the background collector in a second: a small part of what a shard can do.
 const COLLECT_REQUESTS_PER_S: u32 = 2000;
 
@@ -191,8 +200,9 @@ impl Up {
             )
         })?;
         let replicas = cluster.shards as usize + 2;
-        let stores: Arc<dyn StoreProvider> =
-            Arc::new(RocksStores::new(config.dir.join("state"), replicas, DATABASE_FILES_MAX));
+        let files = database_files();
+        let rocks = Arc::new(RocksStores::new(config.dir.join("state"), replicas, files));
+        let stores: Arc<dyn StoreProvider> = rocks.clone();
         let registered = advertised(&config);
         let node_config = NodeConfig {
             runtime,
@@ -226,6 +236,12 @@ impl Up {
             // With a name and sessions of its own, so that what it waits for holds up nobody else.
             let client = node.client().sibling();
             node.client().runtime().spawn("collector", collector::run(client, options, pause));
+        }
+        if let Some(keep) = config.retain_log {
+            let logs = [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..cluster.shards).map(LogId::shard));
+            let retention =
+                Retention { client: node.client().sibling(), stores: rocks, logs: logs.collect(), keep };
+            node.client().runtime().spawn("retention", retention.run(node.clock().clone()));
         }
         clock_file::write(&seam, &config.dir, node.clock().now());
         let (clock, dir, runtime) = (node.clock().clone(), config.dir.clone(), seam.clone());

@@ -408,6 +408,12 @@ pub struct Rescan {
     pub position: Position,
 }
 
+/// The position and the time of a state.
+pub fn stands_at(view: &dyn View) -> Result<(Position, Time), StoreError> {
+    let applied: AppliedRow = get_row(view, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
+    Ok((Position(applied.position), Time(applied.time)))
+}
+
 /// Reads every row and compares with the stored sums: finds rows that changed behind our back.
 pub fn rescan(view: &dyn View) -> Result<Rescan, StoreError> {
     let mut rescanner = Rescanner::default();

@@ -8,7 +8,7 @@ use clutch_server::up::{Up, UpConfig};
 use clutch_shard::Lifetimes;
 
 use crate::{
-    args::{UpArgs, seconds},
+    args::{Keep, UpArgs, seconds},
     output::talk,
 };
 
@@ -51,6 +51,10 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
         clock_skew_ms_max: args.clock_skew_s * 1000,
         accept_clock: args.accept_clock,
         reserve_bytes: args.reserve_mib.map(|mib| mib << 20),
+        retain_log: match args.retain_log {
+            Keep::All => None,
+            Keep::AtMost(ms) => Some(Duration::from_millis(ms)),
+        },
         collect_pause: Some(seconds(args.collect_every_s)).filter(|pause| !pause.is_zero()),
     };
     let up = tokio::select! {

@@ -71,6 +71,17 @@ impl RocksStores {
         Ok(positions)
     }
 
+    /// Removes a checkpoint, which nobody can begin from any more after that.
+    pub fn remove_checkpoint(&self, id: LogId, position: u64) -> io::Result<()> {
+        let dir = RocksStores::checkpoints_of(&self.dir, id);
+        let path = dir.join(format!("{position:020}"));
+        // Its name goes first: half of a checkpoint must not look like one.
+        let gone = dir.join(format!("{position:020}.gone"));
+        fs::rename(&path, &gone)?;
+        OsDisk.sync_dir(&dir)?;
+        fs::remove_dir_all(&gone)
+    }
+
     fn home(&self, id: LogId) -> PathBuf {
         self.dir.join(log_name(id))
     }

@@ -68,6 +68,24 @@ pub struct UpConfig {
 /// Files that all databases together keep open at most: half of what the process may open, and no more than this.
 const DATABASE_FILES_MAX: usize = 4096;
 
+/// Files that one replica's database has open at least: two directories, lock, log, manifest, messages.
+const FILES_PER_REPLICA: u64 = 6;
+/// Files that everything else has open at least.
+const FILES_BESIDE: u64 = 52;
+
+/// Refuses to start more shards than there can be files for.
+fn check_files(shards: u32) -> Result<()> {
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
+    let needed = (u64::from(shards) + 2) * FILES_PER_REPLICA + FILES_BESIDE;
+    if needed > most {
+        bail!(
+            "{shards} shards need {needed} open files and {most} are allowed: raise the limit (ulimit -n {}, or LimitNOFILE= of the service)",
+            needed.max(4096)
+        );
+    }
+    Ok(())
+}
+
 fn database_files() -> usize {
     let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     most.and_then(|most| usize::try_from(most / 2).ok()).unwrap_or(DATABASE_FILES_MAX).min(DATABASE_FILES_MAX)
@@ -168,6 +186,7 @@ impl Up {
                 (cluster, true)
             }
         };
+        check_files(cluster.shards)?;
         let services = cluster.service_ids()?;
         let system_key = keys::system_key(&runtime, &config.dir.join("keys"))?;
         let keyring = keys::load_or_create(&runtime, &config.dir.join("keys"), &services)?;

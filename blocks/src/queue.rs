@@ -1,8 +1,8 @@
 //! What one disk may have in hand: a disk that hangs keeps its own work waiting and nobody else's.
 //!
-//! A bound in bytes, so in threads and memory, for the work that runs; the rest waits its turn. When nothing that runs has
-//! ended for [`STUCK_AFTER`], the disk is stuck: whoever waits for it is told so, and so is who comes later, until
-//! something ends. Work that has begun is never taken back; only nobody waits for it any more.
+//! A bound in bytes, so in threads and memory, for the work that runs; the rest waits its turn. When nothing has ended for
+//! [`STUCK_AFTER`] although something began or waits since the last end, the disk is stuck: whoever waits for it is told so,
+//! and so is who comes later, until something ends. One piece of work that hangs while others end is no reason. Work that has begun is never taken back; only nobody waits for it any more.
 
 use std::{
     collections::BTreeMap,
@@ -17,8 +17,10 @@ use clutch_runtime::{Budget, Held, Runtime};
 pub(crate) const STUCK_AFTER: Duration = Duration::from_secs(6);
 /// How often those who wait look.
 const LOOK: Duration = Duration::from_millis(500);
-/// Bytes that are in work on one disk at a time; a larger block is alone.
+/// Bytes that are in work in one queue at a time; a larger block is alone.
 const BYTES_MAX: u32 = 16 << 20;
+/// The slowest disk that is not called stuck: large blocks get their time.
+const BYTES_PER_S: usize = 16 << 20;
 /// What any work counts as: bounds how many threads one disk takes.
 const WORK_BYTES_MIN: usize = 1 << 20;
 
@@ -35,12 +37,17 @@ pub(crate) struct DiskQueue {
 struct Running {
     next: u64,
     since: BTreeMap<u64, Duration>,
+    /// Bytes in work.
+    bytes: usize,
     ended: Duration,
+    /// Nothing more begins before something ends.
+    is_stuck: bool,
 }
 
 /// One piece of work while it runs.
 struct Turn {
     id: u64,
+    bytes: usize,
     running: Arc<Mutex<Running>>,
     runtime: Runtime,
     _held: Held,
@@ -56,7 +63,9 @@ impl Drop for Turn {
         let mut running = lock(&self.running);
         let began = running.since.remove(&self.id);
         assert!(began.is_some(), "work ends once");
+        running.bytes -= self.bytes;
         running.ended = running.ended.max(self.runtime.clock.monotonic());
+        running.is_stuck = false;
     }
 }
 
@@ -67,10 +76,14 @@ impl DiskQueue {
 
     /// For how long nothing has ended, if that is too long.
     pub(crate) fn stuck(&self) -> Option<Duration> {
-        let running = lock(&self.running);
+        let mut running = lock(&self.running);
         let oldest = running.since.values().next()?;
         let standing = self.runtime.clock.monotonic().saturating_sub(running.ended.max(*oldest));
-        (standing >= STUCK_AFTER).then_some(standing)
+        let bound = STUCK_AFTER + Duration::from_millis((running.bytes * 1000 / BYTES_PER_S) as u64);
+        let is_asked = self.budget.waiting() > 0
+            || running.since.last_key_value().is_some_and(|(_, since)| *since >= running.ended);
+        running.is_stuck |= standing >= bound && is_asked;
+        running.is_stuck.then_some(standing)
     }
 
     /// Why the disk takes no work.
@@ -79,7 +92,7 @@ impl DiskQueue {
         Some(format!("the disk of service {} has not answered for {} s", self.service, standing.as_secs()))
     }
 
-    fn refuse_stuck(&self) -> Result<(), Refusal> {
+    pub(crate) fn refuse_stuck(&self) -> Result<(), Refusal> {
         self.fault().map_or(Ok(()), |text| Err(Refusal::new(Code::Unreachable, text)))
     }
 
@@ -103,9 +116,10 @@ impl DiskQueue {
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, Refusal> {
         self.refuse_stuck()?;
+        let bytes = bytes.max(WORK_BYTES_MIN);
         let held = tokio::select! {
             biased;
-            held = self.budget.hold(bytes.max(WORK_BYTES_MIN)) => held,
+            held = self.budget.hold(bytes) => held,
             refusal = self.is_stuck() => {
                 self.runtime.note("blocks: a disk hangs");
                 return Err(refusal);
@@ -116,7 +130,8 @@ impl DiskQueue {
             let id = running.next;
             running.next += 1;
             running.since.insert(id, self.runtime.clock.monotonic());
-            Turn { id, running: self.running.clone(), runtime: self.runtime.clone(), _held: held }
+            running.bytes = running.bytes.saturating_add(bytes);
+            Turn { id, bytes, running: self.running.clone(), runtime: self.runtime.clone(), _held: held }
         };
         let done = self.runtime.blocking(move || {
             let done = work();
@@ -200,9 +215,9 @@ mod tests {
             runtime.clock.sleep(Duration::from_secs(5)).await;
             assert_eq!((lock_list(&gates).len(), lock_list(&outcomes).len()), (16, 1));
             assert!(queue.stuck().is_none());
-            runtime.clock.sleep(Duration::from_secs(3)).await;
+            runtime.clock.sleep(Duration::from_secs(4)).await;
             assert_eq!(lock_list(&outcomes).len(), 20, "all were told");
-            assert!(queue.fault().expect("stuck").contains("has not answered for 8 s"));
+            assert!(queue.fault().expect("stuck").contains("has not answered for 9 s"));
             let refused = queue.run(1, || ()).await.expect_err("refused at once");
             assert_eq!(refused.code, Code::Unreachable);
             // What had begun ends after all; then the disk is used again.
@@ -213,7 +228,7 @@ mod tests {
             assert!(queue.stuck().is_none());
             let codes = lock_list(&outcomes).clone();
             assert_eq!(codes.iter().filter(|code| **code == Some(Code::Unreachable)).count(), 19);
-            let again = queue.run(usize::MAX, || 3);
+            let again = queue.run(100 << 20, || 3);
             let open = async {
                 while lock_list(&gates).is_empty() {
                     runtime.clock.sleep(Duration::from_millis(1)).await;
@@ -222,6 +237,23 @@ mod tests {
             };
             let (again, ()) = tokio::join!(again, open);
             assert_eq!(again.expect("runs"), 3);
+            // One that hangs alone, while others end, holds up nobody.
+            let hangs = queue.clone();
+            runtime.spawn("hangs", async move { assert!(hangs.run(1, || ()).await.is_ok()) });
+            runtime.clock.sleep(Duration::from_secs(1)).await;
+            let quick = queue.run(1, || ());
+            let open = async {
+                while lock_list(&gates).len() < 2 {
+                    runtime.clock.sleep(Duration::from_millis(1)).await;
+                }
+                let _ = lock_list(&gates).remove(1).send(());
+            };
+            let (quick, ()) = tokio::join!(quick, open);
+            assert!(quick.is_ok());
+            runtime.clock.sleep(Duration::from_secs(60)).await;
+            assert!(queue.stuck().is_none());
+            let _ = lock_list(&gates).remove(0).send(());
+            runtime.clock.sleep(Duration::from_secs(1)).await;
         });
         assert!(ran.is_some(), "ends in time");
         // What was told that the disk hangs before its turn never began.

@@ -30,7 +30,10 @@ pub struct BlockService {
     keys: Vec<Key>,
     /// How far apart this service's clock and those of shards may be.
     skew_ms_max: u64,
-    queue: DiskQueue,
+    /// Writes and erases: they may hang where reads do not, and what ends there says nothing of these.
+    changes: DiskQueue,
+    /// Everything else.
+    reads: DiskQueue,
 }
 
 /// An answer, and what is held for it until it is sent.
@@ -58,8 +61,9 @@ impl BlockService {
         keys: Vec<Key>,
     ) -> BlockService {
         let store = Arc::new(store);
-        let queue = DiskQueue::new(runtime.clone(), store.service());
-        BlockService { runtime, clock, store, cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX, queue }
+        let queue = || DiskQueue::new(runtime.clone(), store.service());
+        let (changes, reads) = (queue(), queue());
+        BlockService { runtime, clock, store, cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX, changes, reads }
     }
 
     /// The same with another bound for the skew of clocks: where all of a cluster has one clock, erasing need not wait
@@ -75,18 +79,19 @@ impl BlockService {
 
     /// Why the disk takes no work: it is not the right one, or it hangs.
     pub fn fault(&self) -> Option<String> {
-        self.store.unusable().or_else(|| self.queue.fault())
+        self.store.unusable().or_else(|| self.changes.fault()).or_else(|| self.reads.fault())
     }
 
     /// Whether the disk hangs: it has work, and nothing of it ends.
     pub fn hangs(&self) -> bool {
-        self.queue.stuck().is_some()
+        self.changes.stuck().is_some() || self.reads.stuck().is_some()
     }
 
     /// Total and available bytes of the disk; an error when it cannot be asked, or hangs.
     pub async fn space(&self) -> io::Result<(u64, u64)> {
         let store = self.store.clone();
-        self.queue.run(0, move || store.space()).await.map_err(io::Error::other)?
+        self.changes.refuse_stuck().map_err(io::Error::other)?;
+        self.reads.run(0, move || store.space()).await.map_err(io::Error::other)?
     }
 
     fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
@@ -134,26 +139,28 @@ impl BlockService {
                 let is_granted = move || clock.now() <= expiry;
                 let bytes = op.data.len();
                 let write = move || store.write(&expected, &op.data, &is_granted);
-                self.queue.run(bytes, write).await??;
+                self.changes.run(bytes, write).await??;
                 Ok(self.proof(&claims, Operation::Written).into())
             }
             Some(Op::Read(op)) => {
                 let (_, expected) = self.admit(&op.certificate, Operation::Read)?;
                 // No block is larger than was granted, whatever is asked for.
                 let bytes = op.length.min(expected.size) as usize;
+                // Who waits for a disk that hangs takes no memory from those who read others.
+                self.reads.refuse_stuck()?;
                 let held = answers.hold(bytes).await;
-                let read = self.queue.run(bytes, move || store.read(&expected, op.offset, op.length));
+                let read = self.reads.run(bytes, move || store.read(&expected, op.offset, op.length));
                 let reply = BlocksReply { data: read.await??, ..BlocksReply::default() };
                 Ok(Answer { reply, held })
             }
             Some(Op::Check(op)) => {
                 let (_, expected) = self.admit(&op.certificate, Operation::Check)?;
-                self.queue.run(VERIFY_BYTES as usize, move || store.verify(&expected)).await??;
+                self.reads.run(VERIFY_BYTES as usize, move || store.verify(&expected)).await??;
                 Ok(Answer::default())
             }
             Some(Op::Erase(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Erase)?;
-                self.queue.run(0, move || store.erase(expected.block)).await??;
+                self.changes.run(0, move || store.erase(expected.block)).await??;
                 Ok(self.proof(&claims, Operation::Erased).into())
             }
         }

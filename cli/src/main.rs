@@ -29,6 +29,9 @@ static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
 static ALLOCATOR_OPTIONS: &[u8; 80] =
     b"oversize_threshold:0,background_thread:true,dirty_decay_ms:250,muzzy_decay_ms:0\0";
 
+/// Each disk has sixteen at most, and disks that hang keep theirs.
+const BLOCKING_THREADS_MAX: usize = 4096;
+
 fn main() -> ExitCode {
     crash::install();
     let cli = Cli::parse_from(args::registry_log_flag(std::env::args_os()));
@@ -41,7 +44,11 @@ fn main() -> ExitCode {
         .with_ansi(std::io::stderr().is_terminal())
         .log_internal_errors(false)
         .init();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .max_blocking_threads(BLOCKING_THREADS_MAX)
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::anyhow!("start the runtime: {error}"), false),
     };

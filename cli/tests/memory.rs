@@ -80,8 +80,14 @@ fn many_clients_write_at_once() {
     check_server(&cluster);
 }
 
-/// Opens calls on one connection and sends all but the last byte of a message on each, as far as the server takes it.
-async fn half_messages(address: &str, calls: usize, length: usize) -> Vec<h2::SendStream<Bytes>> {
+/// Opens calls on one connection and sends a message on each but for its last bytes, as far as the server takes it. No call
+/// is ended.
+async fn unfinished(
+    address: &str,
+    calls: usize,
+    length: usize,
+    missing: usize,
+) -> Vec<h2::SendStream<Bytes>> {
     let stream = tokio::net::TcpStream::connect(address).await.expect("connects");
     let (client, connection) = h2::client::handshake(stream).await.expect("shakes hands");
     tokio::spawn(connection);
@@ -94,11 +100,15 @@ async fn half_messages(address: &str, calls: usize, length: usize) -> Vec<h2::Se
             .body(())
             .expect("a request");
         let (_, mut body) = client.send_request(request, false).expect("sent");
-        let prefix = [&[0][..], &(length as u32).to_be_bytes()].concat();
+        // A request that can be decoded: a body of zeros.
+        let mut begin = vec![0x32];
+        prost::encoding::encode_varint((length - 6) as u64, &mut begin);
+        begin.resize(6, 0);
+        let prefix = [&[0][..], &(length as u32).to_be_bytes(), &begin].concat();
         body.send_data(prefix.into(), false).expect("sent");
-        streams.push((body, length - 1));
+        streams.push((body, length - 6 - missing));
     }
-    let piece = Bytes::from(vec![0x78; 64 << 10]);
+    let piece = Bytes::from(vec![0; 64 << 10]);
     // As long as any of them takes anything.
     loop {
         let mut has_moved = false;
@@ -131,12 +141,18 @@ async fn half_messages(address: &str, calls: usize, length: usize) -> Vec<h2::Se
 }
 
 #[test]
-fn messages_that_never_end_take_no_memory_from_others() {
+fn messages_and_calls_that_never_end_take_no_memory_from_others() {
     let dir = tempfile::tempdir().expect("a directory");
     let cluster = Cluster::start(&dir.path().join("data"), &[]);
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    let streams = runtime.block_on(half_messages(&cluster.address, 30, LARGE));
-    assert_eq!(streams.len(), 30);
+    let streams = runtime.block_on(async {
+        // All but the last byte, and all of it but no end of the call: large ones, and many small ones.
+        let mut streams = unfinished(&cluster.address, 30, LARGE, 1).await;
+        streams.extend(unfinished(&cluster.address, 3, LARGE, 0).await);
+        streams.extend(unfinished(&cluster.address, 15, 2 << 20, 0).await);
+        streams
+    });
+    assert_eq!(streams.len(), 48);
     check_server(&cluster);
     // Others are served meanwhile, blocks included.
     let file = dir.path().join("file");

@@ -182,7 +182,8 @@ impl Client {
                 }
                 Ok(Some(data.slice(from as usize..(from + count) as usize)))
             }
-            Some(Source::Hole(_)) | None => Ok(None),
+            Some(Source::Hole(_)) => Ok(None),
+            None => Err(ClientError::unexpected("an extent's source that this build knows")),
             Some(Source::Span(range)) => {
                 let span = page.spans.iter().find(|s| s.span_id == range.span_id).ok_or_else(out_of)?;
                 let start = u64::from(range.offset) + from;

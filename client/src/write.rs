@@ -14,7 +14,7 @@ use clutch_blocks::Codec;
 use clutch_proto::{
     InodeId, Refusal,
     blocks::{WriteBlock, blocks_request},
-    limits::INLINE_BYTES_MAX,
+    limits::{AVOID_MAX, INLINE_BYTES_MAX},
     shard::{CertifySpan, CreateFile, InitiateSpan, shard_reply::Reply, shard_request::Op},
     types::{Block, Code, Span},
 };
@@ -135,7 +135,8 @@ impl Client {
     ) -> Result<Span, ClientError> {
         let mut less: Option<Encoded> = None;
         // Patience is for the whole of it, however often it is tried.
-        let end = self.inner.runtime.clock.monotonic() + self.inner.options.patience;
+        let clock = self.inner.runtime.clock.clone();
+        let end = clock.monotonic().saturating_add(self.inner.options.patience);
         loop {
             let encoded = less.as_ref().unwrap_or(encoded);
             match self.write_span_as(to, offset, encoded, storage_class, never, end).await {
@@ -177,8 +178,9 @@ impl Client {
         end: Duration,
     ) -> Result<Span, ClientError> {
         let slot = to.slot;
-        let mut avoid = self.suspects();
-        avoid.extend_from_slice(&never.services);
+        let mut avoid = never.services.clone();
+        avoid.extend(self.suspects().into_iter().filter(|service| !never.services.contains(service)));
+        avoid.truncate(AVOID_MAX);
         let mut failures: Vec<String> = Vec::new();
         let clock = self.inner.runtime.clock.clone();
         let mut may_pass = false;
@@ -211,13 +213,17 @@ impl Client {
             let span = match self.shard_write(slot, Op::InitiateSpan(initiate)).await {
                 Ok(Reply::Span(span)) => span,
                 Ok(_) => return Err(ClientError::unexpected("a span")),
-                // Services that failed for somebody else are better than none.
+                // Services that failed for somebody else are better than none, and what hangs may come back.
                 Err(error)
                     if error.code() == Some(Code::NoSpace)
-                        && attempt < 2
+                        && (attempt < 2 || may_pass && clock.monotonic() < end)
                         && avoid.len() > never.services.len() =>
                 {
                     self.inner.runtime.note("write: suspects are better than none");
+                    if attempt >= 2 {
+                        clock.sleep(pause).await;
+                        pause = (pause * 2).min(PLACEMENT_PAUSE_MAX);
+                    }
                     avoid = never.services.clone();
                     continue;
                 }
@@ -245,14 +251,17 @@ impl Client {
                     failures.truncate(FAILURES_SHOWN);
                     for (service, error) in failed {
                         self.suspect(service);
-                        avoid.push(service);
+                        if !avoid.contains(&service) && avoid.len() < AVOID_MAX {
+                            avoid.push(service);
+                        }
                         failures.push(format!("service {service:016x}: {error}"));
                     }
                 }
             }
         }
         let text = format!("a span could not be written anywhere: {}", failures.join("; "));
-        Err(Refusal::new(Code::NoSpace, text).into())
+        // What hangs has room, and less parity would not help.
+        Err(if may_pass { ClientError::Unreachable(text) } else { Refusal::new(Code::NoSpace, text).into() })
     }
 
     /// Writes all blocks of a span at once; proofs in their order, or which services failed.

@@ -11,7 +11,7 @@ use bytes::Bytes;
 use clutch_client::{Client, ClientOptions};
 use clutch_proto::InodeId;
 use clutch_runtime::{
-    BoxFuture, Budget, Endpoint, Handled, Handler,
+    Answers, BoxFuture, Endpoint, Handled, Handler,
     simulated::{NodeId, World},
 };
 use libfuzzer_sys::fuzz_target;
@@ -19,7 +19,7 @@ use libfuzzer_sys::fuzz_target;
 struct Canned(Mutex<std::collections::VecDeque<Bytes>>);
 
 impl Handler for Canned {
-    fn handle(&self, _request: Bytes, _: Budget) -> BoxFuture<Handled> {
+    fn handle(&self, _request: Bytes, _: Answers) -> BoxFuture<Handled> {
         let mut answers = self.0.lock().expect("not poisoned");
         let answer = answers.pop_front().unwrap_or_default();
         answers.push_back(answer.clone());

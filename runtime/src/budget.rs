@@ -21,6 +21,16 @@ pub struct Held {
     _permit: Option<OwnedSemaphorePermit>,
 }
 
+impl Held {
+    /// Gives back what is more than `bytes`.
+    pub fn shrink(&mut self, bytes: usize) {
+        if let Some(permit) = &mut self._permit {
+            let more = permit.num_permits().saturating_sub(bytes);
+            drop(permit.split(more));
+        }
+    }
+}
+
 impl Budget {
     /// A budget of so many bytes.
     pub fn new(bytes: u32) -> Budget {
@@ -99,7 +109,11 @@ mod tests {
         let all = large.await.expect("the task ends");
         assert!(budget.try_hold(1).is_none() && view.waiting() == 0);
         drop(all);
-        assert!(budget.try_hold(100).is_some());
+        let mut whole = budget.try_hold(100).expect("all of it");
+        whole.shrink(200);
+        assert!(budget.try_hold(1).is_none());
+        whole.shrink(30);
+        assert!(budget.try_hold(70).is_some() && budget.try_hold(71).is_none());
         assert!(Budget::unbounded().try_hold(usize::MAX).is_some());
     }
 }

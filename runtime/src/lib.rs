@@ -21,7 +21,7 @@ use clutch_proto::Time;
 pub use budget::{Budget, Held};
 pub use disk::{Disk, File};
 pub use hlc::HybridClock;
-pub use network::{CallError, Endpoint, Handled, Handler, Lane, Listening, Network};
+pub use network::{Answers, CallError, Endpoint, Handled, Handler, Lane, Listening, Network};
 
 /// A boxed future that may move between threads.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;

@@ -60,10 +60,26 @@ pub struct Handled {
     pub held: Held,
 }
 
+/// Memory for answers.
+#[derive(Clone)]
+pub struct Answers {
+    /// For what replicas answer.
+    pub pages: Budget,
+    /// For blocks.
+    pub blocks: Budget,
+}
+
+impl Answers {
+    /// No bound.
+    pub fn unbounded() -> Answers {
+        Answers { pages: Budget::unbounded(), blocks: Budget::unbounded() }
+    }
+}
+
 /// Answers requests. Takes and returns an encoded envelope; every failure is an answer.
 pub trait Handler: Send + Sync {
     /// Handles one request; many run at a time. Before a large answer takes memory, that is asked for in `answers`.
-    fn handle(&self, request: Bytes, answers: Budget) -> BoxFuture<Handled>;
+    fn handle(&self, request: Bytes, answers: Answers) -> BoxFuture<Handled>;
 
     /// Whether requests are served: what a health check is told.
     fn is_serving(&self) -> bool {

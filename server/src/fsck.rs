@@ -159,6 +159,8 @@ impl Scan<'_> {
         let page = reply.scan.context("an answer without rows")?;
         self.snapshot = page.snapshot;
         anyhow::ensure!(page.last || !page.rows.is_empty(), "a page without rows that is not the last one");
+        let is_within = |row: &Row| &row.key[..] > after && (until.is_empty() || &row.key[..] < until);
+        anyhow::ensure!(page.rows.iter().all(is_within), "rows that were not asked for; the server is older");
         Ok((page.rows, page.last))
     }
 
@@ -210,21 +212,37 @@ impl Cursor {
     }
 }
 
-/// Checks one moment of a shard, slot by slot: what is in memory are the rows of one slot, and the facts of all.
+/// A key behind all of a table.
+fn end_of(table: u8) -> Vec<u8> {
+    [&[table][..], &[0xff; 300]].concat()
+}
+
+/// Checks one moment of a shard; the moment does not stay open when that fails.
 async fn shard_facts(client: &Client, shard: u32, checked: &mut Checked) -> Result<invariants::Facts> {
     let mut scan = Scan { client, shard, snapshot: 0 };
+    let facts = facts_of(&mut scan, checked).await;
+    if facts.is_err() && scan.snapshot != 0 {
+        // It would be closed after a minute anyway; the failure says more.
+        let _ = scan.page(&end_of(u8::MAX), &[], 1).await;
+    }
+    facts
+}
+
+/// Checks one moment of a shard, slot by slot: what is in memory are the rows of one slot, and the facts of all.
+async fn facts_of(scan: &mut Scan<'_>, checked: &mut Checked) -> Result<invariants::Facts> {
+    let (client, shard) = (scan.client, scan.shard);
     let mut rescanner = Rescanner::default();
     let mut wrong = Vec::new();
     let mut facts = invariants::Facts::default();
     scan.rescan(&[], &[*BY_SLOT.start()], &mut rescanner).await?;
     let mut cursors: Vec<Cursor> = BY_SLOT
-        .map(|table| Cursor { table, rows: VecDeque::new(), after: vec![table], is_last: false })
+        .map(|table| Cursor { table, rows: VecDeque::new(), after: end_of(table - 1), is_last: false })
         .collect();
     for slot in 0..=255u8 {
         let store = MemoryStore::new();
         for cursor in &mut cursors {
             let mut rows = Vec::new();
-            while let Some(row) = cursor.next(&mut scan, slot).await? {
+            while let Some(row) = cursor.next(scan, slot).await? {
                 let (table, key) = parts_of(&row)?;
                 rescanner.row(table, key, &row.value);
                 rows.push((row.key[..].into(), Some(row.value)));
@@ -243,8 +261,7 @@ async fn shard_facts(client: &Client, shard: u32, checked: &mut Checked) -> Resu
         facts.add(of_slot);
     }
     // Tables that come after, if a later build made some. The scan ends with them.
-    let beyond = [&[*BY_SLOT.end()][..], &[0xff; 300]].concat();
-    scan.rescan(&beyond, &[], &mut rescanner).await?;
+    scan.rescan(&end_of(*BY_SLOT.end()), &[], &mut rescanner).await?;
     let rescan = rescanner.finish()?;
     checked.rows += rescan.rows;
     let found = wrong.into_iter().chain(rescan.differences);

@@ -16,12 +16,12 @@ use clutch_proto::{
     answer,
     blocks::BlocksReply,
     certificate::{SYSTEM_CLIENTS, is_system_mac},
-    limits::MESSAGE_BYTES_MAX,
+    limits::{MESSAGE_BYTES_MAX, METADATA_REQUEST_BYTES_MAX},
     mutants::{self, Mutant},
     session::{Request, Response, Role},
     types::Code,
 };
-use clutch_runtime::{BoxFuture, Budget, Handled, Handler, Held, HybridClock};
+use clutch_runtime::{Answers, BoxFuture, Handled, Handler, Held, HybridClock};
 use clutch_state::{Answer, ReplicaHandle};
 use prost::Message as _;
 
@@ -72,14 +72,15 @@ pub(crate) const INCARNATION: u64 = 1;
 pub(crate) struct SharedHandler(pub(crate) Arc<NodeHandler>);
 
 impl Handler for SharedHandler {
-    fn handle(&self, request: Bytes, answers: Budget) -> BoxFuture<Handled> {
+    fn handle(&self, request: Bytes, answers: Answers) -> BoxFuture<Handled> {
         let handler = self.0.clone();
         Box::pin(async move {
             let mut held = Held::default();
-            let answer = match handler.respond(request, &answers, &mut held).await {
+            let answer: Parts = match handler.respond(request, &answers, &mut held).await {
                 (response, None) => response.encode_to_vec().into(),
                 (response, Some(reply)) => Parts::of_response(&response, reply),
             };
+            held.shrink(answer.len());
             Handled { answer, held }
         })
     }
@@ -96,7 +97,7 @@ impl NodeHandler {
     async fn respond(
         &self,
         request: Bytes,
-        answers: &Budget,
+        answers: &Answers,
         held: &mut Held,
     ) -> (Response, Option<BlocksReply>) {
         let (mut response, body) = match self.dispatch(request, answers, held).await {
@@ -110,7 +111,7 @@ impl NodeHandler {
     async fn dispatch(
         &self,
         bytes: Bytes,
-        answers: &Budget,
+        answers: &Answers,
         held: &mut Held,
     ) -> Result<(Response, Option<BlocksReply>), Refusal> {
         if bytes.len() > MESSAGE_BYTES_MAX {
@@ -146,7 +147,7 @@ impl NodeHandler {
                     )
                 })?;
                 // In a box of its own: requests to the logs, which are many and small, must not carry its size.
-                let reply = Box::pin(service.handle(request.body, answers)).await?;
+                let reply = Box::pin(service.handle(request.body, &answers.blocks)).await?;
                 *held = reply.held;
                 return Ok((Response::default(), Some(reply.reply)));
             }
@@ -157,7 +158,11 @@ impl NodeHandler {
         let replica = replica.ok_or_else(|| {
             Refusal::new(Code::WrongShard, format!("{role:?} {} is not on this node", request.number))
         })?;
-        *held = answers.hold(answer::bytes_max(role, request.admin, &request.body)).await;
+        // What is too large is refused below, and not looked through for that.
+        let may_be_large = request.body.len() <= METADATA_REQUEST_BYTES_MAX;
+        let answer_bytes =
+            if may_be_large { answer::bytes_max(role, request.admin, &request.body) } else { 0 };
+        *held = answers.pages.hold(answer_bytes).await;
         if request.admin {
             let op = AdminRequest::decode(request.body)
                 .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;

@@ -595,9 +595,10 @@ impl Keeper {
         let mut services = Vec::new();
         let mut reported = Vec::new();
         // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
+        let spaces =
+            futures_util::future::join_all(self.blocks.values().map(|service| service.space())).await;
         let hanging = self.blocks.values().filter(|service| service.hangs()).count();
-        for (id, service) in &self.blocks {
-            let space = service.space().await;
+        for (id, space) in self.blocks.keys().zip(spaces) {
             if space.is_err() && hanging * 2 > self.blocks.len() {
                 continue;
             }

@@ -1,7 +1,7 @@
 //! Keeps logs from growing for ever, where that is asked for: checkpoints now and then, and away with what is older.
 //!
 //! What is kept always begins with a checkpoint, so every moment of the time that was asked for can be replayed. In this
-//! order: a checkpoint is durable before a log is trimmed up to it, and older ones go after that. Whoever stops half-way
+//! order: a checkpoint is durable and has been read whole before a log is trimmed up to it, and older ones go after that. Whoever stops half-way
 //! leaves more than was asked for, never less.
 
 use std::{collections::BTreeMap, sync::Arc, time::Duration};
@@ -89,39 +89,55 @@ impl Retention {
     ) -> Result<()> {
         let status =
             self.ask(id, Op::Status(Status {})).await?.status.context("an answer without a status")?;
+        // One from a history that the log does not have is nothing to begin from.
+        let known = status.checkpoints.iter().copied().filter(|at| *at <= status.applied_position);
         let mut checkpoints = BTreeMap::new();
-        for position in &status.checkpoints {
-            let time = match times.get(&(id, *position)) {
+        for position in known {
+            let time = match times.get(&(id, position)) {
                 Some(time) => *time,
-                None => self.time_of(id, *position, runtime).await?,
+                None => match self.verified_time_of(id, position, runtime).await {
+                    Ok(time) => time,
+                    Err(error) => {
+                        // It counts as none. What is kept only becomes more by that.
+                        let error = format!("{error:#}");
+                        tracing::warn!(log = log_name(id), position, error, "a checkpoint is of no use");
+                        continue;
+                    }
+                },
             };
-            times.insert((id, *position), time);
-            checkpoints.insert(*position, time);
+            times.insert((id, position), time);
+            checkpoints.insert(position, time);
         }
         times.retain(|(of, position), _| *of != id || checkpoints.contains_key(position));
         let Plan { take, base } = plan(&checkpoints, status.applied_position, now, self.keep);
+        // First what gives room: without any no checkpoint can be taken.
+        if let Some(base) = base {
+            if status.log_first <= base {
+                self.ask(id, Op::TrimLog(TrimLog { upto: base })).await.context("trim the log")?;
+            }
+            for position in checkpoints.into_keys().filter(|position| *position < base) {
+                let stores = self.stores.clone();
+                let removed = runtime.blocking(move || stores.remove_checkpoint(id, position)).await;
+                removed.context("removing did not finish")?.context("remove a checkpoint")?;
+            }
+        }
         if take {
             self.ask(id, Op::TakeCheckpoint(TakeCheckpoint {})).await.context("take a checkpoint")?;
-        }
-        let Some(base) = base else { return Ok(()) };
-        if status.log_first <= base {
-            self.ask(id, Op::TrimLog(TrimLog { upto: base })).await.context("trim the log")?;
-        }
-        for position in checkpoints.into_keys().filter(|position| *position < base) {
-            let stores = self.stores.clone();
-            let removed = runtime.blocking(move || stores.remove_checkpoint(id, position)).await;
-            removed.context("removing did not finish")?.context("remove a checkpoint")?;
         }
         Ok(())
     }
 
-    /// When the state of a checkpoint was the present one.
-    async fn time_of(&self, id: LogId, position: u64, runtime: &Runtime) -> Result<Time> {
+    /// When the state of a checkpoint was the present one; an error unless all of its rows are as they were.
+    async fn verified_time_of(&self, id: LogId, position: u64, runtime: &Runtime) -> Result<Time> {
         let path = self.stores.checkpoints(id).context("a place for checkpoints")?;
         let (path, open) = (path.join(format!("{position:020}")), self.stores.open_checkpoint());
-        let read = runtime.blocking(move || applier::stands_at(&*open(&path)?)).await;
-        let read = read.context("reading did not finish")?;
-        Ok(read.with_context(|| format!("read the checkpoint at {position}"))?.1)
+        let read = runtime.blocking(move || {
+            let view = open(&path)?;
+            Ok::<_, clutch_state::StoreError>((applier::rescan(&*view)?, applier::stands_at(&*view)?.1))
+        });
+        let (found, time) = read.await.context("reading did not finish")??;
+        anyhow::ensure!(found.differences.is_empty(), "it is damaged: {}", found.differences.join("; "));
+        Ok(time)
     }
 }
 

@@ -8,7 +8,8 @@
 //! 5. a content's extents are contiguous from 0, or from where its collection stands, to its size; a file's content
 //!    and size agree
 //! 6. a span's `uses` is the number of extents that name it; what is used is certified and long enough
-//! 7. the block index holds exactly the blocks of the spans; no block twice, no two of a span on one service
+//! 7. the block index holds exactly the blocks of the spans; no block twice, each of its span's slot, no two of a span on
+//!    one service
 //! 8. exactly the unpublished contents are in the index of transients
 //! 9. a span is dead exactly if nothing uses it and no content waits for it
 //! 10. a published content is its file's present one or has exactly one row among the file's past ones
@@ -328,6 +329,9 @@ fn check_spans(
             wrong.push(format!("span {id:x}: two blocks on one service"));
         }
         for block in &span.blocks {
+            if block.block_id as u8 != SpanId(id).slot().0 {
+                wrong.push(format!("block {:x} of span {id:x} is of another slot", block.block_id));
+            }
             if held.insert((block.service_id, block.block_id), id).is_some() {
                 wrong.push(format!("block {:x} is in two spans", block.block_id));
             }

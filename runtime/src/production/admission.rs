@@ -10,7 +10,6 @@ use std::{
     pin::Pin,
     sync::Arc,
     task::{Context, Poll, ready},
-    time::Duration,
 };
 
 use bytes::{Buf as _, Bytes};
@@ -24,12 +23,18 @@ use super::{
     sessions::{FRAMES_BYTES_MAX, SessionService, opens_session},
     sockets::{Counted, Meter, STALLED_MAX},
 };
-use crate::{BoxFuture, Budget, Held};
+use crate::{Answers, BoxFuture, Budget, Held};
 
+/// So much of a message comes at least in the time that it may stand.
+const CAME_MIN: usize = 64 << 10;
 /// Bytes before each gRPC message: whether it is packed, and its length.
 pub(super) const PREFIX_BYTES: usize = 5;
 /// Messages up to this size are small: several requests for metadata travel in one.
 const SMALL_BYTES_MAX: usize = 2 * METADATA_REQUEST_BYTES_MAX + (64 << 10);
+/// Requests of sessions that carry blocks: reads and erases, which must not wait behind blocks.
+const SMALL_BULK_BYTES_MAX: usize = 64 << 10;
+/// Memory for those.
+const SMALL_BULK_BUDGET_BYTES: u32 = 8 << 20;
 /// Memory for small messages that are read or not yet answered.
 const SMALL_BUDGET_BYTES: u32 = 48 << 20;
 /// The same for large ones: a message of the largest size fits.
@@ -50,6 +55,7 @@ pub(super) const LANE_BULK: &str = "bulk";
 #[derive(Clone)]
 pub(super) struct Budgets {
     small: Budget,
+    small_bulk: Budget,
     large: Budget,
     large_calls: Budget,
     small_answers: Budget,
@@ -60,6 +66,7 @@ impl Budgets {
     pub(super) fn new() -> Budgets {
         Budgets {
             small: Budget::new(SMALL_BUDGET_BYTES),
+            small_bulk: Budget::new(SMALL_BULK_BUDGET_BYTES),
             large: Budget::new(LARGE_BUDGET_BYTES),
             large_calls: Budget::new(LARGE_CALLS_BYTES),
             small_answers: Budget::new(SMALL_ANSWERS_BYTES),
@@ -69,14 +76,16 @@ impl Budgets {
 
     /// What holds for one call or session.
     fn share(&self, is_session: bool, is_bulk: bool, meter: Option<Arc<Meter>>) -> Share {
-        let (requests, answers) = match is_session && is_bulk {
-            true => (&self.large, &self.large_answers),
-            false => (&self.small, &self.small_answers),
+        let (small, small_bytes_max) = match is_session && is_bulk {
+            true => (&self.small_bulk, SMALL_BULK_BYTES_MAX),
+            false => (&self.small, SMALL_BYTES_MAX),
         };
         Share {
-            requests: requests.view(),
+            small: small.view(),
+            small_bytes_max,
+            is_session,
             large: if is_session { self.large.view() } else { self.large_calls.view() },
-            answers: answers.view(),
+            answers: Answers { pages: self.small_answers.view(), blocks: self.large_answers.view() },
             admitted: Arc::default(),
             meter: meter.unwrap_or_default(),
         }
@@ -86,10 +95,12 @@ impl Budgets {
 /// The part of one call or session in the budgets.
 #[derive(Clone)]
 pub(super) struct Share {
-    requests: Budget,
+    small: Budget,
+    small_bytes_max: usize,
     large: Budget,
+    is_session: bool,
     /// For answers of this session.
-    pub(super) answers: Budget,
+    pub(super) answers: Answers,
     /// What is held for messages that have come in, in their order.
     admitted: Arc<Mutex<VecDeque<Held>>>,
     /// The connection.
@@ -104,11 +115,22 @@ impl Share {
 
     /// Whether something of this session waits for memory.
     pub(super) fn is_waiting(&self) -> bool {
-        self.requests.waiting() + self.large.waiting() + self.answers.waiting() > 0
+        let Share { small, large, answers, .. } = self;
+        [small, large, &answers.pages, &answers.blocks].iter().any(|budget| budget.waiting() > 0)
+    }
+
+    /// Keeps what is held for a message until it is handled. Where nobody takes it, in services of others, it is for one
+    /// message at a time.
+    fn keep(&self, held: Held) {
+        let mut admitted = self.admitted.lock();
+        if !self.is_session {
+            admitted.clear();
+        }
+        admitted.push_back(held);
     }
 
     fn admit(&self, bytes: usize) -> BoxFuture<Held> {
-        let budget = if bytes > SMALL_BYTES_MAX { self.large.clone() } else { self.requests.clone() };
+        let budget = if bytes > self.small_bytes_max { self.large.clone() } else { self.small.clone() };
         // One that is too large is refused when its length has been read; nothing of it comes into memory.
         let bytes = if bytes > FRAMES_BYTES_MAX { 0 } else { bytes };
         Box::pin(async move { budget.hold(bytes).await })
@@ -156,8 +178,8 @@ where
         let share = self.budgets.share(is_session, is_bulk, meter);
         if is_session {
             let opened = self.sessions.open_stream(request.into_body(), share);
-            let body =
-                opened.map(|inner| Body::new(Answered { inner, _open: open, _owed: None, _held: None }));
+            let guard = Arc::new((open, None, None));
+            let body = opened.map(|inner| Body::new(Answered { inner, guard }));
             let response = match body {
                 Ok(body) => {
                     let mut response = http::Response::new(body);
@@ -176,8 +198,8 @@ where
         Box::pin(async move {
             let (mut parts, body) = answered.await?.into_parts();
             let held = parts.extensions.remove::<AnswerHeld>();
-            let owed = held.as_ref().map(|_| share.meter.owe());
-            let body = Body::new(Answered { inner: body, _open: open, _owed: owed, _held: held });
+            let guard = Arc::new((open, held.as_ref().map(|_| share.meter.owe()), held));
+            let body = Body::new(Answered { inner: body, guard });
             Ok(http::Response::from_parts(parts, body))
         })
     }
@@ -195,12 +217,13 @@ impl AnswerHeld {
     }
 }
 
-/// The body of a response: what it holds ends with it.
+/// What ends when a response is on its way: its place among the open ones, what it owes, what is held for it.
+type Guard = Arc<(Option<Counted>, Option<Counted>, Option<AnswerHeld>)>;
+
+/// The body of a response. Its bytes keep its guard until they are written.
 struct Answered {
     inner: Body,
-    _open: Option<Counted>,
-    _owed: Option<Counted>,
-    _held: Option<AnswerHeld>,
+    guard: Guard,
 }
 
 impl http_body::Body for Answered {
@@ -211,7 +234,8 @@ impl http_body::Body for Answered {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        Pin::new(&mut self.inner).poll_frame(context)
+        let frame = ready!(Pin::new(&mut self.inner).poll_frame(context));
+        Poll::Ready(frame.map(|frame| frame.map(|frame| frame.map_data(|data| guarded(data, &self.guard)))))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -221,6 +245,20 @@ impl http_body::Body for Answered {
     fn size_hint(&self) -> SizeHint {
         self.inner.size_hint()
     }
+}
+
+/// Bytes that keep something until nobody needs them any more: HTTP/2 takes them long before it writes them.
+pub(super) fn guarded<T: Send + Sync + 'static>(bytes: Bytes, guard: &Arc<T>) -> Bytes {
+    struct Guarded<T> {
+        bytes: Bytes,
+        _guard: Arc<T>,
+    }
+    impl<T> AsRef<[u8]> for Guarded<T> {
+        fn as_ref(&self) -> &[u8] {
+            &self.bytes
+        }
+    }
+    Bytes::from_owner(Guarded { bytes, _guard: guard.clone() })
 }
 
 enum Reading {
@@ -240,8 +278,10 @@ pub(super) struct Admitted {
     prefix: [u8; PREFIX_BYTES],
     /// Was read and belongs to what comes next.
     unread: Bytes,
-    /// Ends when nothing of a message that has begun has come for too long.
+    /// Ends when too little of a message that has begun has come for too long.
     stalled: Pin<Box<Sleep>>,
+    /// What came since it was set.
+    came: usize,
 }
 
 impl Admitted {
@@ -252,7 +292,8 @@ impl Admitted {
             reading: Reading::Prefix(0),
             prefix: [0; PREFIX_BYTES],
             unread: Bytes::new(),
-            stalled: Box::pin(tokio::time::sleep(Duration::ZERO)),
+            stalled: Box::pin(tokio::time::sleep(STALLED_MAX)),
+            came: 0,
         }
     }
 
@@ -276,12 +317,12 @@ impl Admitted {
                 }
                 Reading::Waiting(held) => {
                     let held = ready!(held.as_mut().poll(context));
-                    self.share.admitted.lock().push_back(held);
+                    self.share.keep(held);
                     self.reading = match self.message_len() {
                         0 => Reading::Prefix(0),
                         length => Reading::Message(length),
                     };
-                    self.touch();
+                    self.touch(CAME_MIN);
                     return Poll::Ready(Some(Bytes::copy_from_slice(&self.prefix)));
                 }
                 Reading::Message(_) if self.unread.is_empty() => return Poll::Ready(None),
@@ -291,15 +332,26 @@ impl Admitted {
                     if *left == 0 {
                         self.reading = Reading::Prefix(0);
                     }
-                    self.touch();
+                    let is_whole = matches!(self.reading, Reading::Prefix(_));
+                    self.touch(if is_whole { CAME_MIN } else { piece.len() });
                     return Poll::Ready(Some(piece));
                 }
             }
         }
     }
 
-    fn touch(&mut self) {
-        self.stalled.as_mut().reset(Instant::now() + STALLED_MAX);
+    /// Takes note that so much came; what comes in drops is as good as nothing.
+    fn touch(&mut self, bytes: usize) {
+        self.came += bytes;
+        if self.came >= CAME_MIN {
+            self.came = 0;
+            self.stalled.as_mut().reset(Instant::now() + STALLED_MAX);
+        }
+    }
+
+    /// Whether nothing of a message is there, and none is waited for.
+    pub(super) fn is_resting(&self) -> bool {
+        matches!(self.reading, Reading::Prefix(0)) && self.unread.is_empty()
     }
 }
 
@@ -319,10 +371,13 @@ impl http_body::Body for Admitted {
             let frame = match Pin::new(&mut this.inner).poll_frame(context) {
                 Poll::Ready(frame) => frame,
                 Poll::Pending => {
-                    // Between two messages a session may rest; a message that has begun is in memory.
-                    if matches!(this.reading, Reading::Message(_)) {
+                    // Between two messages a session may rest; a message that has begun is in memory, and so is a call that
+                    // does not end.
+                    if !this.share.is_session || matches!(this.reading, Reading::Message(_)) {
                         ready!(this.stalled.as_mut().poll(context));
-                        let text = format!("nothing of a message that had begun came for {STALLED_MAX:?}");
+                        let text = format!(
+                            "next to nothing of a message or call that had begun came for {STALLED_MAX:?}"
+                        );
                         return Poll::Ready(Some(Err(Status::deadline_exceeded(text))));
                     }
                     return Poll::Pending;

@@ -7,7 +7,7 @@
 //! without frames: time limits are for those who do not get on, not for those who queue.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, VecDeque},
     io,
     pin::Pin,
     sync::{
@@ -45,7 +45,7 @@ use super::{
     sockets::{self, Meter, Metered},
     streams::{Incoming, Outgoing, Sending},
 };
-use crate::{BoxFuture, Budget, CallError, Endpoint, Handled, Handler, Held, Lane, Listening, Network};
+use crate::{Answers, BoxFuture, CallError, Endpoint, Handled, Handler, Held, Lane, Listening, Network};
 
 /// Bytes that travel in one message, unless a single frame is larger.
 const MESSAGE_BYTES_TARGET: usize = 1 << 20;
@@ -70,9 +70,13 @@ const CLIENT_FRAME_BYTES_MAX: u32 = 1 << 20;
 const CLIENT_IDLE: Duration = Duration::from_secs(60);
 const SERVER_IDLE: Duration = Duration::from_secs(600);
 /// How often a peer is told that something of its session waits for memory.
-const NOTICE: Duration = Duration::from_secs(1);
+const NOTICE: Duration = Duration::from_millis(250);
+/// With so many messages of answers that a peer has not taken, nothing more is read from it.
+const MADE_MAX: usize = 4;
 /// A time limit is looked at in so many parts.
 const LIMIT_PARTS: u32 = 4;
+/// For so many time limits at most a call queues: what holds the peer's memory may never end.
+const QUEUED_LIMITS_MAX: u32 = 12;
 /// A way on which less moves in a part of a time limit does not get on.
 const GETS_ON_BYTES: u64 = 16 << 10;
 pub(super) const FRAMES_BYTES_MAX: usize = MESSAGE_BYTES_MAX + MESSAGE_BYTES_TARGET + (1 << 20);
@@ -113,12 +117,14 @@ impl Progress {
     async fn ends(&self, bytes: u64, timeout: Duration) {
         let goal = self.meter.moved() + self.asked.fetch_add(bytes, Ordering::Relaxed) + bytes;
         let _asked = Asked(&self.asked, bytes);
-        let mut standing = 0;
+        let (mut standing, mut queued) = (0, 0);
         let (mut moved, mut notices) = (self.meter.moved(), self.notices.load(Ordering::Relaxed));
         while standing < LIMIT_PARTS {
             tokio::time::sleep(timeout / LIMIT_PARTS).await;
             let (moved_now, notices_now) = (self.meter.moved(), self.notices.load(Ordering::Relaxed));
-            let gets_on = notices_now != notices || moved < goal && moved_now - moved >= GETS_ON_BYTES;
+            let is_queued = notices_now != notices && queued < QUEUED_LIMITS_MAX * LIMIT_PARTS;
+            queued += u32::from(is_queued);
+            let gets_on = is_queued || moved < goal && moved_now - moved >= GETS_ON_BYTES;
             standing = if gets_on { 0 } else { standing + 1 };
             (moved, notices) = (moved_now, notices_now);
         }
@@ -239,7 +245,7 @@ impl Network for GrpcNetwork {
             let answer = async {
                 // Never closed; without a permit it would only be less bounded.
                 let _permit = requests.acquire().await;
-                handler.handle(request.joined(), Budget::unbounded()).await.answer.joined()
+                handler.handle(request.joined(), Answers::unbounded()).await.answer.joined()
             };
             return tokio::time::timeout(timeout, answer).await.map_err(|_| silence());
         }
@@ -343,7 +349,7 @@ async fn run_session(to: Endpoint, lane: Lane, mut calls: mpsc::Receiver<Call>, 
     let next_id = AtomicU64::new(1);
     let mut batch = Vec::new();
     // Answers are read also while the peer takes no requests: two sides that only send would wait for ever.
-    let mut unsent: std::collections::VecDeque<Frames> = std::collections::VecDeque::new();
+    let mut unsent: VecDeque<Frames> = VecDeque::new();
     let mut sweep = tokio::time::interval(SWEEP);
     let mut used = tokio::time::Instant::now();
     let mut is_unused = false;
@@ -576,24 +582,34 @@ async fn serve_session(
     let mut open = true;
     // Why the peer's messages are not read any more; it is told when what it asked before is answered.
     let mut refused = None;
-    let message = |frames, held| Ok(Sending { frames, _held: held, _owed: share.meter.owe() });
+    let message = |frames, held| Sending { frames, held, owed: share.meter.owe() };
+    // Answers that are made while the peer takes none: whoever waits for memory is asked on meanwhile, or it would be kept
+    // for somebody who does not take it.
+    let mut made: VecDeque<Sending> = VecDeque::new();
     let mut ticks = tokio::time::interval(NOTICE);
     let mut used = tokio::time::Instant::now();
-    while open || !running.is_empty() {
+    while open || !running.is_empty() || !made.is_empty() {
         tokio::select! {
             biased;
             () = &mut stopped => return,
+            () = outgoing.closed() => return,
             now = ticks.tick() => {
                 // A peer whose answers are not taken needs no notice.
-                if share.is_waiting() && let Ok(place) = outgoing.try_reserve() {
-                    place.send(message(Frames::default(), Vec::new()));
+                if made.is_empty() && share.is_waiting() && let Ok(place) = outgoing.try_reserve() {
+                    place.send(Ok(message(Frames::default(), Vec::new())));
                 }
-                if !running.is_empty() {
+                if !running.is_empty() || !made.is_empty() || !incoming.is_resting() {
                     used = now;
                 } else if now.saturating_duration_since(used) > SERVER_IDLE {
                     return;
                 }
             }
+            place = outgoing.reserve(), if !made.is_empty() => match place {
+                Ok(place) => if let Some(message) = made.pop_front() {
+                    place.send(Ok(message));
+                },
+                Err(_) => return,
+            },
             Some((frame, held)) = running.next(), if !running.is_empty() => {
                 let mut bytes = frame.message.len();
                 let mut done = (Frames::new(vec![frame]), vec![held]);
@@ -609,11 +625,9 @@ async fn serve_session(
                     }
                 }
                 let (frames, held) = done;
-                if outgoing.send(message(frames, held)).await.is_err() {
-                    return;
-                }
+                made.push_back(message(frames, held));
             }
-            frames = incoming.next(), if open && running.len() < SESSION_REQUESTS_MAX => match frames {
+            frames = incoming.next(), if open && running.len() < SESSION_REQUESTS_MAX && made.len() < MADE_MAX => match frames {
                 Some(Ok((frames, held))) => {
                     used = tokio::time::Instant::now();
                     let request = Arc::new(held);

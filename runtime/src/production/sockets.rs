@@ -38,6 +38,8 @@ pub(super) const MOVED_MIN: u64 = 1 << 10;
 #[derive(Default)]
 pub(super) struct Meter {
     moved: AtomicU64,
+    /// Those of them that were written: what a peer sends is no sign that it takes anything.
+    written: AtomicU64,
     /// Requests and sessions that are open.
     open: AtomicUsize,
     /// Messages that are ready and that the peer has not taken yet.
@@ -120,9 +122,15 @@ impl AsyncRead for Metered {
 }
 
 impl Metered {
+    fn refuse_closed(&self) -> Option<Poll<io::Result<usize>>> {
+        let is_closed = self.meter.closed.load(Ordering::Acquire);
+        is_closed.then(|| Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into())))
+    }
+
     fn wrote(&self, polled: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         if let Poll::Ready(Ok(bytes)) = &polled {
             self.meter.moved.fetch_add(*bytes as u64, Ordering::Relaxed);
+            self.meter.written.fetch_add(*bytes as u64, Ordering::Relaxed);
         }
         polled
     }
@@ -134,6 +142,9 @@ impl AsyncWrite for Metered {
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
+        if let Some(closed) = self.refuse_closed() {
+            return closed;
+        }
         let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
         self.wrote(polled)
     }
@@ -143,6 +154,9 @@ impl AsyncWrite for Metered {
         context: &mut Context<'_>,
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
+        if let Some(closed) = self.refuse_closed() {
+            return closed;
+        }
         let polled = Pin::new(&mut self.stream).poll_write_vectored(context, slices);
         self.wrote(polled)
     }
@@ -199,6 +213,15 @@ pub(super) fn accept(listener: TcpListener, most: usize) -> impl Stream<Item = i
             };
             let stream = match accepted {
                 Ok((stream, _)) => stream,
+                // Of one connection, which is gone.
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::ConnectionAborted | io::ErrorKind::ConnectionReset
+                    ) =>
+                {
+                    continue;
+                }
                 Err(error) => {
                     // Without a file descriptor it stays ready: asking again at once would only take the processor.
                     if !std::mem::replace(&mut is_full, true) {
@@ -224,7 +247,7 @@ pub(super) fn accept(listener: TcpListener, most: usize) -> impl Stream<Item = i
 /// What was seen of a connection when it was looked at.
 struct Seen {
     meter: Weak<Meter>,
-    moved: u64,
+    written: u64,
     /// Since when nobody has had a request open.
     unused_since: Option<Instant>,
     /// Since when answers are owed and nearly nothing moves.
@@ -238,7 +261,7 @@ async fn look_after(meters: Arc<Mutex<Vec<Weak<Meter>>>>, listener: mpsc::WeakSe
         tokio::time::sleep(LOOK).await;
         seen.extend(meters.lock().drain(..).map(|meter| Seen {
             meter,
-            moved: 0,
+            written: 0,
             unused_since: None,
             stalled_since: None,
         }));
@@ -250,11 +273,11 @@ async fn look_after(meters: Arc<Mutex<Vec<Weak<Meter>>>>, listener: mpsc::WeakSe
 impl Seen {
     /// Whether the connection was closed.
     fn look(&mut self, meter: &Meter, now: Instant) -> bool {
-        let moved = meter.moved();
+        let written = meter.written.load(Ordering::Relaxed);
         let is_stalled =
-            meter.owed.load(Ordering::Relaxed) > 0 && moved.saturating_sub(self.moved) < MOVED_MIN;
+            meter.owed.load(Ordering::Relaxed) > 0 && written.saturating_sub(self.written) < MOVED_MIN;
         if !is_stalled {
-            self.moved = moved;
+            self.written = written;
         }
         let lasts = |since: &mut Option<Instant>, is: bool, most: Duration| match (is, *since) {
             (false, _) => {
@@ -288,18 +311,18 @@ mod tests {
     fn connections_end_that_nobody_uses_and_whose_peers_take_nothing() {
         let (meter, start) = (Arc::new(Meter::default()), Instant::now());
         let mut seen =
-            Seen { meter: Arc::downgrade(&meter), moved: 0, unused_since: None, stalled_since: None };
+            Seen { meter: Arc::downgrade(&meter), written: 0, unused_since: None, stalled_since: None };
         let at = |seconds: u64| start + Duration::from_secs(seconds);
         let session = meter.open();
         assert!(!seen.look(&meter, at(0)) && !seen.look(&meter, at(1000)));
         // Owed, and only pings move.
         let owed = meter.owe();
         for second in 1000..1030 {
-            meter.moved.fetch_add(17, Ordering::Relaxed);
+            meter.written.fetch_add(17, Ordering::Relaxed);
             assert!(!seen.look(&meter, at(second)), "{second}");
         }
         // A slow peer is not one that takes nothing.
-        meter.moved.fetch_add(MOVED_MIN, Ordering::Relaxed);
+        meter.written.fetch_add(MOVED_MIN, Ordering::Relaxed);
         assert!(!seen.look(&meter, at(1031)));
         assert!(!seen.look(&meter, at(1032)) && seen.look(&meter, at(1062)));
         drop(owed);

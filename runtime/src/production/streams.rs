@@ -6,6 +6,7 @@
 use std::{
     collections::VecDeque,
     pin::Pin,
+    sync::Arc,
     task::{Context, Poll, ready},
 };
 
@@ -18,7 +19,7 @@ use tokio::sync::mpsc;
 use tonic::{Status, body::Body};
 
 use super::{
-    admission::{Admitted, PREFIX_BYTES, Share},
+    admission::{Admitted, PREFIX_BYTES, Share, guarded},
     sessions::FRAMES_BYTES_MAX,
     sockets::Counted,
 };
@@ -36,6 +37,11 @@ pub(super) struct Incoming {
 impl Incoming {
     pub(super) fn new(body: Body, share: Share) -> Incoming {
         Incoming { body: Admitted::new(body, share.clone()), share, message: BytesMut::new(), left: None }
+    }
+
+    /// Whether nothing of a message is there, and none is waited for.
+    pub(super) fn is_resting(&self) -> bool {
+        self.left.is_none() && self.body.is_resting()
     }
 
     /// Takes a piece of the body: a prefix, or a part of one message.
@@ -121,14 +127,17 @@ impl Stream for Incoming {
 /// A message of answers, and what is held until it is sent.
 pub(super) struct Sending {
     pub(super) frames: Frames,
-    pub(super) _held: Vec<Held>,
-    pub(super) _owed: Counted,
+    pub(super) held: Vec<Held>,
+    pub(super) owed: Counted,
 }
 
-/// What a session sends. A message is asked for when there is room for it, so the one before is on its way then.
+/// HTTP/2 takes whole pieces however little it may send.
+const PIECE_BYTES_MAX: usize = 1 << 20;
+
+/// What a session sends. The bytes of a message keep what is held for it until they are written.
 pub(super) struct Outgoing {
     answers: mpsc::Receiver<Result<Sending, Status>>,
-    sending: Option<Sending>,
+    sending: Option<Arc<(Vec<Held>, Counted)>>,
     pieces: VecDeque<Bytes>,
     has_ended: bool,
 }
@@ -147,7 +156,15 @@ impl http_body::Body for Outgoing {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        if let Some(piece) = self.pieces.pop_front() {
+        if let Some(mut piece) = self.pieces.pop_front() {
+            if piece.len() > PIECE_BYTES_MAX {
+                let rest = piece.split_off(PIECE_BYTES_MAX);
+                self.pieces.push_front(rest);
+            }
+            let piece = match &self.sending {
+                Some(sending) => guarded(piece, sending),
+                None => piece,
+            };
             return Poll::Ready(Some(Ok(Frame::data(piece))));
         }
         if self.has_ended {
@@ -155,15 +172,16 @@ impl http_body::Body for Outgoing {
         }
         self.sending = None;
         let status = match ready!(self.answers.poll_recv(context)) {
-            Some(Ok(mut sending)) => {
-                let mut pieces = VecDeque::from(std::mem::take(&mut sending.frames).into_pieces());
+            Some(Ok(Sending { frames, held, owed })) => {
+                let mut pieces = VecDeque::from(frames.into_pieces());
                 let length = pieces.iter().map(Bytes::len).sum::<usize>();
                 let mut first = BytesMut::with_capacity(PREFIX_BYTES + pieces.front().map_or(0, Bytes::len));
                 first.put_u8(0);
                 first.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
                 first.extend_from_slice(&pieces.pop_front().unwrap_or_default());
-                (self.pieces, self.sending) = (pieces, Some(sending));
-                return Poll::Ready(Some(Ok(Frame::data(first.freeze()))));
+                pieces.push_front(first.freeze());
+                (self.pieces, self.sending) = (pieces, Some(Arc::new((held, owed))));
+                return self.poll_frame(context);
             }
             Some(Err(status)) => status,
             None => Status::ok(""),

@@ -13,7 +13,7 @@ use clutch_proto::Parts;
 use tokio::sync::oneshot;
 
 use super::{NodeId, Shared, executor::Sleep, executor::TaskOwner};
-use crate::{Budget, CallError, Endpoint, Handler, Lane, Listening, Network};
+use crate::{Answers, CallError, Endpoint, Handler, Lane, Listening, Network};
 
 /// How often a message on a clogged way looks whether it may go on.
 const CLOG_LOOK: Duration = Duration::from_millis(2);
@@ -107,7 +107,7 @@ impl SimNetwork {
             Sleep::new(task_shared.clone(), there + late).await;
             Self::unclogged(&task_shared, from, target).await;
             task_shared.record("deliver", request.len() as u64);
-            let reply = handler.handle(request, Budget::unbounded()).await.answer.joined();
+            let reply = handler.handle(request, Answers::unbounded()).await.answer.joined();
             if let Some(back) = Self::travel(&task_shared, target, from) {
                 Sleep::new(task_shared.clone(), back).await;
                 Self::unclogged(&task_shared, target, from).await;

@@ -6,12 +6,12 @@ use bytes::Bytes;
 use clutch_proto::Parts;
 
 use super::*;
-use crate::{Budget, Disk as _, Endpoint, Handled, Handler, Lane};
+use crate::{Answers, Disk as _, Endpoint, Handled, Handler, Lane};
 
 struct Echo(Runtime);
 
 impl Handler for Echo {
-    fn handle(&self, request: Bytes, _: Budget) -> BoxFuture<Handled> {
+    fn handle(&self, request: Bytes, _: Answers) -> BoxFuture<Handled> {
         let runtime = self.0.clone();
         Box::pin(async move {
             runtime.clock.sleep(Duration::from_micros(runtime.random.below(100))).await;

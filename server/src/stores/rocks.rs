@@ -75,6 +75,10 @@ impl RocksStores {
     pub fn remove_checkpoint(&self, id: LogId, position: u64) -> io::Result<()> {
         let dir = RocksStores::checkpoints_of(&self.dir, id);
         let path = dir.join(format!("{position:020}"));
+        // What an earlier removal did not come to the end of.
+        for left in OsDisk.list(&dir)?.iter().filter(|name| name.ends_with(".gone")) {
+            fs::remove_dir_all(dir.join(left))?;
+        }
         // Its name goes first: half of a checkpoint must not look like one.
         let gone = dir.join(format!("{position:020}.gone"));
         fs::rename(&path, &gone)?;

@@ -19,6 +19,7 @@ pub mod replay;
 #[cfg(feature = "rocks")]
 pub mod retention;
 pub mod room;
+mod services;
 pub mod stores;
 #[cfg(feature = "rocks")]
 pub mod up;

@@ -17,7 +17,7 @@ use clutch_cdc::Cdc;
 use clutch_client::{Client, ClientOptions};
 use clutch_log::{Bounds, LogId};
 use clutch_proto::{
-    ServiceId, Time, cdc,
+    Refusal, ServiceId, Time, cdc,
     mutants::{self, Mutant},
     registry::{
         self, GetChain, PlaceCdc, PlaceShard, RegisterServices, Segment, SpanPolicy, SwapChain,
@@ -45,6 +45,7 @@ use crate::{
     cluster_file::ClusterFile,
     handler::{INCARNATION, NodeHandler, ProcessUsage, SharedHandler, node_faults},
     room::Room,
+    services,
     stores::{LogProvider, StoreProvider, log_name},
 };
 
@@ -637,31 +638,38 @@ impl Keeper {
         if map.services_version == self.logged_version {
             return Ok(());
         }
-        let changed =
-            shard::ServicesChanged { version: map.services_version, services: map.services.clone() };
-        let entry =
-            shard::ShardEntry { tag: None, body: Some(shard::shard_entry::Body::ServicesChanged(changed)) };
-        let body = Bytes::from(entry.encode_to_vec());
+        let parts = services::in_parts(&map.services, services::PART_BYTES).into_iter().map(|services| {
+            let changed =
+                shard::ServicesChanged { version: map.services_version, services: services.to_vec() };
+            let body = shard::shard_entry::Body::ServicesChanged(changed);
+            Bytes::from(shard::ShardEntry { tag: None, body: Some(body) }.encode_to_vec())
+        });
+        let parts: Vec<Bytes> = parts.collect();
         for (number, shard) in &self.shards {
-            let clock = self.client.runtime().clock.clone();
-            let start = clock.monotonic();
-            loop {
-                match shard.propose(body.clone()).await.result {
-                    Ok(_) => break,
-                    Err(refusal)
-                        if refusal.is_retryable() && clock.monotonic() - start < Duration::from_secs(30) =>
-                    {
-                        clock.sleep(Duration::from_millis(20)).await;
-                    }
-                    Err(refusal) => {
-                        return Err(refusal)
-                            .with_context(|| format!("tell shard {number} of the block services"));
-                    }
-                }
+            for part in &parts {
+                self.propose_until_it_is_taken(shard, part)
+                    .await
+                    .with_context(|| format!("tell shard {number} of the block services"))?;
             }
         }
         self.logged_version = map.services_version;
         Ok(())
+    }
+
+    async fn propose_until_it_is_taken(&self, shard: &ReplicaHandle, entry: &Bytes) -> Result<(), Refusal> {
+        let clock = self.client.runtime().clock.clone();
+        let start = clock.monotonic();
+        loop {
+            match shard.propose(entry.clone()).await.result {
+                Ok(_) => return Ok(()),
+                Err(refusal)
+                    if refusal.is_retryable() && clock.monotonic() - start < Duration::from_secs(30) =>
+                {
+                    clock.sleep(Duration::from_millis(20)).await;
+                }
+                Err(refusal) => return Err(refusal),
+            }
+        }
     }
 
     /// Tells the registry where this node's roles are, unless it knows.

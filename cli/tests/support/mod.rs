@@ -18,20 +18,42 @@ pub struct Cluster {
     pub address: String,
     process: Option<Child>,
     arguments: Vec<String>,
+    /// A file that says how wrong the process's clock is.
+    pub clock_shift: Option<PathBuf>,
 }
 
 impl Cluster {
     /// Starts a cluster and waits until it serves.
     pub fn start(dir: &Path, arguments: &[&str]) -> Cluster {
         let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
-        let mut cluster = Cluster { dir: dir.to_owned(), address: String::new(), process: None, arguments };
+        let mut cluster = Cluster {
+            dir: dir.to_owned(),
+            address: String::new(),
+            process: None,
+            arguments,
+            clock_shift: None,
+        };
+        cluster.boot();
+        cluster
+    }
+
+    /// The same with a clock that is wrong by the seconds in a file.
+    pub fn start_with_clock(dir: &Path, arguments: &[&str], shift: &Path) -> Cluster {
+        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
+        let clock_shift = Some(shift.to_owned());
+        let mut cluster =
+            Cluster { dir: dir.to_owned(), address: String::new(), process: None, arguments, clock_shift };
         cluster.boot();
         cluster
     }
 
     /// Starts the process again on the same directory.
     pub fn boot(&mut self) {
-        let mut process = Command::new(CLUTCH)
+        let mut command = Command::new(CLUTCH);
+        if let Some(shift) = &self.clock_shift {
+            command.env("CLUTCH_CLOCK_SHIFT", shift);
+        }
+        let mut process = command
             .args(["up", "--listen", "127.0.0.1:0", "--dir"])
             .arg(&self.dir)
             .args(&self.arguments)

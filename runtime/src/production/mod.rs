@@ -7,7 +7,10 @@ mod sockets;
 mod streams;
 
 use std::{
-    sync::Arc,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicI64, Ordering},
+    },
     time::{Duration, Instant, SystemTime},
 };
 
@@ -41,10 +44,38 @@ struct OsClock {
     start: Instant,
 }
 
+/// Names a file with a number of seconds by which this process's wall clock is wrong, as long as the file says so: for tests
+/// of clocks that are wrong, and are set while a process runs.
+const CLOCK_SHIFT: &str = "CLUTCH_CLOCK_SHIFT";
+/// How often that file is read.
+const CLOCK_SHIFT_LOOK: Duration = Duration::from_millis(20);
+
+/// Seconds by which the wall clock is to be wrong.
+fn clock_shift_s() -> i64 {
+    static SHIFT: OnceLock<Option<Arc<AtomicI64>>> = OnceLock::new();
+    let shift = SHIFT.get_or_init(|| {
+        let path = std::env::var_os(CLOCK_SHIFT)?;
+        let read = move || std::fs::read_to_string(&path).ok()?.trim().parse::<i64>().ok();
+        let shift = Arc::new(AtomicI64::new(read().unwrap_or(0)));
+        let seen = shift.clone();
+        let look = move || loop {
+            std::thread::sleep(CLOCK_SHIFT_LOOK);
+            if let Some(seconds) = read() {
+                seen.store(seconds, Ordering::Relaxed);
+            }
+        };
+        std::thread::Builder::new().name("clock shift".into()).spawn(look).ok()?;
+        Some(shift)
+    });
+    shift.as_ref().map_or(0, |shift| shift.load(Ordering::Relaxed))
+}
+
 impl Clock for OsClock {
     fn now(&self) -> Time {
         let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        Time(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+        let nanoseconds = i128::try_from(since.as_nanos()).unwrap_or(i128::MAX);
+        let shifted = nanoseconds + i128::from(clock_shift_s()) * 1_000_000_000;
+        Time(u64::try_from(shifted.max(0)).unwrap_or(u64::MAX))
     }
 
     fn monotonic(&self) -> Duration {

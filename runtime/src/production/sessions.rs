@@ -71,6 +71,7 @@ const CLIENT_IDLE: Duration = Duration::from_secs(60);
 const SERVER_IDLE: Duration = Duration::from_secs(600);
 /// How often a peer is told that something of its session waits for memory.
 const NOTICE: Duration = Duration::from_millis(250);
+const NOTICE_RESTING: Duration = Duration::from_secs(2);
 /// With so many messages of answers that a peer has not taken, nothing more is read from it.
 const MADE_MAX: usize = 4;
 /// A time limit is looked at in so many parts.
@@ -586,19 +587,23 @@ async fn serve_session(
     // Answers that are made while the peer takes none: whoever waits for memory is asked on meanwhile, or it would be kept
     // for somebody who does not take it.
     let mut made: VecDeque<Sending> = VecDeque::new();
-    let mut ticks = tokio::time::interval(NOTICE);
+    let mut tick = std::pin::pin!(tokio::time::sleep(NOTICE));
     let mut used = tokio::time::Instant::now();
     while open || !running.is_empty() || !made.is_empty() {
         tokio::select! {
             biased;
             () = &mut stopped => return,
             () = outgoing.closed() => return,
-            now = ticks.tick() => {
+            () = &mut tick => {
+                let now = tokio::time::Instant::now();
                 // A peer whose answers are not taken needs no notice.
                 if made.is_empty() && share.is_waiting() && let Ok(place) = outgoing.try_reserve() {
                     place.send(Ok(message(Frames::default(), Vec::new())));
                 }
-                if !running.is_empty() || !made.is_empty() || !incoming.is_resting() {
+                let is_used = !running.is_empty() || !made.is_empty() || !incoming.is_resting();
+                // Sessions that rest, of which there may be thousands, look seldom.
+                tick.as_mut().reset(now + if is_used { NOTICE } else { NOTICE_RESTING });
+                if is_used {
                     used = now;
                 } else if now.saturating_duration_since(used) > SERVER_IDLE {
                     return;

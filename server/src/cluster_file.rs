@@ -117,10 +117,11 @@ impl ClusterFile {
             .disk
             .list(dir)?
             .into_iter()
-            .filter(|n| n != "lock" && n != "keys" && n != "cluster.new")
+            .filter(|n| n != "lock" && n != "keys" && n != "cluster.new" && n != LOST_AND_FOUND)
+            // Where a file system of its own waits for them there may be an empty one.
+            .filter(|n| !(PARTS.contains(&n.as_str()) && is_empty(&dir.join(n))))
             .collect();
-        if let Some(name) = ["log", "state", "blocks"].iter().find(|name| foreign.iter().any(|f| f == *name))
-        {
+        if let Some(name) = PARTS.iter().find(|name| foreign.iter().any(|f| f == *name)) {
             bail!(
                 "{} is missing, but {} is there: this was a cluster. Restore cluster.json from a copy; without it nothing \
                  can be started",
@@ -142,15 +143,38 @@ impl ClusterFile {
     }
 }
 
+/// Directories that only a cluster has something in.
+const PARTS: [&str; 3] = ["log", "state", "blocks"];
+/// What some file systems have in their first directory.
+const LOST_AND_FOUND: &str = "lost+found";
+
+/// Whether a directory has nothing in it; what cannot be read is not taken for empty.
+fn is_empty(dir: &Path) -> bool {
+    std::fs::read_dir(dir)
+        .is_ok_and(|mut names| names.all(|name| name.is_ok_and(|name| name.file_name() == LOST_AND_FOUND)))
+}
+
+/// Removes a directory, or what is in it where a file system is mounted there.
+fn remove_or_empty(dir: &Path) -> Result<()> {
+    match std::fs::remove_dir_all(dir) {
+        Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy && is_empty(dir) => Ok(()),
+        removed => removed.with_context(|| format!("remove {}", dir.display())),
+    }
+}
+
 /// Removes the disks that a creation made which did not come to its end: labels and nothing else.
 fn remove_interrupted(dir: &Path) -> Result<()> {
     let blocks = dir.join("blocks");
-    if !blocks.is_dir() || dir.join("log").exists() || dir.join("state").exists() {
+    let has = |name: &str| dir.join(name).exists() && !is_empty(&dir.join(name));
+    if !blocks.is_dir() || has("log") || has("state") {
         return Ok(());
     }
     let mut disks = Vec::new();
     for disk in std::fs::read_dir(&blocks)? {
         let disk = disk?.path();
+        if disk.file_name().is_some_and(|name| name == LOST_AND_FOUND) {
+            continue;
+        }
         let names: Vec<_> =
             std::fs::read_dir(&disk)?.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
         if names.iter().any(|name| name != clutch_blocks::label::LABEL_FILE && name != "label.new") {
@@ -159,7 +183,11 @@ fn remove_interrupted(dir: &Path) -> Result<()> {
         disks.push(disk);
     }
     for disk in disks {
-        std::fs::remove_dir_all(&disk).with_context(|| format!("remove {}", disk.display()))?;
+        remove_or_empty(&disk)?;
     }
-    std::fs::remove_dir(&blocks).with_context(|| format!("remove {}", blocks.display()))
+    match std::fs::remove_dir(&blocks) {
+        // Mounted, or with what file systems have of their own.
+        Err(_) if is_empty(&blocks) => Ok(()),
+        removed => removed.with_context(|| format!("remove {}", blocks.display())),
+    }
 }

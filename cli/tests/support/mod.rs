@@ -20,29 +20,35 @@ pub struct Cluster {
     arguments: Vec<String>,
     /// A file that says how wrong the process's clock is.
     pub clock_shift: Option<PathBuf>,
+    /// File systems in memory that only the process sees: where, and how many MiB each has.
+    pub mounts: Vec<(PathBuf, u32)>,
 }
 
 impl Cluster {
     /// Starts a cluster and waits until it serves.
     pub fn start(dir: &Path, arguments: &[&str]) -> Cluster {
-        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
-        let mut cluster = Cluster {
-            dir: dir.to_owned(),
-            address: String::new(),
-            process: None,
-            arguments,
-            clock_shift: None,
-        };
-        cluster.boot();
-        cluster
+        Cluster::booted(dir, arguments, None, &[])
     }
 
     /// The same with a clock that is wrong by the seconds in a file.
     pub fn start_with_clock(dir: &Path, arguments: &[&str], shift: &Path) -> Cluster {
-        let arguments = arguments.iter().map(|a| (*a).to_owned()).collect();
-        let clock_shift = Some(shift.to_owned());
-        let mut cluster =
-            Cluster { dir: dir.to_owned(), address: String::new(), process: None, arguments, clock_shift };
+        Cluster::booted(dir, arguments, Some(shift), &[])
+    }
+
+    /// The same on small file systems of its own, in memory.
+    pub fn start_on(dir: &Path, arguments: &[&str], mounts: &[(PathBuf, u32)]) -> Cluster {
+        Cluster::booted(dir, arguments, None, mounts)
+    }
+
+    fn booted(dir: &Path, arguments: &[&str], shift: Option<&Path>, mounts: &[(PathBuf, u32)]) -> Cluster {
+        let mut cluster = Cluster {
+            dir: dir.to_owned(),
+            address: String::new(),
+            process: None,
+            arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
+            clock_shift: shift.map(Path::to_owned),
+            mounts: mounts.to_vec(),
+        };
         cluster.boot();
         cluster
     }
@@ -50,6 +56,17 @@ impl Cluster {
     /// Starts the process again on the same directory.
     pub fn boot(&mut self) {
         let mut command = Command::new(CLUTCH);
+        if !self.mounts.is_empty() {
+            // In a namespace of its own, which ends with the process. It takes the place of the shell.
+            let mut script = String::from("set -e; ");
+            for (at, mib) in &self.mounts {
+                let at = at.display();
+                script.push_str(&format!("mkdir -p '{at}'; mount -t tmpfs -o size={mib}m tmpfs '{at}'; "));
+            }
+            script.push_str("exec \"$0\" \"$@\"");
+            command = Command::new("unshare");
+            command.args(["--map-root-user", "--mount", "sh", "-c", &script, CLUTCH]);
+        }
         if let Some(shift) = &self.clock_shift {
             command.env("CLUTCH_CLOCK_SHIFT", shift);
         }

@@ -2,7 +2,7 @@
 //!
 //! A layer around the gRPC services reads the length before each message and waits for so many bytes of the node's budget;
 //! meanwhile nothing of the message is read, and flow control holds its sender up. What was held is handed to whoever
-//! handles the message, in order, and is given back when the answer is on its way. Large messages and small ones have
+//! handles the message, in order, and is given back when it is answered. Large messages and small ones have
 //! budgets of their own, so that requests for metadata never wait for blocks.
 
 use std::{

@@ -27,6 +27,9 @@ step "hot paths"
 cargo xtask instructions
 step "planted bugs are found"
 cargo test --release --package clutch-integration --features mutants --test mutants --test shrinking
+step "another build replays the same states"
+CLUTCH_BIN=target/release/clutch cargo test --release --package clutch-integration --features changed \
+    --test golden_logs --test changed
 step "simulation: fresh seeds"
 target/release/clutch fuzz --seeds 700 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
 step "simulation: the same traces in a debug build"

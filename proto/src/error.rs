@@ -23,7 +23,10 @@ impl Refusal {
 
     /// A refusal with its reason.
     pub fn new(code: Code, detail: impl Into<String>) -> Refusal {
-        Refusal { code, detail: detail.into() }
+        let detail = detail.into();
+        // Words may change with any build; this is how a test makes one.
+        let detail = if cfg!(feature = "changed") { format!("in other words, {detail}") } else { detail };
+        Refusal { code, detail }
     }
 
     /// The request or its encoding cannot be understood.

@@ -25,8 +25,8 @@ use clutch_log::Position;
 use clutch_proto::{
     InodeId, Refusal, Time,
     cdc::{
-        Begin, CdcEntry, CdcReply, CdcRequest, CountersRow, StepDone, TransactionRow, TransactionSummary,
-        begin, cdc_entry::Body, cdc_request::Op,
+        Begin, CdcEntry, CdcReply, CdcRequest, CountersRow, Jump, StepDone, TransactionRow,
+        TransactionSummary, begin, cdc_entry::Body, cdc_request::Op,
     },
     mutants::{self, Mutant},
     name, rules,
@@ -181,6 +181,12 @@ impl Machine for Cdc {
                 apply_begin(tx, time, begin, tag, effects)?;
                 Ok(Applied::Pending)
             }
+            Some(Body::Jump(jump)) => {
+                let mut counters = counters(tx)?;
+                counters.transaction = counters.transaction.max(jump.transaction);
+                tx.put_row(tables::COUNTERS, &[], &counters);
+                Ok(Applied::Reply(CdcReply::default()))
+            }
             Some(Body::StepDone(done)) => {
                 apply_step_done(tx, done, effects)?;
                 Ok(Applied::Reply(CdcReply::default()))
@@ -195,6 +201,16 @@ impl Machine for Cdc {
         let running = live.iter().filter(|(_, row)| row.run_order != 0 && row.walk_blocked_by == 0);
         Ok(running.map(|(id, row)| send(*id, row, oldest)).collect())
     }
+}
+
+/// The entry for a log that was cut, from the state that it had at its end: no transaction gets an id of the lost future
+/// again, under which shards may have seen steps.
+///
+/// # Errors
+/// [`StoreError`] when the state cannot be read.
+pub fn jump_past(lost: &dyn View) -> Result<CdcEntry, StoreError> {
+    let counters: CountersRow = get_row(lost, tables::COUNTERS, &[])?.unwrap_or_default();
+    Ok(CdcEntry { tag: None, body: Some(Body::Jump(Jump { transaction: counters.transaction })) })
 }
 
 fn live(view: &dyn View) -> Result<Vec<(u64, TransactionRow)>, StoreError> {

@@ -12,6 +12,7 @@ mod edge;
 mod facts;
 mod inode;
 pub mod invariants;
+pub mod jump;
 mod placement;
 pub mod policy;
 mod produce;
@@ -156,6 +157,7 @@ fn apply_body(tx: &mut Tx<'_>, time: Time, body: Body) -> Reapplied {
     match body {
         Body::Genesis(genesis) => apply_genesis(tx, time, &genesis),
         Body::ServicesChanged(changed) => apply_services(tx, changed),
+        Body::Jump(op) => jump::apply(tx, &op),
         Body::CreateFile(op) => edge::create_file(tx, time, op),
         Body::CreateSymlink(op) => edge::create_symlink(tx, time, op),
         Body::LinkFile(op) => edge::link_file(tx, time, op),

@@ -211,6 +211,16 @@ impl ShardOracle {
                 self.services.extend(op.services.into_iter().map(|s| (s.service_id, s.flags)));
                 Ok(Reply::Done(Done {}))
             }
+            Body::Jump(op) => {
+                for line in op.slots {
+                    let (past, row) = (line.counters.unwrap_or_default(), self.counter(line.slot as u8));
+                    row.inode = row.inode.max(past.inode);
+                    row.content = row.content.max(past.content);
+                    row.span = row.span.max(past.span);
+                    row.block = row.block.max(past.block);
+                }
+                Ok(Reply::Done(Done {}))
+            }
             Body::CreateFile(op) => self.create_file(op),
             Body::CreateSymlink(op) => self.create_symlink(op),
             Body::LinkFile(op) => self.link_file(op),

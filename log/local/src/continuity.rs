@@ -28,6 +28,10 @@ impl Continuity {
         self.groups.get(&id).map(|state| Position(state.next.0 - 1))
     }
 
+    pub(crate) fn groups(&self) -> &BTreeMap<LogId, GroupState> {
+        &self.groups
+    }
+
     pub(crate) fn into_groups(self) -> BTreeMap<LogId, GroupState> {
         self.groups
     }

@@ -10,6 +10,7 @@
 //!   replaced or cut, and at the latest when it is read.
 
 mod continuity;
+pub mod cut;
 mod format;
 mod reader;
 mod recovery;

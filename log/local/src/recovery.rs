@@ -11,6 +11,7 @@ use clutch_runtime::Disk;
 use crate::{
     GroupState, Segment,
     continuity::Continuity,
+    cut,
     format::{
         Index, MARK_BYTES, MARK_SLOT_STRIDE, Mark, SEGMENT_HEADER_BYTES, decode_group, decode_index,
         decode_mark, encode_index, segment_name, segment_number,
@@ -157,6 +158,7 @@ fn known_mark(disk: &dyn Disk, dir: &Path, mark: Option<Mark>, numbers: &[u64]) 
 /// Recovers for writing: cuts a torn tail off, refuses damage before the mark and positions that are missing.
 pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recovered, LogFault> {
     disk.create_dir_all(dir).map_err(|e| storage("make the log's directory", &e))?;
+    cut::check_finished(disk, dir)?;
     let mark = read_mark(disk, dir)?;
     let numbers = kept(disk, dir, mark.as_ref(), true)?;
     let Some(&last) = numbers.last() else {
@@ -343,6 +345,7 @@ pub struct Summary {
 
 /// Looks at a directory of segments without changing it: for replay and verification, also of a running engine.
 pub fn open_read_only(disk: &dyn Disk, dir: &Path) -> Result<Summary, LogFault> {
+    cut::check_finished(disk, dir)?;
     let mark = read_mark(disk, dir)?;
     let segments = kept(disk, dir, mark.as_ref(), false)?;
     if segments.is_empty() {

@@ -7,6 +7,7 @@ use clutch_runtime::simulated::{NodeId, World};
 
 use super::*;
 
+mod cut;
 mod holes;
 
 struct LocalHarness {

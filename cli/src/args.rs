@@ -67,7 +67,9 @@ impl Command {
             Command::Log(command) => match command {
                 LogCommand::Status { json } | LogCommand::Replay { json, .. } => *json,
                 LogCommand::Checkpoint { command: Some(CheckpointCommand::Ls { json }), .. } => *json,
-                LogCommand::Checkpoint { command: None, .. } | LogCommand::Trim { .. } => false,
+                LogCommand::Checkpoint { command: None, .. }
+                | LogCommand::Trim { .. }
+                | LogCommand::Rewind { .. } => false,
             },
             Command::Fsck(args) => args.json,
             Command::Collect(args) => args.json,
@@ -244,10 +246,18 @@ fn parse_jobs(text: &str) -> Result<usize, String> {
 }
 
 /// Nanoseconds since 1970, also with the quotes that they have in JSON.
-fn parse_nanoseconds(text: &str) -> Result<u64, String> {
-    let digits = text.trim().trim_matches('"');
-    digits.parse().map_err(|_| {
-        format!("{text:?} is not a time in nanoseconds since 1970, as `--json` and the tables print it")
+/// An instant: nanoseconds since 1970, or a date and time with its zone.
+fn parse_instant(text: &str) -> Result<u64, String> {
+    let plain = text.trim().trim_matches('"');
+    if let Ok(nanoseconds) = plain.parse() {
+        return Ok(nanoseconds);
+    }
+    let parsed = plain.parse::<jiff::Timestamp>().ok().and_then(|t| u64::try_from(t.as_nanosecond()).ok());
+    parsed.ok_or_else(|| {
+        format!(
+            "{text:?} is no instant from 1970 on: write nanoseconds, as `--json` and the tables print them, or a time with \
+             its zone, such as 2026-11-26T12:00:00Z"
+        )
     })
 }
 
@@ -559,7 +569,7 @@ pub(crate) enum FsCommand {
         /// The file.
         path: RemotePath,
         /// The content that ended at this time, as `versions` prints it; the newest when left away.
-        #[arg(long, value_parser = parse_nanoseconds)]
+        #[arg(long, value_parser = parse_instant)]
         ended: Option<u64>,
     },
     /// Look at a directory's policies, or change them.
@@ -572,7 +582,7 @@ pub(crate) enum FsCommand {
         /// The name it gets; the old one when left away.
         new_path: Option<RemotePath>,
         /// The version that ended at this time, as `history` prints it.
-        #[arg(long, value_parser = parse_nanoseconds)]
+        #[arg(long, value_parser = parse_instant)]
         ended: Option<u64>,
     },
 }
@@ -768,8 +778,8 @@ pub(crate) enum LogCommand {
         /// Stop after this position.
         #[arg(long)]
         to_position: Option<u64>,
-        /// Stop at this time, in nanoseconds since 1970.
-        #[arg(long, value_parser = parse_nanoseconds)]
+        /// Stop at this instant: nanoseconds since 1970, or a time such as 2026-11-26T12:00:00Z.
+        #[arg(long, value_name = "INSTANT", value_parser = parse_instant)]
         to_time: Option<u64>,
         /// Print one JSON document.
         #[arg(long)]
@@ -790,6 +800,23 @@ pub(crate) enum LogCommand {
         /// Up to this position; as far as possible when left away.
         #[arg(long)]
         upto: Option<u64>,
+    },
+    /// Take a stopped cluster back to an instant, or its logs out of the future that a wrong clock has led them into.
+    ///
+    /// All logs are cut at one time; what was acknowledged after it is lost to the cluster. The old logs and states stay
+    /// beside the new ones, in directories `before-rewind-N`. Blocks that were erased after the instant do not come back:
+    /// `clutch fsck` and reads say which files miss them.
+    Rewind {
+        /// The directory of `clutch up`.
+        #[arg(long, default_value = "clutch-data")]
+        dir: PathBuf,
+        /// The instant: nanoseconds since 1970, or a time such as 2026-11-26T12:00:00Z; this machine's present time when
+        /// left away.
+        #[arg(long, value_name = "INSTANT", value_parser = parse_instant)]
+        to_time: Option<u64>,
+        /// Do it; without, it is only said what would be done.
+        #[arg(long)]
+        yes: bool,
     },
 }
 

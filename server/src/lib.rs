@@ -18,6 +18,8 @@ pub mod node;
 pub mod replay;
 #[cfg(feature = "rocks")]
 pub mod retention;
+#[cfg(feature = "rocks")]
+pub mod rewind;
 pub mod room;
 mod services;
 pub mod stores;

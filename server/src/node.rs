@@ -347,8 +347,14 @@ fn clock_notice(start: Start) -> Option<String> {
     let notice = match start {
         Start::Followed => return None,
         Start::Behind(by) => format!(
-            "the clock is {} s behind the log: time goes on from where the log ended, and slowly comes back to the clock's",
-            by.as_secs()
+            "the clock is {} s behind the log: time goes on from where the log ended, and slowly comes back to the clock's{}",
+            by.as_secs(),
+            // What would take longer than a working day.
+            if by.as_secs() > 1800 {
+                ". If a wrong clock led the log ahead, `clutch log rewind` shows what that was and can cut it off"
+            } else {
+                ""
+            }
         ),
         Start::Ahead(by) => format!(
             "the clock is {} s ahead of what the log and the time since its end give: it is not believed, and time goes on \

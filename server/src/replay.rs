@@ -74,6 +74,8 @@ pub struct Report {
     pub batches: u64,
     /// Entries applied.
     pub entries: u64,
+    /// Those of the last batch among them.
+    pub last_entries: usize,
     /// The cut went through a batch: no replica ever stood exactly there.
     pub cut_inside_batch: bool,
     /// It ended because the log does, not because of what it was asked.
@@ -273,6 +275,7 @@ fn apply(
     entries.truncate(within);
     report.batches += 1;
     report.entries += within as u64;
+    report.last_entries = within;
     report.cut_inside_batch |= within < all;
     let batch = Batch { position, epoch: Epoch(0), entries };
     replayer.apply(&batch).with_context(|| format!("apply position {position}"))?;
@@ -295,18 +298,38 @@ pub fn from_directory(
     from_checkpoint: Option<u64>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Report> {
-    let log_dir = dir.join("log");
-    let state_dir = dir.join("state");
-    let summary = open_read_only(disk, &log_dir)?;
+    let places = Places { log: &dir.join("log"), state: &dir.join("state") };
+    from_places(disk, &places, id, store, until, from_checkpoint, progress)
+}
+
+/// Where the logs and the states of a cluster are.
+pub struct Places<'a> {
+    /// Segments of all logs.
+    pub log: &'a Path,
+    /// States and checkpoints.
+    pub state: &'a Path,
+}
+
+/// As [`from_directory`], from logs that may lie apart from the states.
+pub fn from_places(
+    disk: &dyn Disk,
+    places: &Places<'_>,
+    id: LogId,
+    store: Arc<dyn Store>,
+    until: Until,
+    from_checkpoint: Option<u64>,
+    progress: &mut dyn FnMut(u64, u64),
+) -> Result<Report> {
+    let (log_dir, state_dir) = (places.log, places.state);
+    let summary = open_read_only(disk, log_dir)?;
     let memory = SharedMemory::new(16 << 20, 16 << 20);
     let mut report = Report::default();
-    let live = live_state(&state_dir, id, &memory)?;
+    let live = live_state(state_dir, id, &memory)?;
     let trimmed = summary.before.get(&id).map_or(0, |position| position.0);
-    let kept = RocksStores::checkpoint_positions(&state_dir, id)?;
+    let kept = RocksStores::checkpoint_positions(state_dir, id)?;
     report.from_checkpoint = begin_at(id, from_checkpoint, &kept, trimmed + 1)?;
     if report.from_checkpoint > 0 {
-        let path =
-            RocksStores::checkpoints_of(&state_dir, id).join(format!("{:020}", report.from_checkpoint));
+        let path = RocksStores::checkpoints_of(state_dir, id).join(format!("{:020}", report.from_checkpoint));
         let copy = RocksStore::open_read_only(&path, &memory)?;
         copy_rows(&copy, &*store)?;
     }
@@ -329,7 +352,7 @@ pub fn from_directory(
     let mut cluster = None;
     report.reached_end = true;
     'segments: for (done, number) in summary.segments.iter().enumerate() {
-        let mut reader = match SegmentReader::open(disk, &log_dir, *number) {
+        let mut reader = match SegmentReader::open(disk, log_dir, *number) {
             Ok(reader) => reader,
             Err(LogFault::Corrupt { .. }) if *number > summary.synced.0 => break,
             Err(fault) => return Err(fault.into()),

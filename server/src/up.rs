@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clutch_blocks::label::Label;
 use clutch_log::LogId;
 use clutch_log_local::{LocalEngine, Options};
@@ -210,6 +210,12 @@ impl Up {
             cluster: cluster.cluster_id()?,
             ..Options::default()
         };
+        ensure!(
+            !clutch_log_local::cut::is_unfinished(&*seam.disk, &log_dir),
+            "a rewind of {} was interrupted; finish it: clutch log rewind --dir {}",
+            config.dir.display(),
+            config.dir.display()
+        );
         let engine =
             tokio::task::spawn_blocking(move || LocalEngine::open(&log_seam, log_dir, options)).await?;
         let engine = engine.with_context(|| {

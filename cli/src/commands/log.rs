@@ -1,6 +1,6 @@
 //! `clutch log`.
 
-use std::{process::ExitCode, sync::Arc};
+use std::{path::Path, process::ExitCode, sync::Arc};
 
 use anyhow::{Context as _, Result, bail};
 use clutch_client::Client;
@@ -13,7 +13,10 @@ use clutch_runtime::production::OsDisk;
 use clutch_server::{
     ClusterFile,
     replay::{self, Report, Until},
+    rewind::{Line, Plan, Rewind},
+    up,
 };
+use clutch_state::Store;
 use clutch_state_rocks::{RocksStore, SharedMemory};
 use serde_json::json;
 
@@ -42,7 +45,7 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
             };
             for id in logs {
                 let work = tempdir()?;
-                let store = Arc::new(RocksStore::open(work.path(), &SharedMemory::new(32 << 20, 64 << 20))?);
+                let store = open(work.path())?;
                 let bar = output::bar(&format!("replay {id}"), 0);
                 let mut progress = |done: u64, total: u64| {
                     bar.set_length(total);
@@ -82,6 +85,7 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
             }
             Ok(ExitCode::SUCCESS)
         }
+        LogCommand::Rewind { dir, to_time, yes } => rewind(dir, *to_time, *yes).await,
         LogCommand::Trim { which, upto } => {
             let client = client()?;
             for id in chosen(which, client.map().await?.shards.len() as u32)? {
@@ -128,6 +132,76 @@ async fn list_checkpoints(client: &Client, as_json: bool) -> Result<ExitCode> {
         output::json(&json!({ "logs": rows }))?;
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool) -> Result<ExitCode> {
+    let runtime = clutch_runtime::production::runtime();
+    let rewind = Rewind::new(&runtime, dir)?;
+    let _lock = up::lock(dir)?;
+    if rewind.is_unfinished() {
+        let old = rewind.finish()?;
+        output::line(format!("an interrupted rewind was finished; the old logs are in {}", old.display()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let present = u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(0);
+    let mut plan = Plan { time: to_time.unwrap_or(present), lines: Vec::new() };
+    for id in rewind.logs() {
+        let (cut, whole) = (tempdir()?, tempdir()?);
+        let bar = output::bar(&format!("replay {id}"), 0);
+        plan.lines.push(rewind.plan(id, plan.time, [open(cut.path())?, open(whole.path())?])?);
+        bar.finish_and_clear();
+    }
+    let lost: u64 = plan.lines.iter().map(Line::entries_lost).sum();
+    for line in &plan.lines {
+        output::line(format!(
+            "{}: {} of {} entries remain, up to position {} of {}; the last one of {}",
+            line.log,
+            line.whole.entries - line.entries_lost(),
+            line.whole.entries,
+            line.remains.position,
+            line.whole.position,
+            instant(line.whole.time),
+        ))?;
+    }
+    if lost == 0 {
+        output::line(format!("nothing is later than {}; nothing to do", instant(plan.time)))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    if !yes {
+        output::line(format!(
+            "{lost} entries are later than {} and would be lost; say --yes to do it (nothing was changed)",
+            instant(plan.time)
+        ))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let work = std::cell::RefCell::new(Vec::new());
+    let old = rewind
+        .execute(&plan, || {
+            let dir = tempdir()?;
+            let store = open(dir.path())?;
+            work.borrow_mut().push(dir);
+            Ok(store)
+        })
+        .await?;
+    output::line(format!(
+        "the cluster stands at {}; the old logs are in {}, the old states in {}; remove them when nobody needs them",
+        instant(plan.time),
+        old.display(),
+        dir.join("state/*/before-rewind-*").display()
+    ))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A time as a person reads it, and exactly.
+fn instant(time: u64) -> String {
+    match jiff::Timestamp::from_nanosecond(i128::from(time)) {
+        Ok(stamp) => stamp.to_string(),
+        Err(_) => format!("{time} ns"),
+    }
+}
+
+fn open(dir: &Path) -> Result<Arc<dyn Store>> {
+    Ok(Arc::new(RocksStore::open(dir, &SharedMemory::new(32 << 20, 64 << 20))?))
 }
 
 /// Refuses a time behind the end of all logs that were replayed: a log may rest while others go on, but where all end

@@ -63,6 +63,11 @@ impl RocksStores {
         dir.join(log_name(id)).join("checkpoints")
     }
 
+    /// Where it is noted why a replica's state must be built anew, if it must.
+    pub fn condemned_note(dir: &Path, id: LogId) -> PathBuf {
+        dir.join(log_name(id)).join(CONDEMNED)
+    }
+
     /// Positions of a replica's checkpoints, oldest first.
     pub fn checkpoint_positions(dir: &Path, id: LogId) -> io::Result<Vec<u64>> {
         let names = OsDisk.list(&RocksStores::checkpoints_of(dir, id))?;

@@ -118,8 +118,8 @@ impl ClusterFile {
             .list(dir)?
             .into_iter()
             .filter(|n| n != "lock" && n != "keys" && n != "cluster.new" && n != LOST_AND_FOUND)
-            // Where a file system of its own waits for them there may be an empty one.
-            .filter(|n| !(PARTS.contains(&n.as_str()) && is_empty(&dir.join(n))))
+            // Where file systems of their own wait for them, or for disks, there may be empty ones.
+            .filter(|n| !(PARTS.contains(&n.as_str()) && holds_nothing(&dir.join(n))))
             .collect();
         if let Some(name) = PARTS.iter().find(|name| foreign.iter().any(|f| f == *name)) {
             bail!(
@@ -154,10 +154,24 @@ fn is_empty(dir: &Path) -> bool {
         .is_ok_and(|mut names| names.all(|name| name.is_ok_and(|name| name.file_name() == LOST_AND_FOUND)))
 }
 
-/// Removes a directory, or what is in it where a file system is mounted there.
+/// Whether a directory has nothing in it but empty directories.
+fn holds_nothing(dir: &Path) -> bool {
+    let is_nothing = |entry: std::io::Result<std::fs::DirEntry>| {
+        entry.is_ok_and(|entry| entry.file_name() == LOST_AND_FOUND || is_empty(&entry.path()))
+    };
+    std::fs::read_dir(dir).is_ok_and(|mut entries| entries.all(is_nothing))
+}
+
+/// Removes a disk's label, and the directory unless a file system is mounted there.
 fn remove_or_empty(dir: &Path) -> Result<()> {
-    match std::fs::remove_dir_all(dir) {
-        Err(error) if error.kind() == std::io::ErrorKind::ResourceBusy && is_empty(dir) => Ok(()),
+    for name in [clutch_blocks::label::LABEL_FILE, "label.new"] {
+        match std::fs::remove_file(dir.join(name)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            removed => removed.with_context(|| format!("remove {}", dir.join(name).display()))?,
+        }
+    }
+    match std::fs::remove_dir(dir) {
+        Err(_) if is_empty(dir) => Ok(()),
         removed => removed.with_context(|| format!("remove {}", dir.display())),
     }
 }
@@ -177,7 +191,8 @@ fn remove_interrupted(dir: &Path) -> Result<()> {
         }
         let names: Vec<_> =
             std::fs::read_dir(&disk)?.filter_map(|entry| Some(entry.ok()?.file_name())).collect();
-        if names.iter().any(|name| name != clutch_blocks::label::LABEL_FILE && name != "label.new") {
+        let known = [clutch_blocks::label::LABEL_FILE, "label.new", LOST_AND_FOUND];
+        if names.iter().any(|name| known.iter().all(|known| name != known)) {
             return Ok(());
         }
         disks.push(disk);
@@ -187,7 +202,7 @@ fn remove_interrupted(dir: &Path) -> Result<()> {
     }
     match std::fs::remove_dir(&blocks) {
         // Mounted, or with what file systems have of their own.
-        Err(_) if is_empty(&blocks) => Ok(()),
+        Err(_) if holds_nothing(&blocks) => Ok(()),
         removed => removed.with_context(|| format!("remove {}", blocks.display())),
     }
 }

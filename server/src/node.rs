@@ -1,7 +1,7 @@
 //! A node: the roles that one process has.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::PathBuf,
     sync::{
         Arc,
@@ -273,6 +273,7 @@ impl Node {
             facts,
             logged_version: 0,
             reported: BTreeMap::new(),
+            hanging: BTreeSet::new(),
         };
         keeper.run(stopping.clone()).await?;
         ready.store(true, Ordering::Release);
@@ -568,6 +569,8 @@ struct Keeper {
     logged_version: u64,
     /// Free space as it was registered.
     reported: BTreeMap<u64, u64>,
+    /// Disks that hung when they were looked at last.
+    hanging: BTreeSet<u64>,
 }
 
 impl Keeper {
@@ -604,9 +607,17 @@ impl Keeper {
         // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
         let spaces =
             futures_util::future::join_all(self.blocks.values().map(|service| service.space())).await;
-        let hanging = self.blocks.values().filter(|service| service.hangs()).count();
+        let hanging: BTreeSet<u64> =
+            self.blocks.iter().filter(|(_, service)| service.hangs()).map(|(id, _)| *id).collect();
+        for id in hanging.difference(&self.hanging) {
+            tracing::error!(service = %format!("{id:016x}"), "a disk does not answer; it gets no new blocks until it does");
+        }
+        for id in self.hanging.difference(&hanging) {
+            tracing::warn!(service = %format!("{id:016x}"), "the disk answers again");
+        }
+        self.hanging = hanging;
         for (id, space) in self.blocks.keys().zip(spaces) {
-            if space.is_err() && hanging * 2 > self.blocks.len() {
+            if space.is_err() && self.hanging.len() * 2 > self.blocks.len() {
                 continue;
             }
             // A disk that cannot be asked, or hangs, takes no new blocks until it answers.

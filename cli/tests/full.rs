@@ -1,5 +1,6 @@
 //! File systems that are full: all of a cluster on one, and its logs, its states and its blocks each on one of their own. Reads
-//! and deletions go on, and service comes back by itself when there is room. In memory, in a namespace of the process's own.
+//! and deletions go on, and service comes back by itself when there is room. In memory and on loop devices, in a namespace of the
+//! process's own. And one disk of several on a file system that is frozen.
 
 mod support;
 
@@ -9,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use support::{Cluster, noise};
+use support::{Cluster, Mount, noise};
 
 const ARGUMENTS: [&str; 12] = [
     "--shards",
@@ -36,9 +37,49 @@ fn can_mount() -> bool {
     can
 }
 
-fn start(dir: &Path, part: &str, mib: u32) -> Cluster {
+/// Whether file systems in files can be mounted here.
+fn can_mount_devices() -> bool {
+    let dir = tempfile::tempdir().expect("a directory");
+    let is_root =
+        std::fs::metadata("/proc/self").is_ok_and(|meta| std::os::unix::fs::MetadataExt::uid(&meta) == 0);
+    let tried = || {
+        let mount = Mount::device(dir.path().join("at"), 8, dir.path().join("image"));
+        let script = format!(
+            "mkdir '{0}' && mount -o loop '{1}' '{0}'",
+            mount.at.display(),
+            dir.path().join("image").display()
+        );
+        Command::new("unshare").args(["--mount", "sh", "-c", &script]).output()
+    };
+    let can = is_root && tried().is_ok_and(|output| output.status.success());
+    if !can {
+        eprintln!("NOT TESTED: loop devices cannot be mounted here");
+    }
+    can
+}
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Memory,
+    Device,
+}
+
+impl Kind {
+    fn is_possible(self) -> bool {
+        match self {
+            Kind::Memory => can_mount(),
+            Kind::Device => can_mount_devices(),
+        }
+    }
+}
+
+fn start(dir: &Path, part: &str, mib: u32, kind: Kind) -> Cluster {
     let data = dir.join("data");
-    let cluster = Cluster::start_on(&data, &ARGUMENTS, &[(data.join(part), mib)]);
+    let mount = match kind {
+        Kind::Memory => Mount::memory(data.join(part), mib),
+        Kind::Device => Mount::device(data.join(part), mib, dir.join("image")),
+    };
+    let cluster = Cluster::start_on(&data, &ARGUMENTS, &[mount]);
     cluster.ok(&["fs", "policy", "set", "/", "--keep-age", "0s"]);
     cluster
 }
@@ -62,9 +103,12 @@ fn comes_back(cluster: &Cluster, arguments: &[&str], give_room: impl Fn()) {
 }
 
 /// Fills a file system with blocks, then gives room by deleting.
-fn fill_with_blocks(part: &str, mib: u32) {
+fn fill_with_blocks(part: &str, mib: u32, kind: Kind) {
+    if !kind.is_possible() {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
-    let cluster = start(dir.path(), part, mib);
+    let cluster = start(dir.path(), part, mib, kind);
     let local = dir.path().join("file");
     let bytes = noise(2 << 20, 1);
     std::fs::write(&local, &bytes).expect("written");
@@ -95,10 +139,13 @@ fn fill_with_blocks(part: &str, mib: u32) {
     cluster.fsck();
 }
 
-/// Fills a file system with metadata, then gives room by trimming or deleting.
-fn fill_with_metadata(part: &str, mib: u32) {
+/// Fills a file system with metadata, then gives room.
+fn fill_with_metadata(part: &str, mib: u32, kind: Kind, give_room: impl Fn(&Cluster)) {
+    if !kind.is_possible() {
+        return;
+    }
     let dir = tempfile::tempdir().expect("a directory");
-    let cluster = start(dir.path(), part, mib);
+    let cluster = start(dir.path(), part, mib, kind);
     let tree = dir.path().join("tree");
     std::fs::create_dir(&tree).expect("made");
     for number in 0..2000 {
@@ -113,37 +160,119 @@ fn fill_with_metadata(part: &str, mib: u32) {
         }
         count += 1;
         assert!(count < 200, "it is never full");
+        if part == "state" {
+            // What is in memory only takes no room; a checkpoint keeps what is written then.
+            cluster.run(&["log", "checkpoint", "--all"]);
+        }
     }
     assert!(count >= 1);
     let first = std::fs::read(tree.join("0")).expect("there");
     assert!(cluster.run(&["fs", "cat", "/t0/0"]).stdout == first, "reads go on");
     cluster.ok(&["fs", "rm", "/t0/1"]);
-    comes_back(&cluster, &["fs", "put", &format!("{local}/0"), "/again"], || {
-        cluster.run(&["log", "checkpoint", "--all"]);
-        cluster.run(&["log", "trim", "--all"]);
-    });
+    comes_back(&cluster, &["fs", "put", &format!("{local}/0"), "/again"], || give_room(&cluster));
     assert!(serves(&cluster));
     assert!(cluster.run(&["fs", "cat", "/again"]).stdout == first);
     cluster.fsck();
 }
 
+fn trim(cluster: &Cluster) {
+    cluster.run(&["log", "checkpoint", "--all"]);
+    cluster.run(&["log", "trim", "--all"]);
+}
+
 #[test]
 fn all_on_one_file_system() {
-    if can_mount() {
-        fill_with_blocks("", 128);
-    }
+    fill_with_blocks("", 128, Kind::Memory);
 }
 
 #[test]
 fn blocks_on_one_of_their_own() {
-    if can_mount() {
-        fill_with_blocks("blocks", 64);
-    }
+    fill_with_blocks("blocks", 64, Kind::Memory);
 }
 
 #[test]
 fn logs_on_one_of_their_own() {
-    if can_mount() {
-        fill_with_metadata("log", 24);
+    fill_with_metadata("log", 24, Kind::Memory, trim);
+}
+
+#[test]
+fn states_on_one_of_their_own() {
+    fill_with_metadata("state", 8, Kind::Memory, |cluster| {
+        let at = cluster.dir.join("state");
+        assert!(cluster.inside(&["mount", "-o", "remount,size=64m", at.to_str().expect("text")]));
+    });
+}
+
+#[test]
+fn all_on_a_loop_device() {
+    fill_with_blocks("", 160, Kind::Device);
+}
+
+#[test]
+fn logs_on_a_loop_device() {
+    fill_with_metadata("log", 32, Kind::Device, trim);
+}
+
+/// Thaws a file system when the test ends, however that is: a frozen one cannot even be left.
+struct Frozen<'a>(&'a Cluster, String);
+
+impl Frozen<'_> {
+    fn freeze(cluster: &Cluster, at: String) -> Frozen<'_> {
+        assert!(cluster.inside(&["fsfreeze", "--freeze", &at]), "freezes {at}");
+        Frozen(cluster, at)
     }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        self.0.inside(&["fsfreeze", "--unfreeze", &self.1]);
+    }
+}
+
+#[test]
+fn a_disk_that_hangs_is_done_without() {
+    if !can_mount_devices() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let data = dir.path().join("data");
+    // All alike, so that all are used alike.
+    let mounts: Vec<Mount> = (0..6)
+        .map(|n| {
+            let (at, image) = (data.join(format!("blocks/{n}")), dir.path().join(format!("image{n}")));
+            Mount::device(at, 64, image)
+        })
+        .collect();
+    let cluster = Cluster::start_on(&data, &["--shards", "1", "--disks", "6", "--policy", "2+2"], &mounts);
+    let bytes = noise(1 << 20, 4);
+    let local = dir.path().join("file");
+    std::fs::write(&local, &bytes).expect("written");
+    let local = local.to_str().expect("text");
+    for number in 0..6 {
+        cluster.ok(&["fs", "put", local, &format!("/before{number}")]);
+    }
+    {
+        let _frozen = Frozen::freeze(&cluster, data.join("blocks/0").to_str().expect("text").to_owned());
+        for number in 0..6 {
+            cluster.ok(&["--patience-s", "60", "fs", "put", local, &format!("/frozen{number}")]);
+            let read = cluster.run(&["--patience-s", "60", "fs", "cat", &format!("/before{number}")]);
+            assert!(read.stdout == bytes, "{}", String::from_utf8_lossy(&read.stderr));
+        }
+        let status = cluster.json(&["status", "--json"]);
+        assert!(status["faults"].to_string().contains("has not answered"), "{status:#}");
+        assert_eq!(status["serving"], true);
+    }
+    let begin = Instant::now();
+    while cluster.json(&["status", "--json"])["faults"].to_string().contains("has not answered") {
+        assert!(begin.elapsed() < Duration::from_secs(60), "it is not used again");
+    }
+    for number in 0..6 {
+        for name in ["before", "frozen"] {
+            assert!(
+                cluster.run(&["fs", "cat", &format!("/{name}{number}")]).stdout == bytes,
+                "/{name}{number}"
+            );
+        }
+    }
+    cluster.fsck();
 }

@@ -12,6 +12,36 @@ use std::{
 /// The binary under test.
 pub const CLUTCH: &str = env!("CARGO_BIN_EXE_clutch");
 
+/// A small file system of a cluster's own.
+#[derive(Clone, Debug)]
+pub struct Mount {
+    /// Where it is mounted.
+    pub at: PathBuf,
+    /// How large it is.
+    pub mib: u32,
+    /// The file that holds it, as ext4; none is one in memory.
+    pub image: Option<PathBuf>,
+}
+
+impl Mount {
+    /// In memory.
+    pub fn memory(at: PathBuf, mib: u32) -> Mount {
+        Mount { at, mib, image: None }
+    }
+
+    /// On a loop device: an ext4 in a file that is made here.
+    pub fn device(at: PathBuf, mib: u32, image: PathBuf) -> Mount {
+        std::fs::File::create(&image).and_then(|file| file.set_len(u64::from(mib) << 20)).expect("made");
+        // All of it at once: what is zeroed later would make noise.
+        let made = Command::new("mkfs.ext4")
+            .args(["-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"])
+            .arg(&image)
+            .output();
+        assert!(made.is_ok_and(|output| output.status.success()), "mkfs.ext4");
+        Mount { at, mib, image: Some(image) }
+    }
+}
+
 /// A running `clutch up`; killed when dropped.
 pub struct Cluster {
     pub dir: PathBuf,
@@ -20,8 +50,10 @@ pub struct Cluster {
     arguments: Vec<String>,
     /// A file that says how wrong the process's clock is.
     pub clock_shift: Option<PathBuf>,
-    /// File systems in memory that only the process sees: where, and how many MiB each has.
-    pub mounts: Vec<(PathBuf, u32)>,
+    /// File systems that only the process sees.
+    pub mounts: Vec<Mount>,
+    /// Words in front of the command: a program that runs it and ends with it.
+    pub runner: Vec<String>,
 }
 
 impl Cluster {
@@ -30,27 +62,40 @@ impl Cluster {
         Cluster::booted(dir, arguments, None, &[])
     }
 
+    /// The same, run by another program.
+    pub fn start_under(dir: &Path, arguments: &[&str], runner: Vec<String>) -> Cluster {
+        let mut cluster = Cluster::stopped(dir, arguments, None, &[]);
+        cluster.runner = runner;
+        cluster.boot();
+        cluster
+    }
+
     /// The same with a clock that is wrong by the seconds in a file.
     pub fn start_with_clock(dir: &Path, arguments: &[&str], shift: &Path) -> Cluster {
         Cluster::booted(dir, arguments, Some(shift), &[])
     }
 
-    /// The same on small file systems of its own, in memory.
-    pub fn start_on(dir: &Path, arguments: &[&str], mounts: &[(PathBuf, u32)]) -> Cluster {
+    /// The same on small file systems of its own.
+    pub fn start_on(dir: &Path, arguments: &[&str], mounts: &[Mount]) -> Cluster {
         Cluster::booted(dir, arguments, None, mounts)
     }
 
-    fn booted(dir: &Path, arguments: &[&str], shift: Option<&Path>, mounts: &[(PathBuf, u32)]) -> Cluster {
-        let mut cluster = Cluster {
+    fn booted(dir: &Path, arguments: &[&str], shift: Option<&Path>, mounts: &[Mount]) -> Cluster {
+        let mut cluster = Cluster::stopped(dir, arguments, shift, mounts);
+        cluster.boot();
+        cluster
+    }
+
+    fn stopped(dir: &Path, arguments: &[&str], shift: Option<&Path>, mounts: &[Mount]) -> Cluster {
+        Cluster {
             dir: dir.to_owned(),
             address: String::new(),
             process: None,
             arguments: arguments.iter().map(|a| (*a).to_owned()).collect(),
             clock_shift: shift.map(Path::to_owned),
             mounts: mounts.to_vec(),
-        };
-        cluster.boot();
-        cluster
+            runner: Vec::new(),
+        }
     }
 
     /// Starts the process again on the same directory.
@@ -59,13 +104,24 @@ impl Cluster {
         if !self.mounts.is_empty() {
             // In a namespace of its own, which ends with the process. It takes the place of the shell.
             let mut script = String::from("set -e; ");
-            for (at, mib) in &self.mounts {
+            for Mount { at, mib, image } in &self.mounts {
                 let at = at.display();
-                script.push_str(&format!("mkdir -p '{at}'; mount -t tmpfs -o size={mib}m tmpfs '{at}'; "));
+                script.push_str(&format!("mkdir -p '{at}'; "));
+                script.push_str(&match image {
+                    None => format!("mount -t tmpfs -o size={mib}m tmpfs '{at}'; "),
+                    Some(image) => format!("mount -o loop '{}' '{at}'; ", image.display()),
+                });
             }
             script.push_str("exec \"$0\" \"$@\"");
             command = Command::new("unshare");
-            command.args(["--map-root-user", "--mount", "sh", "-c", &script, CLUTCH]);
+            if self.mounts.iter().all(|mount| mount.image.is_none()) {
+                command.arg("--map-root-user");
+            }
+            command.args(["--mount", "sh", "-c", &script, CLUTCH]);
+        }
+        if let Some((program, words)) = self.runner.split_first() {
+            command = Command::new(program);
+            command.args(words).arg(CLUTCH);
         }
         if let Some(shift) = &self.clock_shift {
             command.env("CLUTCH_CLOCK_SHIFT", shift);
@@ -91,6 +147,16 @@ impl Cluster {
         std::thread::spawn(move || for _ in lines {});
         self.process = Some(process);
         assert!(self.run(&["status", "--wait", "60"]).status.success(), "does not serve");
+    }
+
+    /// Runs a command where the process sees its mounts.
+    pub fn inside(&self, words: &[&str]) -> bool {
+        let mut command = Command::new("nsenter");
+        command.args(["--target", &self.pid().to_string(), "--mount"]);
+        if self.mounts.iter().all(|mount| mount.image.is_none()) {
+            command.args(["--user", "--preserve-credentials"]);
+        }
+        command.args(words).status().is_ok_and(|status| status.success())
     }
 
     /// The process's id.

@@ -1,17 +1,20 @@
 #!/usr/bin/env bash
 # Installs what a build needs and this machine lacks: a C++ compiler and libclang (for RocksDB), with `--tests` also valgrind
-# (to count instructions), and checks for the Rust toolchain. Changes nothing where all is there.
+# (to count instructions) and strace (to record what a power cut would leave), and checks for the Rust toolchain. Changes nothing where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 need=()
 command -v c++ >/dev/null || need+=(build-essential)
 command -v clang >/dev/null || need+=(clang)
-[ "${1:-}" != --tests ] || command -v valgrind >/dev/null || need+=(valgrind)
+if [ "${1:-}" = --tests ]; then
+  command -v valgrind >/dev/null || need+=(valgrind)
+  command -v strace >/dev/null || need+=(strace)
+fi
 ls /usr/lib/llvm-*/lib/libclang*.so* /usr/lib/*/libclang*.so* >/dev/null 2>&1 || need+=(libclang-dev)
 if [ ${#need[@]} -gt 0 ]; then
   if ! command -v apt-get >/dev/null; then
-    echo "setup: please install a C++ compiler, clang, libclang's development files (and for the tests valgrind), then try again" >&2
+    echo "setup: please install a C++ compiler, clang, libclang's development files (and for the tests valgrind and strace), then try again" >&2
     exit 1
   fi
   as_root=""

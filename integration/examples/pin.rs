@@ -2,6 +2,8 @@
 //!
 //! `cargo run --release -p clutch-integration --example pin -- [FIRST_SEED] [COUNT]` tries the seeds of that range and
 //! writes the file. A state that none of them reaches keeps its old line, and is named on standard error.
+//!
+//! A seed that violates anything is a bug to be mended, not a pin to be replaced: then nothing is written.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -31,6 +33,7 @@ fn profile_of(word: &str) -> Profile {
 fn reach(
     jobs: &[(String, u64)],
     enough: &(dyn Fn(&BTreeSet<String>) -> bool + Sync),
+    violations: &AtomicU64,
 ) -> BTreeMap<(String, u64), BTreeSet<String>> {
     let next = AtomicU64::new(0);
     let found = Mutex::new((BTreeMap::new(), BTreeSet::new()));
@@ -46,6 +49,7 @@ fn reach(
                     let (profile, seed) = &jobs[at];
                     let report = run(&generate(*seed, profile_of(profile)));
                     for violation in &report.violations {
+                        violations.fetch_add(1, Ordering::Relaxed);
                         eprintln!("seed {seed}: {}: {}", violation.checker, violation.what);
                     }
                     let mut found = found.lock().expect("no thread panics");
@@ -76,7 +80,8 @@ fn main() -> std::io::Result<()> {
     let of_states: Vec<_> = pins.iter().filter(|pin| !pin.2.starts_with("bug: ")).collect();
     let jobs: BTreeSet<(String, u64)> =
         of_states.iter().map(|(profile, seed, _)| ((*profile).to_owned(), *seed)).collect();
-    let reached = reach(&Vec::from_iter(jobs), &|_| false);
+    let violations = AtomicU64::new(0);
+    let reached = reach(&Vec::from_iter(jobs), &|_| false, &violations);
     let mut kept: BTreeMap<String, (String, u64)> = BTreeMap::new();
     for (profile, seed, state) in &of_states {
         let at = ((*profile).to_owned(), *seed);
@@ -105,7 +110,7 @@ fn main() -> std::io::Result<()> {
     let fresh: Vec<(String, u64)> =
         (first..first.saturating_add(count)).map(|seed| ("mixed".to_owned(), seed)).collect();
     let wanted = left.clone();
-    take(&reach(&fresh, &|seen| wanted.is_subset(seen)), &mut left);
+    take(&reach(&fresh, &|seen| wanted.is_subset(seen), &violations), &mut left);
     let mut out: Vec<String> =
         lines.iter().take_while(|l| l.starts_with('#')).map(|l| (*l).to_owned()).collect();
     for state in coverage::states() {
@@ -126,5 +131,10 @@ fn main() -> std::io::Result<()> {
             .filter(|pin| pin.2.starts_with("bug: "))
             .map(|(profile, seed, what)| format!("{profile} {seed} {what}")),
     );
+    if violations.into_inner() > 0 {
+        return Err(std::io::Error::other(
+            "there are violations: mend what they show first; the pins stay as they are",
+        ));
+    }
     std::fs::write(&path, out.join("\n") + "\n")
 }

@@ -96,7 +96,7 @@ fn fail(error: &anyhow::Error, as_json: bool) -> ExitCode {
 /// A word for what went wrong, for scripts: the code of a refusal in lower case, or what kind of failure it was.
 fn code_name(error: &ClientError) -> String {
     match error {
-        ClientError::Refused(refusal) => {
+        ClientError::Refused(refusal) | ClientError::Declined(refusal) => {
             let name = format!("{:?}", refusal.code);
             let mut word = String::new();
             for c in name.chars() {

@@ -296,9 +296,11 @@ impl Client {
         written
     }
 
-    /// Gives the space of a draft back at once that was certainly not published. If that fails, it expires.
+    /// Gives the space of a draft back at once that was not published. If that fails, it expires; where a copy of the
+    /// publication comes first, it is refused.
     pub(crate) async fn give_up<T>(&self, draft: &Draft, written: &Result<T, ClientError>) {
-        if matches!(written, Err(ClientError::Refused(_) | ClientError::Local(_))) {
+        if matches!(written, Err(ClientError::Refused(_) | ClientError::Declined(_) | ClientError::Local(_)))
+        {
             let _ = self.scrap(draft).await;
         }
     }

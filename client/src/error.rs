@@ -8,6 +8,10 @@ pub enum ClientError {
     /// Certainly no effect.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// Refused for what the leader knew at that moment, which no log holds: room, block services, rows that were there or
+    /// were not. It has had no effect; a copy of the request that is still on its way may find things changed, and have one.
+    #[error("{0}")]
+    Declined(Refusal),
     /// Nobody could be asked: certainly no effect.
     #[error("{0}")]
     Unreachable(String),
@@ -26,8 +30,11 @@ impl ClientError {
     /// The code of a refusal.
     pub fn code(&self) -> Option<Code> {
         match self {
-            ClientError::Refused(refusal) => Some(refusal.code),
-            _ => None,
+            ClientError::Refused(refusal) | ClientError::Declined(refusal) => Some(refusal.code),
+            ClientError::Unreachable(_)
+            | ClientError::Unknown(_)
+            | ClientError::DataLost(_)
+            | ClientError::Local(_) => None,
         }
     }
 
@@ -39,7 +46,7 @@ impl ClientError {
     /// Whether the same request may succeed in a moment.
     pub(crate) fn may_pass(&self) -> bool {
         match self {
-            ClientError::Refused(refusal) => refusal.is_retryable(),
+            ClientError::Refused(refusal) | ClientError::Declined(refusal) => refusal.is_retryable(),
             ClientError::Unreachable(_) | ClientError::Unknown(_) => true,
             ClientError::DataLost(_) | ClientError::Local(_) => false,
         }

@@ -492,7 +492,8 @@ impl Client {
                     *lock(&self.inner.map) = None;
                     true
                 }
-                ClientError::DataLost(_) | ClientError::Local(_) => false,
+                // Made below, from what is left when no retry helps.
+                ClientError::Declined(_) | ClientError::DataLost(_) | ClientError::Local(_) => false,
             };
             let spent = clock.monotonic() - start;
             if !retry || spent >= self.inner.options.patience {
@@ -510,6 +511,15 @@ impl Client {
                     {
                         self.inner.runtime.note("client: a refusal after an unknown attempt stays unknown");
                         ClientError::Unknown(refusal.to_string())
+                    }
+                    ClientError::Refused(refusal)
+                        if tag.is_some()
+                            && answered_at.position == 0
+                            && refusal.code.is_decision()
+                            && !refusal.code.is_about_request() =>
+                    {
+                        self.inner.runtime.note("client: declined, which no log holds");
+                        ClientError::Declined(refusal)
                     }
                     ClientError::Unreachable(text) if maybe_done && tag.is_some() => {
                         ClientError::Unknown(text)

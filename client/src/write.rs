@@ -227,7 +227,7 @@ impl Client {
                     avoid = never.services.clone();
                     continue;
                 }
-                Err(ClientError::Refused(refusal))
+                Err(ClientError::Refused(refusal) | ClientError::Declined(refusal))
                     if refusal.code == Code::NoSpace && !failures.is_empty() =>
                 {
                     let text = format!("{}; writes failed: {}", refusal.detail, failures.join("; "));

@@ -41,6 +41,7 @@ fn word(result: Result<String, ClientError>) -> String {
     match result {
         Ok(text) => text,
         Err(ClientError::Refused(refusal)) => format!("refused: {:?}", refusal.code),
+        Err(ClientError::Declined(refusal)) => format!("declined: {:?}", refusal.code),
         Err(ClientError::Unknown(_)) => "unknown".into(),
         Err(ClientError::Unreachable(_)) => "unreachable".into(),
         Err(ClientError::DataLost(text)) => format!("data lost: {text}"),

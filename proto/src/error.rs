@@ -172,6 +172,19 @@ impl Code {
         )
     }
 
+    /// Whether the code is about the request alone, whatever the cluster's state: every copy of it is refused so.
+    pub fn is_about_request(self) -> bool {
+        matches!(
+            self,
+            Code::NameTooLong
+                | Code::InvalidName
+                | Code::InvalidArgument
+                | Code::TooLarge
+                | Code::Permission
+                | Code::CrcMismatch
+        )
+    }
+
     /// Whether a request that was answered so may have taken effect.
     pub fn may_have_effect(self) -> bool {
         // A replica that has stopped cannot say what became of another copy of the request.

@@ -1,4 +1,4 @@
-//! Done is in the log, refused is not, and only unknown may be either.
+//! Done is in the log, refused is not, and only unknown, or what was declined by a leader alone, may be either.
 
 use std::collections::BTreeMap;
 
@@ -28,7 +28,9 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
             let (Some(tag), Some(ended)) = (&record.call.tag, &record.ended) else { continue };
             let in_log = done.get(&(tag.client, tag.sequence)).copied();
             let what = match (&ended.result, in_log) {
-                (Ok(_), Some(true)) | (Err(_), Some(false) | None) | (Err(ClientError::Unknown(_)), _) => {
+                (Ok(_), Some(true))
+                | (Err(_), Some(false) | None)
+                | (Err(ClientError::Unknown(_) | ClientError::Declined(_)), _) => {
                     continue;
                 }
                 (Ok(_), _) => "was acknowledged and is not in the log",

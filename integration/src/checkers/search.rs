@@ -161,7 +161,7 @@ type Name = (u64, Bytes);
 fn acts(record: &Record) -> Vec<(Name, Request)> {
     let (began, ended) = (record.began, record.ended.as_ref().map(|e| e.order));
     let result = record.ended.as_ref().map(|e| &e.result);
-    let unknown = matches!(result, None | Some(Err(ClientError::Unknown(_))));
+    let unknown = matches!(result, None | Some(Err(ClientError::Unknown(_) | ClientError::Declined(_))));
     let code = match result {
         Some(Err(ClientError::Refused(refusal))) => Some(refusal.code),
         _ => None,

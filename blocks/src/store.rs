@@ -292,7 +292,7 @@ impl BlockStore {
             file.write_at(&head, 0)?;
             file.write_at(data, at)?;
             file.sync()?;
-            if !is_granted() {
+            if !is_granted() && !mutants::is(Mutant::GrantNotLookedAtAgain) {
                 return Ok(false);
             }
             self.disk.rename(&temporary, path)?;

@@ -26,6 +26,7 @@ const NOTED: &[&str] = &[
     "cdc driver: a step waits for its shard",
     "cdc driver: an answer is proposed again",
     "client: a tag is drawn again",
+    "client: declined, which no log holds",
     "client: a refusal after an unknown attempt stays unknown",
     "client: an answer after an unknown attempt",
     "client: nobody listens",
@@ -53,7 +54,9 @@ const NOTED: &[&str] = &[
     "replica: the outcome of a proposal is unknown",
     "store: begins empty",
     "store: begins in mid-log",
+    "world: a process dies and its machine goes on",
     "world: the power goes in the middle of a disk operation",
+    "world: time passes in the middle of blocking work",
     "write: a block is sent again",
     "write: a span gets less parity than its policy says",
     "write: a span is placed again",
@@ -241,7 +244,8 @@ fn answers(evidence: &Evidence, reached: &mut BTreeSet<String>) {
         reached.insert(what.into());
     }
     for record in &evidence.records {
-        if let Some(Err(ClientError::Refused(refusal))) = record.ended.as_ref().map(|e| &e.result)
+        if let Some(Err(ClientError::Refused(refusal) | ClientError::Declined(refusal))) =
+            record.ended.as_ref().map(|e| &e.result)
             && ANSWERS.contains(&refusal.code)
         {
             reached.insert(answered(refusal.code));

@@ -508,12 +508,26 @@ impl Generator {
                     let crash = Fault::Crash(*party, Duration::from_millis(2));
                     events.push(Event { at, action: Action::Strike(crash) });
                 }
-                if let Fault::DiskErrors(Party::Disk(disk), _, lasting) = &fault
+                if let Fault::DiskErrors(party, _, lasting) | Fault::Kill(party, lasting) = &fault
                     && self.rng.random()
                 {
                     // What was not synced shows when the power goes.
-                    let crash = Fault::Crash(Party::Disk(*disk), Duration::from_millis(2));
-                    events.push(Event { at: at + *lasting, action: Action::Strike(crash) });
+                    let at = at + *lasting + Duration::from_micros(self.rng.random_range(0..80_000));
+                    let crash = Fault::Crash(*party, Duration::from_millis(2));
+                    events.push(Event { at, action: Action::Strike(crash) });
+                }
+                if let Fault::Full(Party::Disk(disk), lasting) = &fault
+                    && self.rng.random()
+                {
+                    // What is refused for want of disks, and whose copy comes when there are some again.
+                    let other = (disk + 1) % self.cluster.disks;
+                    for with in [
+                        Fault::Full(Party::Disk(other), *lasting),
+                        Fault::Duplicate(500, *lasting),
+                        Fault::Delay(3_000_000, *lasting),
+                    ] {
+                        events.push(Event { at, action: Action::Strike(with) });
+                    }
                 }
                 if let Fault::Move(party, lasting) = &fault
                     && self.rng.random_ratio(1, 4)
@@ -548,6 +562,12 @@ impl Generator {
             "isolate" => Fault::Isolate(self.party(), lasting),
             "clog" => Fault::Clog(self.party(), self.party(), lasting),
             "crash" => Fault::Crash(self.party(), lasting),
+            "kill" => Fault::Kill(self.server(), lasting),
+            "stall" => {
+                // Longer than a grant, or than a client's patience, and mostly not.
+                let ms = *[20u64, 300, 700, 3_000, 40_000].choose(&mut self.rng)?;
+                Fault::Stall(self.server(), self.rng.random_range(0..12), Duration::from_millis(ms))
+            }
             "powercut" => {
                 let party = match self.cluster.engine {
                     Engine::Local => self.server(),

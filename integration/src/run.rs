@@ -259,7 +259,8 @@ impl Runner {
             }
         }
         for node in self.cluster.take_failed() {
-            self.crash(node);
+            // It ends its process, and a supervisor starts another.
+            self.kill(node);
             self.end_after(RESTART_PAUSE, End::Boot(node));
         }
         more
@@ -284,6 +285,14 @@ impl Runner {
         self.cluster.world.crash(node);
         self.paused.remove(&node);
         self.armed.remove(&node);
+        self.down.insert(node);
+    }
+
+    /// As [`Runner::crash`], and the machine goes on.
+    fn kill(&mut self, node: NodeId) {
+        // A power cut that was to come finds the machine all the same.
+        self.cluster.world.kill(node);
+        self.paused.remove(&node);
         self.down.insert(node);
     }
 
@@ -340,6 +349,17 @@ impl Runner {
                     self.end_after(*d, End::Boot(node));
                 }
             }
+            Fault::Kill(party, d) => {
+                let node = node(self, party);
+                if !self.down.contains(&node) {
+                    self.cluster.world.note("world: a process dies and its machine goes on");
+                    self.kill(node);
+                    self.end_after(*d, End::Boot(node));
+                }
+            }
+            Fault::Stall(party, operations, d) => {
+                self.cluster.world.disk(node(self, party)).stall_after(u64::from(*operations), *d);
+            }
             Fault::PowerCut(party, operations, d) => {
                 let node = node(self, party);
                 if !self.down.contains(&node) {
@@ -383,8 +403,14 @@ impl Runner {
                 self.end_after(DRIFT, End::SetClock(node));
             }
             Fault::Suspend(d) => self.cluster.world.suspend_ms(d.as_millis() as u64),
-            Fault::Flip(disk, draw) => self.flip(*disk, *draw),
-            Fault::Misdirect(disk) => self.cluster.world.disk(disk_node(*disk)).misdirect_next(),
+            Fault::Flip(disk, draw) => {
+                self.cluster.spoil(*disk);
+                self.flip(*disk, *draw);
+            }
+            Fault::Misdirect(disk) => {
+                self.cluster.spoil(*disk);
+                self.cluster.world.disk(disk_node(*disk)).misdirect_next();
+            }
             Fault::DiskErrors(party, permille, d) => {
                 let faults = DiskFaults {
                     read_error_permille: *permille,
@@ -418,6 +444,7 @@ impl Runner {
             Fault::Wipe(disk) => {
                 // As an operator would: stop the node, change the disk, start it.
                 let node = disk_node(*disk);
+                self.cluster.spoil(*disk);
                 self.crash(node);
                 self.cluster.world.disk(node).wipe();
                 self.cluster.label(*disk);
@@ -432,7 +459,7 @@ impl Runner {
         let is_up = |party: &Party| !self.down.contains(&self.node(*party));
         match fault {
             Fault::Partition(a, b, _) | Fault::OneWay(a, b, _) | Fault::Clog(a, b, _) => a != b,
-            Fault::Crash(party, _) | Fault::PowerCut(party, ..) => is_up(party),
+            Fault::Crash(party, _) | Fault::Kill(party, _) | Fault::PowerCut(party, ..) => is_up(party),
             Fault::Pause(party, _) | Fault::Slow(party, _) => {
                 is_up(party) && !self.paused.contains(&self.node(*party))
             }
@@ -520,7 +547,7 @@ impl Runner {
                 self.cluster.world.disk(node).set_faults(DiskFaults::default());
                 if !matches!(party, Party::Disk(_)) && !self.down.contains(&node) {
                     // A log that met a failed write has stopped for good: its operator starts the node again.
-                    self.crash(node);
+                    self.kill(node);
                     self.end_after(RESTART_PAUSE, End::Boot(node));
                 }
             }

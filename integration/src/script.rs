@@ -121,6 +121,10 @@ pub enum Fault {
     Clog(Party, Party, Duration),
     /// The party's node stops at once, and starts again after a while.
     Crash(Party, Duration),
+    /// The party's process dies and its machine goes on: what it wrote is still there, synced or not.
+    Kill(Party, Duration),
+    /// After so many operations one on the node's disk takes a while; everybody waits for it.
+    Stall(Party, u32, Duration),
     /// The node's power goes after so many operations on its disk; it starts again after a while.
     PowerCut(Party, u32, Duration),
     /// The node stands still and goes on where it was.
@@ -157,7 +161,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind, for reports.
-    pub const KINDS: [&'static str; 24] = [
+    pub const KINDS: [&'static str; 26] = [
         "loss",
         "duplicate",
         "delay",
@@ -182,6 +186,8 @@ impl Fault {
         "wipe",
         "step",
         "unmount",
+        "kill",
+        "stall",
     ];
 
     /// Its kind.
@@ -211,6 +217,8 @@ impl Fault {
             Fault::Wipe(_) => "wipe",
             Fault::Step(..) => "step",
             Fault::Unmount(..) => "unmount",
+            Fault::Kill(..) => "kill",
+            Fault::Stall(..) => "stall",
         }
     }
 }
@@ -320,11 +328,12 @@ impl fmt::Display for Fault {
             }
             Fault::Isolate(a, d)
             | Fault::Crash(a, d)
+            | Fault::Kill(a, d)
             | Fault::Pause(a, d)
             | Fault::Slow(a, d)
             | Fault::Move(a, d)
             | Fault::Full(a, d) => write!(f, "{kind} {a} {}", seconds(*d)),
-            Fault::PowerCut(a, n, d) | Fault::DiskErrors(a, n, d) => {
+            Fault::PowerCut(a, n, d) | Fault::Stall(a, n, d) | Fault::DiskErrors(a, n, d) => {
                 write!(f, "{kind} {a} {n} {}", seconds(*d))
             }
             Fault::UnknownCommitted(a) | Fault::UnknownLost(a) => write!(f, "{kind} {a}"),
@@ -519,6 +528,8 @@ impl<'a> Words<'a> {
             "powercut" => {
                 Fault::PowerCut(self.party()?, self.number("a number of disk operations")?, self.time()?)
             }
+            "kill" => Fault::Kill(self.party()?, self.time()?),
+            "stall" => Fault::Stall(self.party()?, self.number("a number of disk operations")?, self.time()?),
             "pause" => Fault::Pause(self.party()?, self.time()?),
             "slow" => Fault::Slow(self.party()?, self.time()?),
             "move" => Fault::Move(self.party()?, self.time()?),
@@ -685,6 +696,8 @@ impl Fault {
             Fault::Partition(a, b, _) | Fault::OneWay(a, b, _) | Fault::Clog(a, b, _) => vec![*a, *b],
             Fault::Isolate(a, _)
             | Fault::Crash(a, _)
+            | Fault::Kill(a, _)
+            | Fault::Stall(a, ..)
             | Fault::PowerCut(a, ..)
             | Fault::Pause(a, _)
             | Fault::Slow(a, _)

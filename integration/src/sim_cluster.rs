@@ -1,7 +1,7 @@
 //! A simulated cluster: registry, CDC, shards, disks and clients, each on a node of its own.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
     sync::Arc,
     time::Duration,
@@ -101,6 +101,8 @@ pub struct SimCluster {
     spares: Mutex<u32>,
     /// Nodes whose start failed; whoever drives the world starts them again.
     failed: Arc<Mutex<Vec<NodeId>>>,
+    /// Disks that were made to lose or change what they hold.
+    spoiled: Mutex<BTreeSet<u32>>,
 }
 
 struct SimLogProvider {
@@ -222,6 +224,7 @@ impl SimCluster {
             homes: Mutex::new(homes),
             spares: Mutex::new(0),
             failed: Arc::default(),
+            spoiled: Mutex::default(),
         };
         for disk in 0..this.config.disks {
             this.label(disk);
@@ -363,6 +366,16 @@ impl SimCluster {
     /// Nodes whose start failed since this was asked last.
     pub fn take_failed(&self) -> Vec<NodeId> {
         std::mem::take(&mut self.failed.lock())
+    }
+
+    /// Takes note that a disk is made to lose or change what it holds.
+    pub fn spoil(&self, disk: u32) {
+        self.spoiled.lock().insert(disk);
+    }
+
+    /// Whether everything that was proven to be on a disk must be there.
+    pub fn is_sound(&self, disk: u32) -> bool {
+        !self.spoiled.lock().contains(&disk)
     }
 
     /// Stops a node at once and starts it again.

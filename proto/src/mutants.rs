@@ -81,11 +81,15 @@ pub enum Mutant {
     GrantByWallClock,
     /// A clock that jumps ahead is believed at once.
     JumpBelieved,
+    /// What a new process finds behind the mark is not written once more.
+    TailNotWrittenAgain,
+    /// A grant is looked at when a write begins only.
+    GrantNotLookedAtAgain,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 38] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 40] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -124,6 +128,8 @@ impl Mutant {
         (Mutant::TagFromWallClock, &["clock"]),
         (Mutant::GrantByWallClock, &["clock"]),
         (Mutant::JumpBelieved, &["clock"]),
+        (Mutant::TailNotWrittenAgain, &["log", "convergence", "outcomes", "state hash"]),
+        (Mutant::GrantNotLookedAtAgain, &["leaks"]),
     ];
 }
 
@@ -143,6 +149,11 @@ mod active {
         ACTIVE.set(mutant);
     }
 
+    /// The bug that is planted.
+    pub fn planted() -> Option<Mutant> {
+        ACTIVE.get()
+    }
+
     /// Whether this bug is planted.
     pub fn is(mutant: Mutant) -> bool {
         ACTIVE.get() == Some(mutant)
@@ -158,6 +169,16 @@ mod active {
 #[cfg(not(feature = "mutants"))]
 mod active {
     use super::Mutant;
+
+    /// Plants nothing, in this build.
+    #[inline(always)]
+    pub const fn plant(_: Option<Mutant>) {}
+
+    /// The bug that is planted: none, in this build.
+    #[inline(always)]
+    pub const fn planted() -> Option<Mutant> {
+        None
+    }
 
     /// Whether this bug is planted: never, in this build.
     #[inline(always)]

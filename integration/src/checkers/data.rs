@@ -1,5 +1,5 @@
 //! Acknowledged bytes are never lost and never wrong, as long as no more disks are bad than parity makes up for; and no
-//! disk holds a block that the metadata does not know.
+//! disk holds a block that the metadata does not know, or lacks one that it has proven.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
@@ -43,10 +43,13 @@ fn read_back(cluster: &SimCluster, history: &Arc<History>, files: Vec<InodeId>) 
 /// Compares what is stored with what was acknowledged.
 pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) -> Vec<Violation> {
     let mut violations = Vec::new();
-    let mut known: BTreeSet<(u64, u64)> = BTreeSet::new();
+    let (mut known, mut proven) = (BTreeSet::new(), BTreeSet::new());
     let mut in_blocks = Vec::new();
     for shard in evidence.shards.values() {
         known.extend(shard.oracle.spans.values().flat_map(|s| s.blocks.iter().copied()));
+        let used =
+            shard.oracle.spans.iter().filter(|(id, span)| span.certified && !shard.oracle.is_dead(**id));
+        proven.extend(used.flat_map(|(_, span)| span.blocks.iter().copied()));
         for (id, row) in &shard.oracle.inodes {
             let Some(file) = InodeId::from_wire(*id) else { continue };
             let Some(expected) = history.bytes_of_content(file, row.content) else { continue };
@@ -81,7 +84,16 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
         None => violations.push(Violation::new("data", "reading back does not come to an end".into())),
     }
     for (number, service) in cluster.service_ids().into_iter().enumerate() {
-        for block in blocks_on(&cluster.world.disk(disk_node(number as u32))) {
+        let number = number as u32;
+        let there: BTreeSet<u64> = blocks_on(&cluster.world.disk(disk_node(number))).into_iter().collect();
+        // Whatever parity makes up for: a proof says that the block is durable.
+        if cluster.is_sound(number) {
+            for (_, block) in proven.iter().filter(|(s, block)| *s == service && !there.contains(block)) {
+                let what = format!("disk {number} does not hold block {block:x}, which it has proven");
+                violations.push(Violation::new("proofs", what));
+            }
+        }
+        for block in there {
             if !known.contains(&(service, block)) {
                 let what = format!("disk {number} holds block {block:x}, which no shard knows");
                 violations.push(Violation::new("leaks", what));

@@ -6,6 +6,7 @@ use std::{
 };
 
 use clutch_log::{LogFault, LogId, Position};
+use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::Disk;
 
 use crate::{
@@ -216,11 +217,13 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
     }
     // What was found may not be durable, and a sync that failed before may have left its pages looking clean:
     // readers will see these bytes from now on, so they are written once more.
-    let from = synced_to.clamp(SEGMENT_HEADER_BYTES, scanned.end);
-    let mut tail = vec![0; (scanned.end - from) as usize];
-    let read = file.read_at(&mut tail, from).map_err(|e| storage("read the tail", &e))?;
-    file.write_at(&tail[..read], from).map_err(|e| storage("write the tail again", &e))?;
-    file.sync().map_err(|e| storage("sync the last segment", &e))?;
+    if !mutants::is(Mutant::TailNotWrittenAgain) {
+        let from = synced_to.clamp(SEGMENT_HEADER_BYTES, scanned.end);
+        let mut tail = vec![0; (scanned.end - from) as usize];
+        let read = file.read_at(&mut tail, from).map_err(|e| storage("read the tail", &e))?;
+        file.write_at(&tail[..read], from).map_err(|e| storage("write the tail again", &e))?;
+        file.sync().map_err(|e| storage("sync the last segment", &e))?;
+    }
     segments.push(scanned.segment);
     Ok(Recovered { groups: continuity.into_groups(), segments, current: Some((last, scanned.end)), mark })
 }

@@ -3,16 +3,21 @@
 //! Names and bytes are kept twice: as a running process sees them and as they would be found after a crash. A
 //! crash draws for every unsynced write of a file whether it reached the platter, and cuts some of them short; of
 //! unsynced changes of names the first so many survive, as a journal would have them.
+//!
+//! A sync that fails is as bad as Linux makes it: what it was to write may or may not have reached the platter, reads go on
+//! showing it, and later syncs do not try again. A write, a sync, a rename or a removal may take long.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     sync::Arc,
+    time::Duration,
 };
 
 use parking_lot::Mutex;
 
+use super::job;
 use crate::{Disk, File};
 
 /// What a disk does wrong from now on.
@@ -34,6 +39,20 @@ struct Inode {
     allocated: u64,
     /// Writes since the last sync: offset and bytes; a changed length is a write of nothing.
     unsynced: Vec<(u64, Vec<u8>)>,
+}
+
+impl Inode {
+    /// Some of what was not synced reaches the platter, some of that cut short; none of it will be written again.
+    fn forget_unsynced(&mut self, below: &mut dyn FnMut(u64) -> u64) {
+        for (offset, bytes) in std::mem::take(&mut self.unsynced) {
+            let kept = match below(3) {
+                0 => 0,
+                1 => below(bytes.len() as u64 + 1) as usize,
+                _ => bytes.len(),
+            };
+            put(&mut self.durable, offset, &bytes[..kept]);
+        }
+    }
 }
 
 type InodeRef = Arc<Mutex<Inode>>;
@@ -67,6 +86,9 @@ impl NameChange {
     }
 }
 
+/// Lets so many nanoseconds pass.
+type Pass = Arc<dyn Fn(u64) + Send + Sync>;
+
 #[derive(Default)]
 struct Tree {
     files: BTreeMap<PathBuf, InodeRef>,
@@ -79,12 +101,21 @@ struct Tree {
     cut_after: Option<u64>,
     dead: bool,
     misdirect_next: bool,
+    /// Operations until one takes long, and how long in nanoseconds.
+    stall_after: Option<(u64, u64)>,
+    /// Lets time pass.
+    pass: Option<Pass>,
     /// Faults that were in fact met.
     faults_met: u64,
     random: u64,
 }
 
 impl Tree {
+    /// Another, empty disk in the same place.
+    fn fresh(&self) -> Tree {
+        Tree { random: self.random, pass: self.pass.clone(), ..Tree::default() }
+    }
+
     /// SplitMix64 (Steele, Lea and Flood, 2014): a stream of the disk's own, so that what it draws does not depend on
     /// anybody else.
     fn draw(&mut self, bound: u64) -> u64 {
@@ -159,6 +190,18 @@ impl SimDisk {
         SimDisk { tree: Arc::new(Mutex::new(Tree { random: seed, ..Tree::default() })) }
     }
 
+    /// An empty disk on which operations can take time.
+    pub(super) fn in_time(seed: u64, pass: Pass) -> SimDisk {
+        let tree = Tree { random: seed, pass: Some(pass), ..Tree::default() };
+        SimDisk { tree: Arc::new(Mutex::new(tree)) }
+    }
+
+    /// The change of a file after `operations` more takes `lasting`. Meanwhile others go on, unless the change is made in a task
+    /// of its node instead of in blocking work; then everybody waits.
+    pub fn stall_after(&self, operations: u64, lasting: Duration) {
+        self.tree.lock().stall_after = Some((operations, lasting.as_nanos() as u64));
+    }
+
     /// Loses what was not synced. `below(n)` draws from `0..n`. The disk works again afterwards.
     pub(super) fn crash(&self, below: &mut dyn FnMut(u64) -> u64) {
         let mut tree = self.tree.lock();
@@ -169,19 +212,11 @@ impl SimDisk {
         tree.files = names.clone();
         tree.durable = names;
         (tree.fail_writes_after, tree.cut_after, tree.dead, tree.misdirect_next) = (None, None, false, false);
+        tree.stall_after = None;
         for inode in tree.files.values() {
             let mut inode = inode.lock();
-            let mut image = std::mem::take(&mut inode.durable);
-            for (offset, bytes) in std::mem::take(&mut inode.unsynced) {
-                let kept = match below(3) {
-                    0 => 0,
-                    1 => below(bytes.len() as u64 + 1) as usize,
-                    _ => bytes.len(),
-                };
-                put(&mut image, offset, &bytes[..kept]);
-            }
-            inode.durable = image.clone();
-            inode.bytes = image;
+            inode.forget_unsynced(below);
+            inode.bytes = inode.durable.clone();
         }
     }
 
@@ -205,6 +240,11 @@ impl SimDisk {
         self.tree.lock().dead
     }
 
+    /// Whether an operation that takes long is to come.
+    pub(super) fn is_about_to_stall(&self) -> bool {
+        self.tree.lock().stall_after.is_some()
+    }
+
     /// The next write lands at another place of the same file and reports success.
     pub fn misdirect_next(&self) {
         self.tree.lock().misdirect_next = true;
@@ -218,15 +258,14 @@ impl SimDisk {
     /// Removes everything, as when a disk is exchanged for an empty one.
     pub fn wipe(&self) {
         let mut tree = self.tree.lock();
-        let random = tree.random;
-        *tree = Tree { random, ..Tree::default() };
+        *tree = tree.fresh();
     }
 
     /// Takes the disk away and leaves an empty directory in its place, as when it is not mounted.
     pub fn unmount(&self) -> Unmounted {
         let mut tree = self.tree.lock();
-        let random = tree.random;
-        Unmounted(std::mem::replace(&mut *tree, Tree { random, ..Tree::default() }))
+        let fresh = tree.fresh();
+        Unmounted(std::mem::replace(&mut *tree, fresh))
     }
 
     /// Puts a disk back; what was written into its place meanwhile is hidden, and returned.
@@ -269,6 +308,30 @@ fn put(image: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
     image[offset as usize..end].copy_from_slice(bytes);
 }
 
+/// Before a change: it may take long. Nothing is locked meanwhile, and no lock of the program may be held.
+fn take_time(tree: &Mutex<Tree>) -> io::Result<()> {
+    let stall = {
+        let mut tree = tree.lock();
+        match &mut tree.stall_after {
+            Some((0, ns)) => {
+                let ns = *ns;
+                tree.stall_after = None;
+                tree.faults_met += 1;
+                tree.pass.clone().map(|pass| (pass, ns))
+            }
+            Some((left, _)) => {
+                *left -= 1;
+                None
+            }
+            None => None,
+        }
+    };
+    if let Some((pass, ns)) = stall {
+        pass(ns);
+    }
+    job::check_alive()
+}
+
 struct SimFile {
     inode: InodeRef,
     tree: Arc<Mutex<Tree>>,
@@ -285,6 +348,7 @@ impl File for SimFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        take_time(&self.tree)?;
         let misdirected = {
             let needs_room = {
                 let inode = self.inode.lock();
@@ -311,8 +375,19 @@ impl File for SimFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        self.tree.lock().charge_write()?;
+        take_time(&self.tree)?;
+        let failed = {
+            let mut tree = self.tree.lock();
+            tree.charge_write().err().map(|error| (error, tree.dead))
+        };
         let mut inode = self.inode.lock();
+        if let Some((error, dead)) = failed {
+            if !dead {
+                let mut tree = self.tree.lock();
+                inode.forget_unsynced(&mut |bound| tree.draw(bound));
+            }
+            return Err(error);
+        }
         // Only what changed is copied: logs sync often.
         let Inode { bytes, durable, unsynced, .. } = &mut *inode;
         durable.resize(bytes.len(), 0);
@@ -338,6 +413,7 @@ impl File for SimFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
+        job::check_alive()?;
         self.tree.lock().charge_write()?;
         let mut inode = self.inode.lock();
         inode.allocated = inode.allocated.min(len);
@@ -358,6 +434,7 @@ fn not_found(path: &Path) -> io::Error {
 
 impl Disk for SimDisk {
     fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn File>> {
+        job::check_alive()?;
         let mut tree = self.tree.lock();
         tree.alive()?;
         let inode = match tree.files.get(path) {
@@ -400,6 +477,7 @@ impl Disk for SimDisk {
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        take_time(&self.tree)?;
         let mut tree = self.tree.lock();
         tree.charge_write()?;
         let inode = tree.files.remove(from).ok_or_else(|| not_found(from))?;
@@ -409,6 +487,7 @@ impl Disk for SimDisk {
     }
 
     fn remove(&self, path: &Path) -> io::Result<()> {
+        take_time(&self.tree)?;
         let mut tree = self.tree.lock();
         tree.charge_write()?;
         tree.files.remove(path).ok_or_else(|| not_found(path))?;
@@ -417,6 +496,7 @@ impl Disk for SimDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        job::check_alive()?;
         let mut tree = self.tree.lock();
         tree.charge_write()?;
         // A journal keeps the order: what came before the last change of this directory is durable with it.

@@ -83,6 +83,11 @@ impl Executor {
         self.ready.lock().extend(held);
     }
 
+    /// Time passes while a task runs.
+    pub(super) fn pass(&mut self, ns: u64) {
+        self.now_ns += ns;
+    }
+
     pub(super) fn now_ns(&self) -> u64 {
         self.now_ns
     }

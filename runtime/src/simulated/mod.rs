@@ -9,6 +9,7 @@
 
 mod disk;
 mod executor;
+mod job;
 mod network;
 
 use std::{borrow::Cow, collections::BTreeMap, future::Future, sync::Arc, time::Duration};
@@ -119,16 +120,39 @@ impl World {
     /// A node's disk, for tests that damage it.
     pub fn disk(&self, node: NodeId) -> Arc<SimDisk> {
         let seed = self.seed ^ u64::from(node.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        self.shared.disks.lock().entry(node).or_insert_with(|| Arc::new(SimDisk::new(seed))).clone()
+        let weak = Arc::downgrade(&self.shared);
+        let pass = move |ns| {
+            if let Some(shared) = weak.upgrade() {
+                shared.record("a disk takes long", ns);
+                if job::pass(ns) {
+                    shared.notes.add("world: time passes in the middle of blocking work");
+                } else {
+                    shared.executor.lock().pass(ns);
+                }
+            }
+        };
+        let new = || Arc::new(SimDisk::in_time(seed, Arc::new(pass)));
+        self.shared.disks.lock().entry(node).or_insert_with(new).clone()
     }
 
-    /// Stops a node at once: its tasks are dropped, its endpoints closed, its unsynced writes lost or torn.
-    pub fn crash(&self, node: NodeId) {
-        self.shared.record("crash", u64::from(node.0));
+    /// Stops a node's process at once: its tasks are dropped, its endpoints closed. The machine goes on: what was written is
+    /// still there for the next process, synced or not.
+    pub fn kill(&self, node: NodeId) {
+        self.shared.record("kill", u64::from(node.0));
+        self.stop(node);
+    }
+
+    fn stop(&self, node: NodeId) {
         self.shared.executor.lock().resume(node);
         let dropped = self.shared.executor.lock().take_tasks(node);
         drop(dropped);
         self.shared.network.lock().close_all(node);
+    }
+
+    /// Stops a node at once as a power cut does: as [`World::kill`], and its unsynced writes are lost or torn.
+    pub fn crash(&self, node: NodeId) {
+        self.shared.record("crash", u64::from(node.0));
+        self.stop(node);
         let disk = self.shared.disks.lock().get(&node).cloned();
         if let Some(disk) = disk {
             disk.crash(&mut |bound| self.shared.below(bound));
@@ -359,7 +383,16 @@ impl Spawner for SimSpawner {
     }
 
     fn blocking(&self, work: Box<dyn FnOnce() + Send>) -> BoxFuture<()> {
-        Box::pin(async move { work() })
+        let (shared, node) = (self.shared.clone(), self.node);
+        Box::pin(async move {
+            let disk = shared.disks.lock().get(&node).cloned();
+            // A thread is only made for work in which time may pass.
+            if disk.is_some_and(|disk| disk.is_about_to_stall()) {
+                job::run(shared, work).await;
+            } else {
+                work();
+            }
+        })
     }
 }
 

@@ -6,7 +6,7 @@ use clutch_cdc::{Cdc, MOVES_REMEMBERED, STEPS_PER_ENTRY_MAX, SendStep};
 use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, Refusal,
-    cdc::{Begin, CdcEntry, CdcReply, Genesis, RenameDirectory, StepDone, begin::Op, cdc_entry::Body},
+    cdc::{Begin, CdcEntry, CdcReply, Genesis, Jump, RenameDirectory, StepDone, begin::Op, cdc_entry::Body},
     shard::{Done, EdgeReply, ShardReply, shard_reply::Reply, shard_request},
     state::{Entry, entry::Kind},
     types::{Attributes, ClientTag},
@@ -258,4 +258,20 @@ fn the_second_part_of_a_walk_is_checked_as_the_first() {
     let (steps, _) = cdc.answer(&earlier, vec![locked(), owned_by(ROOT), owned_by(ROOT)]);
     let (steps, _) = cdc.answer(&steps[0], vec![inserted(), done(), done()]);
     assert!(asks_for(&steps, dir(1000)));
+}
+
+#[test]
+fn transactions_of_a_lost_future_do_not_come_again() {
+    let mut lost = Coordinator::new();
+    let begin = |c: &mut Coordinator, n: u64| c.begin(dir(n), dir(n + 1), dir(n + 2));
+    let last = [10, 20, 30].map(|n| begin(&mut lost, n).transaction).into_iter().max().expect("some");
+    let jump = clutch_cdc::jump_past(&**lost.applier.store()).expect("reads");
+    let mut cut = Coordinator::new();
+    cut.apply(jump.clone());
+    let next = begin(&mut cut, 10);
+    assert!(next.transaction > last, "{} after {last}", next.transaction);
+    // A past that knows less takes nothing back.
+    cut.apply(CdcEntry { tag: None, body: Some(Body::Jump(Jump { transaction: 1 })) });
+    assert!(begin(&mut cut, 30).transaction > next.transaction);
+    cut.finish(&next, dir(12));
 }

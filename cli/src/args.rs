@@ -65,11 +65,11 @@ impl Command {
             Command::Status(args) => args.json,
             Command::Fs(command) => command.wants_json(),
             Command::Log(command) => match command {
-                LogCommand::Status { json } | LogCommand::Replay { json, .. } => *json,
+                LogCommand::Status { json }
+                | LogCommand::Replay { json, .. }
+                | LogCommand::Rewind { json, .. } => *json,
                 LogCommand::Checkpoint { command: Some(CheckpointCommand::Ls { json }), .. } => *json,
-                LogCommand::Checkpoint { command: None, .. }
-                | LogCommand::Trim { .. }
-                | LogCommand::Rewind { .. } => false,
+                LogCommand::Checkpoint { command: None, .. } | LogCommand::Trim { .. } => false,
             },
             Command::Fsck(args) => args.json,
             Command::Collect(args) => args.json,
@@ -245,8 +245,7 @@ fn parse_jobs(text: &str) -> Result<usize, String> {
     text.parse().map_err(|_| format!("{text:?} is not a number of files"))
 }
 
-/// Nanoseconds since 1970, also with the quotes that they have in JSON.
-/// An instant: nanoseconds since 1970, or a date and time with its zone.
+/// An instant: nanoseconds since 1970, also with the quotes that they have in JSON, or a date and time with its zone.
 fn parse_instant(text: &str) -> Result<u64, String> {
     let plain = text.trim().trim_matches('"');
     if let Ok(nanoseconds) = plain.parse() {
@@ -804,7 +803,7 @@ pub(crate) enum LogCommand {
     /// Take a stopped cluster back to an instant, or its logs out of the future that a wrong clock has led them into.
     ///
     /// All logs are cut at one time; what was acknowledged after it is lost to the cluster. The old logs and states stay
-    /// beside the new ones, in directories `before-rewind-N`. Blocks that were erased after the instant do not come back:
+    /// beside the new ones, in directories `before-rewind-N`: moved back into their places they undo it. Blocks that were erased after the instant do not come back:
     /// `clutch fsck` and reads say which files miss them.
     Rewind {
         /// The directory of `clutch up`.
@@ -817,6 +816,9 @@ pub(crate) enum LogCommand {
         /// Do it; without, it is only said what would be done.
         #[arg(long)]
         yes: bool,
+        /// Print one JSON document.
+        #[arg(long)]
+        json: bool,
     },
 }
 

@@ -108,7 +108,7 @@ fn fill_with_blocks(part: &str, mib: u32, kind: Kind) {
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
-    let cluster = start(dir.path(), part, mib, kind);
+    let mut cluster = start(dir.path(), part, mib, kind);
     let local = dir.path().join("file");
     let bytes = noise(2 << 20, 1);
     std::fs::write(&local, &bytes).expect("written");
@@ -124,6 +124,11 @@ fn fill_with_blocks(part: &str, mib: u32, kind: Kind) {
     };
     assert!(count >= 3 && complaint.contains("space"), "after {count}: {complaint}");
     assert!(serves(&cluster));
+    if kind == Kind::Device {
+        // A start while it is full.
+        cluster.kill();
+        cluster.boot();
+    }
     for number in 0..count {
         assert!(cluster.run(&["fs", "cat", &format!("/f{number}")]).stdout == bytes, "/f{number} differs");
     }
@@ -145,7 +150,7 @@ fn fill_with_metadata(part: &str, mib: u32, kind: Kind, give_room: impl Fn(&Clus
         return;
     }
     let dir = tempfile::tempdir().expect("a directory");
-    let cluster = start(dir.path(), part, mib, kind);
+    let mut cluster = start(dir.path(), part, mib, kind);
     let tree = dir.path().join("tree");
     std::fs::create_dir(&tree).expect("made");
     for number in 0..2000 {
@@ -167,6 +172,11 @@ fn fill_with_metadata(part: &str, mib: u32, kind: Kind, give_room: impl Fn(&Clus
     }
     assert!(count >= 1);
     let first = std::fs::read(tree.join("0")).expect("there");
+    if kind == Kind::Device {
+        // A start while it is full.
+        cluster.kill();
+        cluster.boot();
+    }
     assert!(cluster.run(&["fs", "cat", "/t0/0"]).stdout == first, "reads go on");
     cluster.ok(&["fs", "rm", "/t0/1"]);
     comes_back(&cluster, &["fs", "put", &format!("{local}/0"), "/again"], || give_room(&cluster));

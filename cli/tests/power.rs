@@ -12,7 +12,10 @@ use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
     process::Command,
-    sync::Mutex,
+    sync::{
+        Mutex,
+        atomic::{AtomicUsize, Ordering},
+    },
     time::{SystemTime, UNIX_EPOCH},
 };
 
@@ -22,6 +25,11 @@ use support::{CLUTCH, Cluster, noise};
 const ARGUMENTS: [&str; 8] = ["--shards", "1", "--disks", "4", "--policy", "2+2", "--segment-mib", "1"];
 /// What a run takes of each kind of file system.
 const CUTS: usize = 45;
+
+/// Which of the recorded processes is the rewind.
+const REWIND: usize = 2;
+/// How often a start has said that a rewind was interrupted.
+static INTERRUPTED: AtomicUsize = AtomicUsize::new(0);
 
 /// The files under `/a`.
 type Tree = BTreeMap<String, Vec<u8>>;
@@ -92,8 +100,11 @@ fn record(scratch: &Path) -> History {
     let (_, before) = history.steps.last().cloned().expect("some");
     let instant = jiff::Timestamp::now().to_string();
     history.put(&cluster, scratch, 5);
+    // Whole segments that go.
+    cluster.ok(&crowd);
     cluster.ok(&["log", "checkpoint", "--all"]);
     assert!(cluster.stop(), "stops");
+    assert_eq!(history.traces.len(), REWIND);
     let runner = history.runner(scratch);
     let rewound = Command::new(&runner[0])
         .args(&runner[1..])
@@ -118,20 +129,20 @@ struct Cut {
     trees: Vec<Tree>,
 }
 
-/// Calls `take` with each cut that `wanted` chooses, and with `None` for the others; returns how many there are.
+/// Calls `take` with each cut that `wanted` chooses by the process and its number, and with `None` for the others; returns how many there are.
 fn cuts(
     history: &History,
     strictness: Strictness,
     scratch: &Path,
-    wanted: impl Fn(u64) -> bool,
+    wanted: impl Fn(usize, u64) -> bool,
     mut take: impl FnMut(Option<Cut>),
 ) -> u64 {
     let mut model = Model::new(&history.dir, strictness);
-    for trace in &history.traces {
+    for (process, trace) in history.traces.iter().enumerate() {
         let text = read_trace(trace);
         follow(&mut model, &text, |model, time| {
             // Until this moment nothing more was durable than now.
-            if !wanted(model.changes) {
+            if !wanted(process, model.changes) {
                 return take(None);
             }
             let done = history.steps.iter().take_while(|(at, _)| *at < time).count();
@@ -176,6 +187,7 @@ fn try_cut(cut: &Cut) -> Result<(), String> {
     };
     let mut cluster = match start() {
         Err(why) if why.contains("a rewind of") && why.contains("was interrupted") => {
+            INTERRUPTED.fetch_add(1, Ordering::Relaxed);
             let finish = Command::new(CLUTCH).args(["log", "rewind", "--dir"]).arg(&cut.image).output();
             let finish = finish.map_err(|e| e.to_string())?;
             if !finish.status.success() {
@@ -210,7 +222,7 @@ fn try_cut(cut: &Cut) -> Result<(), String> {
 fn try_cuts(history: &History, strictness: Strictness, scratch: &Path, cuts_max: usize) -> Vec<String> {
     let scratch = scratch.join(format!("{strictness:?}").replace(['"', '(', ')'], ""));
     std::fs::create_dir(&scratch).expect("made");
-    let all = cuts(history, strictness, &scratch, |_| false, |_| {});
+    let all = cuts(history, strictness, &scratch, |_, _| false, |_| {});
     let step = (all / cuts_max as u64).max(1);
     assert!(all > 300, "{all} cuts");
     let failures = Mutex::new(Vec::new());
@@ -233,7 +245,10 @@ fn try_cuts(history: &History, strictness: Strictness, scratch: &Path, cuts_max:
                 }
             });
         }
-        let wanted = |n: u64| n % step == step / 2;
+        // A rewind is short: each step of it.
+        let wanted = |process: usize, n: u64| {
+            n % step == step / 2 || process == REWIND && matches!(strictness, Strictness::Strict)
+        };
         cuts(history, strictness, &scratch, wanted, |cut| {
             if let Some(cut) = cut {
                 sender.send(cut).expect("somebody takes it");
@@ -259,6 +274,7 @@ fn what_was_acknowledged_is_there_after_any_cut() {
         let failures = try_cuts(&history, strictness, scratch.path(), cuts_max);
         assert!(failures.is_empty(), "{} cuts: {failures:#?}", failures.len());
     }
+    assert!(INTERRUPTED.load(Ordering::Relaxed) >= 3, "rewinds were cut in their middle");
     // The test can fail: on a disk that lies about the states, trimming the log loses what only they hold then.
     let failures = try_cuts(&history, Strictness::Lying("state"), scratch.path(), 40);
     assert!(!failures.is_empty(), "lies about the states were not noticed");

@@ -9,7 +9,8 @@ use std::{
 
 use support::{CLUTCH, Cluster, noise};
 
-const YEAR: i64 = 365 * 24 * 60 * 60;
+const DAY: i64 = 24 * 60 * 60;
+const YEAR: i64 = 365 * DAY;
 const ARGUMENTS: [&str; 6] = ["--shards", "2", "--disks", "6", "--segment-mib", "1"];
 
 /// What there is of the logs before they go astray.
@@ -36,7 +37,8 @@ fn stat(cluster: &Cluster, path: &str) -> serde_json::Value {
 
 /// A cluster that has been in the next year and is stopped, with files of before and of then; the time before the jump.
 fn led_astray(dir: &Path, local: &str, shift: &Path, logs: Logs) -> (Vec<String>, String) {
-    std::fs::write(shift, "0").expect("written");
+    // All that remains is old by then.
+    std::fs::write(shift, (-3 * DAY).to_string()).expect("written");
     let mut cluster = Cluster::start_with_clock(dir, &ARGUMENTS, shift);
     cluster.ok(&["fs", "mkdir", "/a"]);
     cluster.ok(&["fs", "put", local, "/a/kept"]);
@@ -104,7 +106,7 @@ fn check(dir: &Path, local: &str, shift: &Path, bytes: &[u8], lost_ids: &[String
     cluster.ok(&["fs", "mkdir", "/a/new"]);
     cluster.ok(&["fs", "mv", "/a/kept", "/a/new/kept"]);
     let ctime =
-        stat(&cluster, "/a/new/kept")["ctime"].as_str().expect("a time").parse::<i128>().expect("a number");
+        stat(&cluster, "/a/again0")["ctime"].as_str().expect("a time").parse::<i128>().expect("a number");
     let present = jiff::Timestamp::now().as_nanosecond();
     assert!((ctime - present).abs() < 600_000_000_000, "{ctime} at {present}");
     cluster.fsck();
@@ -129,6 +131,10 @@ fn leads_back(logs: Logs) {
     let said = rewind(&dir, &[]);
     assert!(said.status.success() && text(&said).contains("say --yes"), "{}", text(&said));
     assert!(!dir.join("log/before-rewind-1").exists(), "nothing was changed");
+    let said: serde_json::Value = serde_json::from_slice(&rewind(&dir, &["--json"]).stdout).expect("JSON");
+    assert!(said["done"] == false && said["entries_lost"].as_u64() > Some(10), "{said:#}");
+    // A state that is broken is not needed.
+    std::fs::write(dir.join("state/shard-000/db/CURRENT"), "broken").expect("written");
     let done = rewind(&dir, &["--yes"]);
     assert!(done.status.success() && text(&done).contains("before-rewind-1"), "{}", text(&done));
     check(&dir, local, &shift, &bytes, &lost_ids);

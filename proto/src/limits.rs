@@ -1,7 +1,8 @@
 //! Every limit in one place, with its reason. A request over a limit gets an error that names it.
 //!
-//! All of them are the front door's and may change with any build. The feature `changed` makes such a build: what it
-//! replays must have the same hashes, because `apply` takes its numbers from [`crate::rules`].
+//! They are the front door's and may change with any build, but for what describes a block on a disk (a page, stripes). The
+//! feature `changed` makes another build: what it replays must have the same hashes, because `apply` takes its numbers from
+//! [`crate::rules`].
 
 /// The limit of this build: the second one with the feature `changed`.
 const fn pick<T: Copy>(shipped: T, changed: T) -> T {

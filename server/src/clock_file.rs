@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 
 /// How often it is written.
 pub const PERIOD: Duration = Duration::from_secs(10);
-const FILE: &str = "clock";
+/// Its name in the directory.
+pub const FILE: &str = "clock";
 
 #[derive(Serialize, Deserialize)]
 struct ClockFile {

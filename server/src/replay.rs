@@ -324,7 +324,11 @@ pub fn from_places(
     let summary = open_read_only(disk, log_dir)?;
     let memory = SharedMemory::new(16 << 20, 16 << 20);
     let mut report = Report::default();
-    let live = live_state(state_dir, id, &memory)?;
+    // Only to compare with: a state that is broken does not keep its log from being replayed.
+    let live = live_state(state_dir, id, &memory).unwrap_or_else(|error| {
+        tracing::warn!("not compared: {error:#}; the next start builds the state anew");
+        None
+    });
     let trimmed = summary.before.get(&id).map_or(0, |position| position.0);
     let kept = RocksStores::checkpoint_positions(state_dir, id)?;
     report.from_checkpoint = begin_at(id, from_checkpoint, &kept, trimmed + 1)?;

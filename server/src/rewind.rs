@@ -25,7 +25,7 @@ use clutch_state::Store;
 use prost::Message as _;
 
 use crate::{
-    ClusterFile,
+    ClusterFile, clock_file,
     replay::{self, Places, Report, Until},
     stores::RocksStores,
 };
@@ -59,23 +59,24 @@ pub struct Plan {
     pub lines: Vec<Line>,
 }
 
-/// A directory and what makes stores for replays in it.
-pub struct Rewind<'a> {
-    runtime: &'a Runtime,
+/// The directory of a stopped cluster.
+#[derive(Clone)]
+pub struct Rewind {
+    runtime: Runtime,
     dir: PathBuf,
     cluster: ClusterFile,
 }
 
-impl<'a> Rewind<'a> {
+impl Rewind {
     /// Looks at a directory of `clutch up`; the caller holds its lock.
     ///
     /// # Errors
     /// It is none.
-    pub fn new(runtime: &'a Runtime, dir: &Path) -> Result<Rewind<'a>> {
+    pub fn new(runtime: &Runtime, dir: &Path) -> Result<Rewind> {
         let cluster = ClusterFile::read(runtime, dir)?.with_context(|| {
             format!("{} has no cluster.json; name a directory of `clutch up`", dir.display())
         })?;
-        Ok(Rewind { runtime, dir: dir.to_owned(), cluster })
+        Ok(Rewind { runtime: runtime.clone(), dir: dir.to_owned(), cluster })
     }
 
     fn log_dir(&self) -> PathBuf {
@@ -97,24 +98,32 @@ impl<'a> Rewind<'a> {
     }
 
     /// Finds out what a rewind to `time` does with one log: replays it twice, into stores that the caller makes. Nothing is
-    /// changed.
+    /// changed. Blocks on the disk.
     ///
     /// # Errors
     /// The log is damaged, or what is kept of it does not reach back to `time`.
-    pub fn plan(&self, id: LogId, time: u64, stores: [Arc<dyn Store>; 2]) -> Result<Line> {
+    pub fn plan(
+        &self,
+        id: LogId,
+        time: u64,
+        stores: [Arc<dyn Store>; 2],
+        progress: &mut dyn FnMut(u64, u64),
+    ) -> Result<Line> {
         let places = Places { log: &self.log_dir(), state: &self.state_dir() };
-        let replay = |store: Arc<dyn Store>, until: Until| {
-            replay::from_places(&*self.runtime.disk, &places, id, store, until, None, &mut |_, _| {})
+        let mut replay = |store: Arc<dyn Store>, until: Until| {
+            replay::from_places(&*self.runtime.disk, &places, id, store, until, None, progress)
                 .with_context(|| format!("replay {id}"))
         };
         let [remains, whole] = stores;
         let lost = whole.clone();
         let remains = replay(remains, Until { time: Some(time), position: None })?;
         let whole = replay(whole, Until::default())?;
-        let jump = match id.role {
-            1 => None,
-            2 => Some(clutch_cdc::jump_past(&*lost)?.encode_to_vec()),
-            _ => Some(clutch_shard::jump::past(&*lost)?.encode_to_vec()),
+        let jump = if id == LogId::REGISTRY {
+            None
+        } else if id == LogId::CDC {
+            Some(clutch_cdc::jump_past(&*lost)?.encode_to_vec())
+        } else {
+            Some(clutch_shard::jump::past(&*lost)?.encode_to_vec())
         };
         Ok(Line { log: id, remains, whole, jump })
     }
@@ -125,7 +134,25 @@ impl<'a> Rewind<'a> {
     /// # Errors
     /// A file cannot be read or written, or what remains is not what was planned. The cluster is as it was then, unless
     /// [`Rewind::is_unfinished`].
-    pub async fn execute(&self, plan: &Plan, store: impl Fn() -> Result<Arc<dyn Store>>) -> Result<PathBuf> {
+    pub async fn execute(
+        &self,
+        plan: &Plan,
+        store: impl FnMut() -> Result<Arc<dyn Store>>,
+    ) -> Result<PathBuf> {
+        let done = self.try_execute(plan, store).await;
+        if done.is_err()
+            && let Err(error) = cut::discard(&*self.runtime.disk, &self.log_dir())
+        {
+            tracing::warn!(%error, "remove the copy that was made");
+        }
+        done
+    }
+
+    async fn try_execute(
+        &self,
+        plan: &Plan,
+        mut store: impl FnMut() -> Result<Arc<dyn Store>>,
+    ) -> Result<PathBuf> {
         let (disk, log_dir) = (&*self.runtime.disk, self.log_dir());
         let keep: BTreeMap<LogId, Kept> =
             plan.lines.iter().map(|line| (line.log, kept(&line.remains))).collect();
@@ -133,15 +160,8 @@ impl<'a> Rewind<'a> {
         let prepared = cut::prepared(&log_dir);
         for line in &plan.lines {
             let places = Places { log: &prepared, state: &self.state_dir() };
-            let again = replay::from_places(
-                disk,
-                &places,
-                line.log,
-                store()?,
-                Until::default(),
-                None,
-                &mut |_, _| {},
-            )?;
+            let until = Until::default();
+            let again = replay::from_places(disk, &places, line.log, store()?, until, None, &mut |_, _| {})?;
             let (ours, planned) =
                 ((again.position, &again.hash), (line.remains.position, &line.remains.hash));
             ensure!(
@@ -158,12 +178,12 @@ impl<'a> Rewind<'a> {
     /// Opens what remains with entries that go past the lost future.
     async fn jump(&self, plan: &Plan, prepared: &Path) -> Result<()> {
         let options = Options { cluster: self.cluster.cluster_id()?, ..Options::default() };
-        let engine = LocalEngine::open(self.runtime, prepared.to_owned(), options)?;
+        let engine = LocalEngine::open(&self.runtime, prepared.to_owned(), options)?;
         for line in &plan.lines {
             let Some(body) = &line.jump else { continue };
             let log = engine.log(line.log).await?;
             let entry = Entry { stamp: line.remains.time, kind: Some(Kind::Body(body.clone().into())) };
-            let mut events = log.events(Position(line.remains.position).next());
+            let mut events = log.events(kept(&line.remains).position.next());
             let epoch = loop {
                 if let Event::Leader { epoch, is_self: true } = events.next().await? {
                     break epoch;
@@ -194,7 +214,10 @@ impl<'a> Rewind<'a> {
             let note = RocksStores::condemned_note(&self.state_dir(), line.log);
             moves.push((note, aside.join("condemned")));
             for position in RocksStores::checkpoint_positions(&self.state_dir(), line.log)? {
-                if position > line.remains.position {
+                // The one that all begins from stays; one at the cut may hold entries of its batch that do not remain.
+                let is_later = position > line.remains.position
+                    || line.remains.cut_inside_batch && position == line.remains.position;
+                if is_later && position != line.remains.from_checkpoint {
                     let name = format!("{position:020}");
                     moves.push((checkpoints.join(&name), aside.join("checkpoints").join(&name)));
                 }
@@ -221,18 +244,26 @@ impl<'a> Rewind<'a> {
     /// # Errors
     /// A file cannot be moved; doing it again goes on where it stopped.
     pub fn finish(&self) -> Result<PathBuf> {
-        let old = cut::put_in_place(&*self.runtime.disk, &self.log_dir())?;
-        // What it says of the time is of the lost future.
-        let clock = self.dir.join("clock");
-        if clock.exists() {
-            fs::remove_file(&clock).with_context(|| format!("remove {}", clock.display()))?;
+        self.set_clock()?;
+        Ok(cut::put_in_place(&*self.runtime.disk, &self.log_dir())?)
+    }
+
+    /// What the file says of the time is of the lost future. Whoever rewinds vouches for the machine's present time: from the
+    /// end of what remains the next start goes on to it, however long ago that is.
+    fn set_clock(&self) -> Result<()> {
+        let clock = self.dir.join(clock_file::FILE);
+        match fs::remove_file(&clock) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            removed => removed.with_context(|| format!("remove {}", clock.display()))?,
         }
-        Ok(old)
+        clock_file::write(&self.runtime, &self.dir, self.runtime.clock.now());
+        Ok(())
     }
 }
 
 fn kept(remains: &Report) -> Kept {
     // Where nothing was replayed, a checkpoint is the end of what remains, and its batch remains whole.
     let entries = if remains.batches == 0 { usize::MAX } else { remains.last_entries };
-    Kept { position: Position(remains.position), entries }
+    // A checkpoint's position may lie behind its last batch: the engine's own records have positions, too.
+    Kept { position: Position(remains.position.max(remains.from_checkpoint)), entries }
 }

@@ -1,6 +1,10 @@
 //! `clutch log`.
 
-use std::{path::Path, process::ExitCode, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result, bail};
 use clutch_client::Client;
@@ -85,7 +89,7 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
             }
             Ok(ExitCode::SUCCESS)
         }
-        LogCommand::Rewind { dir, to_time, yes } => rewind(dir, *to_time, *yes).await,
+        LogCommand::Rewind { dir, to_time, yes, json } => rewind(dir, *to_time, *yes, *json).await,
         LogCommand::Trim { which, upto } => {
             let client = client()?;
             for id in chosen(which, client.map().await?.shards.len() as u32)? {
@@ -134,26 +138,38 @@ async fn list_checkpoints(client: &Client, as_json: bool) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool) -> Result<ExitCode> {
+async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> Result<ExitCode> {
     let runtime = clutch_runtime::production::runtime();
     let rewind = Rewind::new(&runtime, dir)?;
     let _lock = up::lock(dir)?;
+    let say = |text: String| if as_json { Ok(()) } else { output::line(text) };
     if rewind.is_unfinished() {
         let old = rewind.finish()?;
-        output::line(format!("an interrupted rewind was finished; the old logs are in {}", old.display()))?;
+        say(format!("an interrupted rewind was finished; the old logs are in {}", old.display()))?;
+        if as_json {
+            output::json(&json!({ "done": true, "finished": true, "old_logs": old.display().to_string() }))?;
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let present = u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(0);
     let mut plan = Plan { time: to_time.unwrap_or(present), lines: Vec::new() };
     for id in rewind.logs() {
         let (cut, whole) = (tempdir()?, tempdir()?);
-        let bar = output::bar(&format!("replay {id}"), 0);
-        plan.lines.push(rewind.plan(id, plan.time, [open(cut.path())?, open(whole.path())?])?);
+        let stores = [open(cut.path())?, open(whole.path())?];
+        let (bar, rewind, time) = (output::bar(&format!("replay {id}"), 0), rewind.clone(), plan.time);
+        let shown = bar.clone();
+        let mut progress = move |done: u64, total: u64| {
+            shown.set_length(total);
+            shown.set_position(done);
+        };
+        // On a thread of its own, so that the command can be interrupted.
+        let line = tokio::task::spawn_blocking(move || rewind.plan(id, time, stores, &mut progress)).await?;
         bar.finish_and_clear();
+        plan.lines.push(line?);
     }
     let lost: u64 = plan.lines.iter().map(Line::entries_lost).sum();
     for line in &plan.lines {
-        output::line(format!(
+        say(format!(
             "{}: {} of {} entries remain, up to position {} of {}; the last one of {}",
             line.log,
             line.whole.entries - line.entries_lost(),
@@ -163,33 +179,60 @@ async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool) -> Result<ExitCode>
             instant(line.whole.time),
         ))?;
     }
-    if lost == 0 {
-        output::line(format!("nothing is later than {}; nothing to do", instant(plan.time)))?;
-        return Ok(ExitCode::SUCCESS);
-    }
-    if !yes {
-        output::line(format!(
-            "{lost} entries are later than {} and would be lost; say --yes to do it (nothing was changed)",
-            instant(plan.time)
+    let old = match (lost, yes) {
+        (0, _) => {
+            say(format!("nothing is later than {}; nothing to do", instant(plan.time)))?;
+            None
+        }
+        (_, false) => {
+            say(format!(
+                "{lost} entries are later than {} and would be lost; say --yes to do it (nothing was changed)",
+                instant(plan.time)
+            ))?;
+            None
+        }
+        (_, true) => Some(execute(&rewind, &plan).await?),
+    };
+    if let Some(old) = &old {
+        let ends = plan.lines.iter().map(|line| line.remains.time).max().unwrap_or(0);
+        say(format!(
+            "the logs end at {}; the old ones are in {}, the old states in {}; remove them when nobody needs them",
+            instant(ends),
+            old.display(),
+            dir.join("state/*/before-rewind-*").display()
         ))?;
-        return Ok(ExitCode::SUCCESS);
     }
-    let work = std::cell::RefCell::new(Vec::new());
-    let old = rewind
-        .execute(&plan, || {
-            let dir = tempdir()?;
-            let store = open(dir.path())?;
-            work.borrow_mut().push(dir);
-            Ok(store)
-        })
-        .await?;
-    output::line(format!(
-        "the cluster stands at {}; the old logs are in {}, the old states in {}; remove them when nobody needs them",
-        instant(plan.time),
-        old.display(),
-        dir.join("state/*/before-rewind-*").display()
-    ))?;
+    if as_json {
+        let logs = plan.lines.iter().map(|line| {
+            json!({
+                "log": line.log.to_string(), "entries_lost": output::number(line.entries_lost()),
+                "entries": output::number(line.whole.entries), "position": output::number(line.remains.position),
+                "time": output::nanoseconds(line.remains.time), "last_position": output::number(line.whole.position),
+                "last_time": output::nanoseconds(line.whole.time),
+            })
+        });
+        let logs = logs.collect();
+        let logs = serde_json::Value::Array(logs);
+        output::json(&json!({
+            "done": old.is_some(), "time": output::nanoseconds(plan.time), "entries_lost": output::number(lost),
+            "old_logs": old.map(|old| old.display().to_string()), "logs": logs,
+        }))?;
+    }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn execute(rewind: &Rewind, plan: &Plan) -> Result<PathBuf> {
+    // One directory at a time: whoever had the one before is done with it.
+    let work = std::sync::Mutex::new(None);
+    let store = || {
+        let mut work = work.lock().unwrap_or_else(|e| e.into_inner());
+        drop(work.take());
+        let dir = tempdir()?;
+        let store = open(dir.path())?;
+        *work = Some(dir);
+        Ok(store)
+    };
+    rewind.execute(plan, store).await
 }
 
 /// A time as a person reads it, and exactly.

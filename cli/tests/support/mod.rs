@@ -100,6 +100,19 @@ impl Cluster {
 
     /// Starts the process again on the same directory.
     pub fn boot(&mut self) {
+        // A namespace goes a moment after its process; until then what was mounted in it still is.
+        let in_use = |image: &Path| {
+            Command::new("losetup")
+                .arg("-j")
+                .arg(image)
+                .output()
+                .is_ok_and(|output| !output.stdout.is_empty())
+        };
+        let start = Instant::now();
+        while self.mounts.iter().any(|mount| mount.image.as_deref().is_some_and(in_use)) {
+            assert!(start.elapsed() < Duration::from_secs(30), "still mounted");
+            std::thread::sleep(Duration::from_millis(20));
+        }
         let mut command = Command::new(CLUTCH);
         if !self.mounts.is_empty() {
             // In a namespace of its own, which ends with the process. It takes the place of the shell.

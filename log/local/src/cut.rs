@@ -6,7 +6,8 @@
 //! Invariants:
 //! * Until the old mark goes, the directory holds the old logs, whole. From then on until the new mark comes it cannot be
 //!   opened, and [`put_in_place`] again finishes what was begun. A cut of power anywhere leaves one of the three.
-//! * What remains of a log is a prefix of it, byte for byte the same entries at the same positions.
+//! * What remains of a log is a prefix of it, byte for byte the same entries at the same positions, and its next reign is
+//!   later than all that there were.
 
 use std::{
     collections::BTreeMap,
@@ -185,21 +186,15 @@ fn lines(groups: &BTreeMap<LogId, GroupState>) -> Vec<Bytes> {
 /// when a file cannot be read or written, or there is a log that `keep` does not name. Nothing has changed then.
 pub fn prepare(disk: &dyn Disk, dir: &Path, keep: &BTreeMap<LogId, Kept>) -> Result<(), LogFault> {
     check_finished(disk, dir)?;
+    discard(disk, dir)?;
     let new = prepared(dir);
-    for name in disk.list(&new).map_err(|e| storage("list what an attempt left", &e))? {
-        disk.remove(&new.join(name)).map_err(|e| storage("remove what an attempt left", &e))?;
-    }
     disk.create_dir_all(&new).map_err(|e| storage("make a directory for the new log", &e))?;
     let summary = open_read_only(disk, dir)?;
     let cluster = SegmentReader::open(disk, dir, summary.segments[0])?.cluster();
     let mut copy = Copy { disk, dir: new, cluster, open: None, mark: Mark::default() };
     // Damage is looked for along the old logs, lines come from what remains of them.
     let (mut old, mut rest) = (Continuity::default(), Continuity::default());
-    let is_whole = |rest: &Continuity| keep.iter().all(|(id, kept)| rest.last(*id) >= Some(kept.position));
     'segments: for &number in &summary.segments {
-        if copy.mark.first != 0 && is_whole(&rest) {
-            break;
-        }
         let mut reader = SegmentReader::open(disk, dir, number)?;
         loop {
             let at = reader.offset();
@@ -243,7 +238,30 @@ pub fn prepare(disk: &dyn Disk, dir: &Path, keep: &BTreeMap<LogId, Kept>) -> Res
             kept.position
         )));
     }
+    // A reign of the lost future is known elsewhere: the next one must be later.
+    for (id, state) in old.groups() {
+        if let Some((last, epoch)) = rest.groups().get(id).map(|kept| (Position(kept.next.0 - 1), kept.epoch))
+            && epoch < state.epoch
+        {
+            copy.record(RecordKind::Epoch, *id, (last.next(), state.epoch), &[])?;
+        }
+    }
     copy.finish()
+}
+
+/// Removes what [`prepare`] made, unless it is being put in place.
+///
+/// # Errors
+/// [`LogFault::Storage`] when a file cannot be removed.
+pub fn discard(disk: &dyn Disk, dir: &Path) -> Result<(), LogFault> {
+    if is_unfinished(disk, dir) {
+        return Ok(());
+    }
+    let new = prepared(dir);
+    for name in disk.list(&new).map_err(|e| storage("list what an attempt left", &e))? {
+        disk.remove(&new.join(name)).map_err(|e| storage("remove what an attempt left", &e))?;
+    }
+    Ok(())
 }
 
 /// Exchanges the logs with those that were made ready, or finishes an exchange that was interrupted. Returns where the old
@@ -262,7 +280,7 @@ pub fn put_in_place(disk: &dyn Disk, dir: &Path) -> Result<PathBuf, LogFault> {
         None => {
             let taken = olds(disk, dir)?;
             let name = (1..).map(|n| format!("before-rewind-{n}")).find(|name| !taken.contains(name));
-            let old = dir.join(name.unwrap_or_default());
+            let old = dir.join(name.expect("there are more numbers than directories"));
             disk.create_dir_all(&old).map_err(failed)?;
             disk.replace(&old.join(STAGE), MOVING_AWAY).map_err(failed)?;
             (old, MOVING_AWAY.to_vec())
@@ -295,6 +313,10 @@ fn move_files(
     for name in disk.list(from).map_err(failed)? {
         if wanted(&name) {
             disk.rename(&from.join(&name), &to.join(&name)).map_err(failed)?;
+            // Both names of one file may have survived a cut of power; then renaming it does nothing.
+            if disk.exists(&from.join(&name)) {
+                disk.remove(&from.join(&name)).map_err(failed)?;
+            }
         }
     }
     disk.sync_dir(to).map_err(failed)?;

@@ -1,6 +1,9 @@
 //! Answers requests for blocks: certificate first, then the disk.
 
-use std::{io, sync::Arc};
+use std::{
+    io,
+    sync::{Arc, Mutex},
+};
 
 use bytes::Bytes;
 use clutch_proto::{
@@ -34,6 +37,8 @@ pub struct BlockService {
     changes: DiskQueue,
     /// Everything else.
     reads: DiskQueue,
+    /// Why the last change of the disk failed; none since one has succeeded.
+    failing: Mutex<Option<String>>,
 }
 
 /// An answer, and what is held for it until it is sent.
@@ -63,7 +68,17 @@ impl BlockService {
         let store = Arc::new(store);
         let queue = || DiskQueue::new(runtime.clone(), store.service());
         let (changes, reads) = (queue(), queue());
-        BlockService { runtime, clock, store, cluster, keys, skew_ms_max: CLOCK_SKEW_MS_MAX, changes, reads }
+        BlockService {
+            runtime,
+            clock,
+            store,
+            cluster,
+            keys,
+            skew_ms_max: CLOCK_SKEW_MS_MAX,
+            changes,
+            reads,
+            failing: Mutex::default(),
+        }
     }
 
     /// The same with another bound for the skew of clocks: where all of a cluster has one clock, erasing need not wait
@@ -77,9 +92,36 @@ impl BlockService {
         &self.store
     }
 
-    /// Why the disk takes no work: it is not the right one, or it hangs.
+    /// What is wrong with the disk: it is not the right one, it hangs, or changes of it fail.
     pub fn fault(&self) -> Option<String> {
-        self.store.unusable().or_else(|| self.changes.fault()).or_else(|| self.reads.fault())
+        let failing = || self.failing.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        self.store.unusable().or_else(|| self.changes.fault()).or_else(|| self.reads.fault()).or_else(failing)
+    }
+
+    /// Takes note of what became of a change. A disk that is mounted for reading only, or is dying, is seen by that alone.
+    fn changed<T>(&self, what: &str, result: Result<T, Refusal>) -> Result<T, Refusal> {
+        let failure = match &result {
+            Ok(_) => None,
+            Err(refusal) if refusal.code == Code::DiskFault => Some(&refusal.detail),
+            // Says nothing of the disk.
+            Err(_) => return result,
+        };
+        let mut failing = self.failing.lock().unwrap_or_else(|e| e.into_inner());
+        let service = self.store.service();
+        match (failure, failing.is_some()) {
+            (Some(detail), had) => {
+                if !had {
+                    tracing::error!(%service, what, %detail, "a disk fails");
+                }
+                *failing = Some(format!("the disk of service {service} fails: {detail}"));
+            }
+            (None, true) => {
+                tracing::warn!(%service, what, "the disk takes changes again");
+                *failing = None;
+            }
+            (None, false) => {}
+        }
+        result
     }
 
     /// Whether the disk hangs: it has work, and nothing of it ends.
@@ -139,7 +181,8 @@ impl BlockService {
                 let is_granted = move || clock.now() <= expiry;
                 let bytes = op.data.len();
                 let write = move || store.write(&expected, &op.data, &is_granted);
-                self.changes.run(bytes, write).await??;
+                let written = self.changes.run(bytes, write).await?;
+                self.changed("write", written)?;
                 Ok(self.proof(&claims, Operation::Written).into())
             }
             Some(Op::Read(op)) => {
@@ -160,7 +203,8 @@ impl BlockService {
             }
             Some(Op::Erase(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Erase)?;
-                self.changes.run(0, move || store.erase(expected.block)).await??;
+                let erased = self.changes.run(0, move || store.erase(expected.block)).await?;
+                self.changed("erase", erased)?;
                 Ok(self.proof(&claims, Operation::Erased).into())
             }
         }

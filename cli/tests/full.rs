@@ -286,3 +286,29 @@ fn a_disk_that_hangs_is_done_without() {
     }
     cluster.fsck();
 }
+
+#[test]
+fn a_disk_that_becomes_read_only_is_named() {
+    if !can_mount() {
+        return;
+    }
+    let dir = tempfile::tempdir().expect("a directory");
+    let data = dir.path().join("data");
+    let mount = Mount::memory(data.join("blocks"), 64);
+    let cluster = Cluster::start_on(&data, &["--shards", "1", "--disks", "4", "--policy", "2+2"], &[mount]);
+    let local = dir.path().join("file");
+    std::fs::write(&local, noise(300_000, 4)).expect("written");
+    let local = local.to_str().expect("text");
+    cluster.ok(&["fs", "put", local, "/before"]);
+    let at = data.join("blocks").to_str().expect("text").to_owned();
+    assert!(cluster.inside(&["mount", "-o", "remount,ro", &at]));
+    assert!(!cluster.run(&["--patience-s", "3", "fs", "put", local, "/no"]).status.success());
+    let status = cluster.json(&["status", "--json"]);
+    assert!(status["faults"].to_string().contains("fails: "), "{status:#}");
+    assert!(cluster.inside(&["mount", "-o", "remount,rw", &at]));
+    for number in 0..8 {
+        cluster.ok(&["fs", "put", local, &format!("/again{number}")]);
+    }
+    let status = cluster.json(&["status", "--json"]);
+    assert!(!status["faults"].to_string().contains("fails: "), "{status:#}");
+}

@@ -803,8 +803,9 @@ pub(crate) enum LogCommand {
     /// Take a stopped cluster back to an instant, or its logs out of the future that a wrong clock has led them into.
     ///
     /// All logs are cut at one time; what was acknowledged after it is lost to the cluster. The old logs and states stay
-    /// beside the new ones, in directories `before-rewind-N`: moved back into their places they undo it. Blocks that were erased after the instant do not come back:
-    /// `clutch fsck` and reads say which files miss them.
+    /// beside the new ones, in directories `before-rewind-N`: moved back into their places they undo it. Blocks that were
+    /// erased after the instant do not come back: reading says which files miss them. Those that were written after it stay
+    /// on the disks. The machine's clock must be right. An interrupted rewind is finished by the next one.
     Rewind {
         /// The directory of `clutch up`.
         #[arg(long, default_value = "clutch-data")]

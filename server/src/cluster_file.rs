@@ -124,7 +124,7 @@ impl ClusterFile {
         if let Some(name) = PARTS.iter().find(|name| foreign.iter().any(|f| f == *name)) {
             bail!(
                 "{} is missing, but {} is there: this was a cluster. Restore cluster.json from a copy; without it nothing \
-                 can be started",
+                 can be started. If it never was one, choose another directory",
                 dir.join("cluster.json").display(),
                 dir.join(name).display()
             );

@@ -441,6 +441,7 @@ impl Starter<'_> {
                     self.compare(id, &applier, log)?;
                     return Ok(applier);
                 }
+                Ok(applier) if applier.position().0 == 0 => "there is none".to_owned(),
                 Ok(applier) => {
                     format!("it ends at {} and the log begins at {}", applier.position(), log.first)
                 }
@@ -459,8 +460,7 @@ impl Starter<'_> {
         let aside = rebuilt
             .set_aside
             .map_or(String::new(), |path| format!("; the old files are in {}", path.display()));
-        let notice =
-            format!("the state of {id} could not be used ({reason}) and is built anew {from}{aside}");
+        let notice = format!("the state of {id} cannot be used ({reason}) and is built anew {from}{aside}");
         tracing::warn!("{notice}");
         self.config.runtime.note("node: a state is built anew");
         self.notices.lock().push(notice);

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use clutch_client::Client;
 use clutch_log::LogId;
 use clutch_proto::{
-    admin::{AdminReply, AdminRequest, TakeCheckpoint, TrimLog, admin_request::Op},
+    admin::{AdminReply, AdminRequest, Status, TakeCheckpoint, TrimLog, admin_request::Op},
     session::Role,
 };
 use clutch_runtime::production::OsDisk;
@@ -93,9 +93,12 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
         LogCommand::Trim { which, upto } => {
             let client = client()?;
             for id in chosen(which, client.map().await?.shards.len() as u32)? {
-                let reply =
-                    admin(&client, id, Op::TrimLog(TrimLog { upto: upto.unwrap_or(u64::MAX) })).await?;
-                let first = reply.log.map_or(0, |l| l.first);
+                admin(&client, id, Op::TrimLog(TrimLog { upto: upto.unwrap_or(u64::MAX) })).await?;
+            }
+            // A segment goes when no log needs it any more: only now is it known where each of them begins.
+            for id in chosen(which, client.map().await?.shards.len() as u32)? {
+                let reply = admin(&client, id, Op::Status(Status {})).await?;
+                let first = reply.status.map_or(0, |status| status.log_first);
                 output::line(format!("{id}: the log begins at {first} (whole segments are removed)"))?;
             }
             Ok(ExitCode::SUCCESS)
@@ -145,11 +148,18 @@ async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> R
     let say = |text: String| if as_json { Ok(()) } else { output::line(text) };
     if rewind.is_unfinished() {
         let old = rewind.finish()?;
-        say(format!("an interrupted rewind was finished; the old logs are in {}", old.display()))?;
-        if as_json {
-            output::json(&json!({ "done": true, "finished": true, "old_logs": old.display().to_string() }))?;
+        say(format!(
+            "the rewind that was interrupted is finished, to the instant that was given then; the old logs are in {}",
+            old.display()
+        ))?;
+        if to_time.is_none() {
+            if as_json {
+                output::json(
+                    &json!({ "done": true, "finished": true, "old_logs": old.display().to_string() }),
+                )?;
+            }
+            return Ok(ExitCode::SUCCESS);
         }
-        return Ok(ExitCode::SUCCESS);
     }
     let present = u64::try_from(jiff::Timestamp::now().as_nanosecond()).unwrap_or(0);
     let mut plan = Plan { time: to_time.unwrap_or(present), lines: Vec::new() };
@@ -170,11 +180,11 @@ async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> R
     let lost: u64 = plan.lines.iter().map(Line::entries_lost).sum();
     for line in &plan.lines {
         say(format!(
-            "{}: {} of {} entries remain, up to position {} of {}; the last one of {}",
+            "{}: loses {} entries; it ends at position {} of {} instead of {} of {}",
             line.log,
-            line.whole.entries - line.entries_lost(),
-            line.whole.entries,
+            line.entries_lost(),
             line.remains.position,
+            instant(line.remains.time),
             line.whole.position,
             instant(line.whole.time),
         ))?;
@@ -196,7 +206,8 @@ async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> R
     if let Some(old) = &old {
         let ends = plan.lines.iter().map(|line| line.remains.time).max().unwrap_or(0);
         say(format!(
-            "the logs end at {}; the old ones are in {}, the old states in {}; remove them when nobody needs them",
+            "the logs end at {}; the old ones are in {}, the old states in {}; remove them when nobody \
+             needs them. Blocks that were written after the instant stay on the disks",
             instant(ends),
             old.display(),
             dir.join("state/*/before-rewind-*").display()

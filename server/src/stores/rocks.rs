@@ -144,10 +144,16 @@ impl RocksStores {
         Ok(None)
     }
 
-    /// Moves the database away; where it is now.
+    /// Moves the database away; where it is now. An empty one is removed.
     fn set_aside(&self, home: &Path) -> io::Result<Option<PathBuf>> {
         let db = home.join("db");
         if !db.exists() {
+            return Ok(None);
+        }
+        if !OsDisk.list(&db)?.iter().any(|name| name.ends_with(".sst")) {
+            // It has never held anything; this start may have made it.
+            fs::remove_dir_all(&db)?;
+            OsDisk.sync_dir(home)?;
             return Ok(None);
         }
         let mut aside: Vec<u64> = OsDisk

@@ -1,13 +1,14 @@
 //! Answers requests for blocks: certificate first, then the disk.
 
 use std::{
+    collections::BTreeMap,
     io,
-    sync::{Arc, Mutex},
+    sync::{Arc, Mutex, Weak},
 };
 
 use bytes::Bytes;
 use clutch_proto::{
-    Refusal, Time,
+    BlockId, Refusal, Time,
     blocks::{BlocksReply, BlocksRequest, blocks_request::Op},
     certificate::{Claims, Key, Operation},
     limits::{CLOCK_AHEAD_MS_MAX, CLOCK_SKEW_MS_MAX},
@@ -39,6 +40,8 @@ pub struct BlockService {
     reads: DiskQueue,
     /// Why the last change of the disk failed; none since one has succeeded.
     failing: Mutex<Option<String>>,
+    /// Blocks that are being written or erased.
+    turns: Mutex<BTreeMap<BlockId, Weak<tokio::sync::Mutex<()>>>>,
 }
 
 /// An answer, and what is held for it until it is sent.
@@ -78,6 +81,7 @@ impl BlockService {
             changes,
             reads,
             failing: Mutex::default(),
+            turns: Mutex::default(),
         }
     }
 
@@ -96,6 +100,23 @@ impl BlockService {
     pub fn fault(&self) -> Option<String> {
         let failing = || self.failing.lock().unwrap_or_else(|e| e.into_inner()).clone();
         self.store.unusable().or_else(|| self.changes.fault()).or_else(|| self.reads.fault()).or_else(failing)
+    }
+
+    /// Waits until nothing else is done to a block. A write that hangs after its grant was looked at must have come to its end
+    /// before an erase is proven: else it would bring the block back, which nobody would know any more. The turn ends with the
+    /// work, also when nobody waits for that.
+    async fn turn(&self, block: BlockId) -> tokio::sync::OwnedMutexGuard<()> {
+        let turn = {
+            let mut turns = self.turns.lock().unwrap_or_else(|e| e.into_inner());
+            turns.retain(|_, turn| turn.strong_count() > 0);
+            let known = turns.get(&block).and_then(Weak::upgrade);
+            known.unwrap_or_else(|| {
+                let new = Arc::default();
+                turns.insert(block, Arc::downgrade(&new));
+                new
+            })
+        };
+        turn.lock_owned().await
     }
 
     /// Takes note of what became of a change. A disk that is mounted for reading only, or is dying, is seen by that alone.
@@ -180,7 +201,11 @@ impl BlockService {
                 let (clock, expiry) = (self.clock.clone(), claims.expiry);
                 let is_granted = move || clock.now() <= expiry;
                 let bytes = op.data.len();
-                let write = move || store.write(&expected, &op.data, &is_granted);
+                let turn = self.turn(expected.block).await;
+                let write = move || {
+                    let _turn = turn;
+                    store.write(&expected, &op.data, &is_granted)
+                };
                 let written = self.changes.run(bytes, write).await?;
                 self.changed("write", written)?;
                 Ok(self.proof(&claims, Operation::Written).into())
@@ -203,7 +228,12 @@ impl BlockService {
             }
             Some(Op::Erase(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Erase)?;
-                let erased = self.changes.run(0, move || store.erase(expected.block)).await?;
+                let turn = self.turn(expected.block).await;
+                let erase = move || {
+                    let _turn = turn;
+                    store.erase(expected.block)
+                };
+                let erased = self.changes.run(0, erase).await?;
                 self.changed("erase", erased)?;
                 Ok(self.proof(&claims, Operation::Erased).into())
             }

@@ -83,6 +83,8 @@ impl Generator {
             parity_blocks,
             engine: if rng.random_ratio(3, 5) { Engine::Sim } else { Engine::Local },
             flush_permille: *[0, 5, 50, 300].choose(&mut rng).expect("some"),
+            // From the seed alone: it moves no other draw. Every third cluster has small pages.
+            page: if seed.is_multiple_of(3) { 2 + (seed / 3 % 4) as u32 } else { 0 },
         };
         let mut weights = [0; KINDS];
         for (kind, weight) in weights.iter_mut().enumerate() {

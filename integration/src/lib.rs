@@ -1,6 +1,7 @@
 //! Whole clusters for tests: simulated on one thread, or in production form in a temporary directory; and the
 //! harness that drives simulated ones from seeds.
 
+pub mod batches;
 pub mod checkers;
 pub mod coverage;
 pub mod fuzz;
@@ -15,6 +16,7 @@ pub mod script;
 pub mod shrink;
 pub mod sim_cluster;
 pub mod sim_store;
+pub mod steps;
 mod upkeep;
 pub mod workload;
 

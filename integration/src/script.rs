@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! seed 42
-//! cluster shards=2 disks=5 policy=2+1 engine=sim flush=20 clients=3
+//! cluster shards=2 disks=5 policy=2+1 engine=sim flush=20 page=0 clients=3
 //! 0.001200 c0.1 create /d1/f3 120 7
 //! 0.002000 fault crash shard0 0.300000
 //! ```
@@ -362,13 +362,14 @@ impl fmt::Display for Script {
         writeln!(f, "seed {}", self.seed)?;
         writeln!(
             f,
-            "cluster shards={} disks={} policy={}+{} engine={} flush={} clients={}",
+            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} clients={}",
             c.shards,
             c.disks,
             c.data_blocks,
             c.parity_blocks,
             if c.engine == Engine::Sim { "sim" } else { "local" },
             c.flush_permille,
+            c.page,
             self.clients
         )?;
         self.events.iter().try_for_each(|event| writeln!(f, "{event}"))
@@ -581,6 +582,7 @@ pub fn default_cluster() -> ClusterConfig {
         parity_blocks: 1,
         engine: Engine::Sim,
         flush_permille: 20,
+        page: 0,
     }
 }
 
@@ -598,6 +600,7 @@ impl Script {
                 "shards" => self.cluster.shards = number()?,
                 "disks" => self.cluster.disks = number()?,
                 "flush" => self.cluster.flush_permille = number()?,
+                "page" => self.cluster.page = number()?,
                 "clients" => self.clients = number()?,
                 "policy" => {
                     let parts =
@@ -614,7 +617,7 @@ impl Script {
                 }
                 _ => {
                     return Err(format!(
-                        "{key:?} is not known; shards, disks, policy, engine, flush, clients are"
+                        "{key:?} is not known; shards, disks, policy, engine, flush, page, clients are"
                     ));
                 }
             }

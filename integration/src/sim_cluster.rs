@@ -23,7 +23,7 @@ use clutch_server::{
     room::Room,
     stores::{IsHome, LogProvider, Rebuilt, StoreProvider},
 };
-use clutch_shard::{Keyring, Lifetimes};
+use clutch_shard::{Keyring, Lifetimes, Pages};
 use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
 use parking_lot::Mutex;
 
@@ -84,6 +84,18 @@ pub struct ClusterConfig {
     pub engine: Engine,
     /// Of a thousand writes to a store, after how many what was written so far survives a crash.
     pub flush_permille: u32,
+    /// How much the answers of shards hold; 0 for what ships.
+    pub page: u32,
+}
+
+impl ClusterConfig {
+    /// How much the answers of shards hold.
+    pub fn pages(&self) -> Pages {
+        match self.page {
+            0 => Pages::default(),
+            count => Pages::of(count as usize),
+        }
+    }
 }
 
 /// A cluster in a world.
@@ -196,6 +208,7 @@ impl SimCluster {
             parity_blocks: 1,
             engine: Engine::Sim,
             flush_permille: 0,
+            page: 0,
         };
         SimCluster::start_with(seed, config).expect("the cluster comes up")
     }
@@ -306,6 +319,7 @@ impl SimCluster {
         let stores = SimStores { images: self.images.clone(), runtime: runtime.clone(), node };
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
+        let pages = self.config.pages();
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
@@ -338,6 +352,7 @@ impl SimCluster {
                 system_key: [7; 32],
                 process_usage: || None,
                 lifetimes: LIFETIMES,
+                pages,
                 clock_skew_ms_max: CLOCK_SKEW_MS_MAX,
                 down: {
                     // A boot clock that nobody sets.

@@ -83,13 +83,27 @@ pub enum Mutant {
     JumpBelieved,
     /// What a new process finds behind the mark is not written once more.
     TailNotWrittenAgain,
-    /// A grant is looked at when a write begins only.
-    GrantNotLookedAtAgain,
+    /// A block that is in place already is proven without a sync.
+    SettledUnsynced,
+    /// An erase of a block that is not there is proven without a sync.
+    GoneUnsynced,
+    /// A segment's name is not synced before something relies on it.
+    SegmentNameUnsynced,
+    /// What a refused entry takes back is a write of an earlier one of its batch, too.
+    UndoTakesTooMuch,
+    /// A scan does not make up for stored rows that its batch has deleted.
+    ScanEndsEarly,
+    /// A refusal is not recorded: who asks again is executed.
+    RefusalNotRecorded,
+    /// The last entry of a full page of a history is on no page.
+    HistoryCutAtWrongEnd,
+    /// The second page of a layout is of the newest content, whichever the first was of.
+    SecondPageOfNewer,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 40] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 47] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -129,7 +143,14 @@ impl Mutant {
         (Mutant::GrantByWallClock, &["clock"]),
         (Mutant::JumpBelieved, &["clock"]),
         (Mutant::TailNotWrittenAgain, &["log", "convergence", "outcomes", "state hash"]),
-        (Mutant::GrantNotLookedAtAgain, &["leaks"]),
+        (Mutant::SettledUnsynced, &["steps"]),
+        (Mutant::GoneUnsynced, &["steps"]),
+        (Mutant::SegmentNameUnsynced, &["steps"]),
+        (Mutant::UndoTakesTooMuch, &["batches"]),
+        (Mutant::ScanEndsEarly, &["batches"]),
+        (Mutant::RefusalNotRecorded, &["batches"]),
+        (Mutant::HistoryCutAtWrongEnd, &["linearizability"]),
+        (Mutant::SecondPageOfNewer, &["linearizability", "data"]),
     ];
 }
 

@@ -31,7 +31,7 @@ use clutch_proto::{
 };
 use clutch_registry::Registry;
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
-use clutch_shard::{Keyring, Lifetimes, Shard, ShardFacts};
+use clutch_shard::{Keyring, Lifetimes, Pages, Shard, ShardFacts};
 use clutch_state::{
     Applier, Fault, Machine, Replica, ReplicaConfig, ReplicaHandle, View, applier::batch_crc,
     replica::LeaderEvent,
@@ -99,6 +99,8 @@ pub struct NodeConfig {
     pub system_key: [u8; 32],
     /// How long what clients are given is good.
     pub lifetimes: Lifetimes,
+    /// How much the answers of shards hold.
+    pub pages: Pages,
     /// How far apart the clocks of the cluster's nodes may be, in milliseconds.
     pub clock_skew_ms_max: u64,
     /// Says how long ago the logs ended at a time, where a clock that nobody sets knows it.
@@ -167,6 +169,7 @@ impl Node {
             cluster,
             keyring: std::sync::RwLock::new(config.keyring.clone()),
             lifetimes: config.lifetimes,
+            pages: config.pages,
             ..ShardFacts::default()
         });
 

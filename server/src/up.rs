@@ -243,6 +243,7 @@ impl Up {
             keyring,
             system_key,
             lifetimes: config.lifetimes,
+            pages: clutch_shard::Pages::default(),
             clock_skew_ms_max: config.clock_skew_ms_max,
             down: {
                 let (runtime, dir) = (seam.clone(), config.dir.clone());

@@ -8,7 +8,10 @@ use std::{
 use clutch_proto::{
     BlockId, ServiceId, Time,
     certificate::{Claims, Key, Operation},
-    limits::{CERTIFICATE_LIFETIME_MS, TRANSIENT_LIFETIME_MS},
+    limits::{
+        CERTIFICATE_LIFETIME_MS, LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX, TRANSIENT_LIFETIME_MS,
+        VISIT_ROWS_MAX, VISIT_SPANS_MAX,
+    },
     mutants::{self, Mutant},
     shard::{ShardReply, shard_reply::Reply},
     types::{Block, BlockService, Span},
@@ -51,6 +54,37 @@ impl Default for Lifetimes {
     }
 }
 
+/// How much one answer of a reading request holds at most; who wants more asks for the next page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pages {
+    /// Entries of a directory, or of its history.
+    pub entries: usize,
+    /// Extents of a layout.
+    pub extents: usize,
+    /// Rows of a visit.
+    pub rows: usize,
+    /// Dead spans of a visit.
+    pub spans: usize,
+}
+
+impl Default for Pages {
+    fn default() -> Pages {
+        Pages {
+            entries: READDIR_ENTRIES_MAX,
+            extents: LAYOUT_EXTENTS_MAX,
+            rows: VISIT_ROWS_MAX,
+            spans: VISIT_SPANS_MAX,
+        }
+    }
+}
+
+impl Pages {
+    /// Pages of so many, whatever they hold: small ones for tests.
+    pub fn of(count: usize) -> Pages {
+        Pages { entries: count, extents: count, rows: count, spans: count }
+    }
+}
+
 /// Shared by the shards of a node; the shell keeps it up to date.
 #[derive(Default)]
 pub struct ShardFacts {
@@ -58,6 +92,8 @@ pub struct ShardFacts {
     pub cluster: u64,
     /// How long grants and unpublished contents are good.
     pub lifetimes: Lifetimes,
+    /// How much answers hold.
+    pub pages: Pages,
     /// What signs certificates.
     pub keyring: RwLock<Keyring>,
     /// The registry's newest list; placement and addresses come from it.

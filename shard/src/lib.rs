@@ -35,7 +35,7 @@ use clutch_proto::{
 };
 use clutch_state::{Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, machine::Effects};
 
-pub use facts::{Keyring, Lifetimes, ShardFacts};
+pub use facts::{Keyring, Lifetimes, Pages, ShardFacts};
 pub use placement::{FLAG_GONE, FLAG_NO_WRITE};
 
 /// The shard's machine.
@@ -87,7 +87,7 @@ impl Machine for Shard {
     }
 
     fn read(view: &dyn View, request: &ShardRequest, facts: &ShardFacts) -> Result<ShardReply, Stop> {
-        let reply = read::read(view, request)?;
+        let reply = read::read(view, request, &facts.pages)?;
         let has_blocks = match &reply {
             Reply::Layout(layout) => !layout.spans.is_empty(),
             Reply::VisitDeadSpans(dead) => !dead.spans.is_empty(),

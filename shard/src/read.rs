@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use clutch_proto::{
     ContentId, InodeKind, Refusal, SpanId,
-    limits::{LAYOUT_EXTENTS_MAX, READDIR_ENTRIES_MAX, WHOLE_HISTORY_ROWS_MAX},
+    limits::WHOLE_HISTORY_ROWS_MAX,
     listing,
     mutants::{self, Mutant},
     name,
@@ -20,22 +20,22 @@ use clutch_state::{
 };
 use prost::Message as _;
 
-use crate::{Rows, check_slot, inode, parse_directory, parse_inode, tables, visit};
+use crate::{Pages, Rows, check_slot, inode, parse_directory, parse_inode, tables, visit};
 
-pub(crate) fn read(view: &dyn View, request: &ShardRequest) -> Result<Reply, Stop> {
+pub(crate) fn read(view: &dyn View, request: &ShardRequest, pages: &Pages) -> Result<Reply, Stop> {
     match &request.op {
         Some(Op::Lookup(op)) => lookup(view, op),
         Some(Op::Stat(op)) => stat(view, op),
-        Some(Op::ReadDir(op)) => read_dir(view, op),
-        Some(Op::Layout(op)) => layout(view, op),
-        Some(Op::History(op)) if op.with_present => whole_history(view, op),
-        Some(Op::History(op)) => history(view, op),
-        Some(Op::ContentHistory(op)) => visit::content_history(view, op),
-        Some(Op::VisitInodes(op)) => visit::inodes(view, op),
-        Some(Op::VisitTransients(op)) => visit::transients(view, op),
-        Some(Op::VisitPastContents(op)) => visit::past_contents(view, op),
-        Some(Op::VisitDeadSpans(op)) => visit::dead_spans(view, op),
-        Some(Op::VisitBlocks(op)) => visit::blocks(view, op),
+        Some(Op::ReadDir(op)) => read_dir(view, op, pages),
+        Some(Op::Layout(op)) => layout(view, op, pages),
+        Some(Op::History(op)) if op.with_present => whole_history(view, op, pages),
+        Some(Op::History(op)) => history(view, op, pages),
+        Some(Op::ContentHistory(op)) => visit::content_history(view, op, pages),
+        Some(Op::VisitInodes(op)) => visit::inodes(view, op, pages),
+        Some(Op::VisitTransients(op)) => visit::transients(view, op, pages),
+        Some(Op::VisitPastContents(op)) => visit::past_contents(view, op, pages),
+        Some(Op::VisitDeadSpans(op)) => visit::dead_spans(view, op, pages),
+        Some(Op::VisitBlocks(op)) => visit::blocks(view, op, pages),
         _ => Err(Refusal::malformed("a request without an operation that this build knows").into()),
     }
 }
@@ -62,15 +62,15 @@ fn stat(mut view: &dyn View, op: &Stat) -> Result<Reply, Stop> {
 }
 
 /// A page of a listing. Names of one hash are never split between two pages, so the cursor can be a hash.
-fn read_dir(mut view: &dyn View, op: &ReadDir) -> Result<Reply, Stop> {
+fn read_dir(mut view: &dyn View, op: &ReadDir, pages: &Pages) -> Result<Reply, Stop> {
     let dir = parse_directory(&mut view, op.dir)?;
     inode::get(&mut view, dir)?;
     if op.cursor >> 63 != 0 {
         return Err(Stop::refuse(Code::InvalidArgument, "a cursor has 63 bits"));
     }
     let limit = match op.limit as usize {
-        0 => READDIR_ENTRIES_MAX,
-        asked => asked.min(READDIR_ENTRIES_MAX),
+        0 => pages.entries,
+        asked => asked.min(pages.entries),
     };
     let until = key_after(&tables::directory_prefix(dir));
     let mut reply = ReadDirReply::default();
@@ -98,7 +98,7 @@ fn read_dir(mut view: &dyn View, op: &ReadDir) -> Result<Reply, Stop> {
     Ok(Reply::ReadDir(reply))
 }
 
-fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {
+fn layout(mut view: &dyn View, op: &Layout, pages: &Pages) -> Result<Reply, Stop> {
     let id = parse_inode(op.id)?;
     check_slot(&mut view, id.slot())?;
     match id.kind() {
@@ -109,7 +109,8 @@ fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {
         }
     }
     let row = inode::get(&mut view, id)?;
-    let content = ContentId(if op.content == 0 { row.content } else { op.content });
+    let is_newest = op.content == 0 || op.offset > 0 && mutants::is(Mutant::SecondPageOfNewer);
+    let content = ContentId(if is_newest { row.content } else { op.content });
     let mut reply = LayoutReply { content: content.0, ..LayoutReply::default() };
     if content.0 == 0 {
         return Ok(Reply::Layout(reply));
@@ -121,12 +122,11 @@ fn layout(mut view: &dyn View, op: &Layout) -> Result<Reply, Stop> {
     reply.size = found.size;
     let until = key_after(&tables::extent_key(content, 0)[..9]);
     let from = start_of(&mut view, content, op.offset)?;
-    let rows =
-        view.scan(tables::EXTENT, &tables::extent_key(content, from), &until, LAYOUT_EXTENTS_MAX + 1)?;
+    let rows = view.scan(tables::EXTENT, &tables::extent_key(content, from), &until, pages.extents + 1)?;
     for (key, value) in rows {
         let (_, offset) =
             tables::parse_pair(&key).ok_or_else(|| StoreError::Broken("an extent's key".into()))?;
-        if reply.extents.len() == LAYOUT_EXTENTS_MAX {
+        if reply.extents.len() == pages.extents {
             reply.next_offset = offset;
             break;
         }
@@ -202,7 +202,7 @@ pub(crate) fn last_extent(
 }
 
 /// Present and past entries of a directory, or of one name, of one moment. What has one hash comes on one page.
-fn whole_history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
+fn whole_history(mut view: &dyn View, op: &History, pages: &Pages) -> Result<Reply, Stop> {
     let dir = parse_directory(&mut view, op.dir)?;
     inode::get(&mut view, dir)?;
     let first = match op.after.as_ref() {
@@ -220,7 +220,7 @@ fn whole_history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
         (prefix.clone(), key_after(&prefix))
     };
     let broken = || StoreError::Broken("an edge's key".into());
-    let mut fetch = READDIR_ENTRIES_MAX + 1;
+    let mut fetch = pages.entries + 1;
     loop {
         let (present, past) = (
             view.scan(tables::EDGE, &from, &until, fetch)?,
@@ -268,7 +268,7 @@ fn whole_history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
     }
 }
 
-fn history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
+fn history(mut view: &dyn View, op: &History, pages: &Pages) -> Result<Reply, Stop> {
     let dir = parse_directory(&mut view, op.dir)?;
     inode::get(&mut view, dir)?;
     let prefix = if op.name.is_empty() {
@@ -281,8 +281,11 @@ fn history(mut view: &dyn View, op: &History) -> Result<Reply, Stop> {
     if !from.starts_with(&prefix) {
         return Err(Stop::refuse(Code::InvalidArgument, "`after` is not from a page of this listing"));
     }
-    let rows = view.scan(tables::PAST_EDGE, &from, &key_after(&prefix), READDIR_ENTRIES_MAX)?;
-    let next = if rows.len() == READDIR_ENTRIES_MAX { rows.last().map(|(k, _)| k.clone()) } else { None };
+    let mut rows = view.scan(tables::PAST_EDGE, &from, &key_after(&prefix), pages.entries)?;
+    let next = if rows.len() == pages.entries { rows.last().map(|(k, _)| k.clone()) } else { None };
+    if next.is_some() && mutants::is(Mutant::HistoryCutAtWrongEnd) {
+        rows.pop();
+    }
     let mut reply = HistoryReply { past: Vec::with_capacity(rows.len()), next: next.unwrap_or_default() };
     for (key, value) in rows {
         let broken = || StoreError::Broken("a past edge's key".into());

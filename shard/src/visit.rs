@@ -3,7 +3,6 @@
 use bytes::Bytes;
 use clutch_proto::{
     InodeId, Slot, SpanId,
-    limits::{VISIT_ROWS_MAX, VISIT_SPANS_MAX},
     shard::{
         ContentHistory, ContentHistoryReply, ContentRow, Genesis, HeldBlock, InodeRow, PastContent,
         PastContentRow, Transient, VisitBlocks, VisitBlocksReply, VisitDeadSpans, VisitDeadSpansReply,
@@ -14,7 +13,7 @@ use clutch_proto::{
 };
 use clutch_state::{Key, Stop, StoreError, Table, View, get_row, key_after, store::decode_row};
 
-use crate::{check_slot, inode, parse_inode, parse_slot, tables};
+use crate::{Pages, check_slot, inode, parse_inode, parse_slot, tables};
 
 /// Where a visit goes on, and the shard's last slot.
 fn begin(mut view: &dyn View, slot: u32, after: &[u8]) -> Result<(Key, Slot), Stop> {
@@ -82,13 +81,13 @@ fn broken(what: &str) -> StoreError {
     StoreError::Broken(format!("{what}'s key"))
 }
 
-pub(crate) fn inodes(view: &dyn View, op: &VisitInodes) -> Result<Reply, Stop> {
+pub(crate) fn inodes(view: &dyn View, op: &VisitInodes, pages: &Pages) -> Result<Reply, Stop> {
     if !(1..=3).contains(&op.kind) {
         return Err(Stop::refuse(Code::InvalidArgument, "kinds of inodes are 1, 2 and 3"));
     }
     let limit = match op.limit as usize {
-        0 => VISIT_ROWS_MAX,
-        asked => asked.min(VISIT_ROWS_MAX),
+        0 => pages.rows,
+        asked => asked.min(pages.rows),
     };
     // The kind is in the two highest bits of an id.
     let kind = u64::from(op.kind);
@@ -106,8 +105,8 @@ pub(crate) fn inodes(view: &dyn View, op: &VisitInodes) -> Result<Reply, Stop> {
     Ok(Reply::VisitInodes(reply))
 }
 
-pub(crate) fn transients(view: &dyn View, op: &VisitTransients) -> Result<Reply, Stop> {
-    let (rows, next) = page(view, tables::TRANSIENT, op.slot, &op.after, VISIT_ROWS_MAX)?;
+pub(crate) fn transients(view: &dyn View, op: &VisitTransients, pages: &Pages) -> Result<Reply, Stop> {
+    let (rows, next) = page(view, tables::TRANSIENT, op.slot, &op.after, pages.rows)?;
     let mut reply = VisitTransientsReply { next, ..VisitTransientsReply::default() };
     for (key, _) in rows {
         let (deadline, content) = tables::parse_pair(&key).ok_or_else(|| broken("a transient"))?;
@@ -126,28 +125,32 @@ fn past_content(view: &dyn View, key: &[u8], value: Bytes) -> Result<PastContent
     Ok(PastContent { file, content, ended_at, size: row.map_or(0, |r| r.size), dir })
 }
 
-pub(crate) fn past_contents(view: &dyn View, op: &VisitPastContents) -> Result<Reply, Stop> {
-    let (rows, next) = page(view, tables::PAST_CONTENT, op.slot, &op.after, VISIT_ROWS_MAX)?;
+pub(crate) fn past_contents(view: &dyn View, op: &VisitPastContents, pages: &Pages) -> Result<Reply, Stop> {
+    let (rows, next) = page(view, tables::PAST_CONTENT, op.slot, &op.after, pages.rows)?;
     let past = rows.into_iter().map(|(key, value)| past_content(view, &key, value));
     Ok(Reply::VisitPastContents(VisitPastContentsReply { past: past.collect::<Result<_, _>>()?, next }))
 }
 
 /// Past contents of one file.
-pub(crate) fn content_history(mut view: &dyn View, op: &ContentHistory) -> Result<Reply, Stop> {
+pub(crate) fn content_history(
+    mut view: &dyn View,
+    op: &ContentHistory,
+    pages: &Pages,
+) -> Result<Reply, Stop> {
     let id = parse_inode(op.id)?;
     check_slot(&mut view, id.slot())?;
     inode::get(&mut view, id)?;
     let from = tables::past_content_key(id, op.after.saturating_add(1));
-    let rows = view.scan(tables::PAST_CONTENT, &from, &key_after(&from[..9]), VISIT_ROWS_MAX)?;
-    let more = rows.len() == VISIT_ROWS_MAX;
+    let rows = view.scan(tables::PAST_CONTENT, &from, &key_after(&from[..9]), pages.rows)?;
+    let more = rows.len() == pages.rows;
     let past = rows.into_iter().map(|(key, value)| past_content(view, &key, value));
     let past: Vec<PastContent> = past.collect::<Result<_, _>>()?;
     let next = past.last().filter(|_| more).map_or(0, |p| p.ended_at);
     Ok(Reply::ContentHistory(ContentHistoryReply { past, next }))
 }
 
-pub(crate) fn dead_spans(view: &dyn View, op: &VisitDeadSpans) -> Result<Reply, Stop> {
-    let (rows, next) = page(view, tables::DEAD_SPAN, op.slot, &op.after, VISIT_SPANS_MAX)?;
+pub(crate) fn dead_spans(view: &dyn View, op: &VisitDeadSpans, pages: &Pages) -> Result<Reply, Stop> {
+    let (rows, next) = page(view, tables::DEAD_SPAN, op.slot, &op.after, pages.spans)?;
     let mut reply = VisitDeadSpansReply { next, ..VisitDeadSpansReply::default() };
     for (key, _) in rows {
         let id = tables::parse_single(&key).ok_or_else(|| broken("a dead span"))?;
@@ -158,13 +161,13 @@ pub(crate) fn dead_spans(view: &dyn View, op: &VisitDeadSpans) -> Result<Reply, 
     Ok(Reply::VisitDeadSpans(reply))
 }
 
-pub(crate) fn blocks(view: &dyn View, op: &VisitBlocks) -> Result<Reply, Stop> {
+pub(crate) fn blocks(view: &dyn View, op: &VisitBlocks, pages: &Pages) -> Result<Reply, Stop> {
     let part = |slot: Slot| {
         let prefix = tables::from_number(slot, op.service_id);
         let until = key_after(&prefix);
         (prefix, until)
     };
-    let (rows, next) = page_of_parts(view, tables::BLOCK, op.slot, &op.after, VISIT_ROWS_MAX, part)?;
+    let (rows, next) = page_of_parts(view, tables::BLOCK, op.slot, &op.after, pages.rows, part)?;
     let mut reply = VisitBlocksReply { next, ..VisitBlocksReply::default() };
     for (key, value) in rows {
         let (_, block_id) = tables::parse_pair(&key).ok_or_else(|| broken("a block"))?;

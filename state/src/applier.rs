@@ -339,7 +339,8 @@ impl<M: Machine> Applier<M> {
         };
         if let Some(tag) = &tag {
             match &outcome {
-                EntryOutcome::Done(Err(refusal)) if refusal.is_retryable() => {}
+                EntryOutcome::Done(Err(refusal))
+                    if refusal.is_retryable() || mutants::is(Mutant::RefusalNotRecorded) => {}
                 EntryOutcome::Done(result) => {
                     let result = result.as_ref().map(|reply| Bytes::from(reply.encode_to_vec()));
                     self.clients.record(tx, tag, outcome_row(tag, result, position, time))?;

@@ -6,6 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
+use clutch_proto::mutants::{self, Mutant};
 use prost::Message;
 
 use crate::{
@@ -38,7 +39,7 @@ impl Overlay {
     pub fn undo_entry(&mut self) {
         for (key, value, dirty) in self.undo.drain(..).rev() {
             if let btree_map::Entry::Occupied(mut row) = self.rows.entry(key) {
-                if row.get().base.is_none() && !dirty {
+                if row.get().base.is_none() && (!dirty || mutants::is(Mutant::UndoTakesTooMuch)) {
                     // Nobody had looked at it before: what the store has is still unknown.
                     row.remove();
                 } else {
@@ -102,7 +103,8 @@ impl Overlay {
         let written: Vec<(&[u8], &Option<Bytes>)> =
             self.rows.range(range).filter(|(_, r)| r.dirty).map(|(k, r)| (&k[1..], &r.current)).collect();
         // Every written row can hide at most one stored row.
-        let stored = store.scan(table, from, until, limit.saturating_add(written.len()))?;
+        let hidden = if mutants::is(Mutant::ScanEndsEarly) { 0 } else { written.len() };
+        let stored = store.scan(table, from, until, limit.saturating_add(hidden))?;
         let mut merged = Rows::new();
         let mut written = written.into_iter().peekable();
         let mut stored = stored.into_iter().peekable();

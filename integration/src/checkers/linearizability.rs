@@ -40,6 +40,7 @@ pub fn replay(evidence: &Evidence, id: LogId) -> Result<ShardEvidence, String> {
     reads.sort_unstable();
     let mut reads = reads.into_iter().peekable();
     let mut oracle = ShardOracle::default();
+    oracle.pages = evidence.pages;
     let mut shard =
         ShardEvidence { oracle: ShardOracle::default(), steps: Vec::new(), reads: BTreeMap::new() };
     let empty = BTreeMap::new();

@@ -16,6 +16,7 @@ use std::collections::BTreeMap;
 
 use clutch_log::LogId;
 use clutch_proto::shard::shard_request;
+use clutch_shard::Pages;
 
 use crate::{
     history::{History, Record},
@@ -62,6 +63,8 @@ pub struct Evidence {
     pub shards: BTreeMap<LogId, ShardEvidence>,
     /// What was wrong while it was collected.
     pub violations: Vec<Violation>,
+    /// How much answers of shards hold.
+    pub pages: Pages,
 }
 
 impl Evidence {
@@ -75,6 +78,7 @@ impl Evidence {
             requests: BTreeMap::new(),
             shards: BTreeMap::new(),
             violations: Vec::new(),
+            pages: cluster.config().pages(),
         };
         linearizability::assign(&mut evidence, cluster.config().shards);
         for id in cluster.log_ids().into_iter().filter(|id| *id != LogId::CDC && *id != LogId::REGISTRY) {

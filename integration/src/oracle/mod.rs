@@ -21,6 +21,7 @@ use clutch_proto::{
     state::{self, entry::Kind},
     types::{ClientTag, Code},
 };
+use clutch_shard::Pages;
 use prost::Message as _;
 use shard_entry::Body;
 use shard_reply::Reply;
@@ -130,6 +131,8 @@ pub struct Step {
 #[derive(Default)]
 pub struct ShardOracle {
     slots: Option<(u32, u32)>,
+    /// How much the shard's answers hold.
+    pub pages: Pages,
     /// The time of the last entry.
     pub time: u64,
     /// Inodes.

@@ -2,13 +2,13 @@
 
 use bytes::Bytes;
 use clutch_proto::{
-    InodeKind,
-    limits::{READDIR_ENTRIES_MAX, VISIT_ROWS_MAX, VISIT_SPANS_MAX},
-    listing,
+    ContentId, InodeId, InodeKind, ServiceId, Slot, SpanId, listing,
     name::{self, hash63},
     shard::*,
     types::{Attributes, Code},
 };
+use clutch_shard::tables;
+use clutch_state::Key;
 use shard_reply::Reply;
 
 use super::{Edge, Outcome, Past, ShardOracle, kind_of};
@@ -22,13 +22,14 @@ impl ShardOracle {
             Op::Stat(op) => self.stat(op),
             Op::ReadDir(op) => self.read_dir(op),
             Op::Layout(op) => self.layout(op),
+            Op::History(op) if op.with_present => self.whole_history(op)?,
             Op::History(op) => self.history(op)?,
             Op::ContentHistory(op) => self.content_history(op),
-            Op::VisitInodes(op) => self.visit_inodes(op)?,
-            Op::VisitTransients(op) => self.visit_transients(op)?,
-            Op::VisitPastContents(op) => self.visit_past_contents(op)?,
-            Op::VisitDeadSpans(op) => self.visit_dead_spans(op)?,
-            Op::VisitBlocks(op) => self.visit_blocks(op)?,
+            Op::VisitInodes(op) => self.visit_inodes(op),
+            Op::VisitTransients(op) => self.visit_transients(op),
+            Op::VisitPastContents(op) => self.visit_past_contents(op),
+            Op::VisitDeadSpans(op) => self.visit_dead_spans(op),
+            Op::VisitBlocks(op) => self.visit_blocks(op),
             _ => return None,
         })
     }
@@ -57,8 +58,8 @@ impl ShardOracle {
             return Err(Code::InvalidArgument);
         }
         let limit = match op.limit as usize {
-            0 => READDIR_ENTRIES_MAX,
-            asked => asked.min(READDIR_ENTRIES_MAX),
+            0 => self.pages.entries,
+            asked => asked.min(self.pages.entries),
         };
         let all = self.edges.range((op.dir, Bytes::new())..).take_while(|((d, _), _)| *d == op.dir);
         let mut names: Vec<(u64, &Bytes, &Edge)> = all
@@ -95,56 +96,100 @@ impl ShardOracle {
         Ok(Reply::Layout(reply))
     }
 
-    /// Only first pages that are the last, too.
-    fn history(&self, op: &History) -> Option<Outcome> {
-        if let Err(code) = self.directory_here(op.dir) {
-            return Some(Err(code));
-        }
+    /// What a history is asked of, checked.
+    fn history_of(&self, op: &History) -> Result<(), Code> {
+        self.directory_here(op.dir)?;
         if !self.inodes.contains_key(&op.dir) {
-            return Some(Err(Code::NotFound));
+            return Err(Code::NotFound);
         }
-        if !op.name.is_empty()
-            && let Err(refusal) = name::check(&op.name)
-        {
-            return Some(Err(refusal.code));
-        }
+        if op.name.is_empty() { Ok(()) } else { name::check(&op.name).map_err(|refusal| refusal.code) }
+    }
+
+    /// Past entries of a directory or of one name, with their places in the order of keys.
+    fn past_of(&self, op: &History) -> Vec<((u64, usize), PastEdge)> {
         let all = self.past.range((op.dir, Bytes::new(), 0)..).take_while(|((d, ..), _)| *d == op.dir);
-        let with_present = op.with_present;
-        let mut past: Vec<(u64, PastEdge)> = all
-            .filter(|((_, name, _), _)| op.name.is_empty() || *name == op.name)
+        let all = all.filter(|((_, name, _), _)| op.name.is_empty() || *name == op.name);
+        let mut past: Vec<((u64, usize), PastEdge)> = all
             .map(|((_, name, ended_at), p)| {
                 let Past { target, created_at, owned } = *p;
-                (
-                    hash63(name),
-                    PastEdge { name: name.clone(), target, created_at, ended_at: *ended_at, owned },
-                )
+                let edge = PastEdge { name: name.clone(), target, created_at, ended_at: *ended_at, owned };
+                ((hash63(name), name.len()), edge)
             })
             .collect();
-        if past.len() >= READDIR_ENTRIES_MAX || !op.after.is_empty() {
-            return None;
+        past.sort_by(|(a, x), (b, y)| (a, &x.name, x.ended_at).cmp(&(b, &y.name, y.ended_at)));
+        past
+    }
+
+    fn history(&self, op: &History) -> Option<Outcome> {
+        if let Err(code) = self.history_of(op) {
+            return Some(Err(code));
         }
-        if with_present {
-            let present = self.edges.range((op.dir, Bytes::new())..).take_while(|((d, _), _)| *d == op.dir);
-            let present = present.filter(|((_, name), _)| op.name.is_empty() || *name == op.name);
-            past.extend(present.map(|((_, name), e)| {
+        let dir = InodeId::from_wire(op.dir)?;
+        let key = |edge: &PastEdge| tables::past_edge_key(dir, &edge.name, edge.ended_at);
+        let mut past = self.past_of(op);
+        // Where the page begins: any key of this directory, or of this name, may be given.
+        let prefix = match op.name.is_empty() {
+            true => tables::directory_prefix(dir),
+            false => tables::past_edge_prefix(dir, &op.name),
+        };
+        if !op.after.is_empty() && !op.after.starts_with(&prefix) {
+            return Some(Err(Code::InvalidArgument));
+        }
+        past.retain(|(_, edge)| key(edge)[..] > op.after[..]);
+        let is_full = past.len() >= self.pages.entries;
+        past.truncate(self.pages.entries);
+        let next = past.last().filter(|_| is_full).map(|(_, edge)| Bytes::copy_from_slice(&key(edge)));
+        let past = past.into_iter().map(|(_, edge)| edge).collect();
+        Some(Ok(Reply::History(HistoryReply { past, next: next.unwrap_or_default() })))
+    }
+
+    /// What is present and what is past, of one moment: whole hashes, as many as fit.
+    fn whole_history(&self, op: &History) -> Option<Outcome> {
+        if let Err(code) = self.history_of(op) {
+            return Some(Err(code));
+        }
+        let first = match op.after.as_ref() {
+            [] => 0,
+            after => match after.try_into() {
+                Ok(bytes) => u64::from_be_bytes(bytes),
+                Err(_) => return Some(Err(Code::InvalidArgument)),
+            },
+        };
+        // A name's page begins and ends with what has its hash; the names here never share one.
+        let first = if op.name.is_empty() { first } else { 0 };
+        let mut past = self.past_of(op);
+        past.retain(|((hash, _), _)| *hash >= first);
+        let of_dir = self.edges.range((op.dir, Bytes::new())..).take_while(|((d, _), _)| *d == op.dir);
+        let mut present: Vec<((u64, usize), PastEdge)> = of_dir
+            .filter(|((_, name), _)| op.name.is_empty() || *name == op.name)
+            .map(|((_, name), e)| {
                 let Edge { target, created_at, .. } = *e;
                 let edge = PastEdge { name: name.clone(), target, created_at, ended_at: 0, owned: true };
-                (hash63(name), edge)
-            }));
-            if past.len() >= READDIR_ENTRIES_MAX {
-                return None;
+                ((hash63(name), name.len()), edge)
+            })
+            .filter(|((hash, _), _)| *hash >= first)
+            .collect();
+        present.sort_by(|(a, x), (b, y)| (a.0, &x.name).cmp(&(b.0, &y.name)));
+        let mut fetch = self.pages.entries + 1;
+        loop {
+            let cut_of =
+                |rows: &[((u64, usize), PastEdge)]| rows.get(fetch - 1).map_or(u64::MAX, |row| row.0.0);
+            let cut = cut_of(&present).min(cut_of(&past));
+            let mut all: Vec<_> =
+                present.iter().chain(&past).filter(|((hash, _), _)| *hash < cut).cloned().collect();
+            if all.is_empty() && cut != u64::MAX {
+                fetch *= 2;
+                continue;
             }
             // What is present comes behind what is past.
-            past.sort_by(|(a, x), (b, y)| {
+            all.sort_by(|((a, _), x), ((b, _), y)| {
                 (a, &x.name, x.ended_at == 0, x.ended_at).cmp(&(b, &y.name, y.ended_at == 0, y.ended_at))
             });
-        } else {
-            past.sort_by(|(a, x), (b, y)| {
-                (a, x.name.len(), &x.name, x.ended_at).cmp(&(b, y.name.len(), &y.name, y.ended_at))
-            });
+            let past = all.into_iter().map(|(_, edge)| edge).collect();
+            let next =
+                if cut == u64::MAX { Bytes::new() } else { Bytes::copy_from_slice(&cut.to_be_bytes()) };
+            return Some(Ok(Reply::History(HistoryReply { past, next })));
         }
-        let past = past.into_iter().map(|(_, p)| p).collect();
-        Some(Ok(Reply::History(HistoryReply { past, next: Bytes::new() })))
     }
 
     fn content_history(&self, op: &ContentHistory) -> Outcome {
@@ -155,8 +200,8 @@ impl ShardOracle {
         }
         let all = self.past_contents.iter().filter(|((file, end), _)| *file == op.id && *end > op.after);
         let past: Vec<PastContent> =
-            all.take(VISIT_ROWS_MAX).map(|(key, value)| self.past_content(*key, *value)).collect();
-        let next = if past.len() == VISIT_ROWS_MAX { past.last().map_or(0, |p| p.ended_at) } else { 0 };
+            all.take(self.pages.rows).map(|(key, value)| self.past_content(*key, *value)).collect();
+        let next = if past.len() == self.pages.rows { past.last().map_or(0, |p| p.ended_at) } else { 0 };
         Ok(Reply::ContentHistory(ContentHistoryReply { past, next }))
     }
 
@@ -165,117 +210,91 @@ impl ShardOracle {
         PastContent { file, content, ended_at, size, dir }
     }
 
-    /// Whether a visit begins at the beginning of a slot of this shard, and the key behind the shard. Other pages are
-    /// not modelled.
-    fn visit(&self, slot: u32, after: &[u8]) -> Option<Result<Bytes, Code>> {
-        let Ok(first) = u8::try_from(slot) else { return Some(Err(Code::InvalidArgument)) };
-        if let Err(code) = self.check_slot(first) {
-            return Some(Err(code));
+    /// A page of a visit: of all items of the shard, each with its key, those behind `after` or from a slot on.
+    fn visit<T>(
+        &self,
+        slot: u32,
+        after: &[u8],
+        limit: usize,
+        mut items: Vec<(Key, T)>,
+    ) -> Result<(Vec<T>, Bytes), Code> {
+        let first = u8::try_from(slot).map_err(|_| Code::InvalidArgument)?;
+        self.check_slot(first)?;
+        let begins_there = matches!(after, [] | [_]);
+        if after.first().is_some_and(|other| *other != first) {
+            return Err(Code::InvalidArgument);
         }
-        match after {
-            [] => {}
-            [one] if *one == first => {}
-            [other, ..] if *other != first => return Some(Err(Code::InvalidArgument)),
-            _ => return None,
-        }
+        items.retain(|(key, _)| if begins_there { key[0] >= first } else { key[..] > *after });
+        items.sort_by(|(a, _), (b, _)| a.cmp(b));
         let last = self.slots.map_or(255, |(_, last)| last);
-        Some(Ok(if last == 255 { Bytes::new() } else { Bytes::copy_from_slice(&[last as u8 + 1]) }))
+        let behind = if last == 255 { Bytes::new() } else { Bytes::copy_from_slice(&[last as u8 + 1]) };
+        let next = match items.get(limit - 1) {
+            Some((key, _)) => Bytes::copy_from_slice(key),
+            None => behind,
+        };
+        items.truncate(limit);
+        Ok((items.into_iter().map(|(_, item)| item).collect(), next))
     }
 
-    fn visit_inodes(&self, op: &VisitInodes) -> Option<Outcome> {
+    fn visit_inodes(&self, op: &VisitInodes) -> Outcome {
         if !(1..=3).contains(&op.kind) {
-            return Some(Err(Code::InvalidArgument));
+            return Err(Code::InvalidArgument);
         }
-        let next = match self.visit(op.slot, &op.after)? {
-            Ok(next) => next,
-            Err(code) => return Some(Err(code)),
+        let limit = match op.limit as usize {
+            0 => self.pages.rows,
+            asked => asked.min(self.pages.rows),
         };
-        let of_kind = |id: u64| id >> 62 == u64::from(op.kind) && u32::from(id as u8) >= op.slot;
-        let mut ids: Vec<u64> = self.inodes.keys().copied().filter(|id| of_kind(*id)).collect();
-        ids.sort_by_key(|id| (*id as u8, *id));
-        if op.limit != 0 || ids.len() >= VISIT_ROWS_MAX {
-            return None;
-        }
-        let inodes = ids.iter().filter_map(|id| Some(attributes(*id, self.inodes.get(id)?))).collect();
-        Some(Ok(Reply::VisitInodes(VisitInodesReply { inodes, next })))
+        let of_kind = self.inodes.iter().filter(|(id, _)| *id >> 62 == u64::from(op.kind));
+        let items = of_kind.filter_map(|(id, row)| {
+            Some((tables::inode_key(InodeId::from_wire(*id)?), attributes(*id, row)))
+        });
+        let (inodes, next) = self.visit(op.slot, &op.after, limit, items.collect())?;
+        Ok(Reply::VisitInodes(VisitInodesReply { inodes, next }))
     }
 
-    fn visit_transients(&self, op: &VisitTransients) -> Option<Outcome> {
-        let next = match self.visit(op.slot, &op.after)? {
-            Ok(next) => next,
-            Err(code) => return Some(Err(code)),
-        };
-        let unpublished =
-            self.contents.iter().filter(|(id, c)| c.file == 0 && u32::from(**id as u8) >= op.slot);
-        let mut transients: Vec<Transient> = unpublished
-            .map(|(id, c)| Transient { content: *id, deadline: c.deadline, size: c.size })
-            .collect();
-        transients.sort_by_key(|t| (t.content as u8, t.deadline, t.content));
-        if transients.len() >= VISIT_ROWS_MAX {
-            return None;
-        }
-        Some(Ok(Reply::VisitTransients(VisitTransientsReply { transients, next })))
+    fn visit_transients(&self, op: &VisitTransients) -> Outcome {
+        let unpublished = self.contents.iter().filter(|(_, c)| c.file == 0);
+        let items = unpublished.map(|(id, c)| {
+            let transient = Transient { content: *id, deadline: c.deadline, size: c.size };
+            (tables::transient_key(c.deadline, ContentId(*id)), transient)
+        });
+        let (transients, next) = self.visit(op.slot, &op.after, self.pages.rows, items.collect())?;
+        Ok(Reply::VisitTransients(VisitTransientsReply { transients, next }))
     }
 
-    fn visit_past_contents(&self, op: &VisitPastContents) -> Option<Outcome> {
-        let next = match self.visit(op.slot, &op.after)? {
-            Ok(next) => next,
-            Err(code) => return Some(Err(code)),
-        };
-        let all = self.past_contents.iter().filter(|((file, _), _)| u32::from(*file as u8) >= op.slot);
-        let mut past: Vec<PastContent> = all.map(|(key, value)| self.past_content(*key, *value)).collect();
-        past.sort_by_key(|p| (p.file as u8, p.file, p.ended_at));
-        if past.len() >= VISIT_ROWS_MAX {
-            return None;
-        }
-        Some(Ok(Reply::VisitPastContents(VisitPastContentsReply { past, next })))
+    fn visit_past_contents(&self, op: &VisitPastContents) -> Outcome {
+        let items = self.past_contents.iter().filter_map(|(key, value)| {
+            let stored = tables::past_content_key(InodeId::from_wire(key.0)?, key.1);
+            Some((stored, self.past_content(*key, *value)))
+        });
+        let (past, next) = self.visit(op.slot, &op.after, self.pages.rows, items.collect())?;
+        Ok(Reply::VisitPastContents(VisitPastContentsReply { past, next }))
     }
 
     /// Only which spans; their certificates are not modelled.
-    fn visit_dead_spans(&self, op: &VisitDeadSpans) -> Option<Outcome> {
-        let next = match self.visit(op.slot, &op.after)? {
-            Ok(next) => next,
-            Err(code) => return Some(Err(code)),
-        };
+    fn visit_dead_spans(&self, op: &VisitDeadSpans) -> Outcome {
         let used: std::collections::BTreeSet<u64> = self
             .contents
             .values()
             .flat_map(|c| c.extents.iter().filter_map(|(_, _, s)| s.span()).chain([c.pending]))
             .collect();
-        let mut dead: Vec<u64> = self
-            .spans
-            .keys()
-            .copied()
-            .filter(|id| !used.contains(id) && u32::from(*id as u8) >= op.slot)
-            .collect();
-        dead.sort_by_key(|id| (*id as u8, *id));
-        if dead.len() >= VISIT_SPANS_MAX {
-            return None;
-        }
-        let spans = dead
-            .into_iter()
-            .map(|span_id| clutch_proto::types::Span { span_id, ..Default::default() })
-            .collect();
-        Some(Ok(Reply::VisitDeadSpans(VisitDeadSpansReply { spans, next })))
+        let dead = self.spans.keys().copied().filter(|id| !used.contains(id));
+        let items = dead.map(|span_id| {
+            (tables::span_key(SpanId(span_id)), clutch_proto::types::Span { span_id, ..Default::default() })
+        });
+        let (spans, next) = self.visit(op.slot, &op.after, self.pages.spans, items.collect())?;
+        Ok(Reply::VisitDeadSpans(VisitDeadSpansReply { spans, next }))
     }
 
-    fn visit_blocks(&self, op: &VisitBlocks) -> Option<Outcome> {
-        let next = match self.visit(op.slot, &op.after)? {
-            Ok(next) => next,
-            Err(code) => return Some(Err(code)),
-        };
-        let mut blocks: Vec<HeldBlock> = self
-            .spans
-            .iter()
-            .flat_map(|(id, span)| span.blocks.iter().map(|(service, block)| (*id, *service, *block)))
-            .filter(|(id, service, _)| *service == op.service_id && u32::from(*id as u8) >= op.slot)
-            .map(|(span_id, _, block_id)| HeldBlock { block_id, span_id })
-            .collect();
-        blocks.sort_by_key(|b| (b.span_id as u8, b.block_id));
-        if blocks.len() >= VISIT_ROWS_MAX {
-            return None;
-        }
-        Some(Ok(Reply::VisitBlocks(VisitBlocksReply { blocks, next })))
+    fn visit_blocks(&self, op: &VisitBlocks) -> Outcome {
+        let all = self.spans.iter().flat_map(|(id, span)| span.blocks.iter().map(|held| (*id, *held)));
+        let items =
+            all.filter(|(_, (service, _))| *service == op.service_id).map(|(span_id, (_, block_id))| {
+                let key = tables::block_key(Slot(span_id as u8), ServiceId(op.service_id), block_id);
+                (key, HeldBlock { block_id, span_id })
+            });
+        let (blocks, next) = self.visit(op.slot, &op.after, self.pages.rows, items.collect())?;
+        Ok(Reply::VisitBlocks(VisitBlocksReply { blocks, next }))
     }
 }
 

@@ -225,6 +225,12 @@ impl SimDisk {
         self.tree.lock().fail_writes_after = Some(writes);
     }
 
+    /// What was to fail works again, and nothing is lost: the process has died, or somebody tries again.
+    pub fn heal(&self) {
+        let mut tree = self.tree.lock();
+        (tree.fail_writes_after, tree.cut_after, tree.dead) = (None, None, false);
+    }
+
     /// Sets what goes wrong by chance. Survives a crash.
     pub fn set_faults(&self, faults: DiskFaults) {
         self.tree.lock().faults = faults;

@@ -1,0 +1,292 @@
+//! A toy machine over the real applier, overlay, client table and stores, against a sorted map: entries that read what earlier ones
+//! of their batch wrote, that are refused after they wrote, that come twice; batches cut in any way; restarts.
+//!
+//! What an entry gives must not depend on how entries are cut into batches, the state not on the store below.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use bytes::Bytes;
+use clutch_log::{Batch, Epoch, Position};
+use clutch_proto::{
+    Time,
+    state::{Entry, entry::Kind},
+    types::{ClientTag, Code},
+};
+use clutch_state::{
+    Applied, Applier, BufferedStore, EntryOutcome, Machine, MemoryStore, ProduceContext, RowCache, Stop,
+    Store, StoreError, Table, Tx, View, machine::Effects,
+};
+use prost::Message;
+use rand::{Rng as _, SeedableRng as _};
+use rand_chacha::ChaCha8Rng;
+
+const ROWS: Table = Table(200);
+
+/// One thing that an entry does.
+#[derive(Clone, PartialEq, Message)]
+struct Act {
+    /// 0 get, 1 put, 2 delete, 3 insert, 4 scan.
+    #[prost(uint32, tag = "1")]
+    kind: u32,
+    #[prost(bytes = "bytes", tag = "2")]
+    key: Bytes,
+    #[prost(bytes = "bytes", tag = "3")]
+    until: Bytes,
+    #[prost(uint64, tag = "4")]
+    value: u64,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct ToyEntry {
+    #[prost(message, optional, tag = "1")]
+    tag: Option<ClientTag>,
+    #[prost(message, repeated, tag = "2")]
+    acts: Vec<Act>,
+    /// 0 not, 1 refused at its end, 2 the same if the key of its first act had no row.
+    #[prost(uint32, tag = "3")]
+    refuse: u32,
+}
+
+/// What the reads of an entry saw: values, 0 for none.
+#[derive(Clone, PartialEq, Message)]
+struct Seen {
+    #[prost(uint64, repeated, tag = "1")]
+    values: Vec<u64>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+struct Value {
+    #[prost(uint64, tag = "1")]
+    value: u64,
+}
+
+struct Toy;
+
+impl Machine for Toy {
+    const NAME: &'static str = "toy";
+    type Request = ToyEntry;
+    type Reply = Seen;
+    type Entry = ToyEntry;
+    type Effect = ();
+    type Facts = ();
+
+    fn check_home(_: &dyn View, _: u64, _: u32) -> Result<(), StoreError> {
+        Ok(())
+    }
+
+    fn is_read(_: &ToyEntry) -> bool {
+        false
+    }
+
+    fn gives_space_back(_: &ToyEntry) -> bool {
+        false
+    }
+
+    fn read(_: &dyn View, _: &ToyEntry, (): &()) -> Result<Seen, Stop> {
+        Err(Stop::refuse(Code::Unsupported, "a toy is not asked"))
+    }
+
+    fn produce(
+        _: &dyn View,
+        request: ToyEntry,
+        _: Option<ClientTag>,
+        _: &mut ProduceContext<'_>,
+        (): &(),
+    ) -> Result<ToyEntry, Stop> {
+        Ok(request)
+    }
+
+    fn tag(entry: &ToyEntry) -> Option<&ClientTag> {
+        entry.tag.as_ref()
+    }
+
+    fn apply(
+        tx: &mut Tx<'_>,
+        _: Position,
+        _: Time,
+        entry: ToyEntry,
+        _: &mut Effects<Toy>,
+    ) -> Result<Applied<Seen>, Stop> {
+        let first = entry.acts.first().map(|act| tx.get(ROWS, &act.key)).transpose()?.flatten();
+        let refuse = entry.refuse == 1 || entry.refuse == 2 && first.is_none();
+        let mut seen = Seen::default();
+        for act in entry.acts {
+            let row = Value { value: act.value };
+            match act.kind {
+                0 => {
+                    let found: Option<Value> = tx.get_row(ROWS, &act.key)?;
+                    seen.values.push(found.map_or(0, |row| row.value));
+                }
+                1 => tx.put_row(ROWS, &act.key, &row),
+                2 => tx.delete(ROWS, &act.key),
+                3 => tx.insert_row(ROWS, &act.key, &row),
+                _ => {
+                    for (_, bytes) in tx.scan(ROWS, &act.key, &act.until, act.value as usize)? {
+                        seen.values.push(Value::decode(bytes).map_or(u64::MAX, |row| row.value));
+                    }
+                }
+            }
+        }
+        if refuse {
+            return Err(Stop::refuse(Code::NotFound, "as it was asked to"));
+        }
+        Ok(Applied::Reply(seen))
+    }
+}
+
+/// The naive machine.
+#[derive(Default)]
+struct Model {
+    rows: BTreeMap<Bytes, u64>,
+    outcomes: BTreeMap<(u64, u64), Result<Vec<u64>, Code>>,
+}
+
+impl Model {
+    fn apply(&mut self, entry: &ToyEntry) -> Result<Vec<u64>, Code> {
+        let tag = entry.tag.as_ref().map(|tag| (tag.client, tag.sequence));
+        if let Some(known) = tag.and_then(|tag| self.outcomes.get(&tag)) {
+            return known.clone();
+        }
+        let before = self.rows.clone();
+        let first = entry.acts.first().and_then(|act| self.rows.get(&act.key));
+        let refuse = entry.refuse == 1 || entry.refuse == 2 && first.is_none();
+        let mut seen = Vec::new();
+        for act in &entry.acts {
+            match act.kind {
+                0 => seen.push(self.rows.get(&act.key).copied().unwrap_or(0)),
+                1 | 3 => drop(self.rows.insert(act.key.clone(), act.value)),
+                2 => drop(self.rows.remove(&act.key)),
+                _ => {
+                    let inside = |key: &Bytes| *key >= act.key && (act.until.is_empty() || *key < act.until);
+                    let found = self.rows.iter().filter(|(key, _)| inside(key)).map(|(_, value)| *value);
+                    seen.extend(found.take(act.value as usize));
+                }
+            }
+        }
+        let outcome = if refuse {
+            self.rows = before;
+            Err(Code::NotFound)
+        } else {
+            Ok(seen)
+        };
+        if let Some(tag) = tag {
+            self.outcomes.insert(tag, outcome.clone());
+        }
+        outcome
+    }
+}
+
+fn key(number: u32) -> Bytes {
+    format!("k{number:03}").into()
+}
+
+/// Entries over few keys, so that they meet.
+fn entries(rng: &mut ChaCha8Rng) -> Vec<ToyEntry> {
+    let (mut made, mut fresh) = (Vec::<ToyEntry>::new(), 100);
+    for sequence in 1..=rng.random_range(5..60) {
+        if !made.is_empty() && rng.random_ratio(1, 6) {
+            let again = rng.random_range(0..made.len());
+            made.push(made[again].clone());
+            continue;
+        }
+        let mut acts = Vec::new();
+        for _ in 0..rng.random_range(1..6) {
+            let kind = rng.random_range(0..5u32);
+            let (from, value) = (rng.random_range(0..8u32), rng.random_range(1..1000));
+            acts.push(match kind {
+                3 => {
+                    // The caller's word: there was never one of that key.
+                    fresh += 1;
+                    Act { kind, key: key(fresh), until: Bytes::new(), value }
+                }
+                4 => {
+                    let until = if rng.random() { key(from + rng.random_range(0..5)) } else { Bytes::new() };
+                    Act { kind, key: key(from), until, value: rng.random_range(1..5) }
+                }
+                _ => Act { kind, key: key(from), until: Bytes::new(), value },
+            });
+        }
+        let tag = ClientTag { client: 100 + rng.random_range(0..3), sequence, acknowledged: 0, issued_at: 1 };
+        made.push(ToyEntry { tag: Some(tag), acts, refuse: rng.random_range(0..4u32) % 3 });
+    }
+    made
+}
+
+/// Applies all entries in batches of up to `batch_max`, and opens the state anew now and then; the hash at the end.
+fn apply(
+    entries: &[ToyEntry],
+    store: &dyn Fn() -> Arc<dyn Store>,
+    batch_max: usize,
+    rng: &mut ChaCha8Rng,
+) -> Result<String, String> {
+    let failed = |e: clutch_state::Fault| e.to_string();
+    let mut model = Model::default();
+    let mut applier = Applier::<Toy>::open(store()).map_err(failed)?;
+    let (mut rest, mut position) = (entries, Position(0));
+    while !rest.is_empty() {
+        let (now, later) = rest.split_at(rng.random_range(1..=batch_max.min(rest.len())));
+        rest = later;
+        position = position.next();
+        let encode = |entry: &ToyEntry| {
+            let kind = Some(Kind::Body(entry.encode_to_vec().into()));
+            Bytes::from(Entry { stamp: 1, kind }.encode_to_vec())
+        };
+        let batch = Batch { position, epoch: Epoch(1), entries: now.iter().map(encode).collect() };
+        let applied = applier.apply(&batch).map_err(failed)?;
+        for (entry, (_, outcome)) in now.iter().zip(applied.outcomes) {
+            let expected = model.apply(entry);
+            let found = match outcome {
+                EntryOutcome::Done(Ok(seen)) => Ok(seen.values),
+                EntryOutcome::Done(Err(refusal)) => Err(refusal.code),
+                EntryOutcome::Pending | EntryOutcome::Internal => return Err("not an answer".into()),
+            };
+            if found != expected {
+                return Err(format!("{entry:?} gave {found:?}, and should {expected:?}"));
+            }
+        }
+        if rng.random_ratio(1, 4) {
+            applier.store().flush().map_err(|e| e.to_string())?;
+            applier = Applier::open(store()).map_err(failed)?;
+        }
+        let rows = applier.store().scan(ROWS, &[], &[], usize::MAX).map_err(|e| e.to_string())?;
+        let rows: Result<BTreeMap<Bytes, u64>, _> =
+            rows.into_iter().map(|(key, row)| Ok((key, Value::decode(row)?.value))).collect();
+        let rows = rows.map_err(|e: prost::DecodeError| e.to_string())?;
+        if rows != model.rows {
+            return Err(format!("{rows:?} are there, and should be {:?}", model.rows));
+        }
+    }
+    Ok(applier.hash().to_string())
+}
+
+/// One history in several forms; what is wrong.
+pub fn check(seed: u64) -> Vec<String> {
+    let mut rng = ChaCha8Rng::seed_from_u64(seed);
+    let entries = entries(&mut rng);
+    let mut wrong = Vec::new();
+    let mut hashes = Vec::new();
+    for (what, batch_max, buffered) in
+        [("entries alone", 1, false), ("batches", 9, false), ("batches over a buffer", 9, true)]
+    {
+        let memory: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let open = || -> Arc<dyn Store> {
+            match buffered {
+                // Passes rows on after a few, keeps few.
+                true => Arc::new(BufferedStore::new(memory.clone(), RowCache::new(2 << 10), 5, 1 << 20)),
+                false => memory.clone(),
+            }
+        };
+        // The same cuts where the batches are as large.
+        match apply(&entries, &open, batch_max, &mut rng.clone()) {
+            // Outcomes name the position of their batch.
+            Ok(hash) if batch_max > 1 => hashes.push(hash),
+            Ok(_) => {}
+            Err(error) => wrong.push(format!("seed {seed}, {what}: {error}")),
+        }
+    }
+    hashes.dedup();
+    if hashes.len() > 1 {
+        wrong.push(format!("seed {seed}: the same batches gave the hashes {hashes:?}"));
+    }
+    wrong
+}

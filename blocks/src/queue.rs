@@ -97,7 +97,7 @@ impl DiskQueue {
     }
 
     /// Completes when the disk is stuck.
-    async fn is_stuck(&self) -> Refusal {
+    pub(crate) async fn is_stuck(&self) -> Refusal {
         loop {
             self.runtime.clock.sleep(LOOK).await;
             if let Err(refusal) = self.refuse_stuck() {

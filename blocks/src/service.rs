@@ -104,8 +104,9 @@ impl BlockService {
 
     /// Waits until nothing else is done to a block. A write that hangs after its grant was looked at must have come to its end
     /// before an erase is proven: else it would bring the block back, which nobody would know any more. The turn ends with the
-    /// work, also when nobody waits for that.
-    async fn turn(&self, block: BlockId) -> tokio::sync::OwnedMutexGuard<()> {
+    /// work, also when nobody waits for that; a disk that hangs refuses instead of letting its requests wait here.
+    async fn turn(&self, block: BlockId) -> Result<tokio::sync::OwnedMutexGuard<()>, Refusal> {
+        self.changes.refuse_stuck()?;
         let turn = {
             let mut turns = self.turns.lock().unwrap_or_else(|e| e.into_inner());
             turns.retain(|_, turn| turn.strong_count() > 0);
@@ -116,7 +117,11 @@ impl BlockService {
                 new
             })
         };
-        turn.lock_owned().await
+        tokio::select! {
+            biased;
+            turn = turn.lock_owned() => Ok(turn),
+            refusal = self.changes.is_stuck() => Err(refusal),
+        }
     }
 
     /// Takes note of what became of a change. A disk that is mounted for reading only, or is dying, is seen by that alone.
@@ -201,7 +206,7 @@ impl BlockService {
                 let (clock, expiry) = (self.clock.clone(), claims.expiry);
                 let is_granted = move || clock.now() <= expiry;
                 let bytes = op.data.len();
-                let turn = self.turn(expected.block).await;
+                let turn = self.turn(expected.block).await?;
                 let write = move || {
                     let _turn = turn;
                     store.write(&expected, &op.data, &is_granted)
@@ -228,7 +233,7 @@ impl BlockService {
             }
             Some(Op::Erase(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Erase)?;
-                let turn = self.turn(expected.block).await;
+                let turn = self.turn(expected.block).await?;
                 let erase = move || {
                     let _turn = turn;
                     store.erase(expected.block)

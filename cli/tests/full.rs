@@ -102,6 +102,14 @@ fn comes_back(cluster: &Cluster, arguments: &[&str], give_room: impl Fn()) {
     }
 }
 
+/// Kills the process and starts it again, where what is full outlives it.
+fn start_while_full(cluster: &mut Cluster, kind: Kind) {
+    if kind == Kind::Device {
+        cluster.kill();
+        cluster.boot();
+    }
+}
+
 /// Fills a file system with blocks, then gives room by deleting.
 fn fill_with_blocks(part: &str, mib: u32, kind: Kind) {
     if !kind.is_possible() {
@@ -124,11 +132,7 @@ fn fill_with_blocks(part: &str, mib: u32, kind: Kind) {
     };
     assert!(count >= 3 && complaint.contains("space"), "after {count}: {complaint}");
     assert!(serves(&cluster));
-    if kind == Kind::Device {
-        // A start while it is full.
-        cluster.kill();
-        cluster.boot();
-    }
+    start_while_full(&mut cluster, kind);
     for number in 0..count {
         assert!(cluster.run(&["fs", "cat", &format!("/f{number}")]).stdout == bytes, "/f{number} differs");
     }
@@ -172,11 +176,7 @@ fn fill_with_metadata(part: &str, mib: u32, kind: Kind, give_room: impl Fn(&Clus
     }
     assert!(count >= 1);
     let first = std::fs::read(tree.join("0")).expect("there");
-    if kind == Kind::Device {
-        // A start while it is full.
-        cluster.kill();
-        cluster.boot();
-    }
+    start_while_full(&mut cluster, kind);
     assert!(cluster.run(&["fs", "cat", "/t0/0"]).stdout == first, "reads go on");
     cluster.ok(&["fs", "rm", "/t0/1"]);
     comes_back(&cluster, &["fs", "put", &format!("{local}/0"), "/again"], || give_room(&cluster));

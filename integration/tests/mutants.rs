@@ -24,9 +24,9 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
     }
 }
 
-fn find(mutant: Mutant, checkers: &[&str]) -> Result<(u64, &'static str), String> {
-    if let ["steps" | "batches"] = checkers {
-        return find_apart(mutant, if checkers == ["steps"] { "steps" } else { "batches" });
+fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
+    if let [checker @ ("steps" | "batches")] = checkers {
+        return find_apart(mutant, checker);
     }
     mutants::plant(Some(mutant));
     let mut others = std::collections::BTreeSet::new();

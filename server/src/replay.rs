@@ -4,7 +4,10 @@
 //! Entries come from a running cluster or from a directory, also one that is a copy or belongs to a running
 //! process; nothing there is written.
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
@@ -288,39 +291,33 @@ fn finish(replayer: &dyn Replayer, report: &mut Report) {
     report.hash = replayer.hash().to_string();
 }
 
-/// Replays a log from a directory of `up` into `store` and compares with the replica's state there.
+/// Where the logs and the states of a cluster are; they may lie apart.
+#[derive(Clone, Debug)]
+pub struct Places {
+    /// Segments of all logs.
+    pub log: PathBuf,
+    /// States and checkpoints.
+    pub state: PathBuf,
+}
+
+impl Places {
+    /// Those of a directory of `up`.
+    pub fn of(dir: &Path) -> Places {
+        Places { log: dir.join("log"), state: dir.join("state") }
+    }
+}
+
+/// Replays a log from files into `store` and compares with the replica's state there.
 pub fn from_directory(
     disk: &dyn Disk,
-    dir: &Path,
+    places: &Places,
     id: LogId,
     store: Arc<dyn Store>,
     until: Until,
     from_checkpoint: Option<u64>,
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Report> {
-    let places = Places { log: &dir.join("log"), state: &dir.join("state") };
-    from_places(disk, &places, id, store, until, from_checkpoint, progress)
-}
-
-/// Where the logs and the states of a cluster are.
-pub struct Places<'a> {
-    /// Segments of all logs.
-    pub log: &'a Path,
-    /// States and checkpoints.
-    pub state: &'a Path,
-}
-
-/// As [`from_directory`], from logs that may lie apart from the states.
-pub fn from_places(
-    disk: &dyn Disk,
-    places: &Places<'_>,
-    id: LogId,
-    store: Arc<dyn Store>,
-    until: Until,
-    from_checkpoint: Option<u64>,
-    progress: &mut dyn FnMut(u64, u64),
-) -> Result<Report> {
-    let (log_dir, state_dir) = (places.log, places.state);
+    let (log_dir, state_dir) = (&*places.log, &*places.state);
     let summary = open_read_only(disk, log_dir)?;
     let memory = SharedMemory::new(16 << 20, 16 << 20);
     let mut report = Report::default();

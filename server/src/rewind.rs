@@ -109,9 +109,9 @@ impl Rewind {
         stores: [Arc<dyn Store>; 2],
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<Line> {
-        let places = Places { log: &self.log_dir(), state: &self.state_dir() };
+        let places = Places::of(&self.dir);
         let mut replay = |store: Arc<dyn Store>, until: Until| {
-            replay::from_places(&*self.runtime.disk, &places, id, store, until, None, progress)
+            replay::from_directory(&*self.runtime.disk, &places, id, store, until, None, progress)
                 .with_context(|| format!("replay {id}"))
         };
         let [remains, whole] = stores;
@@ -159,9 +159,10 @@ impl Rewind {
         cut::prepare(disk, &log_dir, &keep)?;
         let prepared = cut::prepared(&log_dir);
         for line in &plan.lines {
-            let places = Places { log: &prepared, state: &self.state_dir() };
+            let places = Places { log: prepared.clone(), state: self.state_dir() };
             let until = Until::default();
-            let again = replay::from_places(disk, &places, line.log, store()?, until, None, &mut |_, _| {})?;
+            let again =
+                replay::from_directory(disk, &places, line.log, store()?, until, None, &mut |_, _| {})?;
             let (ours, planned) =
                 ((again.position, &again.hash), (line.remains.position, &line.remains.hash));
             ensure!(

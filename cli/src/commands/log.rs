@@ -16,7 +16,7 @@ use clutch_proto::{
 use clutch_runtime::production::OsDisk;
 use clutch_server::{
     ClusterFile,
-    replay::{self, Report, Until},
+    replay::{self, Places, Report, Until},
     rewind::{Line, Plan, Rewind},
     up,
 };
@@ -58,7 +58,7 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
                 let report = match dir {
                     Some(dir) => replay::from_directory(
                         &OsDisk,
-                        dir,
+                        &Places::of(dir),
                         id,
                         store,
                         until,
@@ -92,11 +92,12 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
         LogCommand::Rewind { dir, to_time, yes, json } => rewind(dir, *to_time, *yes, *json).await,
         LogCommand::Trim { which, upto } => {
             let client = client()?;
-            for id in chosen(which, client.map().await?.shards.len() as u32)? {
+            let ids = chosen(which, client.map().await?.shards.len() as u32)?;
+            for &id in &ids {
                 admin(&client, id, Op::TrimLog(TrimLog { upto: upto.unwrap_or(u64::MAX) })).await?;
             }
             // A segment goes when no log needs it any more: only now is it known where each of them begins.
-            for id in chosen(which, client.map().await?.shards.len() as u32)? {
+            for id in ids {
                 let reply = admin(&client, id, Op::Status(Status {})).await?;
                 let first = reply.status.map_or(0, |status| status.log_first);
                 output::line(format!("{id}: the log begins at {first} (whole segments are removed)"))?;
@@ -214,16 +215,15 @@ async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> R
         ))?;
     }
     if as_json {
-        let logs = plan.lines.iter().map(|line| {
+        let row = |line: &Line| {
             json!({
                 "log": line.log.to_string(), "entries_lost": output::number(line.entries_lost()),
                 "entries": output::number(line.whole.entries), "position": output::number(line.remains.position),
                 "time": output::nanoseconds(line.remains.time), "last_position": output::number(line.whole.position),
                 "last_time": output::nanoseconds(line.whole.time),
             })
-        });
-        let logs = logs.collect();
-        let logs = serde_json::Value::Array(logs);
+        };
+        let logs: Vec<_> = plan.lines.iter().map(row).collect();
         output::json(&json!({
             "done": old.is_some(), "time": output::nanoseconds(plan.time), "entries_lost": output::number(lost),
             "old_logs": old.map(|old| old.display().to_string()), "logs": logs,
@@ -234,13 +234,12 @@ async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> R
 
 async fn execute(rewind: &Rewind, plan: &Plan) -> Result<PathBuf> {
     // One directory at a time: whoever had the one before is done with it.
-    let work = std::sync::Mutex::new(None);
+    let mut work = None;
     let store = || {
-        let mut work = work.lock().unwrap_or_else(|e| e.into_inner());
-        drop(work.take());
+        work = None;
         let dir = tempdir()?;
         let store = open(dir.path())?;
-        *work = Some(dir);
+        work = Some(dir);
         Ok(store)
     };
     rewind.execute(plan, store).await

@@ -216,7 +216,9 @@ impl ShardOracle {
             }
             Body::Jump(op) => {
                 for line in op.slots {
-                    let (past, row) = (line.counters.unwrap_or_default(), self.counter(line.slot as u8));
+                    // What the shard stops on is in no log that it has applied.
+                    let slot = u8::try_from(line.slot).map_err(|_| Code::Malformed)?;
+                    let (past, row) = (line.counters.ok_or(Code::Malformed)?, self.counter(slot));
                     row.inode = row.inode.max(past.inode);
                     row.content = row.content.max(past.content);
                     row.span = row.span.max(past.span);

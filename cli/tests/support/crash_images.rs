@@ -96,10 +96,9 @@ pub fn follow(model: &mut Model, trace: &str, mut change: impl FnMut(&mut Model,
     let mut begun: HashMap<&str, (f64, String)> = HashMap::new();
     model.descriptors.clear();
     for line in trace.lines() {
-        let mut words = line.splitn(3, ' ');
-        let (Some(thread), Some(time), Some(call)) = (words.next(), words.next(), words.next()) else {
-            continue;
-        };
+        // Threads of fewer digits are padded.
+        let Some((thread, rest)) = line.split_once(' ') else { continue };
+        let Some((time, call)) = rest.trim_start().split_once(' ') else { continue };
         let time: f64 = time.parse().unwrap_or_else(|e| panic!("{e}: {line}"));
         if let Some(head) = call.strip_suffix(" <unfinished ...>") {
             if let Some(fd) = head.strip_prefix("close(") {

@@ -88,6 +88,7 @@ fn any_two_disks_of_4_plus_2_may_be_emptied() {
     }
     (0..3).for_each(give_back);
     assert_reads(&cluster, &stored, "with all disks again");
+    cluster.wait_until_over("missing or empty");
     cluster.fsck();
 }
 

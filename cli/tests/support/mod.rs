@@ -237,6 +237,19 @@ impl Cluster {
             .unwrap_or_else(|e| panic!("{arguments:?}: {e}: {}", String::from_utf8_lossy(&output.stderr)))
     }
 
+    /// Waits until no fault is in the status that says this; disks are looked at anew with every report of theirs.
+    pub fn wait_until_over(&self, fault: &str) {
+        let begin = std::time::Instant::now();
+        loop {
+            let status = self.json(&["status", "--json"]);
+            let faults = status["faults"].as_array().expect("a list");
+            if !faults.iter().any(|f| f.as_str().is_some_and(|f| f.contains(fault))) {
+                return;
+            }
+            assert!(begin.elapsed() < std::time::Duration::from_secs(60), "not over: {status:#}");
+        }
+    }
+
     /// Fails unless fsck says that all is well.
     pub fn fsck(&self) {
         let report = self.json(&["fsck", "--json"]);

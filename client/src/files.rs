@@ -27,6 +27,15 @@ pub struct FileAttributes {
     pub mtime: u64,
 }
 
+/// Where a page of a directory begins; the default is the first one's begin. Valid as long as the directory is there,
+/// whatever changes in it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DirCursor {
+    hash: u64,
+    /// The last name of the page before, if its hash is the same.
+    after: Bytes,
+}
+
 /// What was made.
 #[derive(Clone, Copy, Debug)]
 pub struct Created {
@@ -59,15 +68,21 @@ impl Client {
         attributes_of(self.shard_read(id.slot(), Op::Stat(Stat { id: id.raw() })).await?)
     }
 
-    /// One page of a directory: entries, and the cursor of the next page or 0.
+    /// One page of a directory of at most so many entries (0: as many as the server likes), and where the next one
+    /// begins; `None` after the last. The default cursor is the first page's.
     pub async fn read_dir_page(
         &self,
         dir: InodeId,
-        cursor: u64,
-    ) -> Result<(Vec<DirEntry>, u64), ClientError> {
-        let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor, limit: 0 });
+        cursor: &DirCursor,
+        limit: u32,
+    ) -> Result<(Vec<DirEntry>, Option<DirCursor>), ClientError> {
+        let DirCursor { hash, after } = cursor.clone();
+        let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor: hash, limit, after });
         match self.shard_read(dir.slot(), op).await? {
-            Reply::ReadDir(page) => Ok((listing::entries(page.entries)?, page.next_cursor)),
+            Reply::ReadDir(page) => {
+                let next = DirCursor { hash: page.next_cursor, after: page.next_after };
+                Ok((listing::entries(page.entries)?, Some(next).filter(|next| next.hash != 0)))
+            }
             _ => Err(ClientError::unexpected("a page")),
         }
     }
@@ -75,13 +90,10 @@ impl Client {
     /// All entries of a directory, in the order of their names.
     pub async fn read_dir(&self, dir: InodeId) -> Result<Vec<DirEntry>, ClientError> {
         let mut entries = Vec::new();
-        let mut cursor = 0;
-        loop {
-            let (page, next) = self.read_dir_page(dir, cursor).await?;
+        let mut cursor = Some(DirCursor::default());
+        while let Some(at) = cursor {
+            let (page, next) = self.read_dir_page(dir, &at, 0).await?;
             entries.extend(page);
-            if next == 0 {
-                break;
-            }
             cursor = next;
         }
         entries.sort_by(|a, b| a.name.cmp(&b.name));

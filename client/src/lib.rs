@@ -19,7 +19,7 @@ mod write;
 
 pub use draft::Draft;
 pub use error::ClientError;
-pub use files::{Created, FileAttributes};
+pub use files::{Created, DirCursor, FileAttributes};
 pub use path::{Resolved, means_directory};
 pub use policy::WritePolicy;
 pub use rpc::{AnsweredAt, Call, Client, ClientOptions, Observer};

@@ -49,7 +49,7 @@ fuzz_target!(|data: &[u8]| {
         let _ = client.refresh_map().await;
         let _ = client.resolve("/a/b").await;
         let _ = client.stat(InodeId::ROOT).await;
-        let _ = client.read_dir_page(InodeId::ROOT, 0).await;
+        let _ = client.read_dir_page(InodeId::ROOT, &Default::default(), 0).await;
         let file = InodeId::from_wire(0x8000_0000_0000_0200).expect("a file's id");
         let _ = client.read_range(file, 10, 100).await;
         let _ = client.read_file(file, &mut |_| Ok(())).await;

@@ -38,7 +38,7 @@ fuzz_target!(|data: &[u8]| {
         for op in [
             Op::Stat(Stat { id }),
             Op::Lookup(Lookup { dir: id, name: "a".into() }),
-            Op::ReadDir(ReadDir { dir: id, cursor: 0, limit: 2 }),
+            Op::ReadDir(ReadDir { dir: id, limit: 2, ..ReadDir::default() }),
             Op::Layout(Layout { id, ..Layout::default() }),
             Op::History(History { dir: id, ..History::default() }),
             Op::History(History { dir: id, with_present: true, ..History::default() }),

@@ -98,7 +98,7 @@ fn main() {
 
     let tag = ClientTag { client: 1 << 33, sequence: 1, acknowledged: 0, issued_at: u64::MAX / 4 };
     let create = CreateFile { dir: InodeId::ROOT.raw(), name: "a".into(), data: "data".into(), ..CreateFile::default() };
-    let list = ReadDir { dir: InodeId::ROOT.raw(), cursor: 0, limit: 0 };
+    let list = ReadDir { dir: InodeId::ROOT.raw(), ..ReadDir::default() };
     let read = ReadBlock { certificate, offset: 0, length: 10 };
     for (n, choice, role, tag, body) in [
         (0, 0, Role::Registry, None, RegistryRequest {

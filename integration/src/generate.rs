@@ -85,6 +85,8 @@ impl Generator {
             flush_permille: *[0, 5, 50, 300].choose(&mut rng).expect("some"),
             // From the seed alone: it moves no other draw. Every third cluster has small pages.
             page: if seed.is_multiple_of(3) { 2 + (seed / 3 % 4) as u32 } else { 0 },
+            // And in every fifth one many names have one hash.
+            collide: seed % 5 == 4,
         };
         let mut weights = [0; KINDS];
         for (kind, weight) in weights.iter_mut().enumerate() {

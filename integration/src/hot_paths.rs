@@ -109,7 +109,7 @@ pub fn path(name: &str) -> Option<Run> {
         }
         "read: list 1,000 entries" => {
             let shard = Replica::with_files(1000);
-            Box::new(move || shard.read(Op::ReadDir(ReadDir { dir: ROOT, cursor: 0, limit: 0 })))
+            Box::new(move || shard.read(Op::ReadDir(ReadDir { dir: ROOT, ..ReadDir::default() })))
         }
         _ => return applied(name),
     })

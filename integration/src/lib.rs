@@ -9,6 +9,7 @@ pub mod generate;
 pub mod golden_logs;
 pub mod history;
 pub mod hot_paths;
+pub mod names;
 pub mod oracle;
 pub mod recording;
 pub mod run;

@@ -189,6 +189,7 @@ impl Runner {
             client: self.cluster.client_on(node, Some(watcher)),
             history: self.history.clone(),
             cluster: self.cluster.cluster_id(),
+            collide: self.cluster.config().collide,
         };
         let mine: Vec<Lane> = self.lanes.lock().keys().filter(|l| l.client == client).copied().collect();
         for lane in mine {

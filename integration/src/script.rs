@@ -5,7 +5,7 @@
 //!
 //! ```text
 //! seed 42
-//! cluster shards=2 disks=5 policy=2+1 engine=sim flush=20 page=0 clients=3
+//! cluster shards=2 disks=5 policy=2+1 engine=sim flush=20 page=0 names=plain clients=3
 //! 0.001200 c0.1 create /d1/f3 120 7
 //! 0.002000 fault crash shard0 0.300000
 //! ```
@@ -362,7 +362,7 @@ impl fmt::Display for Script {
         writeln!(f, "seed {}", self.seed)?;
         writeln!(
             f,
-            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} clients={}",
+            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}",
             c.shards,
             c.disks,
             c.data_blocks,
@@ -370,6 +370,7 @@ impl fmt::Display for Script {
             if c.engine == Engine::Sim { "sim" } else { "local" },
             c.flush_permille,
             c.page,
+            if c.collide { "colliding" } else { "plain" },
             self.clients
         )?;
         self.events.iter().try_for_each(|event| writeln!(f, "{event}"))
@@ -583,6 +584,7 @@ pub fn default_cluster() -> ClusterConfig {
         engine: Engine::Sim,
         flush_permille: 20,
         page: 0,
+        collide: false,
     }
 }
 
@@ -615,9 +617,16 @@ impl Script {
                         _ => return Err(format!("{value:?} is not an engine; sim and local are")),
                     }
                 }
+                "names" => {
+                    self.cluster.collide = match value {
+                        "plain" => false,
+                        "colliding" => true,
+                        _ => return Err(format!("{value:?} are no names; plain and colliding are")),
+                    }
+                }
                 _ => {
                     return Err(format!(
-                        "{key:?} is not known; shards, disks, policy, engine, flush, page, clients are"
+                        "{key:?} is not known; shards, disks, policy, engine, flush, page, names, clients are"
                     ));
                 }
             }

@@ -86,6 +86,8 @@ pub struct ClusterConfig {
     pub flush_permille: u32,
     /// How much the answers of shards hold; 0 for what ships.
     pub page: u32,
+    /// Whether names of scripts stand for such that have one hash.
+    pub collide: bool,
 }
 
 impl ClusterConfig {
@@ -209,6 +211,7 @@ impl SimCluster {
             engine: Engine::Sim,
             flush_permille: 0,
             page: 0,
+            collide: false,
         };
         SimCluster::start_with(seed, config).expect("the cluster comes up")
     }

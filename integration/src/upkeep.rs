@@ -28,7 +28,7 @@ impl Worker {
             }
             Operation::Truncate(path, size) => self.truncate(path, *size).await,
             Operation::Restore(path) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 let before = client.stat(at.id).await?;
                 let past = client.content_history(at.id).await?;
                 let past = past.last().ok_or_else(|| not_found("no past content"))?;
@@ -36,11 +36,11 @@ impl Worker {
                 Ok(format!("content {:x}", after.content))
             }
             Operation::Contents(path) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 Ok(format!("{} past contents", client.content_history(at.id).await?.len()))
             }
             Operation::Policy(path, age_ms, versions) => {
-                let dir = client.resolve_directory(path).await?;
+                let dir = client.resolve_directory(self.path(path)).await?;
                 let snapshot = SnapshotPolicy { age_ms: *age_ms, versions: *versions };
                 let is_set = age_ms.is_some() || versions.is_some();
                 let policy =
@@ -50,7 +50,7 @@ impl Worker {
                 Ok("set".into())
             }
             Operation::Forget(path, age_ms) => {
-                let (dir, name) = client.resolve_parent(path).await?;
+                let (dir, name) = client.resolve_parent(self.path(path)).await?;
                 let history = client.history(dir, Some(&name)).await?;
                 let past = history.last().ok_or_else(|| not_found("no past entry"))?;
                 let policy = SnapshotPolicy { age_ms: Some(*age_ms), versions: None };
@@ -63,7 +63,7 @@ impl Worker {
                 Ok(format!("{done:?}"))
             }
             Operation::Scrap(path, bytes, salt) => {
-                let (dir, _) = client.resolve_parent(path).await?;
+                let (dir, _) = client.resolve_parent(self.path(path)).await?;
                 let draft = self.draft(dir, bytes_of(Data { salt: *salt, bytes: *bytes })).await?;
                 client.scrap(&draft).await?;
                 Ok(format!("scrapped {:x}", draft.content()))
@@ -113,7 +113,7 @@ impl Worker {
 
     async fn patch(&self, path: &str, offset: u64, data: Data) -> Result<String, ClientError> {
         let client = &self.client;
-        let at = client.resolve(path).await?;
+        let at = client.resolve(self.path(path)).await?;
         let before = client.stat(at.id).await?;
         let policy = self.policy().await?;
         let mut draft = client.start_draft(at.id).await?;
@@ -135,7 +135,7 @@ impl Worker {
 
     async fn truncate(&self, path: &str, size: u64) -> Result<String, ClientError> {
         let client = &self.client;
-        let at = client.resolve(path).await?;
+        let at = client.resolve(self.path(path)).await?;
         let before = client.stat(at.id).await?;
         let mut draft = client.start_draft(at.id).await?;
         client.append_shared(&mut draft, before.content, 0, size.min(before.size)).await?;
@@ -146,7 +146,7 @@ impl Worker {
     /// Both halves are written at the same time, each as a content of its own.
     async fn assemble(&self, path: &str, data: Data) -> Result<String, ClientError> {
         let client = &self.client;
-        let (dir, name) = client.resolve_parent(path).await?;
+        let (dir, name) = client.resolve_parent(self.path(path)).await?;
         let bytes = bytes_of(data);
         let half = bytes.len() / 2;
         let (first, second) = futures_util::future::join(
@@ -165,7 +165,7 @@ impl Worker {
     /// Tries, with bytes that fill all blocks of any code, to exchange what does not hold the same bytes, or to have a span forgotten whose blocks are not erased.
     async fn forge_exchange(&self, path: &str, kind: u32) -> Result<String, ClientError> {
         let client = &self.client;
-        let (dir, _) = client.resolve_parent(path).await?;
+        let (dir, _) = client.resolve_parent(self.path(path)).await?;
         let (a, b) = (
             self.draft(dir, bytes_of(Data { salt: 81, bytes: 16_384 })).await?,
             self.draft(dir, bytes_of(Data { salt: 82, bytes: 16_384 })).await?,
@@ -225,7 +225,7 @@ impl Worker {
     }
 
     async fn move_block(&self, path: &str, index: u32) -> Result<String, ClientError> {
-        let at = self.client.resolve(path).await?;
+        let at = self.client.resolve(self.path(path)).await?;
         let layout = self.client.layout(at.id, 0, 0).await?;
         let span = layout.spans.first().ok_or_else(|| not_found("the file has no blocks"))?;
         let index = index as usize % span.blocks.len().max(1);
@@ -234,7 +234,7 @@ impl Worker {
     }
 
     async fn recode(&self, path: &str) -> Result<String, ClientError> {
-        let at = self.client.resolve(path).await?;
+        let at = self.client.resolve(self.path(path)).await?;
         let layout = self.client.layout(at.id, 0, 0).await?;
         let policy = self.policy().await?;
         let whole = layout.extents.iter().find(|extent| match &extent.source {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bytes::Bytes;
-use clutch_client::{Client, ClientError, FileAttributes};
+use clutch_client::{Client, ClientError, DirCursor, FileAttributes};
 use clutch_proto::{
     BlockId, InodeId, Refusal, ServiceId,
     blocks::{BlocksRequest, EraseBlock, WriteBlock, blocks_request},
@@ -18,6 +18,7 @@ use prost::Message as _;
 
 use crate::{
     history::{Data, History, bytes_of},
+    names,
     script::Operation,
     sim_cluster::service_key,
 };
@@ -31,6 +32,8 @@ pub struct Worker {
     pub history: Arc<History>,
     /// The cluster's id, which forged certificates name.
     pub cluster: u64,
+    /// Whether names of scripts stand for such that have one hash.
+    pub collide: bool,
 }
 
 pub(crate) fn attributes() -> FileAttributes {
@@ -50,6 +53,11 @@ fn word(result: Result<String, ClientError>) -> String {
 }
 
 impl Worker {
+    /// A script's path as it is in the cluster.
+    pub(crate) fn path(&self, path: &str) -> Vec<u8> {
+        if self.collide { names::collide(path) } else { path.as_bytes().to_vec() }
+    }
+
     /// Carries one operation out; says in a few words what came of it.
     pub async fn perform(&self, operation: &Operation) -> String {
         word(self.attempt(operation).await)
@@ -59,12 +67,12 @@ impl Worker {
         let client = &self.client;
         match operation {
             Operation::MakeDirectory(path) => {
-                let (parent, name) = client.resolve_parent(path).await?;
+                let (parent, name) = client.resolve_parent(self.path(path)).await?;
                 let made = client.make_directory(parent, &name, attributes()).await?;
                 Ok(format!("directory {}", made.id))
             }
             Operation::RemoveDirectory(path) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 client.remove_directory(&at).await?;
                 Ok("removed".into())
             }
@@ -75,69 +83,64 @@ impl Worker {
                 self.store(path, Data { salt: *salt, bytes: *bytes }, true).await
             }
             Operation::Symlink(path, target) => {
-                let (parent, name) = client.resolve_parent(path).await?;
+                let (parent, name) = client.resolve_parent(self.path(path)).await?;
                 let target = Bytes::from(target.clone().into_bytes());
                 let made = client.symlink(parent, &name, target, attributes(), false).await?;
                 Ok(format!("link {}", made.id))
             }
             Operation::Read(path) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 self.read(at.id).await
             }
             Operation::ReadRange(path, offset, bytes) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 let (content, got) = client.read_range_of(at.id, 0, *offset, *bytes as usize).await?;
                 self.compare((at.id, content), *offset, &got, Some(*bytes as usize));
                 Ok(format!("{} bytes", got.len()))
             }
             Operation::Stat(path) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 let attributes = client.stat(at.id).await?;
                 Ok(format!("{} bytes, mode {:o}", attributes.size, attributes.mode))
             }
             Operation::List(path) => {
-                let dir = client.resolve_directory(path).await?;
-                let mut cursor = 0;
+                let dir = client.resolve_directory(self.path(path)).await?;
+                let mut cursor = Some(DirCursor::default());
                 let mut count = 0;
                 // Several pages, so that a listing meets changes between them.
-                loop {
-                    let op = clutch_proto::shard::ReadDir { dir: dir.raw(), cursor, limit: 5 };
-                    let Reply::ReadDir(page) = client.shard_read(dir.slot(), Op::ReadDir(op)).await? else {
-                        return Err(Refusal::malformed("not a page").into());
-                    };
-                    count += clutch_proto::listing::entries(page.entries)?.len();
-                    if page.next_cursor == 0 {
-                        return Ok(format!("{count} entries"));
-                    }
-                    cursor = page.next_cursor;
+                while let Some(begin) = cursor {
+                    let (page, next) = client.read_dir_page(dir, &begin, 5).await?;
+                    count += page.len();
+                    cursor = next;
                 }
+                Ok(format!("{count} entries"))
             }
             Operation::History(path) => {
-                let dir = client.resolve_directory(path).await?;
+                let dir = client.resolve_directory(self.path(path)).await?;
                 let past = client.history(dir, None).await?;
                 let whole = client.whole_history(dir, None).await?;
                 Ok(format!("{} past entries, {} with present ones", past.len(), whole.len()))
             }
             Operation::Move(from, to) => {
-                let at = client.resolve(from).await?;
-                let (parent, name) = client.resolve_parent(to).await?;
+                let at = client.resolve(self.path(from)).await?;
+                let (parent, name) = client.resolve_parent(self.path(to)).await?;
                 client.rename(&at, parent, &name).await?;
                 Ok("moved".into())
             }
             Operation::Remove(path) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 client.unlink(&at).await?;
                 Ok("removed".into())
             }
             Operation::ChangeMode(path, mode) => {
-                let at = client.resolve(path).await?;
+                let at = client.resolve(self.path(path)).await?;
                 let change = SetAttributes { mode: Some(*mode), ..SetAttributes::default() };
                 client.set_attributes(at.id, change).await?;
                 Ok("changed".into())
             }
             Operation::Undelete(path, to) => {
-                let (parent, name) = client.resolve_parent(path).await?;
-                let (_, new_name) = client.resolve_parent(to).await?;
+                let (parent, name) = client.resolve_parent(self.path(path)).await?;
+                let (_, new_name) = client.resolve_parent(self.path(to)).await?;
                 let history = client.history(parent, Some(&name)).await?;
                 if let Some(past) = history.iter().rev().find(|p| p.owned) {
                     let made = client.undelete(parent, past, &new_name).await?;
@@ -155,7 +158,7 @@ impl Worker {
     }
 
     async fn store(&self, path: &str, data: Data, replace: bool) -> Result<String, ClientError> {
-        let (parent, name) = self.client.resolve_parent(path).await?;
+        let (parent, name) = self.client.resolve_parent(self.path(path)).await?;
         let bytes = bytes_of(data);
         let made = self.client.write_file(parent, &name, attributes(), replace, &mut &bytes[..]).await?;
         self.history.stored(made.id, data);
@@ -194,7 +197,7 @@ impl Worker {
     /// Does what a bad client might: each attempt must be refused.
     async fn forge(&self, path: &str, kind: u32) -> Result<String, ClientError> {
         let client = &self.client;
-        let (dir, _) = client.resolve_parent(path).await?;
+        let (dir, _) = client.resolve_parent(self.path(path)).await?;
         let start = Op::StartContent(StartContent { dir: dir.raw() });
         let Reply::Content(content) = client.shard_write(dir.slot(), start).await? else {
             return Err(Refusal::malformed("not a content").into());

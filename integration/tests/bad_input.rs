@@ -50,8 +50,8 @@ fn shard_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
     vec![
         Op::Lookup(Lookup { dir: id, name: name.clone() }),
         Op::Stat(Stat { id }),
-        Op::ReadDir(ReadDir { dir: id, cursor: id, limit: small }),
-        Op::ReadDir(ReadDir { dir: InodeId::ROOT.raw(), cursor: id, limit: small }),
+        Op::ReadDir(ReadDir { dir: id, cursor: id, limit: small, after: Bytes::new() }),
+        Op::ReadDir(ReadDir { dir: InodeId::ROOT.raw(), cursor: id, limit: small, after: name.clone() }),
         Op::Layout(Layout { id, offset: id, content: id }),
         Op::History(History { dir: id, name: name.clone(), after: name.clone(), with_present: false }),
         Op::History(History { dir: id, name: name.clone(), after: name.clone(), with_present: true }),

@@ -4,7 +4,7 @@ use std::{collections::BTreeSet, sync::Arc};
 
 use bytes::Bytes;
 use clutch_client::{FileAttributes, Resolved};
-use clutch_integration::SimCluster;
+use clutch_integration::{SimCluster, names};
 use clutch_log::{Batch, Epoch, Position};
 use clutch_proto::{
     InodeId,
@@ -31,42 +31,89 @@ fn apply(applier: &mut Applier<Shard>, bodies: Vec<shard_entry::Body>) {
     applier.apply(&batch).expect("no fault");
 }
 
-#[test]
-fn a_directory_of_a_million_names_is_listed_in_bounded_pages() {
+fn facts() -> ShardFacts {
+    ShardFacts { cluster: 1, ..ShardFacts::default() }
+}
+
+/// The root with `count` files in it.
+fn directory(count: usize, name: impl Fn(usize) -> Bytes) -> Applier<Shard> {
     let mut applier = Applier::<Shard>::open(Arc::new(MemoryStore::new())).expect("opens");
     let genesis = Genesis { shard: 0, slot_first: 0, slot_last: 255, cluster: 1, root_mode: 0o755, rules: 1 };
     apply(&mut applier, vec![shard_entry::Body::Genesis(genesis)]);
     let dir = InodeId::ROOT.raw();
-    for first in (0..NAMES).step_by(BATCH) {
+    for first in (0..count).step_by(BATCH) {
         let create = |i: usize| {
-            let name = Bytes::from(format!("name-{i}"));
+            let name = name(i);
             shard_entry::Body::CreateFile(CreateFile { dir, name, mode: 0o644, ..CreateFile::default() })
         };
         apply(&mut applier, (first..first + BATCH).map(create).collect());
     }
-    assert_eq!(applier.position(), Position((NAMES / BATCH) as u64 + 1));
-    let facts = ShardFacts { cluster: 1, ..ShardFacts::default() };
-    let (mut cursor, mut pages, mut names) = (0, 0, BTreeSet::new());
+    assert_eq!(applier.position(), Position((count / BATCH) as u64 + 1));
+    applier
+}
+
+/// All names of the root, which come once each; in how many pages.
+fn list(applier: &Applier<Shard>) -> (usize, BTreeSet<Bytes>) {
+    let dir = InodeId::ROOT.raw();
+    let (mut cursor, mut after, mut pages, mut names) = (0, Bytes::new(), 0, BTreeSet::new());
     loop {
-        let request = ShardRequest { op: Some(Op::ReadDir(ReadDir { dir, cursor, limit: u32::MAX })) };
-        let reply = Shard::read(&**applier.store(), &request, &facts).expect("a page");
+        let list = ReadDir { dir, cursor, after, limit: u32::MAX };
+        let request = ShardRequest { op: Some(Op::ReadDir(list)) };
+        let reply = Shard::read(&**applier.store(), &request, &facts()).expect("a page");
         assert!(reply.encoded_len() <= READDIR_ENTRIES_MAX * (NAME_BYTES_MAX + 32));
         let Some(shard_reply::Reply::ReadDir(page)) = reply.reply else { panic!("not a page") };
         let entries = listing::entries(page.entries).expect("whole");
-        // Equal hashes stay together; of a million names hardly two have one.
-        assert!(entries.len() <= READDIR_ENTRIES_MAX + 1, "{} names in one page", entries.len());
+        assert!(entries.len() <= READDIR_ENTRIES_MAX, "{} names in one page", entries.len());
         pages += 1;
         for entry in entries {
             assert!(names.insert(entry.name), "a name twice");
         }
         if page.next_cursor == 0 {
-            break;
+            return (pages, names);
         }
-        assert!(page.next_cursor > cursor);
-        cursor = page.next_cursor;
+        assert!(page.next_cursor > cursor || !page.next_after.is_empty());
+        (cursor, after) = (page.next_cursor, page.next_after);
     }
+}
+
+#[test]
+fn names_of_one_hash_come_in_bounded_pages_and_have_histories_of_their_own() {
+    let name = |i: usize| Bytes::from(names::colliding(i as u32));
+    let mut applier = directory(9000, name);
+    let (pages, listed) = list(&applier);
+    assert_eq!(listed.len(), 9000);
+    assert!(pages <= 9000 / READDIR_ENTRIES_MAX + 1, "{pages} pages");
+    let dir = InodeId::ROOT.raw();
+    let read = |applier: &Applier<Shard>, op| {
+        Shard::read(&**applier.store(), &ShardRequest { op: Some(op) }, &facts()).expect("reads").reply
+    };
+    let lookup = Lookup { dir, name: name(4321) };
+    let Some(shard_reply::Reply::Edge(edge)) = read(&applier, Op::Lookup(lookup)) else { panic!("no edge") };
+    let EdgeReply { target, created_at, .. } = edge;
+    let unlink = Unlink { dir, name: name(4321), target, created_at };
+    apply(&mut applier, vec![shard_entry::Body::Unlink(unlink)]);
+    assert_eq!(list(&applier).1.len(), 8999);
+    for with_present in [false, true] {
+        for (asked, count) in [(4321, 1), (4322, usize::from(with_present))] {
+            let history = History { dir, name: name(asked), with_present, ..History::default() };
+            let Some(shard_reply::Reply::History(found)) = read(&applier, Op::History(history)) else {
+                panic!("no history")
+            };
+            assert_eq!(found.past.len(), count, "of {asked}, with what is present: {with_present}");
+            assert!(found.past.iter().all(|edge| edge.name == name(asked)));
+        }
+    }
+    let (wrong, _) = invariants::check_shard(&**applier.store()).expect("reads");
+    assert_eq!(wrong, Vec::<String>::new());
+}
+
+#[test]
+fn a_directory_of_a_million_names_is_listed_in_bounded_pages() {
+    let mut applier = directory(NAMES, |i| Bytes::from(format!("name-{i}")));
+    let (pages, names) = list(&applier);
     assert_eq!(names.len(), NAMES);
     assert!(pages <= NAMES / READDIR_ENTRIES_MAX + 1, "{pages} pages");
+    let (dir, facts) = (InodeId::ROOT.raw(), facts());
     // One name among the million is found, replaced and removed like any other.
     let name = Bytes::from_static(b"name-500000");
     let request = ShardRequest { op: Some(Op::Lookup(Lookup { dir, name: name.clone() })) };

@@ -732,9 +732,9 @@ impl Test {
         let found = compare("lookup", got, if entry.is_some() { Ok(()) } else { Err(Code::NotFound) });
         assert_eq!(made(found), entry);
         let limit = self.system.rng.random_range(1..8);
-        let (mut cursor, mut listed) = (0, BTreeMap::new());
+        let (mut cursor, mut after, mut listed) = (0, Bytes::new(), BTreeMap::new());
         loop {
-            let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor, limit });
+            let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor, limit, after });
             let Ok(Reply::ReadDir(page)) = self.system.read(dir.slot().0, op) else { panic!("no page") };
             for entry in listing::entries(page.entries).expect("a page") {
                 let id = InodeId::from_wire(entry.target).expect("an inode");
@@ -746,8 +746,8 @@ impl Test {
             if page.next_cursor == 0 {
                 break;
             }
-            assert!(page.next_cursor > cursor);
-            cursor = page.next_cursor;
+            assert!(page.next_cursor > cursor || !page.next_after.is_empty());
+            (cursor, after) = (page.next_cursor, page.next_after);
         }
         assert_eq!(&listed, self.model.dirs.get(&dir).unwrap_or(&BTreeMap::new()));
         let Some((id, _)) = entry.filter(|(id, _)| !id.is_directory()) else { return };

@@ -99,11 +99,15 @@ pub enum Mutant {
     HistoryCutAtWrongEnd,
     /// The second page of a layout is of the newest content, whichever the first was of.
     SecondPageOfNewer,
+    /// A page of a listing that ends among names of one hash is followed by one of the next hash.
+    CollidersSkipped,
+    /// Past versions of a name are counted with those of all names of its hash.
+    VersionsOfColliders,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 47] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 49] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -151,6 +155,8 @@ impl Mutant {
         (Mutant::RefusalNotRecorded, &["batches"]),
         (Mutant::HistoryCutAtWrongEnd, &["linearizability"]),
         (Mutant::SecondPageOfNewer, &["linearizability", "data"]),
+        (Mutant::CollidersSkipped, &["linearizability"]),
+        (Mutant::VersionsOfColliders, &["oracle", "linearizability"]),
     ];
 }
 

@@ -43,7 +43,10 @@ fn past_edge(
         Stop::refuse(Code::NotFound, format!("no such past version of {shown:?}"))
     })?;
     policy::may_go_from(&directory, policy, time, ended_at, |limit| {
-        let until = key_after(&tables::past_edge_prefix(dir, name));
+        let until = key_after(&match mutants::is(Mutant::VersionsOfColliders) {
+            true => tables::edge_from(dir, name::hash63(name)),
+            false => tables::past_edge_prefix(dir, name),
+        });
         Ok(tx.scan(tables::PAST_EDGE, &[&key[..], &[0]].concat(), &until, limit)?.len())
     })?;
     Ok((key, row))

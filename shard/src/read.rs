@@ -61,40 +61,52 @@ fn stat(mut view: &dyn View, op: &Stat) -> Result<Reply, Stop> {
     Ok(Reply::Attributes(inode::attributes(id, row)))
 }
 
-/// A page of a listing. Names of one hash are never split between two pages, so the cursor can be a hash.
+/// A page of a listing. The cursor is a hash; a page that ends among names of one hash says behind which of them the
+/// next one begins, so that a page is bounded whatever the names are.
 fn read_dir(mut view: &dyn View, op: &ReadDir, pages: &Pages) -> Result<Reply, Stop> {
     let dir = parse_directory(&mut view, op.dir)?;
     inode::get(&mut view, dir)?;
     if op.cursor >> 63 != 0 {
         return Err(Stop::refuse(Code::InvalidArgument, "a cursor has 63 bits"));
     }
+    let is_among = !op.after.is_empty();
+    if is_among && name::hash63(&op.after) != op.cursor {
+        return Err(Stop::refuse(Code::InvalidArgument, "`after` is not from a page of this listing"));
+    }
     let limit = match op.limit as usize {
         0 => pages.entries,
         asked => asked.min(pages.entries),
     };
+    let from = if is_among { tables::edge_behind(dir, &op.after) } else { tables::edge_from(dir, op.cursor) };
     let until = key_after(&tables::directory_prefix(dir));
     let mut reply = ReadDirReply::default();
     let mut page = Vec::new();
-    let (mut count, mut last_hash) = (0, 0);
-    let mut broken = None;
-    view.visit(tables::EDGE, &tables::edge_from(dir, op.cursor), &until, &mut |key, value| {
+    let (mut count, mut last_hash, mut last_name) = (0, 0, 0..0);
+    let (mut is_cut_among, mut broken) = (false, None);
+    view.visit(tables::EDGE, &from, &until, &mut |key, value| {
         let parsed = tables::parse_edge_key(key).zip(EdgeRow::decode(value).ok());
         let Some(((_, hash, name), edge)) = parsed else {
             broken = Some(StoreError::Broken(format!("the edge at key {} cannot be decoded", hex(key))));
             return false;
         };
-        if count >= limit && hash != last_hash {
-            reply.next_cursor = hash + u64::from(mutants::is(Mutant::ListingSkips));
+        if count >= limit {
+            is_cut_among = hash == last_hash;
+            let skips = if is_cut_among { Mutant::CollidersSkipped } else { Mutant::ListingSkips };
+            reply.next_cursor = hash + u64::from(mutants::is(skips));
             return false;
         }
+        let begin = page.len() + 1;
         listing::push(&mut page, name, edge.target, edge.created_at);
-        (count, last_hash) = (count + 1, hash);
+        (count, last_hash, last_name) = (count + 1, hash, begin..begin + name.len());
         true
     })?;
     if let Some(error) = broken {
         return Err(error.into());
     }
     reply.entries = page.into();
+    if is_cut_among && reply.next_cursor == last_hash {
+        reply.next_after = reply.entries.slice(last_name);
+    }
     Ok(Reply::ReadDir(reply))
 }
 
@@ -201,7 +213,8 @@ pub(crate) fn last_extent(
     Ok(rows.row(tables::EXTENT, &tables::extent_key(content, begin))?.map(|extent| (begin, extent)))
 }
 
-/// Present and past entries of a directory, or of one name, of one moment. What has one hash comes on one page.
+/// Present and past entries of a directory, or of one name, of one moment. What has one hash comes on one page, or is
+/// refused.
 fn whole_history(mut view: &dyn View, op: &History, pages: &Pages) -> Result<Reply, Stop> {
     let dir = parse_directory(&mut view, op.dir)?;
     inode::get(&mut view, dir)?;
@@ -212,19 +225,21 @@ fn whole_history(mut view: &dyn View, op: &History, pages: &Pages) -> Result<Rep
             .map(u64::from_be_bytes)
             .map_err(|_| Stop::refuse(Code::InvalidArgument, "`after` is not from a page of this listing"))?,
     };
-    let (from, until) = if op.name.is_empty() {
-        (tables::edge_from(dir, first), key_after(&tables::directory_prefix(dir)))
+    let (present_keys, past_keys) = if op.name.is_empty() {
+        let all = (tables::edge_from(dir, first), key_after(&tables::directory_prefix(dir)));
+        (all.clone(), all)
     } else {
         name::check(&op.name)?;
-        let prefix = tables::edge_from(dir, name::hash63(&op.name));
-        (prefix.clone(), key_after(&prefix))
+        let past = tables::past_edge_prefix(dir, &op.name);
+        let past_end = key_after(&past);
+        ((tables::edge_key(dir, &op.name), tables::edge_behind(dir, &op.name)), (past, past_end))
     };
     let broken = || StoreError::Broken("an edge's key".into());
     let mut fetch = pages.entries + 1;
     loop {
         let (present, past) = (
-            view.scan(tables::EDGE, &from, &until, fetch)?,
-            view.scan(tables::PAST_EDGE, &from, &until, fetch)?,
+            view.scan(tables::EDGE, &present_keys.0, &present_keys.1, fetch)?,
+            view.scan(tables::PAST_EDGE, &past_keys.0, &past_keys.1, fetch)?,
         );
         let hash_of = |rows: &[(Bytes, Bytes)]| match rows.last() {
             // Both kinds of keys have the hash at the same place.
@@ -248,12 +263,13 @@ fn whole_history(mut view: &dyn View, op: &History, pages: &Pages) -> Result<Rep
             let name = Bytes::copy_from_slice(name);
             all.push((hash, PastEdge { name, target, created_at, ended_at, owned }));
         }
-        all.retain(|(hash, edge)| *hash < cut && (op.name.is_empty() || edge.name == op.name));
+        all.retain(|(hash, _)| *hash < cut);
         if all.is_empty() && cut != u64::MAX {
             // More of one hash than a page holds: the page grows, as far as an answer may.
             fetch *= 2;
             if fetch > WHOLE_HISTORY_ROWS_MAX {
-                let text = "one name has too long a history to be read at once; read what is past in pages";
+                let text = "a name, or several of one hash, have too long a history to be read at once; read what \
+                            is past in pages";
                 return Err(Stop::refuse(Code::TooLarge, text));
             }
             continue;

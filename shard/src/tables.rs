@@ -64,6 +64,13 @@ pub fn edge_from(dir: InodeId, hash: u64) -> Key {
     key(dir.slot(), &[dir.raw(), hash])
 }
 
+/// What all edges of a directory behind a name are at or above.
+pub fn edge_behind(dir: InodeId, name: &[u8]) -> Key {
+    let mut key = edge_key(dir, name);
+    key.push(0);
+    key
+}
+
 /// What all edges and past edges of a directory begin with.
 pub fn directory_prefix(dir: InodeId) -> Key {
     key(dir.slot(), &[dir.raw()])

@@ -28,7 +28,12 @@ fn blocks_on(disk: &SimDisk) -> Vec<u64> {
 
 /// Reads files whole; what cannot be read, or nothing when that does not come to an end.
 fn read_back(cluster: &SimCluster, history: &Arc<History>, files: Vec<InodeId>) -> Option<Vec<String>> {
-    let worker = Worker { client: cluster.client(), history: history.clone(), cluster: cluster.cluster_id() };
+    let worker = Worker {
+        client: cluster.client(),
+        history: history.clone(),
+        cluster: cluster.cluster_id(),
+        collide: cluster.config().collide,
+    };
     cluster.world.run(CLIENT, Duration::from_secs(600), async move {
         let mut failed = Vec::new();
         for file in files {

@@ -54,7 +54,7 @@ impl ShardOracle {
         if !self.inodes.contains_key(&op.dir) {
             return Err(Code::NotFound);
         }
-        if op.cursor >> 63 != 0 {
+        if op.cursor >> 63 != 0 || !op.after.is_empty() && hash63(&op.after) != op.cursor {
             return Err(Code::InvalidArgument);
         }
         let limit = match op.limit as usize {
@@ -64,17 +64,24 @@ impl ShardOracle {
         let all = self.edges.range((op.dir, Bytes::new())..).take_while(|((d, _), _)| *d == op.dir);
         let mut names: Vec<(u64, &Bytes, &Edge)> = all
             .map(|((_, name), edge)| (hash63(name), name, edge))
-            .filter(|(hash, ..)| *hash >= op.cursor)
+            .filter(|(hash, name, _)| (*hash, &name[..]) > (op.cursor, &op.after[..]))
             .collect();
         names.sort_by_key(|(hash, name, _)| (*hash, *name));
-        let next_cursor = if names.len() <= limit { 0 } else { names[limit].0 };
-        // Equal hashes stay together; the names here never have equal ones.
+        let (mut next_cursor, mut next_after) = (0, Bytes::new());
+        if let Some(((last, name, _), (next, ..))) =
+            names[..names.len().min(limit)].last().zip(names.get(limit))
+        {
+            next_cursor = *next;
+            if last == next {
+                next_after = (*name).clone();
+            }
+        }
         names.truncate(limit);
         let mut entries = Vec::new();
         for (_, name, edge) in names {
             listing::push(&mut entries, name, edge.target, edge.created_at);
         }
-        Ok(Reply::ReadDir(ReadDirReply { entries: entries.into(), next_cursor }))
+        Ok(Reply::ReadDir(ReadDirReply { entries: entries.into(), next_cursor, next_after }))
     }
 
     /// Content, size and lengths; the spans' certificates are not modelled.

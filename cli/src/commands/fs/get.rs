@@ -19,7 +19,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use clutch_client::Client;
+use clutch_client::{Client, DirCursor};
 use clutch_proto::{InodeId, InodeKind, types::Attributes};
 use rustix::{
     fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Timespec, Timestamps},
@@ -334,10 +334,10 @@ impl Tree {
     async fn directory(&self, walk: &mut Walk, id: InodeId, names: &[Bytes]) -> Result<()> {
         let place = Arc::new(self.place.enter_all(names)?);
         place.remove_left_behind();
-        let mut cursor = 0;
-        loop {
+        let mut cursor = Some(DirCursor::default());
+        while let Some(begin) = cursor {
             let shown = || place.path.display().to_string();
-            let (entries, next) = self.client.read_dir_page(id, cursor).await.with_context(shown)?;
+            let (entries, next) = self.client.read_dir_page(id, &begin, 0).await.with_context(shown)?;
             for entry in entries {
                 let child = InodeId::from_wire(entry.target).context("an inode id");
                 let child = walk.failures.take(child.with_context(|| printable(&entry.name)));
@@ -354,11 +354,9 @@ impl Tree {
                 let (client, place) = (self.client.clone(), place.clone());
                 walk.running.spawn(async move { fetch(&client, child, &place, &entry.name).await });
             }
-            if next == 0 {
-                return Ok(());
-            }
             cursor = next;
         }
+        Ok(())
     }
 
     async fn finish_directory(&self, id: InodeId, names: &[Bytes]) -> Result<()> {

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
-use clutch_client::{Client, FileAttributes, Resolved};
+use clutch_client::{Client, DirCursor, FileAttributes, Resolved};
 use clutch_proto::{
     InodeId,
     shard::{PastEdge, SetAttributes},
@@ -142,9 +142,9 @@ async fn remove_tree(
     loop {
         if let Some((at, path)) = next.take() {
             let mut level = Level { at, path, below: Vec::new(), failed: false };
-            let mut cursor = 0;
-            loop {
-                let page = client.read_dir_page(level.at.id, cursor).await;
+            let mut cursor = Some(DirCursor::default());
+            while let Some(begin) = cursor {
+                let page = client.read_dir_page(level.at.id, &begin, 0).await;
                 let Some((entries, following)) = failures.take(page.with_context(|| level.path.to_string()))
                 else {
                     level.failed = true;
@@ -165,9 +165,6 @@ async fn remove_tree(
                     let removed = removed.or_else(|e| if e.is_not_found() { Ok(()) } else { Err(e) });
                     let said = removed.with_context(|| level.path.join(&file.name).to_string());
                     level.failed |= failures.take(said).is_none();
-                }
-                if following == 0 {
-                    break;
                 }
                 cursor = following;
             }

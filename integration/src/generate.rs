@@ -191,9 +191,27 @@ impl Generator {
         if self.profile != Profile::Calm {
             let faults = self.faults(length);
             events.extend(faults);
+            events.extend(self.flags(length));
         }
         events.sort_by_key(|e| e.at);
         Script { seed: self.seed, cluster: self.cluster, clients: self.clients, events }
+    }
+
+    /// In every fourth seed an operator sets flags of disks, and takes them back now and then. Drawn by themselves: they
+    /// move no other draw.
+    fn flags(&self, length: Duration) -> Vec<Event> {
+        if self.seed % 4 != 1 {
+            return Vec::new();
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ 0xf1a6);
+        let lane = Lane { client: 0, thread: 0 };
+        let end_us = (length.as_micros() as u64).max(1000);
+        let mut flag = |_| {
+            let at = Duration::from_micros(rng.random_range(0..end_us));
+            let (disk, flags) = (rng.random_range(0..self.cluster.disks), rng.random_range(0..2));
+            Event { at, action: Action::Operate(lane, Operation::Flag(disk, flags)) }
+        };
+        (0..6).map(&mut flag).collect()
     }
 
     fn directory(&mut self) -> String {

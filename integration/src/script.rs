@@ -83,6 +83,8 @@ pub enum Operation {
     Recode(String),
     /// Looks at all inodes, and at the blocks of a disk.
     Survey(u32),
+    /// An operator sets a service's flags: 0 for none, 1 for no new blocks.
+    Flag(u32, u32),
     /// Tries to have a span accepted, or a block written, that must not be; the kind is 0..11.
     Forge(String, u32),
 }
@@ -312,6 +314,7 @@ impl fmt::Display for Operation {
             Operation::MoveBlock(p, index) => write!(f, "move-block {p} {index}"),
             Operation::Recode(p) => write!(f, "recode {p}"),
             Operation::Survey(disk) => write!(f, "survey disk{disk}"),
+            Operation::Flag(disk, flags) => write!(f, "flag disk{disk} {flags}"),
         }
     }
 }
@@ -513,6 +516,10 @@ impl<'a> Words<'a> {
             "move-block" => Operation::MoveBlock(self.path()?, self.number("the number of a block")?),
             "recode" => Operation::Recode(self.path()?),
             "survey" => Operation::Survey(self.disk()?),
+            "flag" => match (self.disk()?, self.number("flags")?) {
+                (disk, flags @ 0..=1) => Operation::Flag(disk, flags),
+                (_, flags) => return Err(format!("{flags} is no flag; 0 and 1 are")),
+            },
             other => return Err(format!("{other:?} is not an operation")),
         })
     }
@@ -689,7 +696,11 @@ impl Script {
         };
         for event in &self.events {
             let what = match &event.action {
-                Action::Operate(_, Operation::Survey(disk)) if *disk >= disks => format!("survey disk{disk}"),
+                Action::Operate(_, operation @ (Operation::Survey(disk) | Operation::Flag(disk, _)))
+                    if *disk >= disks =>
+                {
+                    operation.to_string()
+                }
                 Action::Strike(fault) if !fault.parties().iter().all(exists) => fault.to_string(),
                 Action::Operate(..) | Action::Strike(_) => continue,
             };

@@ -311,6 +311,13 @@ impl SimCluster {
             .expect("a new disk can be written");
     }
 
+    /// Whether a disk's label says that it is the one.
+    pub fn is_labelled(&self, disk: u32) -> bool {
+        let service = ServiceId(self.service_ids()[disk as usize]);
+        let (disk, dir) = (self.world.disk(disk_node(disk)), Path::new("disk"));
+        clutch_blocks::label::check(&*disk, dir, self.cluster_id(), service).is_ok()
+    }
+
     /// Starts a node, or starts it again after a crash.
     pub fn boot(&self, node: NodeId) {
         let runtime = self.world.node(node);

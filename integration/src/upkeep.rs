@@ -3,6 +3,7 @@
 use clutch_client::{ClientError, Draft, Resolved, WritePolicy};
 use clutch_proto::{
     ContentId, InodeId, Refusal,
+    registry::{SetServiceFlags, registry_request},
     shard::{RemoveSpan, SwapBlocks, SwapSpans, shard_request::Op},
     types::{Attributes, Code, DirectoryPolicy, PolicyPart, SnapshotPolicy, extent::Source},
 };
@@ -74,6 +75,12 @@ impl Worker {
             Operation::MoveBlock(path, index) => self.move_block(path, *index).await,
             Operation::Recode(path) => self.recode(path).await,
             Operation::Survey(disk) => self.survey(*disk).await,
+            Operation::Flag(disk, flags) => {
+                let service_id = self.service(*disk).await?;
+                let op = registry_request::Op::SetServiceFlags(SetServiceFlags { service_id, flags: *flags });
+                client.registry(op, true).await?;
+                Ok("set".into())
+            }
             Operation::Forge(path, kind) => self.forge_exchange(path, *kind).await,
             other => Err(Refusal::malformed(format!("{other} is done elsewhere")).into()),
         }
@@ -248,6 +255,13 @@ impl Worker {
         Ok(format!("wrote {} bytes anew", extent.length))
     }
 
+    /// The block service of a disk.
+    async fn service(&self, disk: u32) -> Result<u64, ClientError> {
+        let map = self.client.map().await?;
+        let service = map.services.get(disk as usize % map.services.len().max(1));
+        Ok(service.ok_or_else(|| not_found("no disks"))?.service_id)
+    }
+
     async fn survey(&self, disk: u32) -> Result<String, ClientError> {
         let (mut inodes, mut blocks) = (0, 0);
         for kind in 1..=3 {
@@ -261,9 +275,7 @@ impl Worker {
                 after = next;
             }
         }
-        let map = self.client.map().await?;
-        let service = map.services.get(disk as usize % map.services.len().max(1));
-        let service = service.ok_or_else(|| not_found("no disks"))?.service_id;
+        let service = self.service(disk).await?;
         let mut after = bytes::Bytes::new();
         loop {
             let (page, next) = self.client.visit_blocks(service, after).await?;

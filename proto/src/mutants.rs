@@ -103,11 +103,17 @@ pub enum Mutant {
     CollidersSkipped,
     /// Past versions of a name are counted with those of all names of its hash.
     VersionsOfColliders,
+    /// A service that registers again loses what the operator said of it.
+    FlagsLost,
+    /// Free space is reported once.
+    SpaceReportedOnce,
+    /// Who knows the services is not told when their flags change.
+    FlagsUnversioned,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 49] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 52] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -157,6 +163,9 @@ impl Mutant {
         (Mutant::SecondPageOfNewer, &["linearizability", "data"]),
         (Mutant::CollidersSkipped, &["linearizability"]),
         (Mutant::VersionsOfColliders, &["oracle", "linearizability"]),
+        (Mutant::FlagsLost, &["registry"]),
+        (Mutant::SpaceReportedOnce, &["registry"]),
+        (Mutant::FlagsUnversioned, &["registry"]),
     ];
 }
 

@@ -158,7 +158,9 @@ impl Machine for Registry {
                 })?;
                 service.flags = op.flags;
                 tx.put_row(tables::SERVICE, &key, &service);
-                bump_services(tx)?;
+                if !mutants::is(Mutant::FlagsUnversioned) {
+                    bump_services(tx)?;
+                }
                 RegistryReply::default()
             }
             Some(Body::PlaceShard(op)) => {
@@ -223,7 +225,9 @@ fn register(tx: &mut Tx<'_>, time: Time, services: Vec<BlockService>) -> Result<
             }
             Some(known) => {
                 // Flags are the operator's: registering again must not take them back.
-                service.flags = known.flags;
+                if !mutants::is(Mutant::FlagsLost) {
+                    service.flags = known.flags;
+                }
                 let moved =
                     known.available_bytes.abs_diff(service.available_bytes) > service.capacity_bytes / 16;
                 let same = BlockService {

@@ -628,6 +628,7 @@ impl Keeper {
             let moved = self.reported.get(id).is_none_or(|r| {
                 r.abs_diff(available_bytes)
                     > capacity_bytes.min((*r).max(available_bytes).saturating_mul(4)) / SPACE_STEP
+                    && !mutants::is(Mutant::SpaceReportedOnce)
             });
             if moved {
                 reported.push((*id, available_bytes));

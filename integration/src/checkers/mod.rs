@@ -7,6 +7,7 @@ pub mod invariants;
 pub mod linearizability;
 pub mod log_time;
 pub mod outcomes;
+pub mod registry;
 pub mod search;
 pub mod state;
 pub mod state_hash;
@@ -110,6 +111,9 @@ pub fn check(
     violations.extend(hashes);
     violations.extend(state::check(evidence, &replayed));
     violations.extend(invariants::check(&replayed));
+    violations.extend(registry::check(evidence, &replayed));
     violations.extend(data::check(evidence, cluster, history));
+    // It changes disks and logs; nothing may be looked at after it.
+    violations.extend(registry::probe(cluster));
     violations
 }

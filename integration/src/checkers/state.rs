@@ -26,7 +26,7 @@ pub(crate) fn rows<M: Message + Default>(store: &MemoryStore, table: Table) -> V
     rows.into_iter().filter_map(|(key, value)| Some((key, M::decode(value).ok()?))).collect()
 }
 
-fn compare<K: Ord + std::fmt::Debug, V: PartialEq + std::fmt::Debug>(
+pub(super) fn compare<K: Ord + std::fmt::Debug, V: PartialEq + std::fmt::Debug>(
     what: &str,
     got: &BTreeMap<K, V>,
     expected: &BTreeMap<K, V>,

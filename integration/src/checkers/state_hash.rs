@@ -62,13 +62,17 @@ fn replay<M: Machine>(
     Some(store)
 }
 
-/// Replays all logs; returns the shards' states.
+/// Replays all logs; returns the states of the shards and of the registry.
 pub fn check(evidence: &Evidence, statuses: &Statuses) -> (Replayed, Vec<Violation>) {
     let mut wrong = Vec::new();
     let mut replayed = Replayed::new();
     for id in evidence.logs.keys() {
         match *id {
-            LogId::REGISTRY => drop(replay::<Registry>(evidence, *id, statuses, &mut wrong)),
+            LogId::REGISTRY => {
+                if let Some(store) = replay::<Registry>(evidence, *id, statuses, &mut wrong) {
+                    replayed.insert(*id, store);
+                }
+            }
             LogId::CDC => drop(replay::<Cdc>(evidence, *id, statuses, &mut wrong)),
             _ => {
                 if let Some(store) = replay::<Shard>(evidence, *id, statuses, &mut wrong) {

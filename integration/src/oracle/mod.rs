@@ -1,13 +1,16 @@
 //! A naive shard: what every entry of a shard's log must do, in plain maps, written apart from the real one.
 //!
-//! [`contents`](self) knows bytes, `collect` what goes, `read` what is seen.
+//! [`contents`](self) knows bytes, `collect` what goes, `read` what is seen; `registry` is another log's, in the same
+//! manner.
 //!
 //! It is given the log that was in fact agreed on and says what each entry must have answered, what each read must
 //! have seen, and what must be left at the end.
 
+mod clients;
 mod collect;
 mod contents;
 mod read;
+mod registry;
 
 use std::collections::BTreeMap;
 
@@ -15,7 +18,7 @@ use bytes::Bytes;
 use clutch_log::Position;
 use clutch_proto::{
     InodeId, InodeKind,
-    limits::{CLIENT_IDLE_LIFETIME_MS, INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
+    limits::{INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
     name,
     shard::*,
     state::{self, entry::Kind},
@@ -26,8 +29,10 @@ use prost::Message as _;
 use shard_entry::Body;
 use shard_reply::Reply;
 
+use clients::Clients;
 pub use read::agrees;
 use read::attributes;
+pub use registry::{RegistryOracle, RegistryStep};
 
 type Outcome = Result<Reply, Code>;
 
@@ -104,12 +109,6 @@ pub struct Span {
     block_crcs: Vec<u32>,
 }
 
-#[derive(Default)]
-struct Client {
-    acknowledged: u64,
-    outcomes: BTreeMap<u64, Outcome>,
-}
-
 /// What one entry must have done.
 #[derive(Clone, Debug)]
 pub struct Step {
@@ -149,7 +148,7 @@ pub struct ShardOracle {
     pub spans: BTreeMap<u64, Span>,
     services: BTreeMap<u64, u32>,
     counters: BTreeMap<u8, CounterRow>,
-    clients: BTreeMap<u64, Client>,
+    clients: Clients<Reply>,
 }
 
 fn kind_of(id: u64) -> Result<InodeId, Code> {
@@ -173,38 +172,18 @@ impl ShardOracle {
         step.tag = entry.tag;
         step.body = Some(body.clone());
         if let Some(tag) = entry.tag
-            && let Some(known) = self.admit(&tag)
+            && let Some(known) = self.clients.admit(&tag, self.time)
         {
             step.outcome = Some(known);
             return Ok(step);
         }
         step.is_first = true;
         let outcome = self.execute(body);
-        if let Some(tag) = entry.tag
-            && !matches!(outcome, Err(code) if code.is_retryable())
-        {
-            self.clients.entry(tag.client).or_default().outcomes.insert(tag.sequence, outcome.clone());
+        if let Some(tag) = &entry.tag {
+            self.clients.record(tag, &outcome);
         }
         step.outcome = Some(outcome);
         Ok(step)
-    }
-
-    /// What is known of a tag; `None` when it may be executed.
-    fn admit(&mut self, tag: &ClientTag) -> Option<Outcome> {
-        if tag.client == 0 || tag.sequence == 0 || tag.acknowledged >= tag.sequence {
-            return Some(Err(Code::Malformed));
-        }
-        let lifetime = CLIENT_IDLE_LIFETIME_MS * 1_000_000;
-        if tag.client >= 16 && tag.issued_at < self.time.saturating_sub(lifetime) {
-            return Some(Err(Code::ExpiredUnknown));
-        }
-        let client = self.clients.entry(tag.client).or_default();
-        client.acknowledged = client.acknowledged.max(tag.acknowledged);
-        // Outcomes are never forgotten here, but a client that acknowledged one is not told it again.
-        if tag.sequence <= client.acknowledged {
-            return Some(Err(Code::Acknowledged));
-        }
-        client.outcomes.get(&tag.sequence).cloned()
     }
 
     fn execute(&mut self, body: Body) -> Outcome {

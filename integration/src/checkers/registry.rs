@@ -1,0 +1,250 @@
+//! The registry is one linearizable object, too: what clients saw of it and were told, its rows at the end, and at the
+//! end of every run what it says of the disks, and a write that needs all of them.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use bytes::Bytes;
+use clutch_client::{Client, ClientError};
+use clutch_log::{LogId, Position};
+use clutch_proto::{
+    InodeId,
+    registry::{RegistryReply, RegistryRequest, SetServiceFlags, registry_request::Op},
+    session::Role,
+    shard::{Layout, shard_reply::Reply, shard_request},
+    types::{BlockService, ShardPlacement},
+};
+use clutch_registry::tables;
+use clutch_runtime::{Disk as _, simulated::DiskFaults};
+use prost::Message as _;
+
+use super::{
+    Evidence, Violation,
+    linearizability::{Placed, contradictions},
+    state::{Replayed, compare, rows},
+};
+use crate::{
+    history::{Data, bytes_of},
+    oracle::RegistryOracle,
+    sim_cluster::{CLIENT, SimCluster, disk_node},
+    workload::attributes,
+};
+
+/// What must be true of the registry's rows, soon after a disk has changed.
+const REPORTED_WITHIN: Duration = Duration::from_secs(60);
+
+fn wrong(what: String) -> Violation {
+    Violation::new("registry", what)
+}
+
+/// A client's request that was answered.
+struct Answered {
+    op: Op,
+    index: usize,
+    position: u64,
+}
+
+/// Replays the registry's log and compares it with what clients were told, and with the rows at its end.
+pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    let mut answered: Vec<Answered> = Vec::new();
+    for (index, record) in evidence.records.iter().enumerate().filter(|(_, r)| r.call.role == Role::Registry)
+    {
+        let Some(ended) = &record.ended else { continue };
+        if let Ok(RegistryRequest { op: Some(op) }) = RegistryRequest::decode(record.call.body.clone()) {
+            answered.push(Answered { op, index, position: ended.at.position });
+        }
+    }
+    answered.sort_by_key(|a| a.position);
+    let mut oracle = RegistryOracle::default();
+    let mut done: BTreeMap<(u64, u64), bool> = BTreeMap::new();
+    let mut reads = answered.iter().filter(|a| a.position > 0 && matches!(a.op, Op::GetMap(_))).peekable();
+    for (position, batch) in evidence.logs.get(&LogId::REGISTRY).into_iter().flatten() {
+        while let Some(read) = reads.next_if(|read| Position(read.position) < *position) {
+            violations.extend(check_map(evidence, &oracle, read));
+        }
+        for entry in &batch.entries {
+            match oracle.apply(*position, entry) {
+                Ok(step) => {
+                    if let (Some(tag), Some(outcome), true) = (step.tag, step.outcome, step.is_first) {
+                        *done.entry((tag.client, tag.sequence)).or_default() |= outcome.is_ok();
+                    }
+                }
+                Err(what) => violations.push(wrong(what)),
+            }
+        }
+    }
+    for read in reads {
+        violations.extend(check_map(evidence, &oracle, read));
+    }
+    for change in &answered {
+        let record = &evidence.records[change.index];
+        let (Some(tag), Some(ended)) = (&record.call.tag, &record.ended) else { continue };
+        let is_done = done.get(&(tag.client, tag.sequence)) == Some(&true);
+        if ended.result.is_ok() && !is_done {
+            violations.push(wrong(format!("{:?} was acknowledged and is not in the log", change.op)));
+        }
+        if matches!(ended.result, Err(ClientError::Refused(_))) && is_done {
+            violations.push(wrong(format!("{:?} was refused and is in the log", change.op)));
+        }
+    }
+    violations.extend(order(evidence, &answered));
+    if let Some(store) = replayed.get(&LogId::REGISTRY) {
+        let mut found = Vec::new();
+        let services = rows::<BlockService>(store, tables::SERVICE);
+        let services = services.into_iter().map(|(_, row)| (row.service_id, row)).collect();
+        compare("block service", &services, &oracle.services, &mut found);
+        let shards = rows::<ShardPlacement>(store, tables::SHARD);
+        let shards = shards.into_iter().map(|(_, row)| (row.shard, row)).collect();
+        compare("shard", &shards, &oracle.shards, &mut found);
+        let chains = rows::<clutch_proto::registry::Chain>(store, tables::CHAIN);
+        let chains: BTreeMap<Bytes, _> = chains.into_iter().map(|(key, row)| (key, row.segments)).collect();
+        let expected = oracle.chains.iter().map(|((role, number), segments)| {
+            (Bytes::copy_from_slice(&tables::chain_key(*role, *number)), segments.clone())
+        });
+        compare("chain", &chains, &expected.collect(), &mut found);
+        violations.extend(found.into_iter().map(wrong));
+    }
+    violations.truncate(10);
+    violations
+}
+
+fn check_map(evidence: &Evidence, oracle: &RegistryOracle, read: &Answered) -> Option<Violation> {
+    let Op::GetMap(op) = &read.op else { return None };
+    let expected = oracle.map(op.services_version);
+    let ended = evidence.records[read.index].ended.as_ref()?;
+    let got = ended.result.as_ref().ok().map(|bytes| RegistryReply::decode(bytes.clone()));
+    match got {
+        Some(Ok(reply)) if reply.map == expected.as_ref().ok().cloned() => None,
+        Some(got) => Some(wrong(format!(
+            "a map was read at position {}: {got:?}; the oracle has {expected:?}",
+            read.position
+        ))),
+        // Not every refusal is the machine's.
+        None => None,
+    }
+}
+
+/// Nobody sees an earlier moment than somebody who was answered before he asked.
+fn order(evidence: &Evidence, answered: &[Answered]) -> Vec<Violation> {
+    let placed: Vec<Placed> = answered
+        .iter()
+        .filter(|a| a.position > 0)
+        .filter_map(|a| {
+            let record = &evidence.records[a.index];
+            let ended = record.ended.as_ref().filter(|e| e.result.is_ok())?;
+            // Several changes may stand in one record.
+            Some(Placed {
+                began: record.began,
+                ended: ended.order,
+                time: a.position,
+                is_read: true,
+                index: a.index,
+            })
+        })
+        .collect();
+    let shown = |index: usize| format!("{:?}", evidence.records[index].call);
+    contradictions(&placed)
+        .into_iter()
+        .map(|(a, b)| wrong(format!("{} had ended before {} began, which saw less", shown(a), shown(b))))
+        .collect()
+}
+
+/// After all the rest: what is registered is what the disks have, also when they change, and a file is written to
+/// as many disks as its policy says.
+pub fn probe(cluster: &SimCluster) -> Vec<Violation> {
+    let found = probe_all(cluster);
+    found.err().into_iter().map(wrong).collect()
+}
+
+fn probe_all(cluster: &SimCluster) -> Result<(), String> {
+    agree(cluster, "at the end")?;
+    let disk = cluster.world.disk(disk_node(0));
+    disk.set_faults(DiskFaults { full: true, ..DiskFaults::default() });
+    let full = agree(cluster, "with disk 0 full");
+    disk.set_faults(DiskFaults::default());
+    full?;
+    agree(cluster, "with room on disk 0 again")?;
+    let (client, services) = (cluster.client(), cluster.service_ids());
+    let blocks = cluster.config().data_blocks + cluster.config().parity_blocks;
+    if (0..cluster.config().disks).filter(|disk| cluster.is_labelled(*disk)).count() < blocks as usize {
+        return Ok(());
+    }
+    let bytes = cluster.config().data_blocks * 5000;
+    let written = cluster.world.run(CLIENT, Duration::from_secs(300), async move {
+        for service_id in services {
+            let op = Op::SetServiceFlags(SetServiceFlags { service_id, flags: 0 });
+            client.registry(op, true).await.map_err(|e| format!("flags are not cleared: {e}"))?;
+        }
+        let begin = client.runtime().clock.monotonic();
+        loop {
+            let found = write_wide(&client, blocks, bytes).await;
+            if found.is_ok() || client.runtime().clock.monotonic() - begin > REPORTED_WITHIN {
+                return found;
+            }
+            client.runtime().clock.sleep(Duration::from_secs(1)).await;
+        }
+    });
+    written.unwrap_or_else(|| Err("a write at full width does not come to an end".into()))
+}
+
+/// Writes a file in place of what has the name, and looks at how many disks it is on.
+async fn write_wide(client: &Client, blocks: u32, bytes: u32) -> Result<(), String> {
+    let shown = |e: ClientError| format!("a write at full width: {e}");
+    let data = bytes_of(Data { salt: 77, bytes });
+    let name = Bytes::from_static(b"full-width");
+    let made =
+        client.write_file(InodeId::ROOT, &name, attributes(), true, &mut &data[..]).await.map_err(shown)?;
+    let op = shard_request::Op::Layout(Layout { id: made.id.raw(), ..Layout::default() });
+    let Reply::Layout(layout) = client.shard_read(made.id.slot(), op).await.map_err(shown)? else {
+        return Err("no layout".into());
+    };
+    let widths = layout.spans.iter().map(|s| {
+        s.blocks.iter().map(|b| b.service_id).collect::<std::collections::BTreeSet<_>>().len() as u32
+    });
+    match widths.min() {
+        Some(width) if width == blocks => Ok(()),
+        width => Err(format!("a write at full width has {width:?} of {blocks} blocks: {:?}", layout.spans)),
+    }
+}
+
+/// Waits until every row of a service says what its disk has.
+fn agree(cluster: &SimCluster, when: &str) -> Result<(), String> {
+    let client = cluster.client();
+    let mut expected: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+    for (number, id) in cluster.service_ids().into_iter().enumerate() {
+        let number = number as u32;
+        let space = match cluster.is_labelled(number) {
+            true => {
+                cluster.world.disk(disk_node(number)).space("disk".as_ref()).map_err(|e| e.to_string())?
+            }
+            // It is not used.
+            false => (0, 0),
+        };
+        expected.insert(id, space);
+    }
+    let waited = cluster.world.run(CLIENT, REPORTED_WITHIN * 2, async move {
+        let clock = client.runtime().clock.clone();
+        let begin = clock.monotonic();
+        loop {
+            let found = match client.refresh_map().await {
+                Err(error) => Err(format!("the registry does not answer: {error}")),
+                Ok(map) => expected.iter().try_for_each(|(id, (capacity, available))| {
+                    let row = map.services.iter().find(|s| s.service_id == *id);
+                    let row = row.ok_or_else(|| format!("service {id:x} is not registered"))?;
+                    match (row.capacity_bytes, row.available_bytes) == (*capacity, *available) {
+                        true => Ok(()),
+                        false => Err(format!(
+                            "service {id:x} is registered with {} of {} bytes; its disk has {available} of {capacity}",
+                            row.available_bytes, row.capacity_bytes
+                        )),
+                    }
+                }),
+            };
+            if found.is_ok() || clock.monotonic() - begin > REPORTED_WITHIN {
+                return found;
+            }
+            clock.sleep(Duration::from_millis(500)).await;
+        }
+    });
+    waited.unwrap_or_else(|| Err("no answer".into())).map_err(|what| format!("{when}: {what}"))
+}

@@ -26,7 +26,10 @@ cargo test --release --workspace --no-fail-fast
 step "hot paths"
 cargo xtask instructions
 step "planted bugs are found"
-cargo test --release --package clutch-integration --features mutants --test mutants --test shrinking
+planted=(--release --package clutch-integration --package clutch-cli
+    --features clutch-integration/mutants,clutch-cli/mutants)
+cargo test "${planted[@]}" --test mutants --test shrinking
+cargo test "${planted[@]}" --test tools -- planted_bugs
 step "another build replays the same states"
 CLUTCH_BIN=target/release/clutch cargo test --release --package clutch-integration --features changed \
     --test golden_logs --test changed

@@ -128,7 +128,10 @@ impl BlockService {
     fn changed<T>(&self, what: &str, result: Result<T, Refusal>) -> Result<T, Refusal> {
         let failure = match &result {
             Ok(_) => None,
-            Err(refusal) if refusal.code == Code::DiskFault => Some(&refusal.detail),
+            // A disk that is not there says so itself, until it is.
+            Err(refusal) if refusal.code == Code::DiskFault && self.store.unusable().is_none() => {
+                Some(&refusal.detail)
+            }
             // Says nothing of the disk.
             Err(_) => return result,
         };

@@ -34,6 +34,10 @@ const BLOCKING_THREADS_MAX: usize = 4096;
 
 fn main() -> ExitCode {
     crash::install();
+    #[cfg(feature = "mutants")]
+    if let Ok(name) = std::env::var("CLUTCH_PLANT") {
+        assert!(clutch_proto::mutants::plant_everywhere(&name), "{name} is no planted bug");
+    }
     let cli = Cli::parse_from(args::registry_log_flag(std::env::args_os()));
     // Simulated clusters are full of faults on purpose; their complaints are not news.
     let level = if matches!(cli.command, Command::Fuzz(_)) { "off" } else { "warn" };

@@ -53,6 +53,8 @@ fn every_planted_bug_is_found() {
     let only = std::env::var("MUTANT").ok();
     let all: Vec<_> = Mutant::ALL
         .into_iter()
+        // Those of the command line are found by its own tests.
+        .filter(|(_, checkers)| checkers.first() != Some(&"tools"))
         .filter(|(mutant, _)| only.as_ref().is_none_or(|name| format!("{mutant:?}") == *name))
         .collect();
     let next = std::sync::atomic::AtomicUsize::new(0);

@@ -109,11 +109,19 @@ pub enum Mutant {
     SpaceReportedOnce,
     /// Who knows the services is not told when their flags change.
     FlagsUnversioned,
+    /// A file is fetched into its place, so that whoever is interrupted has neither the old nor the new one.
+    GetWritesInPlace,
+    /// A replay that is to be verified is always found equal.
+    ReplayAlwaysEqual,
+    /// The log may be trimmed beyond its newest checkpoint.
+    TrimPastCheckpoint,
+    /// Rows that do not give the stored hash are not reported.
+    RescanBlind,
 }
 
 impl Mutant {
-    /// Every planted bug and the checkers one of which must find it.
-    pub const ALL: [(Mutant, &'static [&'static str]); 52] = [
+    /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
+    pub const ALL: [(Mutant, &'static [&'static str]); 56] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -166,18 +174,40 @@ impl Mutant {
         (Mutant::FlagsLost, &["registry"]),
         (Mutant::SpaceReportedOnce, &["registry"]),
         (Mutant::FlagsUnversioned, &["registry"]),
+        (Mutant::GetWritesInPlace, &["tools", "commands_that_fail_change_nothing"]),
+        (Mutant::ReplayAlwaysEqual, &["tools", "what_verifies_is_red_when_something_differs"]),
+        (
+            Mutant::TrimPastCheckpoint,
+            &["tools", "in_any_order_of_upkeep_every_log_replays_from_what_is_kept"],
+        ),
+        (Mutant::RescanBlind, &["tools", "what_verifies_is_red_when_something_differs"]),
     ];
 }
 
 #[cfg(feature = "mutants")]
 mod active {
-    use std::cell::Cell;
+    use std::{
+        cell::Cell,
+        sync::atomic::{AtomicU8, Ordering},
+    };
 
     use super::Mutant;
 
     thread_local! {
         static ACTIVE: Cell<Option<Mutant>> = const { Cell::new(None) };
         static TICKS: Cell<u64> = const { Cell::new(0) };
+    }
+
+    /// The bug of the whole process; 0 for none.
+    static EVERYWHERE: AtomicU8 = AtomicU8::new(0);
+
+    /// Plants the bug of that name in everything that this process runs; false when there is none.
+    pub fn plant_everywhere(name: &str) -> bool {
+        let found = Mutant::ALL.iter().find(|(mutant, _)| format!("{mutant:?}") == name);
+        if let Some((mutant, _)) = found {
+            EVERYWHERE.store(*mutant as u8, Ordering::Relaxed);
+        }
+        found.is_some()
     }
 
     /// Plants a bug in everything that this thread runs, or takes it out again.
@@ -192,7 +222,7 @@ mod active {
 
     /// Whether this bug is planted.
     pub fn is(mutant: Mutant) -> bool {
-        ACTIVE.get() == Some(mutant)
+        ACTIVE.get() == Some(mutant) || EVERYWHERE.load(Ordering::Relaxed) == mutant as u8
     }
 
     /// A number that goes on by itself.

@@ -493,7 +493,7 @@ impl Rescanner {
             found.differences.push(what);
         }
         for (lane, (sum, stored)) in sums.into_iter().zip(stored).enumerate() {
-            if stored.0 != sum {
+            if stored.0 != sum && !mutants::is(Mutant::RescanBlind) {
                 found.differences.push(format!(
                     "slot {lane}: the rows give {}, the stored hash is {stored}; a row was changed on disk",
                     StateHash(sum)

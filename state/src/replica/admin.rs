@@ -11,6 +11,7 @@ use clutch_proto::{
         StatusReply, admin_request::Op,
     },
     limits::SCAN_BYTES_MAX,
+    mutants::{self, Mutant},
     types::Code,
 };
 use tokio::sync::oneshot;
@@ -174,7 +175,8 @@ impl<M: Machine> Replica<M> {
                 "there is no checkpoint to replay from; take one first (clutch log checkpoint)",
             ));
         };
-        Ok(asked.min(flushed).min(newest))
+        let kept = if mutants::is(Mutant::TrimPastCheckpoint) { flushed } else { newest };
+        Ok(asked.min(flushed).min(kept))
     }
 
     fn scan(&mut self, scan: &ScanRows) -> AdminResult {

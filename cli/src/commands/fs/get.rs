@@ -20,7 +20,11 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use clutch_client::{Client, DirCursor};
-use clutch_proto::{InodeId, InodeKind, types::Attributes};
+use clutch_proto::{
+    InodeId, InodeKind,
+    mutants::{self, Mutant},
+    types::Attributes,
+};
 use rustix::{
     fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, Timespec, Timestamps},
     io::Errno,
@@ -177,7 +181,11 @@ async fn fetch(client: &Client, id: InodeId, place: &Place, name: &[u8]) -> Resu
     let system = |error: Errno| anyhow::Error::new(std::io::Error::from(error)).context(shown());
     let c_name = c_name(name)?;
     let attributes = client.stat(id).await.with_context(shown)?;
-    let arriving = format!("{ARRIVING}{:016x}", client.runtime().random.u64());
+    let in_place = mutants::is(Mutant::GetWritesInPlace);
+    let arriving = match in_place {
+        true => String::from_utf8_lossy(name).into_owned(),
+        false => format!("{ARRIVING}{:016x}", client.runtime().random.u64()),
+    };
     let temporary = Temporary::new(std::path::absolute(&place.path).unwrap_or_default().join(&arriving));
     if id.kind() == InodeKind::Symlink {
         let target =
@@ -190,7 +198,8 @@ async fn fetch(client: &Client, id: InodeId, place: &Place, name: &[u8]) -> Resu
         temporary.kept();
         return Ok(0);
     }
-    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let new = if in_place { OFlags::TRUNC } else { OFlags::EXCL };
+    let flags = OFlags::WRONLY | OFlags::CREATE | new | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let file = rustix::fs::openat(&place.dir, &arriving, flags, Mode::RUSR | Mode::WUSR).map_err(system)?;
     // Held while it is written; a file system without locks only keeps more of what a killed command leaves.
     let _ = rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive);

@@ -210,6 +210,8 @@ impl BlockService {
                 let is_granted = move || clock.now() <= expiry;
                 let bytes = op.data.len();
                 let turn = self.turn(expected.block).await?;
+                let ends_early = mutants::is(Mutant::TurnEndsWithRequest);
+                let (turn, _of_request) = if ends_early { (None, Some(turn)) } else { (Some(turn), None) };
                 let write = move || {
                     let _turn = turn;
                     store.write(&expected, &op.data, &is_granted)

@@ -162,6 +162,12 @@ impl BlockStore {
         Err(Refusal::new(Code::DiskFault, reason))
     }
 
+    /// The same behind some work, which may have taken long: what was done in the place of a disk that went away meanwhile was not
+    /// done to it.
+    fn check_still_usable(&self) -> Result<(), Refusal> {
+        if mutants::is(Mutant::LabelLookedAtOnce) { Ok(()) } else { self.check_usable() }
+    }
+
     fn path(&self, block: BlockId) -> PathBuf {
         // The bits above the slot spread one shard's blocks over all directories.
         self.dir.join(format!("{:02x}", block.0 >> 8 & 0xff)).join(format!("{:016x}", block.0))
@@ -198,7 +204,10 @@ impl BlockStore {
             match self.verify(expected) {
                 // Whoever wrote it may not have come to its last sync: what is proven must be durable.
                 Ok(()) if mutants::is(Mutant::SettledUnsynced) => return Ok(()),
-                Ok(()) => return self.settle(&path).map_err(|e| disk_fault("sync block", &e)),
+                Ok(()) => {
+                    self.settle(&path).map_err(|e| disk_fault("sync block", &e))?;
+                    return self.check_still_usable();
+                }
                 Err(refusal) if refusal.code == Code::BlockCorrupt => {
                     if self.holds_another(&path, expected) {
                         let text = format!("block {} exists with other data", expected.block);
@@ -229,7 +238,7 @@ impl BlockStore {
         };
         let at = data_offset(expected.size);
         match self.write_file(&path, &header.encode(), &table, data, at, is_granted) {
-            Ok(true) => Ok(()),
+            Ok(true) => self.check_still_usable(),
             Ok(false) => Err(Refusal::new(Code::CertificateExpired, "the write took longer than its grant")),
             Err(error) => Err(disk_fault("write block", &error)),
         }
@@ -292,11 +301,17 @@ impl BlockStore {
             head.resize(at as usize, 0);
             file.write_at(&head, 0)?;
             file.write_at(data, at)?;
-            file.sync()?;
+            let is_named_first = mutants::is(Mutant::NamedBeforeSync);
+            if !is_named_first {
+                file.sync()?;
+            }
             if !is_granted() {
                 return Ok(false);
             }
             self.disk.rename(&temporary, path)?;
+            if is_named_first {
+                file.sync()?;
+            }
             self.disk.sync_dir(dir)?;
             Ok(true)
         })();
@@ -401,7 +416,7 @@ impl BlockStore {
         // must not come back.
         match self.disk.sync_dir(path.parent().unwrap_or(&self.dir)) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(disk_fault("erase block", &e)),
-            _ => Ok(()),
+            _ => self.check_still_usable(),
         }
     }
 

@@ -4,17 +4,27 @@
 //! What lies above the simulated disk is enumerated here; RocksDB's part, checkpoints and trimming among it, by
 //! `cli/tests/power.rs` in a real process.
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use clutch_blocks::store::{BlockStore, Expected};
+use clutch_blocks::{
+    service::BlockService,
+    store::{BlockStore, Expected},
+};
 use clutch_log::{Event, LogFault, LogId, Outcome, Position};
 use clutch_log_local::{LocalEngine, Options};
-use clutch_proto::{BlockId, Refusal, ServiceId, Time, types::Code};
+use clutch_proto::{
+    BlockId, Refusal, ServiceId, Time,
+    blocks::{BlocksRequest, EraseBlock, WriteBlock, blocks_request},
+    certificate::{Claims, Key, Operation},
+    types::Code,
+};
 use clutch_runtime::{
-    Runtime,
+    Budget, HybridClock, Runtime,
     simulated::{NodeId, SimDisk, World},
 };
+use prost::Message as _;
+use tokio::sync::oneshot;
 
 const NODE: NodeId = NodeId(0);
 /// A crash draws what survives of what was not synced: some worlds for each step.
@@ -140,7 +150,7 @@ fn entry(number: u64) -> Bytes {
 }
 
 /// Appends, and trims once, until something fails; how many were acknowledged.
-async fn append(runtime: Runtime) -> Result<u64, LogFault> {
+async fn append(runtime: Runtime, numbers: Range<u64>) -> Result<u64, LogFault> {
     let engine = LocalEngine::open(&runtime, "log".into(), options())?;
     let log = engine.log(LogId::CDC).await?;
     let mut events = log.events(Position(1));
@@ -150,7 +160,7 @@ async fn append(runtime: Runtime) -> Result<u64, LogFault> {
         }
     };
     let mut acknowledged = 0;
-    for number in 0..9 {
+    for number in numbers {
         let Ok(commit) = log.propose(epoch, vec![entry(number)]) else { break };
         match commit.await {
             Outcome::Committed(_) => acknowledged += 1,
@@ -187,7 +197,7 @@ fn log_step(how: How, seed: u64, step: u64) -> Result<bool, String> {
     how.arm(&disk, step);
     let runtime = world.node(NODE);
     let limit = Duration::from_secs(60);
-    let acknowledged = world.run(NODE, limit, append(runtime)).and_then(Result::ok).unwrap_or(0);
+    let acknowledged = world.run(NODE, limit, append(runtime, 0..9)).and_then(Result::ok).unwrap_or(0);
     let reached = disk.is_dead() || disk.faults_met() > 0;
     match how {
         How::Fail | How::Kill => {
@@ -215,6 +225,180 @@ fn log_step(how: How, seed: u64, step: u64) -> Result<bool, String> {
         return Err(format!("readers were shown {first:?}, and {second:?} are there"));
     }
     Ok(reached)
+}
+
+/// What an interrupted trim left is removed by the next process, which dies or loses power at each of its steps.
+pub fn recovery() -> Vec<String> {
+    let mut wrong = Vec::new();
+    for (first, seed) in
+        [How::Fail, How::Kill].into_iter().flat_map(|how| (0..3).map(move |seed| (how, seed)))
+    {
+        for step in 0..STEPS_MAX {
+            let mut reached = false;
+            for then in 0..STEPS_MAX {
+                match recovery_step(first, seed, step, then) {
+                    Ok((of_first, of_then)) => {
+                        reached = of_first;
+                        if !of_then || !of_first {
+                            break;
+                        }
+                    }
+                    Err(error) => {
+                        reached = true;
+                        wrong.push(format!("{first:?} at step {step}, power at {then} of recovery: {error}"));
+                        break;
+                    }
+                }
+            }
+            if wrong.len() > 5 || !reached {
+                break;
+            }
+        }
+    }
+    wrong
+}
+
+/// The first number of what the next process appends.
+const LATER: u64 = 100;
+
+/// Whether either step was reached.
+fn recovery_step(first: How, seed: u64, step: u64, then: u64) -> Result<(bool, bool), String> {
+    let world = World::new(seed);
+    let disk = world.disk(NODE);
+    first.arm(&disk, step);
+    let runtime = world.node(NODE);
+    let limit = Duration::from_secs(60);
+    let acknowledged = world.run(NODE, limit, append(runtime, 0..9)).and_then(Result::ok).unwrap_or(0);
+    let reached = disk.is_dead() || disk.faults_met() > 0;
+    disk.heal();
+    world.kill(NODE);
+    let met = disk.faults_met();
+    disk.cut_power_after(then);
+    let read = || {
+        let runtime = world.node(NODE);
+        let found = world.run(NODE, limit, async move { shown(&runtime) });
+        found.unwrap_or_else(|| Err("reading does not come to an end".into()))
+    };
+    // It may have come to its end before the power went, or not.
+    let runtime = world.node(NODE);
+    let later = world.run(NODE, limit, append(runtime, LATER..LATER + 2)).and_then(Result::ok).unwrap_or(0);
+    let is_cut = disk.is_dead() || disk.faults_met() > met;
+    world.crash(NODE);
+    let there = read()?;
+    for (first, count) in [(0, acknowledged), (LATER, later)] {
+        if count > 0 && !there.contains(&(first + count - 1)) {
+            return Err(format!("{count} from {first} on were acknowledged, {there:?} are there"));
+        }
+    }
+    Ok((reached, is_cut))
+}
+
+const KEY: Key = Key { epoch: 1, secret: [3; 32] };
+
+/// What happens while something takes long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Scene {
+    /// A block is written, who asked gives up, and it is erased.
+    Erased,
+    /// A block is written, and its disk is taken away.
+    WrittenNowhere,
+    /// A block is erased, and its disk is taken away.
+    ErasedNowhere,
+}
+
+/// Writes and erases take long at each of their steps; what was proven must be true.
+pub fn stalled() -> Vec<String> {
+    let mut wrong = Vec::new();
+    for scene in [Scene::Erased, Scene::WrittenNowhere, Scene::ErasedNowhere] {
+        for step in 0..8 {
+            if let Err(error) = stall_step(scene, step) {
+                wrong.push(format!("{scene:?}, step {step} takes long: {error}"));
+            }
+        }
+    }
+    wrong
+}
+
+fn stall_step(scene: Scene, step: u64) -> Result<(), String> {
+    // Longer than a disk may take before it counts as hanging, or shorter: then work is waited for.
+    let stall = Duration::from_secs(if scene == Scene::Erased { 40 } else { 5 });
+    let world = World::new(step);
+    let (disk, runtime) = (world.disk(NODE), world.node(NODE));
+    let store = BlockStore::create(disk.clone(), PathBuf::from("d"), 1, ServiceId(5), Time(1))
+        .map_err(|e| format!("make a disk: {e}"))?;
+    let clock = Arc::new(HybridClock::new(runtime.clock.clone()));
+    let service = BlockService::new(runtime.clone(), clock.clone(), store, 1, vec![KEY]).with_skew_ms_max(0);
+    let service = Arc::new(service);
+    let data = Bytes::from(data());
+    let now = clock.now();
+    let claims = Claims {
+        operation: Operation::Write,
+        cluster: 1,
+        service: ServiceId(5),
+        block: BlockId(0x1234),
+        size: data.len() as u32,
+        crc: crc32fast::hash(&data),
+        time: now,
+        expiry: now.plus_ms(500),
+    };
+    let expected = Expected { block: claims.block, size: claims.size, crc: claims.crc, time: now.0 };
+    let write = blocks_request::Op::Write(WriteBlock { certificate: claims.sign(&KEY), data });
+    let erase = Claims { operation: Operation::Erase, ..claims }.sign(&KEY);
+    let erase = blocks_request::Op::Erase(EraseBlock { certificate: erase });
+    let ask = |service: Arc<BlockService>, op| async move {
+        let body = Bytes::from(BlocksRequest { op: Some(op) }.encode_to_vec());
+        service.handle(body, &Budget::new(1 << 20)).await.map(drop)
+    };
+    let (worker, eraser, away) = (service.clone(), service, disk.clone());
+    let clock = runtime.clock.clone();
+    let outcome = world.run(NODE, Duration::from_secs(600), async move {
+        if scene == Scene::ErasedNowhere {
+            let written = ask(worker.clone(), write.clone()).await;
+            assert!(written.is_ok(), "{written:?}");
+            // Until its grant has ended.
+            clock.sleep(Duration::from_secs(1)).await;
+        }
+        away.stall_after(step, stall);
+        let (told, worked) = oneshot::channel();
+        let (op, patience) =
+            (if scene == Scene::ErasedNowhere { erase.clone() } else { write }, clock.clone());
+        runtime.spawn("work", async move {
+            // Who gives up soon does not stop the work.
+            let patience = patience.sleep(if scene == Scene::Erased { stall / 40 } else { stall * 4 });
+            let done = tokio::select! {
+                done = ask(worker, op) => done.is_ok(),
+                () = patience => false,
+            };
+            let _ = told.send(done);
+        });
+        clock.sleep(Duration::from_secs(2)).await;
+        let unmounted = (scene != Scene::Erased).then(|| away.unmount());
+        let mut is_erased = false;
+        let begin = clock.monotonic();
+        while scene == Scene::Erased && !is_erased && clock.monotonic() - begin < stall * 3 {
+            is_erased = ask(eraser.clone(), erase.clone()).await.is_ok();
+            clock.sleep(Duration::from_secs(1)).await;
+        }
+        let is_done = worked.await.unwrap_or(false);
+        clock.sleep(stall * 2).await;
+        (is_done, is_erased, unmounted)
+    });
+    let (is_done, is_erased, unmounted) = outcome.ok_or("does not come to an end")?;
+    world.kill(NODE);
+    if let Some(unmounted) = unmounted {
+        disk.mount(unmounted);
+    }
+    let store = open_blocks(&disk).map_err(|e| format!("open at the end: {e}"))?;
+    let is_there = store.verify(&expected).is_ok();
+    match scene {
+        Scene::Erased if !is_erased => Err("it is never erased".into()),
+        Scene::Erased if is_there => Err("it was proven erased, and it is there".into()),
+        Scene::WrittenNowhere if is_done && !is_there => {
+            Err("it was proven written, and it is not there".into())
+        }
+        Scene::ErasedNowhere if is_done && is_there => Err("it was proven erased, and it is there".into()),
+        _ => Ok(()),
+    }
 }
 
 /// Batches are appended, segments begun and trimmed.

@@ -3,6 +3,7 @@
 use clutch_integration::{
     batches,
     generate::{Profile, generate},
+    names,
     run::run,
     steps,
 };
@@ -14,7 +15,9 @@ const SEEDS_MAX: u64 = 1000;
 fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static str), String> {
     mutants::plant(Some(mutant));
     let found = match checker {
-        "steps" => [steps::blocks(), steps::log()].concat(),
+        "steps" => [steps::blocks(), steps::log(), steps::stalled(), steps::recovery()].concat(),
+        "names" => names::paths(),
+        _ if !batches::idle().is_empty() => batches::idle(),
         _ => (0..SEEDS_MAX).flat_map(batches::check).take(3).collect(),
     };
     mutants::plant(None);
@@ -25,7 +28,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 }
 
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
-    if let [checker @ ("steps" | "batches")] = checkers {
+    if let [checker @ ("steps" | "batches" | "names")] = checkers {
         return find_apart(mutant, checker);
     }
     mutants::plant(Some(mutant));
@@ -55,7 +58,9 @@ fn every_planted_bug_is_found() {
         .into_iter()
         // Those of the command line are found by its own tests.
         .filter(|(_, checkers)| checkers.first() != Some(&"tools"))
-        .filter(|(mutant, _)| only.as_ref().is_none_or(|name| format!("{mutant:?}") == *name))
+        .filter(|(mutant, _)| {
+            only.as_ref().is_none_or(|names| names.split(',').any(|name| format!("{mutant:?}") == name))
+        })
         .collect();
     let next = std::sync::atomic::AtomicUsize::new(0);
     let missed = std::sync::Mutex::new(Vec::new());

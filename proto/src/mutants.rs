@@ -117,11 +117,41 @@ pub enum Mutant {
     TrimPastCheckpoint,
     /// Rows that do not give the stored hash are not reported.
     RescanBlind,
+    /// The mark that was found is written anew, and synced only with the next one.
+    MarkRenewedAfterSync,
+    /// A block has its name before its bytes are synced.
+    NamedBeforeSync,
+    /// The turn of a write ends with its request, though the write goes on.
+    TurnEndsWithRequest,
+    /// How long a node was down is measured from its states, not from its logs.
+    DownSinceStates,
+    /// A reader whose certificates have expired goes on in the present content.
+    RenewedOfPresent,
+    /// A visit ends with the first full page of the last slot.
+    LastSlotEndsEarly,
+    /// The history of a name holds that of all names of its hash.
+    HistoryOfColliders,
+    /// The whole history of a name holds what is present of names of its hash.
+    PresentOfColliders,
+    /// Clients know entries by their hashes.
+    CachedByHash,
+    /// A change of free space that is no news is not kept.
+    SmallMovesLost,
+    /// Of many idle clients only one batch's share is forgotten.
+    ForgettingEndsEarly,
+    /// What a mark says is believed, whether or not it is durable. A real bug once.
+    CachedMarkBelieved,
+    /// A disk's label is looked at before work only, however long that takes. A real bug once.
+    LabelLookedAtOnce,
+    /// A segment that the mark does not know goes on without it. A real bug once.
+    SegmentGoesOnUnmarked,
+    /// Who followed a clock that was ahead for a while stays ahead. A real bug once.
+    FollowerStaysAhead,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
-    pub const ALL: [(Mutant, &'static [&'static str]); 56] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 71] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -181,6 +211,21 @@ impl Mutant {
             &["tools", "in_any_order_of_upkeep_every_log_replays_from_what_is_kept"],
         ),
         (Mutant::RescanBlind, &["tools", "what_verifies_is_red_when_something_differs"]),
+        (Mutant::MarkRenewedAfterSync, &["steps"]),
+        (Mutant::NamedBeforeSync, &["steps"]),
+        (Mutant::TurnEndsWithRequest, &["steps"]),
+        (Mutant::DownSinceStates, &["convergence", "clock"]),
+        (Mutant::RenewedOfPresent, &["data"]),
+        (Mutant::LastSlotEndsEarly, &["linearizability"]),
+        (Mutant::HistoryOfColliders, &["linearizability"]),
+        (Mutant::PresentOfColliders, &["linearizability"]),
+        (Mutant::CachedByHash, &["names"]),
+        (Mutant::SmallMovesLost, &["registry"]),
+        (Mutant::ForgettingEndsEarly, &["batches"]),
+        (Mutant::CachedMarkBelieved, &["steps"]),
+        (Mutant::LabelLookedAtOnce, &["steps"]),
+        (Mutant::SegmentGoesOnUnmarked, &["steps"]),
+        (Mutant::FollowerStaysAhead, &["registry"]),
     ];
 }
 

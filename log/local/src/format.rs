@@ -286,6 +286,11 @@ pub(crate) struct Mark {
     pub(crate) first: u64,
 }
 
+/// Where a mark has its place: two take turns, so that one that is torn leaves the one before.
+pub(crate) fn mark_offset(mark: Mark) -> u64 {
+    mark.sequence % 2 * MARK_SLOT_STRIDE
+}
+
 pub(crate) fn encode_mark(mark: Mark) -> [u8; MARK_BYTES] {
     let mut bytes = [0; MARK_BYTES];
     bytes[..8].copy_from_slice(MARK_MAGIC);

@@ -15,7 +15,7 @@ use crate::{
     cut,
     format::{
         Index, MARK_BYTES, MARK_SLOT_STRIDE, Mark, SEGMENT_HEADER_BYTES, decode_group, decode_index,
-        decode_mark, encode_index, segment_name, segment_number,
+        decode_mark, encode_index, encode_mark, mark_offset, segment_name, segment_number,
     },
     reader::{Record, RecordKind, SegmentReader},
 };
@@ -161,7 +161,7 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
     disk.create_dir_all(dir).map_err(|e| storage("make the log's directory", &e))?;
     cut::check_finished(disk, dir)?;
     let mark = read_mark(disk, dir)?;
-    let numbers = kept(disk, dir, mark.as_ref(), true)?;
+    let (numbers, trimmed) = kept(disk, dir, mark.as_ref())?;
     let Some(&last) = numbers.last() else {
         if let Some(mark) = mark {
             return Err(gone(dir, &segment_name(mark.segment)));
@@ -173,7 +173,13 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
             mark: Mark { first: 1, ..Mark::default() },
         });
     };
-    let mark = known_mark(disk, dir, mark, &numbers)?;
+    let mut mark = known_mark(disk, dir, mark, &numbers)?;
+    // The process before this one may have left it in the system's memory only, and a sync that failed may have left it there
+    // for good. What it calls trimmed goes, and what it knows grows, only once it is durable.
+    if mark.sequence > 0 && !mutants::is(Mutant::CachedMarkBelieved) {
+        make_durable(disk, dir, mark)?;
+    }
+    remove_trimmed(disk, dir, trimmed)?;
     let mut continuity = Continuity::default();
     let mut segments = Vec::new();
     for &number in &numbers[..numbers.len() - 1] {
@@ -218,11 +224,19 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
     // What was found may not be durable, and a sync that failed before may have left its pages looking clean:
     // readers will see these bytes from now on, so they are written once more.
     if !mutants::is(Mutant::TailNotWrittenAgain) {
-        let from = synced_to.clamp(SEGMENT_HEADER_BYTES, scanned.end);
+        // Of a segment that the mark does not know, the header, too.
+        let is_known = mark.segment == last;
+        let from = if is_known { synced_to.clamp(SEGMENT_HEADER_BYTES, scanned.end) } else { 0 };
         let mut tail = vec![0; (scanned.end - from) as usize];
         let read = file.read_at(&mut tail, from).map_err(|e| storage("read the tail", &e))?;
         file.write_at(&tail[..read], from).map_err(|e| storage("write the tail again", &e))?;
         file.sync().map_err(|e| storage("sync the last segment", &e))?;
+    }
+    if mark.segment < last && !mutants::is(Mutant::SegmentGoesOnUnmarked) {
+        // Whoever began it did not come to its mark. Before anything more is in it the mark must know it, durably.
+        disk.sync_dir(dir).map_err(|e| storage("sync the log's directory", &e))?;
+        mark = Mark { sequence: mark.sequence + 1, segment: last, offset: scanned.end, ..mark };
+        make_durable(disk, dir, mark)?;
     }
     segments.push(scanned.segment);
     Ok(Recovered { groups: continuity.into_groups(), segments, current: Some((last, scanned.end)), mark })
@@ -307,24 +321,14 @@ pub(crate) fn index_path(dir: &Path, number: u64) -> PathBuf {
     dir.join(format!("{number:016x}.idx"))
 }
 
-/// The segments that were not trimmed, in order and without a hole. With `remove`, what an interrupted trim left goes.
-fn kept(disk: &dyn Disk, dir: &Path, mark: Option<&Mark>, remove: bool) -> Result<Vec<u64>, LogFault> {
+/// The segments that were not trimmed, in order and without a hole, and what an interrupted trim left.
+fn kept(disk: &dyn Disk, dir: &Path, mark: Option<&Mark>) -> Result<(Vec<u64>, Vec<u64>), LogFault> {
     let names = disk.list(dir).map_err(|e| storage("list the log's directory", &e))?;
     let mut numbers: Vec<u64> = names.iter().filter_map(|n| segment_number(n)).collect();
     numbers.sort_unstable();
     let first = mark.map_or(1, |mark| mark.first.max(1));
     let trimmed: Vec<u64> = numbers.iter().copied().filter(|number| *number < first).collect();
     numbers.retain(|number| *number >= first);
-    if remove && !trimmed.is_empty() {
-        for number in trimmed {
-            disk.remove(&dir.join(segment_name(number))).map_err(|e| storage("remove a segment", &e))?;
-            let index = index_path(dir, number);
-            if disk.exists(&index) {
-                disk.remove(&index).map_err(|e| storage("remove an index", &e))?;
-            }
-        }
-        disk.sync_dir(dir).map_err(|e| storage("sync the log's directory", &e))?;
-    }
     // Without a mark nothing was trimmed yet, or it is lost: that is told apart by the caller.
     let begins = if mark.is_some() { Some(first) } else { numbers.first().copied() };
     let expected = begins.into_iter().flat_map(|first| first..);
@@ -333,7 +337,39 @@ fn kept(disk: &dyn Disk, dir: &Path, mark: Option<&Mark>, remove: bool) -> Resul
             return Err(gone(dir, &segment_name(expected)));
         }
     }
-    Ok(numbers)
+    Ok((numbers, trimmed))
+}
+
+/// Writes a mark in its place, once more if it is there: that it was read says nothing of the disk.
+pub(crate) fn make_durable(disk: &dyn Disk, dir: &Path, mark: Mark) -> Result<(), LogFault> {
+    let written = || {
+        let file = disk.open(&dir.join(MARK_FILE), true)?;
+        let is_late = mutants::is(Mutant::MarkRenewedAfterSync);
+        if is_late {
+            file.sync()?;
+        }
+        file.write_at(&encode_mark(mark), mark_offset(mark))?;
+        if !is_late {
+            file.sync()?;
+        }
+        disk.sync_dir(dir)
+    };
+    written().map_err(|e| storage("write the mark", &e))
+}
+
+/// Removes what an interrupted trim left.
+fn remove_trimmed(disk: &dyn Disk, dir: &Path, trimmed: Vec<u64>) -> Result<(), LogFault> {
+    if trimmed.is_empty() {
+        return Ok(());
+    }
+    for number in trimmed {
+        disk.remove(&dir.join(segment_name(number))).map_err(|e| storage("remove a segment", &e))?;
+        let index = index_path(dir, number);
+        if disk.exists(&index) {
+            disk.remove(&index).map_err(|e| storage("remove an index", &e))?;
+        }
+    }
+    disk.sync_dir(dir).map_err(|e| storage("sync the log's directory", &e))
 }
 
 /// What [`open_read_only`] found.
@@ -350,7 +386,7 @@ pub struct Summary {
 pub fn open_read_only(disk: &dyn Disk, dir: &Path) -> Result<Summary, LogFault> {
     cut::check_finished(disk, dir)?;
     let mark = read_mark(disk, dir)?;
-    let segments = kept(disk, dir, mark.as_ref(), false)?;
+    let (segments, _) = kept(disk, dir, mark.as_ref())?;
     if segments.is_empty() {
         return Err(LogFault::Storage(format!("{} holds no log segments", dir.display())));
     }

@@ -14,8 +14,8 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     Command, Group, Segment, Shared, TailRecord,
     format::{
-        GroupLine, Index, MARK_SLOT_STRIDE, Mark, RECORD_HEADER_BYTES, encode_group, encode_index,
-        encode_mark, encode_record, segment_header, segment_name,
+        GroupLine, Index, Mark, RECORD_HEADER_BYTES, encode_group, encode_index, encode_mark, encode_record,
+        mark_offset, segment_header, segment_name,
     },
     reader::RecordKind,
     recovery::{MARK_FILE, index_path},
@@ -229,8 +229,14 @@ impl Writer {
         self.publish(staged);
         self.shared.queued_bytes.fetch_sub(released, Ordering::Relaxed);
         for done in trims {
-            let trimmed = self.trim().map_err(LogFault::Storage);
-            let _ = done.send(trimmed);
+            match self.trim() {
+                Ok(trimmed) => drop(done.send(trimmed.map_err(LogFault::Storage))),
+                // Whether the mark is durable is not known, and a later sync would not say so either.
+                Err(reason) => {
+                    let _ = done.send(Err(LogFault::Storage(reason.clone())));
+                    return Err(reason);
+                }
+            }
         }
         Ok(())
     }
@@ -369,12 +375,6 @@ impl Writer {
                 let path = self.shared.dir.join(MARK_FILE);
                 let file = self.shared.disk.open(&path, true).map_err(|e| e.to_string())?;
                 self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
-                // The process before this one may have left the mark that was read in the system's memory only, and a sync
-                // that failed may have left it there for good.
-                if self.mark.sequence > 0 {
-                    write_slot(&*file, self.mark)?;
-                }
-                file.sync().map_err(|e| e.to_string())?;
                 file
             }
         };
@@ -416,8 +416,9 @@ impl Writer {
         }
     }
 
-    /// Removes the oldest segments that no log needs any more; the open one stays.
-    fn trim(&mut self) -> Result<(), String> {
+    /// Removes the oldest segments that no log needs any more; the open one stays. The inner error is one of removing, after
+    /// which the log goes on.
+    fn trim(&mut self) -> Result<Result<(), String>, String> {
         let floors: BTreeMap<LogId, Position> =
             self.shared.groups.lock().iter().map(|(id, g)| (*id, g.state.lock().floor)).collect();
         loop {
@@ -428,7 +429,7 @@ impl Writer {
                 };
                 segments.first().filter(|s| segments.len() > 1 && !needed(s)).map(|s| s.number)
             };
-            let Some(number) = removable else { return Ok(()) };
+            let Some(number) = removable else { return Ok(Ok(())) };
             // First it is said that it was trimmed: a file that is missing without that is a loss.
             self.mark.first = number + 1;
             self.write_mark(self.mark.segment, self.mark.offset)?;
@@ -438,7 +439,7 @@ impl Writer {
             if let Err(error) = self.shared.disk.remove(&self.shared.dir.join(segment_name(number))) {
                 // Still there: it must go before any later one, or the rest looks incomplete.
                 self.shared.segments.lock().insert(0, segment);
-                return Err(error.to_string());
+                return Ok(Err(error.to_string()));
             }
             let index = index_path(&self.shared.dir, number);
             if self.shared.disk.exists(&index) {
@@ -450,8 +451,7 @@ impl Writer {
 }
 
 fn write_slot(file: &dyn File, mark: Mark) -> Result<(), String> {
-    let offset = mark.sequence % 2 * MARK_SLOT_STRIDE;
-    file.write_at(&encode_mark(mark), offset).map_err(|e| e.to_string())
+    file.write_at(&encode_mark(mark), mark_offset(mark)).map_err(|e| e.to_string())
 }
 
 fn weight(batch: &Batch) -> usize {

@@ -388,7 +388,17 @@ impl Spawner for SimSpawner {
             let disk = shared.disks.lock().get(&node).cloned();
             // A thread is only made for work in which time may pass.
             if disk.is_some_and(|disk| disk.is_about_to_stall()) {
-                job::run(shared, work).await;
+                // It goes on when nobody waits for it any more, as blocking work does, and ends with its node.
+                let (ended, end) = tokio::sync::oneshot::channel();
+                let job = Box::pin({
+                    let shared = shared.clone();
+                    async move {
+                        job::run(shared, work).await;
+                        let _ = ended.send(());
+                    }
+                });
+                shared.executor.lock().spawn(TaskOwner { node, name: "blocking" }, job);
+                let _ = end.await;
             } else {
                 work();
             }

@@ -160,10 +160,10 @@ impl<M: Machine> Replica<M> {
         };
         self.config.runtime.disk.create_dir_all(&dir).map_err(fault)?;
         let path: PathBuf = dir.join(format!("{:020}", self.applier.position().0));
-        if self.config.runtime.disk.exists(&path) {
-            return Ok(());
+        if !self.config.runtime.disk.exists(&path) {
+            self.applier.store().checkpoint(&path).map_err(store_fault)?;
         }
-        self.applier.store().checkpoint(&path).map_err(store_fault)?;
+        // Also of one that is there: who made it may not have come to this.
         self.config.runtime.disk.sync_dir(&dir).map_err(fault)
     }
 

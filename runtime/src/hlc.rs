@@ -57,6 +57,10 @@ struct Pace {
     is_set: bool,
     /// Nanoseconds that the wall clock is ahead of this.
     wall_ahead: i64,
+    /// The latest that was heard, and nanoseconds by which this was ahead of it then and still is: whoever was ahead of the
+    /// others for a while comes back by himself, and so must who followed him.
+    heard: u64,
+    excess: u64,
 }
 
 /// What was made of the wall clock at a start.
@@ -84,6 +88,8 @@ impl HybridClock {
             follows_wall: true,
             is_set: true,
             wall_ahead: 0,
+            heard: 0,
+            excess: 0,
         };
         HybridClock { clock, highest: AtomicU64::new(0), pace: Mutex::new(pace) }
     }
@@ -142,13 +148,18 @@ impl HybridClock {
         pace.steady = pace.steady.max(steady);
         pace.room = pace.room.saturating_add(passed / SLEW).min(nanos(ELASTIC));
         let expected = pace.time.saturating_add(passed);
-        let mut time = expected;
-        if pace.follows_wall && wall > expected {
+        let time;
+        if !pace.follows_wall {
+            // Never below what was heard last and the time since.
+            let step = pace.excess.min(passed / SLEW);
+            pace.excess -= step;
+            time = expected - step;
+        } else if wall > expected {
             let step = (wall - expected).min(pace.room);
             let step = if mutants::is(Mutant::JumpBelieved) { wall - expected } else { step };
             pace.room = pace.room.saturating_sub(step);
             time = expected + step;
-        } else if pace.follows_wall {
+        } else {
             // Slower, but never back.
             let step = (expected - wall).min(pace.room).min(passed);
             pace.room -= step;
@@ -167,9 +178,17 @@ impl HybridClock {
         }
         drop(pace);
         let now = self.paced();
-        if time.0 > now {
+        {
             let mut pace = self.pace.lock();
             pace.time = pace.time.max(time.0);
+            // What is older says nothing of the present.
+            if time.0 > pace.heard {
+                pace.heard = time.0;
+                pace.excess = now.saturating_sub(time.0);
+            }
+            if mutants::is(Mutant::FollowerStaysAhead) {
+                pace.excess = 0;
+            }
         }
         self.advance(time);
     }
@@ -353,6 +372,27 @@ mod tests {
             hands.pass(1600);
             assert!((1000..=2200).contains(&(ms(clock.stamp()) - before)), "time goes on");
         }
+    }
+
+    #[test]
+    fn a_follower_comes_back_with_whom_it_followed() {
+        let hands = Arc::new(Hands::default());
+        hands.pass(1_000_000);
+        let clock = HybridClock::following(hands.clone());
+        // Half a second ahead of what is right, and then right again.
+        clock.hear(Time(1_000_500 * 1_000_000));
+        for second in 1..=20 {
+            let before = clock.now();
+            hands.pass(1000);
+            clock.hear(Time((1_000_000 + second * 1000) * 1_000_000));
+            assert!(clock.now() >= before, "never back");
+        }
+        let ahead = clock.now().0 - 1_020_000 * 1_000_000;
+        assert!(ahead < 1_000_000, "{ahead} ns ahead");
+        // What is old does not hold it back, and in silence it goes on at its pace.
+        clock.hear(Time(1_000_000 * 1_000_000));
+        hands.pass(60_000);
+        assert!(clock.now().0 >= 1_080_000 * 1_000_000);
     }
 
     #[test]

@@ -151,6 +151,19 @@ impl Client {
         if at.name.is_empty() {
             return Err(Refusal::new(Code::InvalidArgument, "the root directory cannot be moved").into());
         }
+        let moved = self.rename_uncached(at, new_owner, new_name).await;
+        // Whatever came of it; and a lookup on the way may have found what was there before.
+        self.inner.edges.forget(at.parent, &at.name);
+        self.inner.edges.forget(new_owner, new_name);
+        moved
+    }
+
+    async fn rename_uncached(
+        &self,
+        at: &Resolved,
+        new_owner: InodeId,
+        new_name: &Bytes,
+    ) -> Result<Resolved, ClientError> {
         let (target, old_owner, old_name, created_at) =
             (at.id.raw(), at.parent.raw(), at.name.clone(), at.created_at);
         if new_owner == at.parent {

@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clutch_proto::{
-    InodeId, Refusal, name,
+    InodeId, Refusal,
+    mutants::{self, Mutant},
+    name,
     shard::{EdgeReply, Lookup, shard_reply::Reply, shard_request::Op},
     types::Code,
 };
@@ -24,19 +26,27 @@ impl EdgeCache {
     }
 
     fn get(&self, dir: InodeId, name: &Bytes, now: Duration) -> Option<EdgeReply> {
-        let (edge, since) = self.cache.get(&(dir, name.clone()))?;
+        let (edge, since) = self.cache.get(&(dir, known_as(name)))?;
         (now.saturating_sub(since) < self.lifetime).then_some(edge)
     }
 
     fn put(&self, dir: InodeId, name: &Bytes, edge: &EdgeReply, now: Duration) {
         if !self.lifetime.is_zero() {
-            self.cache.insert((dir, name.clone()), (*edge, now));
+            self.cache.insert((dir, known_as(name)), (*edge, now));
         }
     }
 
     pub(crate) fn forget(&self, dir: InodeId, name: &Bytes) {
-        self.cache.remove(&(dir, name.clone()));
+        self.cache.remove(&(dir, known_as(name)));
     }
+}
+
+/// What an entry is found by.
+fn known_as(name: &Bytes) -> Bytes {
+    if mutants::is(Mutant::CachedByHash) {
+        return Bytes::copy_from_slice(&name::hash63(name).to_be_bytes());
+    }
+    name.clone()
 }
 
 /// Where a path leads.

@@ -101,7 +101,8 @@ impl Client {
             drop(reads);
             if has_expired {
                 renewed_at = Some(done);
-                page = self.layout(id, page.content, done).await?;
+                let of = if mutants::is(Mutant::RenewedOfPresent) { content } else { page.content };
+                page = self.layout(id, of, done).await?;
                 continue;
             }
             if page.next_offset == 0 {

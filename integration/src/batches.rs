@@ -9,6 +9,7 @@ use bytes::Bytes;
 use clutch_log::{Batch, Epoch, Position};
 use clutch_proto::{
     Time,
+    rules::v1::{CLIENT_IDLE_LIFETIME_MS, FORGOTTEN_PER_BATCH_MAX},
     state::{Entry, entry::Kind},
     types::{ClientTag, Code},
 };
@@ -257,6 +258,51 @@ fn apply(
         }
     }
     Ok(applier.hash().to_string())
+}
+
+/// Many clients come and go: how many are forgotten with which batch is the log's word alone, whoever opens the state when.
+pub fn idle() -> Vec<String> {
+    const HOUR: u64 = CLIENT_IDLE_LIFETIME_MS * 1_000_000;
+    let touch = |client: u64, time: u64| {
+        let tag = ClientTag { client, sequence: 1, acknowledged: 0, issued_at: time };
+        let act = Act { kind: 1, key: key((client % 8) as u32), until: Bytes::new(), value: client };
+        let entry = ToyEntry { tag: Some(tag), acts: vec![act], refuse: 0 };
+        Bytes::from(
+            Entry { stamp: time, kind: Some(Kind::Body(entry.encode_to_vec().into())) }.encode_to_vec(),
+        )
+    };
+    // More than a few batches forget, and then time that passes batch by batch.
+    let count = FORGOTTEN_PER_BATCH_MAX as u64 * 5;
+    let mut batches = vec![(0..count).map(|n| touch(1000 + n, HOUR + n)).collect::<Vec<_>>()];
+    batches.extend((0..12).map(|n| vec![touch(100_000 + n, 3 * HOUR + n * 30_000_000_000)]));
+    let run = |reopened_before: usize| -> Result<Vec<String>, String> {
+        let mut hashes = Vec::new();
+        let store: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let mut applier = Applier::<Toy>::open(store.clone()).map_err(|e| e.to_string())?;
+        for (number, entries) in batches.iter().enumerate() {
+            if number == reopened_before {
+                applier = Applier::open(store.clone()).map_err(|e| e.to_string())?;
+            }
+            let position = Position(number as u64 + 1);
+            let batch = Batch { position, epoch: Epoch(1), entries: entries.clone() };
+            applier.apply(&batch).map_err(|e| e.to_string())?;
+            hashes.push(applier.hash().to_string());
+        }
+        let left = store.scan(Table::CLIENTS, &[], &[], usize::MAX).map_err(|e| e.to_string())?.len();
+        match left {
+            12 => Ok(hashes),
+            _ => Err(format!("{left} clients are left of {count} idle ones and 12")),
+        }
+    };
+    let mut wrong = Vec::new();
+    let expected = run(usize::MAX);
+    for before in 0..batches.len() {
+        let found = run(before);
+        if found.is_err() || found != expected {
+            wrong.push(format!("opened before batch {before}: {found:?}, and {expected:?} where it goes on"));
+        }
+    }
+    wrong
 }
 
 /// One history in several forms; what is wrong.

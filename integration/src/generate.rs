@@ -192,6 +192,7 @@ impl Generator {
             let faults = self.faults(length);
             events.extend(faults);
             events.extend(self.flags(length));
+            events.extend(self.slow_reads(length));
         }
         events.sort_by_key(|e| e.at);
         Script { seed: self.seed, cluster: self.cluster, clients: self.clients, events }
@@ -212,6 +213,38 @@ impl Generator {
             Event { at, action: Action::Operate(lane, Operation::Flag(disk, flags)) }
         };
         (0..6).map(&mut flag).collect()
+    }
+
+    /// In every fourth seed files of many pieces are read, and while they are, they change and all grants end. Drawn like
+    /// [`Generator::flags`].
+    fn slow_reads(&self, length: Duration) -> Vec<Event> {
+        if self.seed % 4 != 2 || self.profile == Profile::Metadata {
+            return Vec::new();
+        }
+        let mut rng = ChaCha8Rng::seed_from_u64(self.seed ^ 0x510e);
+        let (reader, writer) =
+            (Lane { client: 0, thread: 0 }, Lane { client: self.clients - 1, thread: self.threads - 1 });
+        let mut events = Vec::new();
+        for file in 0..5 {
+            let (path, salt) = (format!("/slow{file}"), 1_000_000 + file * 100);
+            // Scripts say microseconds.
+            let mut at = Duration::from_micros(length.as_micros() as u64 * file / 5);
+            let mut add = |at: Duration, lane, operation| {
+                events.push(Event { at, action: Action::Operate(lane, operation) });
+            };
+            add(at, writer, Operation::Write(path.clone(), 40_000, salt));
+            for patch in 1..4u64 {
+                add(at, writer, Operation::Patch(path.clone(), patch * 9000, 3000, salt + patch));
+            }
+            at += Duration::from_millis(400);
+            add(at, reader, Operation::Read(path.clone()));
+            let mut soon = || at + Duration::from_micros(rng.random_range(0..12_000));
+            add(soon(), writer, Operation::Patch(path, 0, 40_000, salt + 50));
+            let ends =
+                Event { at: soon(), action: Action::Strike(Fault::Suspend(Duration::from_secs(3600))) };
+            events.push(ends);
+        }
+        events
     }
 
     fn directory(&mut self) -> String {

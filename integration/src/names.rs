@@ -1,6 +1,10 @@
 //! Names that have one hash, as a script may ask for them.
 
-use clutch_proto::name::hash63;
+use bytes::Bytes;
+use clutch_client::ClientError;
+use clutch_proto::{InodeId, name::hash63};
+
+use crate::{SimCluster, workload::attributes};
 
 /// What XXH3 begins its secret with, which is public.
 ///
@@ -38,6 +42,59 @@ pub fn colliding_hash() -> u64 {
     hash63(&colliding(0))
 }
 
+/// Paths through directories whose names have one hash, by a client that keeps what it has looked up, also while it renames
+/// them itself; what is wrong.
+pub fn paths() -> Vec<String> {
+    let cluster = SimCluster::start(5, 2, 3);
+    let client = cluster.keeping_client();
+    cluster.run(async move {
+        let (a, b, c) = (colliding(1), colliding(2), colliding(3));
+        let path = |dir: &[u8]| [b"/", dir, b"/f"].concat();
+        let mut wrong = Vec::new();
+        let made = async {
+            for dir in [&a, &b] {
+                let name = Bytes::copy_from_slice(dir);
+                let made = client.make_directory(InodeId::ROOT, &name, attributes()).await?;
+                let content: &[u8] = dir;
+                client.write_file(made.id, &"f".into(), attributes(), false, &mut &content[..]).await?;
+            }
+            for dir in [&a, &b, &a] {
+                let found = client.resolve(path(dir)).await?;
+                let mut bytes = Vec::new();
+                let mut sink = |part: Bytes| {
+                    bytes.extend_from_slice(&part);
+                    Ok(())
+                };
+                client.read_file(found.id, &mut sink).await?;
+                if bytes != *dir {
+                    wrong.push(format!(
+                        "{:?} leads to the file of {:?}",
+                        Bytes::copy_from_slice(dir),
+                        Bytes::from(bytes)
+                    ));
+                }
+            }
+            // Its own renames it knows at once.
+            let at = client.resolve([b"/", &a[..]].concat()).await?;
+            client.rename(&at, InodeId::ROOT, &Bytes::copy_from_slice(&c)).await?;
+            if client.resolve(path(&a)).await.is_ok() {
+                wrong.push("what was renamed is still found by its old name".to_owned());
+            }
+            let at = client.resolve([b"/", &b[..]].concat()).await?;
+            client.rename(&at, InodeId::ROOT, &Bytes::copy_from_slice(&a)).await?;
+            let (found, file) = (client.resolve(path(&a)).await?, client.lookup(at.id, &"f".into()).await?);
+            if found.id.raw() != file.target {
+                wrong.push("a new name leads to what had it before".to_owned());
+            }
+            Ok::<_, ClientError>(())
+        };
+        if let Err(error) = made.await {
+            wrong.push(error.to_string());
+        }
+        wrong
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -53,5 +110,10 @@ mod tests {
         assert_eq!(names(&a), names(&b));
         assert_ne!(a, b);
         assert_eq!(collide("/"), b"/");
+    }
+
+    #[test]
+    fn paths_through_them_lead_where_they_say() {
+        assert_eq!(paths(), Vec::<String>::new());
     }
 }

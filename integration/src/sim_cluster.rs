@@ -430,6 +430,12 @@ impl SimCluster {
         self.client_on(CLIENT, None)
     }
 
+    /// A client that keeps what it has looked up for a second, as real ones do.
+    pub fn keeping_client(&self) -> Client {
+        let registry = format!("node{}", REGISTRY.0);
+        Client::new(self.world.node(CLIENT), registry.as_str().into(), ClientOptions::default())
+    }
+
     /// A client on a node, perhaps watched.
     pub fn client_on(&self, node: NodeId, observer: Option<Arc<dyn Observer>>) -> Client {
         let options = ClientOptions {

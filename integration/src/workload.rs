@@ -119,6 +119,11 @@ impl Worker {
                 let dir = client.resolve_directory(self.path(path)).await?;
                 let past = client.history(dir, None).await?;
                 let whole = client.whole_history(dir, None).await?;
+                // Names by themselves, that are there and that are not.
+                for edge in whole.iter().take(1).chain(whole.last()) {
+                    client.history(dir, Some(&edge.name)).await?;
+                    client.whole_history(dir, Some(&edge.name)).await?;
+                }
                 Ok(format!("{} past entries, {} with present ones", past.len(), whole.len()))
             }
             Operation::Move(from, to) => {

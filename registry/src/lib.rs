@@ -237,6 +237,9 @@ fn register(tx: &mut Tx<'_>, time: Time, services: Vec<BlockService>) -> Result<
                     ..service.clone()
                 } == known;
                 changed |= moved || !same;
+                if same && !moved && mutants::is(Mutant::SmallMovesLost) {
+                    continue;
+                }
             }
         }
         tx.put_row(tables::SERVICE, &key, &service);

@@ -184,8 +184,10 @@ impl Node {
         let ended = registry.iter().map(Applier::time).chain(prepared.iter().map(|(_, shard)| shard.time()));
         let ended = ended.chain(cdc.iter().map(Applier::time)).max();
         if let Some(ended) = ended {
+            let states_ended = ended;
             let ended = ended.max(starter.logs_end()?);
-            let start = clock.begin(ended, (config.down)(ended), config.accept_clock);
+            let since = if mutants::is(Mutant::DownSinceStates) { states_ended } else { ended };
+            let start = clock.begin(ended, (config.down)(since), config.accept_clock);
             notices.lock().extend(clock_notice(start));
         }
         let registry = match registry {

@@ -232,7 +232,11 @@ fn whole_history(mut view: &dyn View, op: &History, pages: &Pages) -> Result<Rep
         name::check(&op.name)?;
         let past = tables::past_edge_prefix(dir, &op.name);
         let past_end = key_after(&past);
-        ((tables::edge_key(dir, &op.name), tables::edge_behind(dir, &op.name)), (past, past_end))
+        let present = match mutants::is(Mutant::PresentOfColliders) {
+            true => tables::edge_from(dir, name::hash63(&op.name)),
+            false => tables::edge_key(dir, &op.name),
+        };
+        ((present, tables::edge_behind(dir, &op.name)), (past, past_end))
     };
     let broken = || StoreError::Broken("an edge's key".into());
     let mut fetch = pages.entries + 1;
@@ -291,7 +295,10 @@ fn history(mut view: &dyn View, op: &History, pages: &Pages) -> Result<Reply, St
         tables::directory_prefix(dir)
     } else {
         name::check(&op.name)?;
-        tables::past_edge_prefix(dir, &op.name)
+        match mutants::is(Mutant::HistoryOfColliders) {
+            true => tables::edge_from(dir, name::hash63(&op.name)),
+            false => tables::past_edge_prefix(dir, &op.name),
+        }
     };
     let from = if op.after.is_empty() { prefix.clone() } else { [&op.after[..], &[0]].concat().into() };
     if !from.starts_with(&prefix) {

@@ -278,7 +278,7 @@ impl ClientTable {
             tx.delete(Table::CLIENTS, &id.to_be_bytes());
             self.cached.remove(&id);
         }
-        if idle_count < limit {
+        if idle_count < limit || mutants::is(Mutant::ForgettingEndsEarly) {
             self.forgotten_before = oldest;
         }
         Ok(idle_count as u64)

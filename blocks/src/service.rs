@@ -170,7 +170,7 @@ impl BlockService {
             // Whoever has the key signs by the cluster's time, so it is at least that late; within the bounds of clocks.
             let bound = self.clock.now().plus_ms(self.skew_ms_max + CLOCK_AHEAD_MS_MAX);
             if !self.clock.is_set() || claims.time <= bound {
-                self.clock.hear(claims.time);
+                self.clock.hear_signed(claims.time);
             }
             let now = match mutants::is(Mutant::GrantByWallClock) {
                 true => self.runtime.clock.now(),

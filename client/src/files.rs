@@ -151,10 +151,14 @@ impl Client {
         if at.name.is_empty() {
             return Err(Refusal::new(Code::InvalidArgument, "the root directory cannot be moved").into());
         }
+        let forget = || {
+            self.inner.edges.forget(at.parent, &at.name);
+            self.inner.edges.forget(new_owner, new_name);
+        };
+        forget();
         let moved = self.rename_uncached(at, new_owner, new_name).await;
-        // Whatever came of it; and a lookup on the way may have found what was there before.
-        self.inner.edges.forget(at.parent, &at.name);
-        self.inner.edges.forget(new_owner, new_name);
+        // A lookup on the way may have found what was there before.
+        forget();
         moved
     }
 

@@ -44,7 +44,7 @@ pub const VISIT_ROWS_MAX: usize = 1024;
 pub const VISIT_SPANS_MAX: usize = 64;
 /// Extents that one request shares, moves or takes apart: bounds the work of an entry.
 pub const EXTENTS_PER_ENTRY_MAX: usize = pick(256, 128);
-/// Rows of one name's history, present ones among them, that one answer may hold.
+/// Rows of one hash, and of one kind (present or past), up to which a whole history is read at once.
 pub const WHOLE_HISTORY_ROWS_MAX: usize = 40_000;
 /// Past contents that go with their file in one entry; the file goes with the last of them.
 pub const CONTENTS_PER_ENTRY_MAX: usize = pick(256, 128);

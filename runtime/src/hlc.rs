@@ -170,23 +170,37 @@ impl HybridClock {
         time
     }
 
-    /// Takes over what somebody says who knows the cluster's time: its servers' answers, its certificates.
+    /// Takes over what somebody says now who knows the cluster's time: its servers' answers.
     pub fn hear(&self, time: Time) {
-        let mut pace = self.pace.lock();
-        if !pace.is_set {
-            (pace.time, pace.steady, pace.is_set) = (time.0, self.clock.steady(), true);
-        }
-        drop(pace);
+        self.raise(time);
         let now = self.paced();
+        let mut pace = self.pace.lock();
+        // What is older says nothing of the present.
+        if time.0 > pace.heard {
+            pace.heard = time.0;
+            pace.excess = now.saturating_sub(time.0);
+        }
+        if mutants::is(Mutant::FollowerStaysAhead) {
+            pace.excess = 0;
+        }
+    }
+
+    /// Takes over a time at which something was signed by who knows the cluster's time. It may be long ago.
+    pub fn hear_signed(&self, time: Time) {
+        self.raise(time);
+    }
+
+    fn raise(&self, time: Time) {
         {
             let mut pace = self.pace.lock();
-            pace.time = pace.time.max(time.0);
-            // What is older says nothing of the present.
-            if time.0 > pace.heard {
-                pace.heard = time.0;
-                pace.excess = now.saturating_sub(time.0);
+            if !pace.is_set {
+                (pace.time, pace.steady, pace.is_set) = (time.0, self.clock.steady(), true);
             }
-            if mutants::is(Mutant::FollowerStaysAhead) {
+        }
+        if time.0 > self.paced() {
+            let mut pace = self.pace.lock();
+            if time.0 > pace.time {
+                pace.time = time.0;
                 pace.excess = 0;
             }
         }

@@ -354,7 +354,7 @@ pub(crate) fn make_durable(disk: &dyn Disk, dir: &Path, mark: Mark) -> Result<()
         }
         disk.sync_dir(dir)
     };
-    written().map_err(|e| storage("write the mark", &e))
+    written().map_err(|e| storage(&format!("write {} once more", dir.join(MARK_FILE).display()), &e))
 }
 
 /// Removes what an interrupted trim left.

@@ -344,8 +344,6 @@ impl Writer {
 
     /// Written, and durable with the next [`Writer::sync_mark`].
     pub(crate) fn write_mark(&mut self, segment: u64, offset: u64) -> Result<(), String> {
-        // Where it was not open yet, this makes the mark of before durable in its own slot.
-        self.mark_file()?;
         // Until the next sync one slot is written again and again; the other keeps the mark that is durable, for a crash
         // may tear what was written.
         let step = if self.mark_unsynced { 2 } else { 1 };
@@ -442,10 +440,15 @@ impl Writer {
                 return Ok(Err(error.to_string()));
             }
             let index = index_path(&self.shared.dir, number);
-            if self.shared.disk.exists(&index) {
-                self.shared.disk.remove(&index).map_err(|e| e.to_string())?;
+            if self.shared.disk.exists(&index)
+                && let Err(error) = self.shared.disk.remove(&index)
+            {
+                return Ok(Err(error.to_string()));
             }
-            self.shared.disk.sync_dir(&self.shared.dir).map_err(|e| e.to_string())?;
+            // A name that comes back is removed at the next start.
+            if let Err(error) = self.shared.disk.sync_dir(&self.shared.dir) {
+                return Ok(Err(error.to_string()));
+            }
         }
     }
 }

@@ -190,14 +190,28 @@ fn shown(runtime: &Runtime) -> Result<Vec<u64>, String> {
     Ok(numbers)
 }
 
+/// In virtual time: nothing that comes to an end takes so long.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// See [`append`]; 0 when it does not come to an end.
+fn append_in(world: &World, numbers: Range<u64>) -> u64 {
+    let work = append(world.node(NODE), numbers);
+    world.run(NODE, LIMIT, work).and_then(Result::ok).unwrap_or(0)
+}
+
+/// See [`shown`].
+fn read_in(world: &World) -> Result<Vec<u64>, String> {
+    let runtime = world.node(NODE);
+    let found = world.run(NODE, LIMIT, async move { shown(&runtime) });
+    found.unwrap_or_else(|| Err("reading does not come to an end".into()))
+}
+
 /// Whether the step was reached.
 fn log_step(how: How, seed: u64, step: u64) -> Result<bool, String> {
     let world = World::new(seed);
     let disk = world.disk(NODE);
     how.arm(&disk, step);
-    let runtime = world.node(NODE);
-    let limit = Duration::from_secs(60);
-    let acknowledged = world.run(NODE, limit, append(runtime, 0..9)).and_then(Result::ok).unwrap_or(0);
+    let acknowledged = append_in(&world, 0..9);
     let reached = disk.is_dead() || disk.faults_met() > 0;
     match how {
         How::Fail | How::Kill => {
@@ -206,12 +220,7 @@ fn log_step(how: How, seed: u64, step: u64) -> Result<bool, String> {
         }
         How::Cut => world.crash(NODE),
     }
-    let read = || {
-        let runtime = world.node(NODE);
-        let found = world.run(NODE, limit, async move { shown(&runtime) });
-        found.unwrap_or_else(|| Err("reading does not come to an end".into()))
-    };
-    let first = read()?;
+    let first = read_in(&world)?;
     if first.last().map_or(0, |last| last + 1) < acknowledged {
         return Err(format!("{acknowledged} were acknowledged, {first:?} are there"));
     }
@@ -219,7 +228,7 @@ fn log_step(how: How, seed: u64, step: u64) -> Result<bool, String> {
         return Err(format!("{first:?} have a hole"));
     }
     world.crash(NODE);
-    let second = read()?;
+    let second = read_in(&world)?;
     // Trimming may have come to its end meanwhile.
     if !first.ends_with(&second) || second.last() != first.last() {
         return Err(format!("readers were shown {first:?}, and {second:?} are there"));
@@ -266,25 +275,17 @@ fn recovery_step(first: How, seed: u64, step: u64, then: u64) -> Result<(bool, b
     let world = World::new(seed);
     let disk = world.disk(NODE);
     first.arm(&disk, step);
-    let runtime = world.node(NODE);
-    let limit = Duration::from_secs(60);
-    let acknowledged = world.run(NODE, limit, append(runtime, 0..9)).and_then(Result::ok).unwrap_or(0);
+    let acknowledged = append_in(&world, 0..9);
     let reached = disk.is_dead() || disk.faults_met() > 0;
     disk.heal();
     world.kill(NODE);
     let met = disk.faults_met();
     disk.cut_power_after(then);
-    let read = || {
-        let runtime = world.node(NODE);
-        let found = world.run(NODE, limit, async move { shown(&runtime) });
-        found.unwrap_or_else(|| Err("reading does not come to an end".into()))
-    };
     // It may have come to its end before the power went, or not.
-    let runtime = world.node(NODE);
-    let later = world.run(NODE, limit, append(runtime, LATER..LATER + 2)).and_then(Result::ok).unwrap_or(0);
+    let later = append_in(&world, LATER..LATER + 2);
     let is_cut = disk.is_dead() || disk.faults_met() > met;
     world.crash(NODE);
-    let there = read()?;
+    let there = read_in(&world)?;
     for (first, count) in [(0, acknowledged), (LATER, later)] {
         if count > 0 && !there.contains(&(first + count - 1)) {
             return Err(format!("{count} from {first} on were acknowledged, {there:?} are there"));

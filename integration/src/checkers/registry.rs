@@ -29,7 +29,7 @@ use crate::{
     workload::attributes,
 };
 
-/// What must be true of the registry's rows, soon after a disk has changed.
+/// How soon the registry's rows follow a disk that has changed.
 const REPORTED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Longer than a report is tried.

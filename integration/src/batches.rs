@@ -1,22 +1,24 @@
 //! A toy machine over the real applier, overlay, client table and stores, against a sorted map: entries that read what earlier ones
-//! of their batch wrote, that are refused after they wrote, that come twice; batches cut in any way; restarts.
+//! of their batch wrote, that are refused after they wrote, that come twice, that are answered by later ones; batches cut in any
+//! way; restarts, from the store and from a checkpoint of it.
 //!
 //! What an entry gives must not depend on how entries are cut into batches, the state not on the store below.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use bytes::Bytes;
 use clutch_log::{Batch, Epoch, Position};
 use clutch_proto::{
-    Time,
+    Refusal, Time,
     rules::v1::{CLIENT_IDLE_LIFETIME_MS, FORGOTTEN_PER_BATCH_MAX},
     state::{Entry, entry::Kind},
     types::{ClientTag, Code},
 };
 use clutch_state::{
     Applied, Applier, BufferedStore, EntryOutcome, Machine, MemoryStore, ProduceContext, RowCache, Stop,
-    Store, StoreError, Table, Tx, View, machine::Effects,
+    Store, StoreError, Table, Tx, View, machine::Effects, store::WriteBatch,
 };
+use parking_lot::Mutex;
 use prost::Message;
 use rand::{Rng as _, SeedableRng as _};
 use rand_chacha::ChaCha8Rng;
@@ -46,6 +48,22 @@ struct ToyEntry {
     /// 0 not, 1 refused at its end, 2 the same if the key of its first act had no row.
     #[prost(uint32, tag = "3")]
     refuse: u32,
+    /// It is answered later, by another entry.
+    #[prost(bool, tag = "4")]
+    promise: bool,
+    /// Whom it answers, as a transaction's last entry does.
+    #[prost(message, optional, tag = "5")]
+    answers: Option<ClientTag>,
+    /// With what: 0 what it saw itself, 1 a refusal, 2 one after which the request may come again.
+    #[prost(uint32, tag = "6")]
+    with: u32,
+}
+
+impl ToyEntry {
+    /// The refusal with which it answers another.
+    fn refusal(&self) -> Option<Code> {
+        [None, Some(Code::NotFound), Some(Code::Busy)][self.with as usize % 3]
+    }
 }
 
 /// What the reads of an entry saw: values, 0 for none.
@@ -106,11 +124,12 @@ impl Machine for Toy {
         _: Position,
         _: Time,
         entry: ToyEntry,
-        _: &mut Effects<Toy>,
+        effects: &mut Effects<Toy>,
     ) -> Result<Applied<Seen>, Stop> {
         let first = entry.acts.first().map(|act| tx.get(ROWS, &act.key)).transpose()?.flatten();
         let refuse = entry.refuse == 1 || entry.refuse == 2 && first.is_none();
         let mut seen = Seen::default();
+        let refusal = entry.refusal();
         for act in entry.acts {
             let row = Value { value: act.value };
             match act.kind {
@@ -128,22 +147,30 @@ impl Machine for Toy {
                 }
             }
         }
+        if let Some(tag) = entry.answers {
+            let answer =
+                refusal.map_or(Ok(seen.clone()), |code| Err(Refusal::new(code, "as it was asked to")));
+            effects.resolved.push((tag, answer));
+        }
         if refuse {
             return Err(Stop::refuse(Code::NotFound, "as it was asked to"));
         }
-        Ok(Applied::Reply(seen))
+        Ok(if entry.promise { Applied::Pending } else { Applied::Reply(seen) })
     }
 }
+
+/// What is known of an entry: nothing yet, what it saw, or why it was refused.
+type ToyOutcome = Option<Result<Vec<u64>, Code>>;
 
 /// The naive machine.
 #[derive(Default)]
 struct Model {
     rows: BTreeMap<Bytes, u64>,
-    outcomes: BTreeMap<(u64, u64), Result<Vec<u64>, Code>>,
+    outcomes: BTreeMap<(u64, u64), ToyOutcome>,
 }
 
 impl Model {
-    fn apply(&mut self, entry: &ToyEntry) -> Result<Vec<u64>, Code> {
+    fn apply(&mut self, entry: &ToyEntry) -> ToyOutcome {
         let tag = entry.tag.as_ref().map(|tag| (tag.client, tag.sequence));
         if let Some(known) = tag.and_then(|tag| self.outcomes.get(&tag)) {
             return known.clone();
@@ -166,12 +193,22 @@ impl Model {
         }
         let outcome = if refuse {
             self.rows = before;
-            Err(Code::NotFound)
+            Some(Err(Code::NotFound))
+        } else if entry.promise {
+            None
         } else {
-            Ok(seen)
+            Some(Ok(seen.clone()))
         };
         if let Some(tag) = tag {
             self.outcomes.insert(tag, outcome.clone());
+        }
+        if let (Some(tag), false) = (entry.answers, refuse) {
+            let tag = (tag.client, tag.sequence);
+            match entry.refusal() {
+                Some(code) if code.is_retryable() => drop(self.outcomes.remove(&tag)),
+                Some(code) => drop(self.outcomes.insert(tag, Some(Err(code)))),
+                None => drop(self.outcomes.insert(tag, Some(Ok(seen)))),
+            }
         }
         outcome
     }
@@ -190,12 +227,14 @@ fn entries(rng: &mut ChaCha8Rng) -> Vec<ToyEntry> {
             made.push(made[again].clone());
             continue;
         }
+        let promise = rng.random_ratio(1, 4);
         let mut acts = Vec::new();
         for _ in 0..rng.random_range(1..6) {
             let kind = rng.random_range(0..5u32);
             let (from, value) = (rng.random_range(0..8u32), rng.random_range(1..1000));
             acts.push(match kind {
-                3 => {
+                // Who is told to come again may be executed again.
+                3 if !promise => {
                     // The caller's word: there was never one of that key.
                     fresh += 1;
                     Act { kind, key: key(fresh), until: Bytes::new(), value }
@@ -204,18 +243,95 @@ fn entries(rng: &mut ChaCha8Rng) -> Vec<ToyEntry> {
                     let until = if rng.random() { key(from + rng.random_range(0..5)) } else { Bytes::new() };
                     Act { kind, key: key(from), until, value: rng.random_range(1..5) }
                 }
-                _ => Act { kind, key: key(from), until: Bytes::new(), value },
+                _ => Act { kind: kind % 3, key: key(from), until: Bytes::new(), value },
             });
         }
         let tag = ClientTag { client: 100 + rng.random_range(0..3), sequence, acknowledged: 0, issued_at: 1 };
-        made.push(ToyEntry { tag: Some(tag), acts, refuse: rng.random_range(0..4u32) % 3 });
+        let promised = made.iter().filter(|entry| entry.promise).map(|entry| entry.tag);
+        let promised: Vec<_> = promised.flatten().collect();
+        let answers = (!promised.is_empty() && rng.random_ratio(1, 3))
+            .then(|| promised[rng.random_range(0..promised.len())]);
+        made.push(ToyEntry {
+            tag: Some(tag),
+            acts,
+            refuse: rng.random_range(0..4u32) % 3,
+            promise,
+            answers,
+            with: rng.random_range(0..3),
+        });
     }
     made
+}
+
+/// A store in memory whose checkpoint is a copy.
+#[derive(Default)]
+struct Copied {
+    rows: MemoryStore,
+    checkpoint: Mutex<Option<Arc<MemoryStore>>>,
+}
+
+impl View for Copied {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.rows.get(table, key)
+    }
+
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        self.rows.visit(table, from, until, each)
+    }
+}
+
+impl Store for Copied {
+    fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
+        self.rows.write(batch)
+    }
+
+    fn flush(&self) -> Result<(), StoreError> {
+        self.rows.flush()
+    }
+
+    fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        self.rows.get_flushed(table, key)
+    }
+
+    fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
+        self.rows.snapshot()
+    }
+
+    fn checkpoint(&self, _: &Path) -> Result<(), StoreError> {
+        let copy = MemoryStore::new();
+        for table in (0..=u8::MAX).map(Table) {
+            let rows = self.rows.scan(table, &[], &[], usize::MAX)?;
+            copy.write(rows.into_iter().map(|(key, row)| (table.stored_key(&key), Some(row))).collect())?;
+        }
+        *self.checkpoint.lock() = Some(Arc::new(copy));
+        Ok(())
+    }
+}
+
+/// A checkpoint stands where the state stands, and has its rows.
+fn check_checkpoint(applier: &Applier<Toy>, below: &Copied) -> Result<(), String> {
+    applier.store().checkpoint(Path::new("anywhere")).map_err(|e| e.to_string())?;
+    let copy = below.checkpoint.lock().take().ok_or("no checkpoint was made")?;
+    let opened = Applier::<Toy>::open(copy.clone()).map_err(|e| e.to_string())?;
+    let rows = |store: &dyn Store| store.scan(ROWS, &[], &[], usize::MAX).map_err(|e| e.to_string());
+    if (opened.position(), opened.hash()) != (applier.position(), applier.hash())
+        || rows(&*copy)? != rows(&**applier.store())?
+    {
+        return Err(format!("a checkpoint at {} is of {}", applier.position(), opened.position()));
+    }
+    Ok(())
 }
 
 /// Applies all entries in batches of up to `batch_max`, and opens the state anew now and then; the hash at the end.
 fn apply(
     entries: &[ToyEntry],
+    below: &Copied,
     store: &dyn Fn() -> Arc<dyn Store>,
     batch_max: usize,
     rng: &mut ChaCha8Rng,
@@ -237,13 +353,17 @@ fn apply(
         for (entry, (_, outcome)) in now.iter().zip(applied.outcomes) {
             let expected = model.apply(entry);
             let found = match outcome {
-                EntryOutcome::Done(Ok(seen)) => Ok(seen.values),
-                EntryOutcome::Done(Err(refusal)) => Err(refusal.code),
-                EntryOutcome::Pending | EntryOutcome::Internal => return Err("not an answer".into()),
+                EntryOutcome::Done(Ok(seen)) => Some(Ok(seen.values)),
+                EntryOutcome::Done(Err(refusal)) => Some(Err(refusal.code)),
+                EntryOutcome::Pending => None,
+                EntryOutcome::Internal => return Err("not an answer".into()),
             };
             if found != expected {
                 return Err(format!("{entry:?} gave {found:?}, and should {expected:?}"));
             }
+        }
+        if rng.random_ratio(1, 6) {
+            check_checkpoint(&applier, below)?;
         }
         if rng.random_ratio(1, 4) {
             applier.store().flush().map_err(|e| e.to_string())?;
@@ -266,7 +386,7 @@ pub fn idle() -> Vec<String> {
     let touch = |client: u64, time: u64| {
         let tag = ClientTag { client, sequence: 1, acknowledged: 0, issued_at: time };
         let act = Act { kind: 1, key: key((client % 8) as u32), until: Bytes::new(), value: client };
-        let entry = ToyEntry { tag: Some(tag), acts: vec![act], refuse: 0 };
+        let entry = ToyEntry { tag: Some(tag), acts: vec![act], ..ToyEntry::default() };
         Bytes::from(
             Entry { stamp: time, kind: Some(Kind::Body(entry.encode_to_vec().into())) }.encode_to_vec(),
         )
@@ -314,7 +434,7 @@ pub fn check(seed: u64) -> Vec<String> {
     for (what, batch_max, buffered) in
         [("entries alone", 1, false), ("batches", 9, false), ("batches over a buffer", 9, true)]
     {
-        let memory: Arc<dyn Store> = Arc::new(MemoryStore::new());
+        let memory = Arc::new(Copied::default());
         let open = || -> Arc<dyn Store> {
             match buffered {
                 // Passes rows on after a few, keeps few.
@@ -323,7 +443,7 @@ pub fn check(seed: u64) -> Vec<String> {
             }
         };
         // The same cuts where the batches are as large.
-        match apply(&entries, &open, batch_max, &mut rng.clone()) {
+        match apply(&entries, &memory, &open, batch_max, &mut rng.clone()) {
             // Outcomes name the position of their batch.
             Ok(hash) if batch_max > 1 => hashes.push(hash),
             Ok(_) => {}

@@ -7,6 +7,7 @@ pub mod coverage;
 pub mod fuzz;
 pub mod generate;
 pub mod golden_logs;
+pub mod hanging;
 pub mod history;
 pub mod hot_paths;
 pub mod names;

@@ -359,7 +359,13 @@ impl Runner {
                 }
             }
             Fault::Stall(party, operations, d) => {
-                self.cluster.world.disk(node(self, party)).stall_after(u64::from(*operations), *d);
+                let disk = self.cluster.world.disk(node(self, party));
+                if self.cluster.cluster_id() % 4 == 3 {
+                    self.cluster.world.note("world: a disk hangs whole");
+                    disk.hang_after(u64::from(*operations), *d);
+                } else {
+                    disk.stall_after(u64::from(*operations), *d);
+                }
             }
             Fault::PowerCut(party, operations, d) => {
                 let node = node(self, party);

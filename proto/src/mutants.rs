@@ -147,11 +147,24 @@ pub enum Mutant {
     SegmentGoesOnUnmarked,
     /// Who followed a clock that was ahead for a while stays ahead. A real bug once.
     FollowerStaysAhead,
+    /// A command over several things whose last failure is certain does not say that an earlier one is unknown.
+    UnknownOverwritten,
+    /// A round of the check that could not look at everything clears what others found.
+    PartialRoundClears,
+    /// What is told the registry counts as told whether or not it was.
+    ReportedBeforeTold,
+    /// Whether disks hang is looked at before they are asked, and wait.
+    HangingSeenLate,
+    /// A checkpoint lacks the rows that wait in memory.
+    CheckpointOfWritten,
+    /// An outcome that is forgotten stays in the stored row.
+    ForgottenInMemory,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
-    pub const ALL: [(Mutant, &'static [&'static str]); 71] = [
+    /// Those of `units` are planted by the tests beside them.
+    pub const ALL: [(Mutant, &'static [&'static str]); 77] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -226,6 +239,12 @@ impl Mutant {
         (Mutant::LabelLookedAtOnce, &["steps"]),
         (Mutant::SegmentGoesOnUnmarked, &["steps"]),
         (Mutant::FollowerStaysAhead, &["registry"]),
+        (Mutant::UnknownOverwritten, &["units"]),
+        (Mutant::PartialRoundClears, &["units"]),
+        (Mutant::ReportedBeforeTold, &["registry"]),
+        (Mutant::HangingSeenLate, &["hanging"]),
+        (Mutant::CheckpointOfWritten, &["batches"]),
+        (Mutant::ForgottenInMemory, &["batches"]),
     ];
 }
 

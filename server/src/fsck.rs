@@ -12,6 +12,7 @@ use clutch_proto::{
     admin::{AdminRequest, Rescan, Row, ScanRows, admin_request::Op},
     cdc::{ListTransactions, cdc_request},
     limits::SCAN_BYTES_MAX,
+    mutants::{self, Mutant},
     session::Role,
 };
 use clutch_shard::{invariants, tables::BY_SLOT};
@@ -68,31 +69,16 @@ pub async fn check(client: &Client, progress: &mut (dyn FnMut(u64, u64) + Send))
     let map = client.refresh_map().await?;
     let shards: Vec<u32> = map.shards.iter().map(|s| s.shard).collect();
     let slots: u32 = map.shards.iter().map(|s| s.slot_last - s.slot_first + 1).sum();
-    let mut result: Option<Checked> = None;
-    let mut agreeing = 0;
+    let mut rounds = Rounds::default();
     for number in 0..ROUNDS_MAX {
         if number > 0 {
             client.runtime().clock.sleep(Duration::from_millis(300)).await;
         }
-        let round = round(client, &shards, progress).await?;
-        if !round.across {
-            // Rounds that could not look at everything neither confirm nor clear anything.
-            result.get_or_insert(round);
-            continue;
-        }
-        agreeing += 1;
-        match &mut result {
-            Some(before) if before.across => {
-                before.counts = round.counts;
-                before.violations.retain(|violation| round.violations.contains(violation))
-            }
-            other => *other = Some(round),
-        }
-        if agreeing >= ROUNDS || result.as_ref().is_some_and(|r| r.violations.is_empty()) {
+        if rounds.take(round(client, &shards, progress).await?) {
             break;
         }
     }
-    let mut result = result.unwrap_or_default();
+    let mut result = rounds.result.unwrap_or_default();
     if slots != 256 {
         result.violations.insert(format!("the registry knows shards for {slots} of 256 slots"));
     }
@@ -101,6 +87,36 @@ pub async fn check(client: &Client, progress: &mut (dyn FnMut(u64, u64) + Send))
         result.violations.insert(text.into());
     }
     Ok(result)
+}
+
+/// What several rounds found, together.
+#[derive(Default)]
+struct Rounds {
+    result: Option<Checked>,
+    /// How many looked at everything.
+    whole: usize,
+}
+
+impl Rounds {
+    /// Takes what one more found; true when that is enough.
+    fn take(&mut self, round: Checked) -> bool {
+        let was_whole = self.result.as_ref().is_some_and(|before| before.across);
+        let is_whole = round.across || was_whole && mutants::is(Mutant::PartialRoundClears);
+        if !is_whole {
+            // Rounds that could not look at everything neither confirm nor clear anything.
+            self.result.get_or_insert(round);
+            return false;
+        }
+        self.whole += 1;
+        match &mut self.result {
+            Some(before) if was_whole => {
+                before.counts = round.counts;
+                before.violations.retain(|violation| round.violations.contains(violation));
+            }
+            other => *other = Some(round),
+        }
+        self.whole >= ROUNDS || self.result.as_ref().is_some_and(|r| r.violations.is_empty())
+    }
 }
 
 async fn in_flight(client: &Client) -> Result<usize> {
@@ -289,4 +305,55 @@ pub async fn rescan(client: &Client) -> Result<Checked> {
         }
     }
     Ok(checked)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn round(across: bool, violations: &[&str]) -> Checked {
+        let violations = violations.iter().map(|what| (*what).to_owned()).collect();
+        Checked { violations, across, ..Checked::default() }
+    }
+
+    /// Whether it looked at everything, and what it found.
+    type Round<'a> = (bool, &'a [&'a str]);
+
+    /// What rounds find together until that is enough, and whether it was.
+    fn together(rounds: &[Round<'_>]) -> (bool, Checked) {
+        let mut all = Rounds::default();
+        let is_enough = rounds.iter().any(|(across, violations)| all.take(round(*across, violations)));
+        (is_enough, all.result.expect("a round was taken"))
+    }
+
+    fn partial_rounds_clear_nothing() -> bool {
+        let (is_enough, found) = together(&[(true, &["lost"]), (false, &[]), (true, &["lost"])]);
+        !is_enough && found.across && found.violations.len() == 1
+    }
+
+    #[test]
+    fn only_what_all_whole_rounds_found_is_wrong() {
+        assert!(partial_rounds_clear_nothing());
+        let cases: [(&[Round<'_>], bool, &[&str]); 6] = [
+            (&[(true, &[])], true, &[]),
+            (&[(true, &["a"])], false, &["a"]),
+            (&[(true, &["a", "b"]), (true, &["b", "c"])], false, &["b"]),
+            (&[(true, &["a"]), (true, &["a"]), (true, &["a"])], true, &["a"]),
+            (&[(false, &["a"]), (true, &["b"])], false, &["b"]),
+            (&[(false, &["a"]), (false, &["b"])], false, &["a"]),
+        ];
+        for (rounds, is_enough, expected) in cases {
+            let found = together(rounds);
+            let violations: Vec<&str> = found.1.violations.iter().map(String::as_str).collect();
+            assert_eq!((found.0, &violations[..]), (is_enough, expected), "{rounds:?}");
+        }
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::PartialRoundClears));
+        let (is_planted, is_right) = (mutants::planted().is_some(), partial_rounds_clear_nothing());
+        mutants::plant(None);
+        assert_ne!(is_planted, is_right);
+    }
 }

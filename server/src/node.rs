@@ -601,6 +601,10 @@ impl Keeper {
         Ok(())
     }
 
+    fn those_that_hang(&self) -> BTreeSet<u64> {
+        self.blocks.iter().filter(|(_, service)| service.hangs()).map(|(id, _)| *id).collect()
+    }
+
     async fn register_services(&mut self) -> Result<()> {
         if self.shards.is_empty() && self.epochs.is_empty() {
             // A node without logs learns the time from those who have some.
@@ -610,10 +614,13 @@ impl Keeper {
         let mut services = Vec::new();
         let mut reported = Vec::new();
         // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
+        let seen_early = self.those_that_hang();
         let spaces =
             futures_util::future::join_all(self.blocks.values().map(|service| service.space())).await;
-        let hanging: BTreeSet<u64> =
-            self.blocks.iter().filter(|(_, service)| service.hangs()).map(|(id, _)| *id).collect();
+        let hanging = match mutants::is(Mutant::HangingSeenLate) {
+            true => seen_early,
+            false => self.those_that_hang(),
+        };
         for id in hanging.difference(&self.hanging) {
             tracing::error!(service = %format!("{id:016x}"), "a disk does not answer; it gets no new blocks until it does");
         }
@@ -643,6 +650,9 @@ impl Keeper {
                     ..types::BlockService::default()
                 });
             }
+        }
+        if mutants::is(Mutant::ReportedBeforeTold) {
+            self.reported.extend(reported.iter().copied());
         }
         if !services.is_empty() {
             self.client.registry(Op::RegisterServices(RegisterServices { services }), true).await?;

@@ -216,7 +216,8 @@ impl ClientTable {
     /// Forgets a pending outcome whose transaction ended with a refusal that may be retried.
     pub fn forget(&mut self, tx: &mut Tx<'_>, tag: &ClientTag) -> Result<(), StoreError> {
         let client = self.client(tx, tag.client)?;
-        client.dirty |= client.outcomes.remove(&tag.sequence).is_some();
+        let was_known = client.outcomes.remove(&tag.sequence).is_some();
+        client.dirty |= was_known && !mutants::is(Mutant::ForgottenInMemory);
         Ok(())
     }
 

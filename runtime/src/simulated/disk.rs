@@ -86,8 +86,14 @@ impl NameChange {
     }
 }
 
-/// Lets so many nanoseconds pass.
-type Pass = Arc<dyn Fn(u64) + Send + Sync>;
+/// The time of the world that a disk is in, in nanoseconds.
+#[derive(Clone)]
+pub(super) struct Time {
+    /// What it is.
+    pub(super) now: Arc<dyn Fn() -> u64 + Send + Sync>,
+    /// Lets so much of it pass.
+    pub(super) pass: Arc<dyn Fn(u64) + Send + Sync>,
+}
 
 #[derive(Default)]
 struct Tree {
@@ -103,8 +109,11 @@ struct Tree {
     misdirect_next: bool,
     /// Operations until one takes long, and how long in nanoseconds.
     stall_after: Option<(u64, u64)>,
-    /// Lets time pass.
-    pass: Option<Pass>,
+    /// Whether all of the disk hangs when an operation takes long, reads too.
+    hangs_whole: bool,
+    /// Until when it does so.
+    hung_until: u64,
+    time: Option<Time>,
     /// Faults that were in fact met.
     faults_met: u64,
     random: u64,
@@ -113,7 +122,7 @@ struct Tree {
 impl Tree {
     /// Another, empty disk in the same place.
     fn fresh(&self) -> Tree {
-        Tree { random: self.random, pass: self.pass.clone(), ..Tree::default() }
+        Tree { random: self.random, time: self.time.clone(), ..Tree::default() }
     }
 
     /// SplitMix64 (Steele, Lea and Flood, 2014): a stream of the disk's own, so that what it draws does not depend on
@@ -191,15 +200,23 @@ impl SimDisk {
     }
 
     /// An empty disk on which operations can take time.
-    pub(super) fn in_time(seed: u64, pass: Pass) -> SimDisk {
-        let tree = Tree { random: seed, pass: Some(pass), ..Tree::default() };
+    pub(super) fn in_time(seed: u64, time: Time) -> SimDisk {
+        let tree = Tree { random: seed, time: Some(time), ..Tree::default() };
         SimDisk { tree: Arc::new(Mutex::new(tree)) }
     }
 
     /// The change of a file after `operations` more takes `lasting`. Meanwhile others go on, unless the change is made in a task
     /// of its node instead of in blocking work; then everybody waits.
     pub fn stall_after(&self, operations: u64, lasting: Duration) {
-        self.tree.lock().stall_after = Some((operations, lasting.as_nanos() as u64));
+        let mut tree = self.tree.lock();
+        tree.stall_after = Some((operations, lasting.as_nanos() as u64));
+        tree.hangs_whole = false;
+    }
+
+    /// As [`SimDisk::stall_after`], but until that change is done nothing else is, and nothing is read.
+    pub fn hang_after(&self, operations: u64, lasting: Duration) {
+        self.stall_after(operations, lasting);
+        self.tree.lock().hangs_whole = true;
     }
 
     /// Loses what was not synced. `below(n)` draws from `0..n`. The disk works again afterwards.
@@ -212,7 +229,7 @@ impl SimDisk {
         tree.files = names.clone();
         tree.durable = names;
         (tree.fail_writes_after, tree.cut_after, tree.dead, tree.misdirect_next) = (None, None, false, false);
-        tree.stall_after = None;
+        (tree.stall_after, tree.hung_until) = (None, 0);
         for inode in tree.files.values() {
             let mut inode = inode.lock();
             inode.forget_unsynced(below);
@@ -228,7 +245,7 @@ impl SimDisk {
     /// What was to fail works again, and nothing is lost: the process has died, or somebody tries again.
     pub fn heal(&self) {
         let mut tree = self.tree.lock();
-        (tree.fail_writes_after, tree.cut_after, tree.dead) = (None, None, false);
+        (tree.fail_writes_after, tree.cut_after, tree.dead, tree.hung_until) = (None, None, false, 0);
     }
 
     /// Sets what goes wrong by chance. Survives a crash.
@@ -248,7 +265,8 @@ impl SimDisk {
 
     /// Whether an operation that takes long is to come.
     pub(super) fn is_about_to_stall(&self) -> bool {
-        self.tree.lock().stall_after.is_some()
+        let tree = self.tree.lock();
+        tree.stall_after.is_some() || tree.hung_until > 0
     }
 
     /// The next write lands at another place of the same file and reports success.
@@ -314,8 +332,30 @@ fn put(image: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
     image[offset as usize..end].copy_from_slice(bytes);
 }
 
+/// Before anything: all of the disk may hang.
+fn wait_for(tree: &Mutex<Tree>) -> io::Result<()> {
+    let (until, time) = {
+        let tree = tree.lock();
+        (tree.hung_until, if tree.hung_until > 0 { tree.time.clone() } else { None })
+    };
+    if let Some(time) = time {
+        match until.saturating_sub((time.now)()) {
+            // Unless it has begun anew.
+            0 => {
+                let mut tree = tree.lock();
+                if tree.hung_until == until {
+                    tree.hung_until = 0;
+                }
+            }
+            left => (time.pass)(left),
+        }
+    }
+    job::check_alive()
+}
+
 /// Before a change: it may take long. Nothing is locked meanwhile, and no lock of the program may be held.
 fn take_time(tree: &Mutex<Tree>) -> io::Result<()> {
+    wait_for(tree)?;
     let stall = {
         let mut tree = tree.lock();
         match &mut tree.stall_after {
@@ -323,7 +363,7 @@ fn take_time(tree: &Mutex<Tree>) -> io::Result<()> {
                 let ns = *ns;
                 tree.stall_after = None;
                 tree.faults_met += 1;
-                tree.pass.clone().map(|pass| (pass, ns))
+                tree.time.clone().map(|time| (time, ns, tree.hangs_whole))
             }
             Some((left, _)) => {
                 *left -= 1;
@@ -332,8 +372,12 @@ fn take_time(tree: &Mutex<Tree>) -> io::Result<()> {
             None => None,
         }
     };
-    if let Some((pass, ns)) = stall {
-        pass(ns);
+    if let Some((time, ns, whole)) = stall {
+        if whole {
+            let until = (time.now)() + ns;
+            tree.lock().hung_until = until;
+        }
+        (time.pass)(ns);
     }
     job::check_alive()
 }
@@ -345,6 +389,7 @@ struct SimFile {
 
 impl File for SimFile {
     fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<usize> {
+        wait_for(&self.tree)?;
         self.tree.lock().charge_read()?;
         let inode = self.inode.lock();
         let start = (offset as usize).min(inode.bytes.len());
@@ -406,10 +451,12 @@ impl File for SimFile {
     }
 
     fn len(&self) -> io::Result<u64> {
+        wait_for(&self.tree)?;
         Ok(self.inode.lock().bytes.len() as u64)
     }
 
     fn allocate(&self, end: u64) -> io::Result<()> {
+        wait_for(&self.tree)?;
         let mut inode = self.inode.lock();
         if end > inode.allocated.max(inode.bytes.len() as u64) {
             self.tree.lock().charge_room()?;
@@ -419,7 +466,7 @@ impl File for SimFile {
     }
 
     fn set_len(&self, len: u64) -> io::Result<()> {
-        job::check_alive()?;
+        wait_for(&self.tree)?;
         self.tree.lock().charge_write()?;
         let mut inode = self.inode.lock();
         inode.allocated = inode.allocated.min(len);
@@ -440,7 +487,7 @@ fn not_found(path: &Path) -> io::Error {
 
 impl Disk for SimDisk {
     fn open(&self, path: &Path, create: bool) -> io::Result<Box<dyn File>> {
-        job::check_alive()?;
+        wait_for(&self.tree)?;
         let mut tree = self.tree.lock();
         tree.alive()?;
         let inode = match tree.files.get(path) {
@@ -458,6 +505,7 @@ impl Disk for SimDisk {
     }
 
     fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        wait_for(&self.tree)?;
         let mut tree = self.tree.lock();
         tree.alive()?;
         for ancestor in path.ancestors() {
@@ -467,6 +515,7 @@ impl Disk for SimDisk {
     }
 
     fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        wait_for(&self.tree)?;
         let mut tree = self.tree.lock();
         tree.alive()?;
         let inside = |p: &&PathBuf| p.parent() == Some(path);
@@ -502,7 +551,7 @@ impl Disk for SimDisk {
     }
 
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
-        job::check_alive()?;
+        wait_for(&self.tree)?;
         let mut tree = self.tree.lock();
         tree.charge_write()?;
         // A journal keeps the order: what came before the last change of this directory is durable with it.
@@ -513,11 +562,13 @@ impl Disk for SimDisk {
     }
 
     fn exists(&self, path: &Path) -> bool {
+        let _ = wait_for(&self.tree);
         let tree = self.tree.lock();
         tree.files.contains_key(path) || tree.directories.contains(path)
     }
 
     fn space(&self, _path: &Path) -> io::Result<(u64, u64)> {
+        wait_for(&self.tree)?;
         let full = self.tree.lock().faults.full;
         Ok((1 << 40, if full { 0 } else { 1 << 40 }))
     }

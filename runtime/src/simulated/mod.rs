@@ -131,7 +131,10 @@ impl World {
                 }
             }
         };
-        let new = || Arc::new(SimDisk::in_time(seed, Arc::new(pass)));
+        let weak = Arc::downgrade(&self.shared);
+        let now = move || weak.upgrade().map_or(0, |shared| shared.executor.lock().now_ns());
+        let new =
+            || Arc::new(SimDisk::in_time(seed, disk::Time { now: Arc::new(now), pass: Arc::new(pass) }));
         self.shared.disks.lock().entry(node).or_insert_with(new).clone()
     }
 

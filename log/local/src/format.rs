@@ -55,11 +55,11 @@ const SEGMENT_MAGIC: &[u8; 8] = b"CLUTLOG1";
 const RECORD_MAGIC: &[u8; 4] = b"CREC";
 const MARK_MAGIC: &[u8; 8] = b"CLUTMRK2";
 /// Larger than any batch with its framing; a longer length is damage.
-const PAYLOAD_BYTES_MAX: u32 = 64 << 20;
+pub(crate) const PAYLOAD_BYTES_MAX: u32 = 64 << 20;
 /// Batches with smaller payloads are not packed: there is little to gain.
-const PACKED_BYTES_MIN: usize = 512;
+pub(crate) const PACKED_BYTES_MIN: usize = 512;
 /// The kind of a packed batch; a reader sees a batch.
-const PACKED_BATCH: u32 = 5;
+pub(crate) const PACKED_BATCH: u32 = 5;
 
 pub(crate) fn segment_name(number: u64) -> String {
     format!("{number:016x}.log")
@@ -80,7 +80,7 @@ pub(crate) fn segment_header(number: u64, cluster: u64) -> [u8; SEGMENT_HEADER_B
     header
 }
 
-fn u32_at(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn u32_at(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"))
 }
 

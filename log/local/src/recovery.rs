@@ -137,18 +137,20 @@ fn scan(
     Ok(scanned)
 }
 
+fn no_mark(dir: &Path) -> LogFault {
+    LogFault::Storage(format!(
+        "{} (the mark of what was synced) is missing or damaged; restore it from a copy",
+        dir.join(MARK_FILE).display()
+    ))
+}
+
 /// The mark of a directory that holds these segments. One without a mark never synced anything, or has lost it: then what
 /// was acknowledged cannot be told from a torn tail.
 fn known_mark(disk: &dyn Disk, dir: &Path, mark: Option<Mark>, numbers: &[u64]) -> Result<Mark, LogFault> {
     let mark = match mark {
         Some(mark) => mark,
         None if is_first_start(disk, dir, numbers) => Mark { first: 1, ..Mark::default() },
-        None => {
-            return Err(LogFault::Storage(format!(
-                "{} (the mark of what was synced) is missing or damaged; restore it from a copy",
-                dir.join(MARK_FILE).display()
-            )));
-        }
+        None => return Err(no_mark(dir)),
     };
     match numbers.last() {
         Some(last) if mark.segment <= *last => Ok(mark),
@@ -210,6 +212,9 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
         };
     }
     if mark.segment < last && scanned.end > first_record_end(disk, dir, last)? {
+        if mark.sequence == 0 {
+            return Err(no_mark(dir));
+        }
         return Err(LogFault::Storage(format!(
             "{} is an older copy: it does not know segment {}; restore the newer one",
             dir.join(MARK_FILE).display(),

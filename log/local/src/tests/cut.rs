@@ -131,3 +131,96 @@ fn a_cut_of_power_leaves_the_old_logs_or_what_remains() {
     }
     assert!(was_old > 10 && was_between > 10 && was_new > 0, "{was_old}, {was_between}, {was_new}");
 }
+
+/// The records of a log in a directory: kind, position, epoch.
+fn records(disk: &dyn Disk, dir: &Path, id: LogId) -> Vec<(RecordKind, u64, u64)> {
+    let mut found = Vec::new();
+    for number in 1..=99 {
+        let Ok(mut reader) = SegmentReader::open(disk, dir, number) else { continue };
+        while let Some(record) = reader.next_record().expect("reads") {
+            if record.log == id {
+                found.push((record.kind, record.position.0, record.epoch.0));
+            }
+        }
+    }
+    found
+}
+
+#[test]
+fn a_reign_of_the_lost_future_is_over_also_in_what_remains() {
+    let world = World::new(6);
+    let runtime = world.node(NODE);
+    world.run(NODE, Duration::from_secs(60), async move {
+        let options = Options { cluster: 9, ..Options::default() };
+        let engine = LocalEngine::open(&runtime, "log".into(), options).expect("opens");
+        for id in LOGS {
+            for epoch in 1..=3 {
+                let log = engine.log(id).await.expect("opens a log");
+                let outcome = log.propose(Epoch(epoch), vec![entry(id, epoch, 0)]).expect("is taken").await;
+                assert!(matches!(outcome, Outcome::Committed(_)), "{outcome:?}");
+            }
+        }
+    });
+    let (disk, dir) = (world.disk(NODE), Path::new("log"));
+    // One in the middle of its second reign, the other whole.
+    let kept = |position| Kept { position: Position(position), entries: usize::MAX };
+    let keep = BTreeMap::from([(LOGS[0], kept(4)), (LOGS[1], kept(6))]);
+    prepare(&*disk, dir, &keep).expect("is made ready");
+    let (epoch, batch) = (RecordKind::Epoch, RecordKind::Batch);
+    let whole =
+        vec![(epoch, 1, 1), (batch, 2, 1), (epoch, 3, 2), (batch, 4, 2), (epoch, 5, 3), (batch, 6, 3)];
+    assert_eq!(records(&*disk, &prepared(dir), LOGS[0]), [&whole[..4], &[(epoch, 5, 3)]].concat());
+    assert_eq!(records(&*disk, &prepared(dir), LOGS[1]), whole);
+}
+
+#[test]
+fn what_was_made_ready_can_be_thrown_away() {
+    let (world, keep) = filled();
+    let (disk, dir) = (world.disk(NODE), Path::new("log"));
+    prepare(&*disk, dir, &keep).expect("is made ready");
+    assert!(!disk.list(&prepared(dir)).expect("lists").is_empty());
+    crate::cut::discard(&*disk, dir).expect("is removed");
+    assert!(disk.list(&prepared(dir)).expect("lists").is_empty());
+    assert!(put_in_place(&*disk, dir).is_err(), "nothing is ready");
+}
+
+#[test]
+fn damage_before_the_mark_is_refused_and_a_torn_tail_does_not_remain() {
+    let (world, keep) = filled();
+    let (disk, dir) = (world.disk(NODE), Path::new("log"));
+    let mark = recovery::read_mark(&*disk, dir).expect("reads").expect("a mark");
+    let last = dir.join(format::segment_name(mark.segment));
+    // Behind the mark, at it, and before it.
+    let file = disk.open(&last, false).expect("opens");
+    file.write_at(&[7; 90], mark.offset).expect("writes");
+    prepare(&*disk, dir, &keep).expect("what is behind the mark does not matter");
+    assert_eq!(read(&*disk, &prepared(dir)).expect("reads"), expected());
+    assert!(disk.corrupt(&last, mark.offset - 1, 0x20));
+    let refused = prepare(&*disk, dir, &keep).map(drop);
+    assert!(matches!(refused, Err(LogFault::Corrupt { .. })), "{refused:?}");
+}
+
+#[test]
+fn more_is_copied_than_is_written_at_once() {
+    let world = World::new(7);
+    let runtime = world.node(NODE);
+    let noise = |number: u32| -> Bytes {
+        (0..150_000).flat_map(|n| scattered(number * 1_000_000 + n).to_le_bytes()).collect::<Vec<u8>>().into()
+    };
+    world.run(NODE, Duration::from_secs(60), async move {
+        let options = Options { cluster: 9, ..Options::default() };
+        let engine = LocalEngine::open(&runtime, "log".into(), options).expect("opens");
+        let log = engine.log(LOGS[0]).await.expect("opens a log");
+        for number in 0..16 {
+            let outcome = log.propose(Epoch(1), vec![noise(number)]).expect("is taken").await;
+            assert!(matches!(outcome, Outcome::Committed(_)), "{outcome:?}");
+        }
+    });
+    let (disk, dir) = (world.disk(NODE), Path::new("log"));
+    let keep = BTreeMap::from([(LOGS[0], Kept { position: Position(17), entries: 1 })]);
+    prepare(&*disk, dir, &keep).expect("is made ready");
+    assert_eq!(read(&*disk, &prepared(dir)).expect("reads"), read(&*disk, dir).expect("reads"));
+    let mark = recovery::read_mark(&*disk, &prepared(dir)).expect("reads").expect("a mark");
+    let length = disk.read(&prepared(dir).join(format::segment_name(1))).expect("reads").len() as u64;
+    assert_eq!((mark.segment, mark.offset, mark.first), (1, length, 1));
+}

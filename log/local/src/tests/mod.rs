@@ -8,7 +8,9 @@ use clutch_runtime::simulated::{NodeId, World};
 use super::*;
 
 mod cut;
+mod edges;
 mod holes;
+mod writing;
 
 struct LocalHarness {
     runtime: Runtime,

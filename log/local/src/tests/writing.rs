@@ -1,0 +1,244 @@
+//! The writer's own rules: when segments end, what room it asks for and says when there is none, what stays in memory, what may be
+//! trimmed; and that whoever follows the records names exactly what is missing.
+
+use std::path::Path;
+
+use clutch_runtime::simulated::DiskFaults;
+
+use super::{
+    edges::{append, batch, in_world},
+    *,
+};
+use crate::continuity::Continuity;
+
+const DIR: &str = "log";
+
+fn options() -> Options {
+    Options { segment_bytes_max: 6 << 10, ..small() }
+}
+
+/// Of every segment on disk, oldest first: its number, its size, and the last position of the log in it.
+fn segments(disk: &dyn Disk) -> Vec<(u64, u64, Position)> {
+    let mut found = Vec::new();
+    for number in 1..=99 {
+        let Ok(mut reader) = SegmentReader::open(disk, Path::new(DIR), number) else { continue };
+        let mut last = Position(0);
+        while let Some(record) = reader.next_record().expect("reads") {
+            last = if record.kind == RecordKind::Groups { last } else { record.position };
+        }
+        found.push((number, reader.offset(), last));
+    }
+    found
+}
+
+#[test]
+fn segments_end_where_the_next_record_would_not_fit() {
+    let world = World::new(41);
+    let (runtime, disk) = (world.node(NODE), world.disk(NODE));
+    in_world(&world, async move {
+        let engine = LocalEngine::open(&runtime, DIR.into(), options()).expect("opens");
+        let log = engine.log(LogId::CDC).await.expect("opens");
+        append(&log, Epoch(1), 0..20).await;
+        let sizes: Vec<u64> = segments(&*disk).into_iter().map(|(_, bytes, _)| bytes).collect();
+        // A record of such a batch, as it is reckoned before it is encoded: 48 bytes, the entries, 4 for each of them.
+        let record: u64 = 48 + batch(0).iter().map(|entry| entry.len() as u64 + 4).sum::<u64>();
+        let (open, closed) = sizes.split_last().expect("segments");
+        assert!(closed.len() > 2, "{sizes:?}");
+        for bytes in closed {
+            assert!(*bytes <= 6 << 10 && bytes + record > 6 << 10, "{sizes:?}");
+        }
+        // One that fits exactly does not end it.
+        let left = (6 << 10) - open;
+        let fits = left - 48 - 4;
+        let exact: Vec<u8> = (0..fits as u32).map(|n| scattered(n) as u8).collect();
+        let commit = log.propose(Epoch(1), vec![exact.into()]).expect("leads");
+        assert!(matches!(commit.await, Outcome::Committed(_)));
+        let after = segments(&*disk);
+        assert_eq!((after.len(), after[after.len() - 1].1), (sizes.len(), 6 << 10));
+        // What is larger than a segment has one of its own.
+        let large: Vec<u8> = (0..9000u32).map(|n| scattered(n) as u8).collect();
+        for _ in 0..2 {
+            let commit = log.propose(Epoch(1), vec![large.clone().into()]).expect("leads");
+            assert!(matches!(commit.await, Outcome::Committed(_)));
+        }
+        assert_eq!(segments(&*disk).len(), sizes.len() + 2);
+    });
+}
+
+#[test]
+fn without_room_it_says_so_and_goes_on_when_there_is_some() {
+    let world = World::new(42);
+    let (runtime, disk) = (world.node(NODE), world.disk(NODE));
+    in_world(&world, async move {
+        let engine = LocalEngine::open(&runtime, DIR.into(), options()).expect("opens");
+        let log = engine.log(LogId::CDC).await.expect("opens");
+        append(&log, Epoch(1), 0..7).await;
+        let last = log.bounds().last;
+        disk.set_faults(DiskFaults { full: true, ..DiskFaults::default() });
+        // What was set aside in the open segment is used up first.
+        let mut taken = 0;
+        loop {
+            match log.propose(Epoch(1), batch(100)).expect("leads").await {
+                Outcome::Committed(position) => {
+                    taken += 1;
+                    assert_eq!(position.0, last.0 + taken);
+                }
+                Outcome::NoRoom => break,
+                other => panic!("on a full disk: {other:?}"),
+            }
+        }
+        assert!(taken < 7, "{taken} batches on a full disk");
+        // So are smaller records.
+        let mut begun = 0;
+        let refused = loop {
+            match engine.log(LogId::shard(begun)).await {
+                Ok(_) => begun += 1,
+                Err(fault) => break fault,
+            }
+        };
+        assert!(matches!(refused, LogFault::NoRoom(_)) && begun < 25, "{refused:?} after {begun}");
+        let refused = log.seal().await;
+        assert!(matches!(refused, Err(LogFault::NoRoom(_))), "{refused:?}");
+        // Giving something back needs none.
+        log.trim(Position(4)).await.expect("trims");
+        disk.set_faults(DiskFaults::default());
+        append(&log, Epoch(1), 0..20).await;
+        assert_eq!(log.bounds().last.0, last.0 + taken + 20);
+    });
+    world.crash(NODE);
+    let recovered = recovery::recover(&*world.disk(NODE), Path::new(DIR), 0).expect("recovers");
+    assert!(recovered.groups[&LogId::CDC].next.0 > 28);
+}
+
+#[test]
+fn memory_keeps_the_newest_records_up_to_a_limit_and_always_one() {
+    for (tail_bytes_max, kept) in [(3 * 1034, 3), (3 * 1034 - 1, 2), (1, 1)] {
+        let world = World::new(43);
+        let runtime = world.node(NODE);
+        in_world(&world, async move {
+            let options = Options { tail_bytes_max, ..options() };
+            let engine = LocalEngine::open(&runtime, DIR.into(), options).expect("opens");
+            let log = engine.log(LogId::CDC).await.expect("opens");
+            append(&log, Epoch(1), 0..12).await;
+            let group = engine.handle.shared.groups.lock()[&LogId::CDC].clone();
+            let state = group.state.lock();
+            // 64 bytes for each, and 32 for each of its two entries.
+            let weight =
+                |record: &TailRecord| record.batch.entries.iter().map(|e| e.len() + 32).sum::<usize>() + 64;
+            let weights: Vec<usize> = state.tail.iter().map(weight).collect();
+            assert_eq!((weights.len(), weights.iter().sum::<usize>()), (kept, state.tail_bytes));
+            assert!(weights.iter().all(|weight| *weight == 1034), "{weights:?}");
+            assert_eq!(state.tail.back().expect("one").batch.position, log.bounds().last);
+        });
+    }
+}
+
+#[test]
+fn a_segment_goes_when_nothing_in_it_is_needed_and_not_before() {
+    let world = World::new(44);
+    let (runtime, disk) = (world.node(NODE), world.disk(NODE));
+    in_world(&world, async move {
+        let engine = LocalEngine::open(&runtime, DIR.into(), options()).expect("opens");
+        let log = engine.log(LogId::CDC).await.expect("opens");
+        append(&log, Epoch(1), 0..30).await;
+        let all = segments(&*disk);
+        assert!(all.len() > 4, "{all:?}");
+        for floor in 1..=40 {
+            log.trim(Position(floor)).await.expect("trims");
+            let left: Vec<u64> = segments(&*disk).into_iter().map(|(number, ..)| number).collect();
+            let open = all[all.len() - 1].0;
+            let expected = all.iter().filter(|(number, _, last)| last.0 > floor || *number == open);
+            assert_eq!(left, expected.map(|(number, ..)| *number).collect::<Vec<_>>(), "up to {floor}");
+            for (number, ..) in &all[..all.len() - 1] {
+                let index = recovery::index_path(Path::new(DIR), *number);
+                assert_eq!(disk.exists(&index), left.contains(number), "the index goes with its segment");
+            }
+            // A smaller one does not bring it back.
+            log.trim(Position(0)).await.expect("trims");
+        }
+        // What another log needs stays, too.
+        let other = engine.log(LogId::shard(2)).await.expect("opens");
+        append(&other, Epoch(1), 0..1).await;
+        append(&log, Epoch(1), 0..20).await;
+        let before = segments(&*disk).len();
+        log.trim(Position(99)).await.expect("trims");
+        assert_eq!(segments(&*disk).len(), before);
+        other.trim(Position(99)).await.expect("trims");
+        assert_eq!(segments(&*disk).len(), 1);
+    });
+}
+
+fn groups(lines: &[(LogId, u64)]) -> Record {
+    let line = |(log, last): &(LogId, u64)| {
+        let line = format::GroupLine { log: *log, last: Position(*last), epoch: Epoch(1), sealed: None };
+        format::encode_group(&line)
+    };
+    Record {
+        kind: RecordKind::Groups,
+        log: LogId { role: 0, number: 0 },
+        position: Position(0),
+        epoch: Epoch(0),
+        entries: lines.iter().map(line).collect(),
+    }
+}
+
+fn record(log: LogId, position: u64) -> Record {
+    Record { kind: RecordKind::Batch, log, position: Position(position), epoch: Epoch(1), entries: vec![] }
+}
+
+/// What is wrong, where: position, file, sentence.
+fn fault(result: Result<(), LogFault>) -> (u64, String, String) {
+    match result {
+        Err(LogFault::Corrupt { position, file, what, .. }) => (position.0, file, what),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn what_does_not_follow_is_named_with_its_file_and_its_positions() {
+    let (cdc, other) = (LogId::CDC, LogId::shard(4));
+    let follow = || {
+        let mut continuity = Continuity::default();
+        continuity.begin(7, &groups(&[(cdc, 4), (other, 0)])).expect("the first says where all begins");
+        continuity.record(&record(cdc, 5), 100).expect("follows");
+        continuity.span(cdc, Position(6), Position(9), 32).expect("follows");
+        continuity
+    };
+    let (seventh, eighth) = (format::segment_name(7), format::segment_name(8));
+    let (position, file, what) = fault(follow().record(&record(cdc, 12), 300));
+    assert_eq!((position, &file), (10, &seventh));
+    assert!(what.starts_with("positions 10 to 11 of "), "{what}");
+    let (position, _, what) = fault(follow().record(&record(cdc, 11), 300));
+    assert!(position == 10 && what.starts_with("position 10 of "), "{what}");
+    for again in [9, 5, 1] {
+        let (position, _, what) = fault(follow().record(&record(cdc, again), 300));
+        assert_eq!(position, 10);
+        assert!(
+            what.starts_with(&format!("position {again} of ")) && what.ends_with("comes again after 9"),
+            "{what}"
+        );
+    }
+    // An index whose end is before its beginning.
+    let (position, _, _) = fault(follow().span(cdc, Position(10), Position(9), 32));
+    assert_eq!(position, 10);
+    follow().span(cdc, Position(10), Position(10), 32).expect("one is enough");
+    // The next segment knows more, less, or nothing of a log.
+    follow().begin(8, &groups(&[(cdc, 9)])).expect("follows; a log without records needs no line");
+    let (position, file, what) = fault(follow().begin(8, &groups(&[(cdc, 12)])));
+    assert_eq!((position, &file), (10, &seventh));
+    assert!(what.starts_with("positions 10 to 12 of "), "{what}");
+    let (position, file, what) = fault(follow().begin(8, &groups(&[(cdc, 8)])));
+    assert_eq!((position, &file), (9, &eighth));
+    assert!(
+        what.contains("begins after position 8 of") && what.contains(&format!("{seventh} holds 9")),
+        "{what}"
+    );
+    let (position, file, what) = fault(follow().begin(8, &groups(&[])));
+    assert_eq!((position, &file), (9, &eighth));
+    assert!(what.contains("does not know"), "{what}");
+    let mut garbled = groups(&[(cdc, 9)]);
+    garbled.entries[0] = garbled.entries[0].slice(..31);
+    let (_, file, _) = fault(follow().begin(8, &garbled));
+    assert_eq!(file, eighth);
+    assert_eq!((follow().last(cdc), follow().last(LogId::shard(5))), (Some(Position(9)), None));
+}

@@ -1,4 +1,5 @@
-//! Acknowledged bytes are never lost and never wrong, as long as no more disks are bad than parity makes up for; and no
+//! Acknowledged bytes are never lost and never wrong, as long as no more disks are bad than parity makes up for (that which a
+//! span was written with: some of it, where disks were missing); and no
 //! disk holds a block that the metadata does not know, or lacks one that it has proven.
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
@@ -9,7 +10,7 @@ use clutch_runtime::simulated::SimDisk;
 use super::{Evidence, Violation};
 use crate::{
     history::History,
-    oracle::Source,
+    oracle::{Source, Span},
     sim_cluster::{CLIENT, SimCluster, disk_node},
     workload::Worker,
 };
@@ -45,6 +46,16 @@ fn read_back(cluster: &SimCluster, history: &Arc<History>, files: Vec<InodeId>) 
     })
 }
 
+/// Whether a span was written with less parity than its policy says and then too many of its disks became bad.
+fn is_beyond(cluster: &SimCluster, span: &Span) -> bool {
+    let (services, config) = (cluster.service_ids(), cluster.config());
+    let is_sound =
+        |id: &u64| services.iter().position(|s| s == id).is_some_and(|disk| cluster.is_sound(disk as u32));
+    let sound = span.blocks.iter().filter(|(service, _)| is_sound(service)).count();
+    span.blocks.len() < (config.data_blocks + config.parity_blocks) as usize
+        && sound < config.data_blocks as usize
+}
+
 /// Compares what is stored with what was acknowledged.
 pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) -> Vec<Violation> {
     let mut violations = Vec::new();
@@ -59,8 +70,11 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
             let Some(file) = InodeId::from_wire(*id) else { continue };
             let Some(expected) = history.bytes_of_content(file, row.content) else { continue };
             let extents = shard.oracle.contents.get(&row.content).map_or(&[][..], |c| &c.extents);
-            if extents.iter().any(|(_, _, source)| source.span().is_some()) {
-                in_blocks.push(file);
+            let mut spans = extents.iter().filter_map(|(_, _, source)| source.span()).peekable();
+            if spans.peek().is_some() {
+                if !spans.any(|id| shard.oracle.spans.get(&id).is_some_and(|span| is_beyond(cluster, span))) {
+                    in_blocks.push(file);
+                }
                 continue;
             }
             let mut stored = Vec::new();

@@ -151,7 +151,7 @@ pub enum Mutant {
     UnknownOverwritten,
     /// A round of the check that could not look at everything clears what others found.
     PartialRoundClears,
-    /// What is told the registry counts as told whether or not it was.
+    /// A report to the registry counts as told whether or not it was, and is not compared with the registry's row.
     ReportedBeforeTold,
     /// Whether disks hang is looked at before they are asked, and wait.
     HangingSeenLate,
@@ -159,12 +159,14 @@ pub enum Mutant {
     CheckpointOfWritten,
     /// An outcome that is forgotten stays in the stored row.
     ForgottenInMemory,
+    /// A report of an earlier process that came late stays what the registry knows. A real bug once.
+    LateReportStays,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
     /// Those of `units` are planted by the tests beside them.
-    pub const ALL: [(Mutant, &'static [&'static str]); 77] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 78] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -245,6 +247,7 @@ impl Mutant {
         (Mutant::HangingSeenLate, &["hanging"]),
         (Mutant::CheckpointOfWritten, &["batches"]),
         (Mutant::ForgottenInMemory, &["batches"]),
+        (Mutant::LateReportStays, &["registry"]),
     ];
 }
 

@@ -20,7 +20,7 @@ use clutch_proto::{
     Refusal, ServiceId, Time, cdc,
     mutants::{self, Mutant},
     registry::{
-        self, GetChain, PlaceCdc, PlaceShard, RegisterServices, Segment, SpanPolicy, SwapChain,
+        self, GetChain, Map, PlaceCdc, PlaceShard, RegisterServices, Segment, SpanPolicy, SwapChain,
         registry_entry, registry_request::Op,
     },
     rules,
@@ -581,19 +581,14 @@ struct Keeper {
 impl Keeper {
     /// The first round before it returns, the others as a task.
     async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
-        self.register_services().await?;
-        self.log_services().await?;
+        self.round().await?;
         self.place().await?;
         let runtime = self.client.runtime().clone();
         runtime.spawn("keeper", async move {
             let clock = self.client.runtime().clock.clone();
             while !stopping.load(Ordering::Relaxed) {
                 clock.sleep(REFRESH).await;
-                let round = async {
-                    self.register_services().await?;
-                    self.log_services().await
-                };
-                if let Err(error) = round.await {
+                if let Err(error) = self.round().await {
                     tracing::warn!(%error, "compare with the registry");
                 }
             }
@@ -605,12 +600,24 @@ impl Keeper {
         self.blocks.iter().filter(|(_, service)| service.hangs()).map(|(id, _)| *id).collect()
     }
 
-    async fn register_services(&mut self) -> Result<()> {
+    /// Compares with the registry: it learns of this node's disks, and the shards here of all.
+    async fn round(&mut self) -> Result<()> {
+        let mut map = self.client.refresh_map().await?;
         if self.shards.is_empty() && self.epochs.is_empty() {
             // A node without logs learns the time from those who have some.
-            self.client.refresh_map().await?;
             self.clock.hear(self.client.seen_time());
         }
+        if self.register_services(&map).await? {
+            map = self.client.refresh_map().await?;
+        }
+        self.log_services(&map).await
+    }
+
+    /// Tells the registry what is new of this node's disks, and what it has otherwise: a report of an earlier process here may
+    /// have come late and been taken for the newest. True when there was something to tell.
+    async fn register_services(&mut self, map: &Map) -> Result<bool> {
+        let rows = map.services.iter().filter(|row| self.blocks.contains_key(&row.service_id));
+        let rows: BTreeMap<u64, &types::BlockService> = rows.map(|row| (row.service_id, row)).collect();
         let mut services = Vec::new();
         let mut reported = Vec::new();
         // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
@@ -639,12 +646,22 @@ impl Keeper {
                     > capacity_bytes.min((*r).max(available_bytes).saturating_mul(4)) / SPACE_STEP
                     && !mutants::is(Mutant::SpaceReportedOnce)
             });
-            if moved {
+            let failure_domain = format!("{}/{id:x}", self.address);
+            let is_known = rows.get(id).is_some_and(|row| {
+                (&row.address, &row.failure_domain) == (&self.address, &failure_domain)
+                    && row.capacity_bytes == capacity_bytes
+                    && Some(&row.available_bytes) == self.reported.get(id)
+            });
+            let is_believed = mutants::is(Mutant::LateReportStays) || mutants::is(Mutant::ReportedBeforeTold);
+            if moved || !is_known && !is_believed {
+                if !moved {
+                    self.client.runtime().note("node: the registry has another report of a disk");
+                }
                 reported.push((*id, available_bytes));
                 services.push(types::BlockService {
                     service_id: *id,
                     address: self.address.clone(),
-                    failure_domain: format!("{}/{id:x}", self.address),
+                    failure_domain,
                     capacity_bytes,
                     available_bytes,
                     ..types::BlockService::default()
@@ -654,19 +671,19 @@ impl Keeper {
         if mutants::is(Mutant::ReportedBeforeTold) {
             self.reported.extend(reported.iter().copied());
         }
-        if !services.is_empty() {
+        let is_news = !services.is_empty();
+        if is_news {
             self.client.registry(Op::RegisterServices(RegisterServices { services }), true).await?;
         }
         self.reported.extend(reported);
-        Ok(())
+        Ok(is_news)
     }
 
     /// Takes the registry's list of services over: for placement at once, into the shards' logs if it is new.
-    async fn log_services(&mut self) -> Result<()> {
+    async fn log_services(&mut self, map: &Map) -> Result<()> {
         if self.shards.is_empty() {
             return Ok(());
         }
-        let map = self.client.refresh_map().await?;
         *self.facts.services.write().unwrap_or_else(|e| e.into_inner()) = Arc::new(map.services.clone());
         if map.services_version == self.logged_version {
             return Ok(());

@@ -9,7 +9,7 @@ use clutch_log::{LogId, Position};
 use clutch_log_sim::Faults;
 use clutch_proto::{
     InodeId,
-    registry::{RegistryReply, RegistryRequest, SetServiceFlags, registry_request::Op},
+    registry::{RegisterServices, RegistryReply, RegistryRequest, SetServiceFlags, registry_request::Op},
     session::Role,
     shard::{Layout, shard_reply::Reply, shard_request},
     types::{BlockService, ShardPlacement},
@@ -186,11 +186,27 @@ fn probe_all(cluster: &SimCluster) -> Result<(), String> {
     disk.set_faults(DiskFaults::default());
     full?;
     agree(cluster, "with room on disk 0 again")?;
+    report_late(cluster)?;
+    agree(cluster, "after a late report")?;
     let blocks = cluster.config().data_blocks + cluster.config().parity_blocks;
     if (0..cluster.config().disks).filter(|disk| cluster.is_labelled(*disk)).count() < blocks as usize {
         return Ok(());
     }
     patiently(cluster, || write_at_full_width(cluster, blocks))
+}
+
+/// A report of disk 0 arrives that an earlier process of its node once sent, when it had no room.
+fn report_late(cluster: &SimCluster) -> Result<(), String> {
+    let (client, id) = (cluster.client(), cluster.service_ids()[0]);
+    let reported = cluster.world.run(CLIENT, REPORTED_WITHIN * 2, async move {
+        let map = client.refresh_map().await?;
+        let rows = map.services.iter().filter(|row| row.service_id == id);
+        let services =
+            rows.map(|row| BlockService { capacity_bytes: 0, available_bytes: 0, ..row.clone() }).collect();
+        client.registry(Op::RegisterServices(RegisterServices { services }), true).await
+    });
+    let failed = |e: ClientError| format!("a late report: {e}");
+    reported.ok_or("a late report does not come to an end")?.map(drop).map_err(failed)
 }
 
 /// Clears all flags and writes, again and again while disks are on their way.

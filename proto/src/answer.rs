@@ -47,7 +47,7 @@ mod tests {
     use crate::{
         admin::{AdminRequest, ReadLog, ScanRows, Status, admin_request},
         cdc::{CdcRequest, ListTransactions, MakeDirectory, cdc_request},
-        registry::{GetMap, RegistryRequest, registry_request},
+        registry::{GetMap, PlaceShard, RegistryRequest, registry_request},
         shard::{
             ContentHistory, CreateFile, History, Layout, Lookup, ReadDir, ShardRequest, Stat, VisitBlocks,
             VisitDeadSpans, VisitInodes, VisitPastContents, VisitTransients, shard_request::Op,
@@ -79,6 +79,8 @@ mod tests {
         }
         let map = RegistryRequest { op: Some(registry_request::Op::GetMap(GetMap::default())) };
         assert_eq!(bytes_max(Role::Registry, false, &map.encode_to_vec()), PAGE_BYTES);
+        let place = RegistryRequest { op: Some(registry_request::Op::PlaceShard(PlaceShard::default())) };
+        assert_eq!(bytes_max(Role::Registry, false, &place.encode_to_vec()), 0);
         let list = CdcRequest { op: Some(cdc_request::Op::ListTransactions(ListTransactions::default())) };
         assert_eq!(bytes_max(Role::Cdc, false, &list.encode_to_vec()), PAGE_BYTES);
         let make = CdcRequest { op: Some(cdc_request::Op::MakeDirectory(MakeDirectory::default())) };

@@ -253,6 +253,105 @@ mod tests {
         assert!(Claims::verify(&good, &[Key { epoch: 3, secret: [8; 32] }]).is_err());
     }
 
+    const KEY: Key = Key { epoch: 3, secret: [7; 32] };
+
+    fn claims(operation: Operation) -> Claims {
+        Claims {
+            operation,
+            cluster: 1,
+            service: ServiceId(2),
+            block: BlockId(3),
+            size: 4096,
+            crc: 5,
+            time: Time(1_000_000_000),
+            expiry: Time(2_000_000_000),
+        }
+    }
+
+    #[test]
+    fn every_operation_and_proof_survives_its_signature_and_keys_are_not_shown() {
+        use Operation::{Check, Erase, Erased, Read, Write, Written};
+        for operation in [Write, Read, Erase, Check, Written, Erased] {
+            let signed = claims(operation).sign(&KEY);
+            assert_eq!(signed.len(), CERTIFICATE_BYTES);
+            assert_eq!(Claims::verify(&signed, &[KEY]), Ok(claims(operation)));
+        }
+        let proof = claims(Write).proof(Written, Time(9));
+        assert_eq!(proof, Claims { operation: Written, time: Time(9), expiry: Time(0), ..claims(Write) });
+        let shown = format!("{KEY:?}");
+        assert!(shown.contains('3') && !shown.contains("7, 7") && !shown.is_empty(), "{shown}");
+    }
+
+    #[test]
+    fn grants_hold_up_to_their_edges_and_not_beyond() {
+        const MS: u64 = 1_000_000;
+        let skew_ms = 100;
+        let check = |claims: &Claims, now: u64| {
+            claims
+                .check_grant(claims.operation, 1, ServiceId(2), Time(now), skew_ms)
+                .err()
+                .map(|refusal| (refusal.code, refusal.detail))
+        };
+        let write = claims(Operation::Write);
+        // Signed as far ahead as clocks may be.
+        let earliest = write.time.0 - (skew_ms + CLOCK_AHEAD_MS_MAX) * MS;
+        assert_eq!(check(&write, earliest), None);
+        let (code, detail) = check(&write, earliest - 1).expect("is refused");
+        assert!(code == Code::BadCertificate && detail.contains("future"), "{detail}");
+        // Good for as long as one may be.
+        let lifetime = CERTIFICATE_LIFETIME_MS * MS;
+        for (operation, longer, is_good) in [
+            (Operation::Write, 0, true),
+            (Operation::Write, 1, false),
+            (Operation::Read, 1, false),
+            (Operation::Check, 1, false),
+            // An erase names the end of the grants before it.
+            (Operation::Erase, 1, true),
+        ] {
+            let grant = Claims { expiry: Time(write.time.0 + lifetime + longer), ..claims(operation) };
+            let now = if operation == Operation::Erase { u64::MAX } else { write.time.0 };
+            let refused = check(&grant, now);
+            assert_eq!(refused.is_none(), is_good, "{operation:?}: {refused:?}");
+            assert!(is_good || refused.expect("is refused").1.contains("longer"));
+        }
+        // Until its end, and for an erase from then on and twice the skew.
+        assert_eq!(check(&write, write.expiry.0), None);
+        assert_eq!(check(&write, write.expiry.0 + 1).expect("is refused").0, Code::CertificateExpired);
+        let erase = claims(Operation::Erase);
+        let from = erase.expiry.0 + 2 * skew_ms * MS;
+        assert_eq!(check(&erase, from), None);
+        assert_eq!(check(&erase, from - 1).expect("is refused").0, Code::TooEarly);
+    }
+
+    #[test]
+    fn what_the_cluster_itself_asks_is_known_by_all_of_its_tag_and_body() {
+        let tag = ClientTag { client: 1, sequence: 2, acknowledged: 1, issued_at: 9 };
+        let (key, body) = ([5; 32], &b"body"[..]);
+        let mac = system_mac(&key, &tag, body);
+        assert_eq!(mac.len(), 16);
+        assert!(is_system_mac(&key, &tag, body, &mac));
+        for bit in 0..mac.len() * 8 {
+            let mut flipped = mac.to_vec();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert!(!is_system_mac(&key, &tag, body, &flipped), "bit {bit}");
+        }
+        for wrong in [&mac[..15], &[], &[&mac[..], &[0]].concat()] {
+            assert!(!is_system_mac(&key, &tag, body, wrong));
+        }
+        // Two flips must not make up for each other.
+        let twice: Vec<u8> = mac.iter().enumerate().map(|(n, byte)| byte ^ u8::from(n < 2)).collect();
+        assert!(!is_system_mac(&key, &tag, body, &twice));
+        assert!(!is_system_mac(&[6; 32], &tag, body, &mac) && !is_system_mac(&key, &tag, b"bodY", &mac));
+        for other in [
+            ClientTag { client: 2, ..tag },
+            ClientTag { sequence: 3, ..tag },
+            ClientTag { acknowledged: 0, ..tag },
+            ClientTag { issued_at: 8, ..tag },
+        ] {
+            assert!(!is_system_mac(&key, &other, body, &mac), "{other:?}");
+        }
+    }
+
     #[test]
     fn grants_are_for_one_operation_one_service_and_a_while() {
         let claims = Claims {

@@ -39,6 +39,8 @@ mod tests {
     fn algebra_holds() {
         let a: Vec<u8> = (0..1000u32).map(|i| (i * 7 + 3) as u8).collect();
         let b: Vec<u8> = (0..1000u32).map(|i| (i * 13 + 1) as u8).collect();
+        // The check value of the algorithm's description.
+        assert_eq!(of(b"123456789"), 0xcbf4_3926);
         let both = [a.clone(), b.clone()].concat();
         assert_eq!(concat(of(&a), of(&b), 1000), of(&both));
         for len in [0usize, 1, 2, 3, 63, 4096, 100_001] {

@@ -196,6 +196,53 @@ impl Code {
 mod tests {
     use super::*;
 
+    /// Which classes each code is in: R may be retried, D is a decision, A is about the request alone, E may have had an effect.
+    const CLASSES: &str = "\
+        NotFound D, Exists D, NotEmpty D, IsDirectory D, NotDirectory D, Loop D, NameTooLong DA, InvalidName DA, \
+        InvalidArgument DA, NoSpace D, TooLarge DA, Busy R, Stale D, Permission DA, Malformed -, WrongShard -, \
+        NotLeader R, StaleIncarnation -, ClockAhead R, Overloaded R, NotReady R, Unsupported -, WrongCluster -, \
+        WrongService -, OutcomeUnknown RE, ExpiredUnknown E, ReplicaFault E, Diverged -, Acknowledged E, \
+        TransientGone D, BadCookie D, BadCertificate -, CertificateExpired -, BadProof D, CrcMismatch DA, \
+        BlockNotFound -, BlockCorrupt -, DiskFault -, TooEarly D, Unreachable R";
+
+    #[test]
+    fn every_code_is_in_its_classes() {
+        let mut listed: std::collections::BTreeMap<&str, &str> =
+            CLASSES.split(", ").map(|line| line.split_once(' ').expect("a code and its classes")).collect();
+        for number in 1..400 {
+            let Ok(code) = Code::try_from(number) else { continue };
+            let name = format!("{code:?}");
+            let all = [
+                (code.is_retryable(), "R"),
+                (code.is_decision(), "D"),
+                (code.is_about_request(), "A"),
+                (code.may_have_effect(), "E"),
+            ];
+            let found: String = all.into_iter().filter(|(is_in, _)| *is_in).map(|(_, class)| class).collect();
+            let found = if found.is_empty() { "-".to_owned() } else { found };
+            assert_eq!(listed.remove(name.as_str()), Some(found.as_str()), "{name}");
+            let refusal = Refusal::new(code, "why");
+            assert_eq!(refusal.is_retryable(), code.is_retryable());
+            assert_eq!(refusal.may_have_effect(), code.may_have_effect());
+            // What is about the request alone is a decision, and what may be retried unchanged is none.
+            assert!(!code.is_about_request() || code.is_decision(), "{name}");
+            assert!(!code.is_retryable() || !code.is_decision(), "{name}");
+        }
+        assert!(listed.is_empty(), "not codes: {listed:?}");
+    }
+
+    #[test]
+    fn a_refusal_is_said_and_sent_with_its_code() {
+        let refusal = Refusal { code: Code::NotEmpty, detail: "dir 7".into() };
+        assert_eq!(refusal.to_string(), "dir 7 (directory not empty)");
+        assert_eq!(Refusal { detail: String::new(), ..refusal.clone() }.to_string(), "directory not empty");
+        assert_eq!(Refusal::from_wire(refusal.to_wire()), refusal);
+        let newer = Refusal::from_wire(Error { code: 9999, detail: "unheard of".into() });
+        assert_eq!(newer.code, Code::Unsupported);
+        assert!(newer.detail.contains("9999") && newer.detail.contains("unheard of"));
+        assert_eq!(Code::Ok.errno(), 0);
+    }
+
     #[test]
     fn the_page_of_operations_lists_every_code_as_it_is() {
         let page = include_str!("../../docs/operations.md");

@@ -155,6 +155,19 @@ mod tests {
     use super::*;
 
     #[test]
+    fn ids_and_times_are_shown_as_people_type_them() {
+        let id = InodeId::new(InodeKind::Directory, 1, Slot(0)).expect("fits");
+        assert_eq!((id, id.is_directory()), (InodeId::ROOT, true));
+        assert_eq!(format!("{id} {id:?}"), "4000000000000100 InodeId(4000000000000100)");
+        for kind in [InodeKind::File, InodeKind::Symlink] {
+            assert!(!InodeId::new(kind, 1, Slot(0)).expect("fits").is_directory());
+        }
+        let time = Time(7_000_000_009);
+        assert_eq!(format!("{time:?}"), "Time(7.000000009)");
+        assert_eq!((time.plus_ms(3), time.plus_ms(u64::MAX)), (Time(7_003_000_009), Time(u64::MAX)));
+    }
+
+    #[test]
     fn ids_survive_the_wire() {
         for kind in [InodeKind::Directory, InodeKind::File, InodeKind::Symlink] {
             for sequence in [1, 2, 1 << 30, InodeId::SEQUENCE_MAX] {

@@ -115,3 +115,84 @@ impl Sums {
         changed
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    #[test]
+    fn a_row_counts_as_the_page_of_formats_says_however_long_it_is() {
+        for (key_len, value_len) in
+            [(0, 0), (1, 0), (0, 1), (9, 242), (9, 241), (9, 243), (255, 1), (300, 2000)]
+        {
+            let (key, value) = (vec![3u8; key_len], vec![5u8; value_len]);
+            let plain = [&[7][..], &(key_len as u32).to_le_bytes(), &key, &value].concat();
+            assert_eq!(row_hash(Table(7), &key, &value), xxh3_128(&plain), "{key_len} and {value_len} bytes");
+        }
+        // Where the key ends is part of it.
+        assert_ne!(row_hash(Table(7), b"ab", b"c"), row_hash(Table(7), b"a", b"bc"));
+    }
+
+    #[test]
+    fn hashes_are_sixteen_bytes_and_thirty_two_digits() {
+        let hash = StateHash(0x0102_0304_0506_0708_090a_0b0c_0d0e_0f10);
+        assert_eq!(hash.to_bytes()[..2], [0x10, 0x0f]);
+        assert_eq!(StateHash::from_bytes(&hash.to_bytes()), Some(hash));
+        assert_eq!(StateHash::from_bytes(&[0; 15]), None);
+        assert_eq!(hash.to_string(), "0102030405060708090a0b0c0d0e0f10");
+        assert_eq!(format!("{:?}", StateHash(1)), format!("{:032x}", 1));
+    }
+
+    /// The sums of all rows, counted anew.
+    fn counted(rows: &BTreeMap<(u8, Vec<u8>), Vec<u8>>) -> (BTreeMap<u8, u128>, u128) {
+        let (mut lanes, mut total) = (BTreeMap::new(), 0u128);
+        for ((table, key), value) in rows.iter().filter(|((table, _), _)| Table(*table).is_hashed()) {
+            let hash = row_hash(Table(*table), key, value);
+            let lane: &mut u128 = lanes.entry(Table(*table).lane(key)).or_default();
+            *lane = lane.wrapping_add(hash);
+            total = total.wrapping_add(hash);
+        }
+        (lanes, total)
+    }
+
+    #[test]
+    fn the_sums_are_those_of_the_rows_that_are_there_and_what_changed_is_told_once() {
+        let mut rows: BTreeMap<(u8, Vec<u8>), Vec<u8>> = BTreeMap::new();
+        let (mut sums, mut stored) = (Sums::default(), BTreeMap::<u8, u128>::new());
+        for step in 0..4000u64 {
+            let draw = step.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 20;
+            let table = [Table::SUMS.0, Table::CLIENTS.0, 64, 70][(draw % 4) as usize];
+            let key = vec![(draw >> 3) as u8, (draw >> 11) as u8 % 4];
+            let new = (draw >> 13 & 3 != 0).then(|| vec![(draw >> 17) as u8; (draw >> 25) as usize % 5]);
+            let old = rows.get(&(table, key.clone())).cloned();
+            sums.replace(Table(table), &key, old.as_deref(), new.as_deref());
+            match new {
+                Some(new) => drop(rows.insert((table, key), new)),
+                None => drop(rows.remove(&(table, key))),
+            }
+            if step % 37 == 0 {
+                stored.extend(sums.take_dirty());
+                assert_eq!(sums.take_dirty(), [], "it is told once");
+                let (lanes, total) = counted(&rows);
+                assert_eq!(sums.total(), StateHash(total), "step {step}");
+                for lane in 0..=255 {
+                    let expected = lanes.get(&lane).copied().unwrap_or(0);
+                    assert_eq!(
+                        (sums.lane(lane), stored.get(&lane).copied().unwrap_or(0)),
+                        (expected, expected)
+                    );
+                }
+            }
+        }
+        stored.extend(sums.take_dirty());
+        // Opened anew from what was stored, in any order and more than once.
+        let mut opened = Sums::default();
+        for (lane, sum) in stored.iter().rev().chain(&stored) {
+            opened.load(*lane, *sum);
+        }
+        assert_eq!((opened.total(), opened.lane(3)), (sums.total(), sums.lane(3)));
+        assert_eq!(opened.take_dirty(), [], "nothing changed");
+    }
+}

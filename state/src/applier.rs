@@ -503,3 +503,6 @@ impl Rescanner {
         Ok(found)
     }
 }
+
+#[cfg(test)]
+mod tests;

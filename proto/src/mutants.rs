@@ -154,7 +154,7 @@ pub enum Mutant {
     /// A report to the registry counts as told whether or not it was, and is not compared with the registry's row.
     ReportedBeforeTold,
     /// Whether disks hang is looked at before they are asked, and wait.
-    HangingSeenLate,
+    HangingSeenEarly,
     /// A checkpoint lacks the rows that wait in memory.
     CheckpointOfWritten,
     /// An outcome that is forgotten stays in the stored row.
@@ -165,7 +165,7 @@ pub enum Mutant {
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
-    /// Those of `units` are planted by the tests beside them.
+    /// Those of `units` are planted by tests beside the code, which are named.
     pub const ALL: [(Mutant, &'static [&'static str]); 78] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
@@ -241,13 +241,13 @@ impl Mutant {
         (Mutant::LabelLookedAtOnce, &["steps"]),
         (Mutant::SegmentGoesOnUnmarked, &["steps"]),
         (Mutant::FollowerStaysAhead, &["registry"]),
-        (Mutant::UnknownOverwritten, &["units"]),
-        (Mutant::PartialRoundClears, &["units"]),
+        (Mutant::UnknownOverwritten, &["units", "commands::fs::failures::tests::planted_bugs_are_found"]),
+        (Mutant::PartialRoundClears, &["units", "fsck::tests::planted_bugs_are_found"]),
         (Mutant::ReportedBeforeTold, &["registry"]),
-        (Mutant::HangingSeenLate, &["hanging"]),
+        (Mutant::HangingSeenEarly, &["hanging"]),
         (Mutant::CheckpointOfWritten, &["batches"]),
         (Mutant::ForgottenInMemory, &["batches"]),
-        (Mutant::LateReportStays, &["registry"]),
+        (Mutant::LateReportStays, &["late reports"]),
     ];
 }
 

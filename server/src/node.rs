@@ -572,10 +572,22 @@ struct Keeper {
     facts: Arc<ShardFacts>,
     /// The services' version that was logged in every shard here.
     logged_version: u64,
-    /// Free space as it was registered.
-    reported: BTreeMap<u64, u64>,
+    /// Capacity and free space as they were registered.
+    reported: BTreeMap<u64, (u64, u64)>,
     /// Disks that hung when they were looked at last.
     hanging: BTreeSet<u64>,
+}
+
+/// Of every disk, in the order of their ids.
+type Spaces = Vec<std::io::Result<(u64, u64)>>;
+
+/// Whether capacity or free space of a disk have moved enough to be told: by a step of the capacity, or of what is left when that
+/// is little; and whenever there is none, or some again. On some file systems both move with every write of others.
+fn is_news(told: (u64, u64), found: (u64, u64)) -> bool {
+    let step = found.0.min(told.1.max(found.1).saturating_mul(4)) / SPACE_STEP;
+    told.1.abs_diff(found.1) > step
+        || told.0.abs_diff(found.0) > found.0 / SPACE_STEP
+        || (told.1 == 0) != (found.1 == 0)
 }
 
 impl Keeper {
@@ -596,38 +608,12 @@ impl Keeper {
         Ok(())
     }
 
-    fn those_that_hang(&self) -> BTreeSet<u64> {
-        self.blocks.iter().filter(|(_, service)| service.hangs()).map(|(id, _)| *id).collect()
-    }
-
-    /// Compares with the registry: it learns of this node's disks, and the shards here of all.
-    async fn round(&mut self) -> Result<()> {
-        let mut map = self.client.refresh_map().await?;
-        if self.shards.is_empty() && self.epochs.is_empty() {
-            // A node without logs learns the time from those who have some.
-            self.clock.hear(self.client.seen_time());
-        }
-        if self.register_services(&map).await? {
-            map = self.client.refresh_map().await?;
-        }
-        self.log_services(&map).await
-    }
-
-    /// Tells the registry what is new of this node's disks, and what it has otherwise: a report of an earlier process here may
-    /// have come late and been taken for the newest. True when there was something to tell.
-    async fn register_services(&mut self, map: &Map) -> Result<bool> {
-        let rows = map.services.iter().filter(|row| self.blocks.contains_key(&row.service_id));
-        let rows: BTreeMap<u64, &types::BlockService> = rows.map(|row| (row.service_id, row)).collect();
-        let mut services = Vec::new();
-        let mut reported = Vec::new();
-        // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
-        let seen_early = self.those_that_hang();
+    /// Capacity and free space of every disk; says which began to hang, and which answer again.
+    async fn look_at_disks(&mut self) -> Spaces {
+        let early = mutants::is(Mutant::HangingSeenEarly).then(|| self.those_that_hang());
         let spaces =
             futures_util::future::join_all(self.blocks.values().map(|service| service.space())).await;
-        let hanging = match mutants::is(Mutant::HangingSeenLate) {
-            true => seen_early,
-            false => self.those_that_hang(),
-        };
+        let hanging = early.unwrap_or_else(|| self.those_that_hang());
         for id in hanging.difference(&self.hanging) {
             tracing::error!(service = %format!("{id:016x}"), "a disk does not answer; it gets no new blocks until it does");
         }
@@ -635,29 +621,57 @@ impl Keeper {
             tracing::warn!(service = %format!("{id:016x}"), "the disk answers again");
         }
         self.hanging = hanging;
+        spaces
+    }
+
+    fn those_that_hang(&self) -> BTreeSet<u64> {
+        self.blocks.iter().filter(|(_, service)| service.hangs()).map(|(id, _)| *id).collect()
+    }
+
+    /// Compares with the registry: it learns of this node's disks, and the shards here of all.
+    async fn round(&mut self) -> Result<()> {
+        // Also while the registry does not answer: what becomes of disks is said.
+        let spaces = self.look_at_disks().await;
+        let mut map = self.client.refresh_map().await?;
+        if self.shards.is_empty() && self.epochs.is_empty() {
+            // A node without logs learns the time from those who have some.
+            self.clock.hear(self.client.seen_time());
+        }
+        if self.register_services(&map, spaces).await? {
+            map = self.client.refresh_map().await?;
+        }
+        self.log_services(&map).await
+    }
+
+    /// Tells the registry what is new of this node's disks, and what it has otherwise: a report of an earlier process here may
+    /// have come late and been taken for the newest. True when there was something to tell.
+    async fn register_services(&mut self, map: &Map, spaces: Spaces) -> Result<bool> {
+        let rows = map.services.iter().filter(|row| self.blocks.contains_key(&row.service_id));
+        let rows: BTreeMap<u64, &types::BlockService> = rows.map(|row| (row.service_id, row)).collect();
+        let mut services = Vec::new();
+        let mut reported = Vec::new();
         for (id, space) in self.blocks.keys().zip(spaces) {
+            // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
             if space.is_err() && self.hanging.len() * 2 > self.blocks.len() {
                 continue;
             }
             // A disk that cannot be asked, or hangs, takes no new blocks until it answers.
             let (capacity_bytes, available_bytes) = space.unwrap_or_default();
-            let moved = self.reported.get(id).is_none_or(|r| {
-                r.abs_diff(available_bytes)
-                    > capacity_bytes.min((*r).max(available_bytes).saturating_mul(4)) / SPACE_STEP
-                    && !mutants::is(Mutant::SpaceReportedOnce)
+            let told = self.reported.get(id);
+            let moved = told.is_none_or(|told| {
+                is_news(*told, (capacity_bytes, available_bytes)) && !mutants::is(Mutant::SpaceReportedOnce)
             });
             let failure_domain = format!("{}/{id:x}", self.address);
             let is_known = rows.get(id).is_some_and(|row| {
                 (&row.address, &row.failure_domain) == (&self.address, &failure_domain)
-                    && row.capacity_bytes == capacity_bytes
-                    && Some(&row.available_bytes) == self.reported.get(id)
+                    && Some(&(row.capacity_bytes, row.available_bytes)) == told
             });
             let is_believed = mutants::is(Mutant::LateReportStays) || mutants::is(Mutant::ReportedBeforeTold);
             if moved || !is_known && !is_believed {
                 if !moved {
                     self.client.runtime().note("node: the registry has another report of a disk");
                 }
-                reported.push((*id, available_bytes));
+                reported.push((*id, (capacity_bytes, available_bytes)));
                 services.push(types::BlockService {
                     service_id: *id,
                     address: self.address.clone(),
@@ -671,12 +685,12 @@ impl Keeper {
         if mutants::is(Mutant::ReportedBeforeTold) {
             self.reported.extend(reported.iter().copied());
         }
-        let is_news = !services.is_empty();
-        if is_news {
+        let is_told = !services.is_empty();
+        if is_told {
             self.client.registry(Op::RegisterServices(RegisterServices { services }), true).await?;
         }
         self.reported.extend(reported);
-        Ok(is_news)
+        Ok(is_told)
     }
 
     /// Takes the registry's list of services over: for placement at once, into the shards' logs if it is new.
@@ -779,6 +793,32 @@ impl Keeper {
                 Ok(())
             }
             Err(error) => Err(error.into()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_told_again_when_it_has_moved_and_not_for_every_write() {
+        const GIB: u64 = 1 << 30;
+        let full = 64 * GIB;
+        for (told, found, is_told) in [
+            ((full, 32 * GIB), (full, 32 * GIB - 4096), false),
+            ((full, 32 * GIB), (full, 29 * GIB), true),
+            // What is left of little counts more.
+            ((full, 32 << 20), (full, 20 << 20), true),
+            ((full, 1), (full, 0), true),
+            ((full, 0), (full, 1), true),
+            ((full, 0), (0, 0), true),
+            ((0, 0), (full, 0), true),
+            // A file system that shares a pool has another size with every write of the others.
+            ((full, 32 * GIB), (full - GIB, 32 * GIB), false),
+            ((full, 32 * GIB), (full + 3 * GIB, 32 * GIB), true),
+        ] {
+            assert_eq!(is_news(told, found), is_told, "{told:?}, then {found:?}");
         }
     }
 }

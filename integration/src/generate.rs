@@ -538,7 +538,12 @@ impl Generator {
     }
 
     fn faults(&mut self, length: Duration) -> Vec<Event> {
-        let enabled: Vec<&str> = Fault::KINDS.into_iter().filter(|_| self.rng.random_ratio(1, 2)).collect();
+        let enabled: Vec<&str> = Fault::KINDS
+            .into_iter()
+            // It comes in place of another, by the seed.
+            .filter(|kind| *kind != "hang")
+            .filter(|_| self.rng.random_ratio(1, 2))
+            .collect();
         let most = *[8, 25, 60].choose(&mut self.rng).expect("some");
         let count = self.rng.random_range(3..most);
         let end_us = (length.as_micros() as u64).max(1000);
@@ -621,7 +626,12 @@ impl Generator {
             "stall" => {
                 // Longer than a grant, or than a client's patience, and mostly not.
                 let ms = *[20u64, 300, 700, 3_000, 40_000].choose(&mut self.rng)?;
-                Fault::Stall(self.server(), self.rng.random_range(0..12), Duration::from_millis(ms))
+                let (server, after) = (self.server(), self.rng.random_range(0..12));
+                // From the seed alone, so that no other draw moves.
+                match self.seed % 4 {
+                    3 => Fault::Hang(server, after, Duration::from_millis(ms)),
+                    _ => Fault::Stall(server, after, Duration::from_millis(ms)),
+                }
             }
             "powercut" => {
                 let party = match self.cluster.engine {

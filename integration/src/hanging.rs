@@ -125,11 +125,15 @@ fn keep_their_room() -> Result<(), String> {
     }
     let c = client.clone();
     // Somebody has to meet them.
-    let writes = async move {
+    let meets = async move {
+        let (clock, begin) = (c.runtime().clock.clone(), c.runtime().clock.monotonic());
         write(&c, &name("meets", 0)).await.ok();
-        Ok(())
+        Ok(clock.monotonic() - begin)
     };
-    run(&cluster, writes)?;
+    let met_for = run(&cluster, meets)?;
+    if met_for < Duration::from_secs(1) {
+        return Err(format!("nobody met the disks that hang: a write took {met_for:?}"));
+    }
     let without_room = run(&cluster, async move {
         let mut without_room = 0;
         for _ in 0..120 {

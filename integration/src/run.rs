@@ -359,13 +359,10 @@ impl Runner {
                 }
             }
             Fault::Stall(party, operations, d) => {
-                let disk = self.cluster.world.disk(node(self, party));
-                if self.cluster.cluster_id() % 4 == 3 {
-                    self.cluster.world.note("world: a disk hangs whole");
-                    disk.hang_after(u64::from(*operations), *d);
-                } else {
-                    disk.stall_after(u64::from(*operations), *d);
-                }
+                self.cluster.world.disk(node(self, party)).stall_after(u64::from(*operations), *d);
+            }
+            Fault::Hang(party, operations, d) => {
+                self.cluster.world.disk(node(self, party)).hang_after(u64::from(*operations), *d);
             }
             Fault::PowerCut(party, operations, d) => {
                 let node = node(self, party);
@@ -603,9 +600,16 @@ impl Runner {
             self.down.insert(disk_node(disk));
         }
         let mut nodes = self.cluster.nodes();
+        let mut hung = Duration::ZERO;
         for node in &nodes {
             let disk = world.disk(*node);
             disk.set_faults(DiskFaults::default());
+            hung = hung.max(disk.end_stall());
+        }
+        if !hung.is_zero() {
+            // What waits for a disk already waits until then.
+            let clock = world.node(CLIENT).clock;
+            world.run(CLIENT, hung * 2, async move { clock.sleep(hung).await });
         }
         let everything = seed.is_multiple_of(2);
         // Power cuts that have not come yet must not come any more, and replicas that failed start again.

@@ -129,6 +129,8 @@ pub enum Fault {
     Stall(Party, u32, Duration),
     /// The node's power goes after so many operations on its disk; it starts again after a while.
     PowerCut(Party, u32, Duration),
+    /// After so many more changes all of the node's disk hangs for a while, reads too.
+    Hang(Party, u32, Duration),
     /// The node stands still and goes on where it was.
     Pause(Party, Duration),
     /// The node stands still again and again.
@@ -163,7 +165,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind, for reports.
-    pub const KINDS: [&'static str; 26] = [
+    pub const KINDS: [&'static str; 27] = [
         "loss",
         "duplicate",
         "delay",
@@ -190,6 +192,7 @@ impl Fault {
         "unmount",
         "kill",
         "stall",
+        "hang",
     ];
 
     /// Its kind.
@@ -221,6 +224,7 @@ impl Fault {
             Fault::Unmount(..) => "unmount",
             Fault::Kill(..) => "kill",
             Fault::Stall(..) => "stall",
+            Fault::Hang(..) => "hang",
         }
     }
 }
@@ -336,7 +340,10 @@ impl fmt::Display for Fault {
             | Fault::Slow(a, d)
             | Fault::Move(a, d)
             | Fault::Full(a, d) => write!(f, "{kind} {a} {}", seconds(*d)),
-            Fault::PowerCut(a, n, d) | Fault::Stall(a, n, d) | Fault::DiskErrors(a, n, d) => {
+            Fault::PowerCut(a, n, d)
+            | Fault::Stall(a, n, d)
+            | Fault::Hang(a, n, d)
+            | Fault::DiskErrors(a, n, d) => {
                 write!(f, "{kind} {a} {n} {}", seconds(*d))
             }
             Fault::UnknownCommitted(a) | Fault::UnknownLost(a) => write!(f, "{kind} {a}"),
@@ -539,6 +546,7 @@ impl<'a> Words<'a> {
             }
             "kill" => Fault::Kill(self.party()?, self.time()?),
             "stall" => Fault::Stall(self.party()?, self.number("a number of disk operations")?, self.time()?),
+            "hang" => Fault::Hang(self.party()?, self.number("a number of disk operations")?, self.time()?),
             "pause" => Fault::Pause(self.party()?, self.time()?),
             "slow" => Fault::Slow(self.party()?, self.time()?),
             "move" => Fault::Move(self.party()?, self.time()?),
@@ -721,6 +729,7 @@ impl Fault {
             | Fault::Crash(a, _)
             | Fault::Kill(a, _)
             | Fault::Stall(a, ..)
+            | Fault::Hang(a, ..)
             | Fault::PowerCut(a, ..)
             | Fault::Pause(a, _)
             | Fault::Slow(a, _)

@@ -4,6 +4,7 @@
 
 use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
+use clutch_client::ClientError;
 use clutch_proto::InodeId;
 use clutch_runtime::simulated::SimDisk;
 
@@ -28,7 +29,11 @@ fn blocks_on(disk: &SimDisk) -> Vec<u64> {
 }
 
 /// Reads files whole; what cannot be read, or nothing when that does not come to an end.
-fn read_back(cluster: &SimCluster, history: &Arc<History>, files: Vec<InodeId>) -> Option<Vec<String>> {
+fn read_back(
+    cluster: &SimCluster,
+    history: &Arc<History>,
+    files: Vec<InodeId>,
+) -> Option<Vec<(InodeId, ClientError)>> {
     let worker = Worker {
         client: cluster.client(),
         history: history.clone(),
@@ -39,14 +44,14 @@ fn read_back(cluster: &SimCluster, history: &Arc<History>, files: Vec<InodeId>) 
         let mut failed = Vec::new();
         for file in files {
             if let Err(error) = worker.read(file).await {
-                failed.push(format!("file {file} cannot be read after the faults: {error}"));
+                failed.push((file, error));
             }
         }
         failed
     })
 }
 
-/// Whether a span was written with less parity than its policy says and then too many of its disks became bad.
+/// Whether a span was written with less parity than its policy says, and has too many of its blocks on disks that were made bad.
 fn is_beyond(cluster: &SimCluster, span: &Span) -> bool {
     let (services, config) = (cluster.service_ids(), cluster.config());
     let is_sound =
@@ -60,7 +65,7 @@ fn is_beyond(cluster: &SimCluster, span: &Span) -> bool {
 pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) -> Vec<Violation> {
     let mut violations = Vec::new();
     let (mut known, mut proven) = (BTreeSet::new(), BTreeSet::new());
-    let mut in_blocks = Vec::new();
+    let (mut in_blocks, mut beyond) = (Vec::new(), BTreeSet::new());
     for shard in evidence.shards.values() {
         known.extend(shard.oracle.spans.values().flat_map(|s| s.blocks.iter().copied()));
         let used =
@@ -72,8 +77,9 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
             let extents = shard.oracle.contents.get(&row.content).map_or(&[][..], |c| &c.extents);
             let mut spans = extents.iter().filter_map(|(_, _, source)| source.span()).peekable();
             if spans.peek().is_some() {
-                if !spans.any(|id| shard.oracle.spans.get(&id).is_some_and(|span| is_beyond(cluster, span))) {
-                    in_blocks.push(file);
+                in_blocks.push(file);
+                if spans.any(|id| shard.oracle.spans.get(&id).is_some_and(|span| is_beyond(cluster, span))) {
+                    beyond.insert(file);
                 }
                 continue;
             }
@@ -99,7 +105,17 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
         read = read_back(cluster, history, in_blocks);
     }
     match read {
-        Some(failed) => violations.extend(failed.into_iter().map(|what| Violation::new("data", what))),
+        Some(failed) => {
+            for (file, error) in failed {
+                // Wrong bytes are never forgiven.
+                if beyond.contains(&file) && matches!(error, ClientError::DataLost(_)) {
+                    cluster.world.note("checkers: bytes are beyond their own parity");
+                } else {
+                    let what = format!("file {file} cannot be read after the faults: {error}");
+                    violations.push(Violation::new("data", what));
+                }
+            }
+        }
         None => violations.push(Violation::new("data", "reading back does not come to an end".into())),
     }
     for (number, service) in cluster.service_ids().into_iter().enumerate() {

@@ -156,8 +156,9 @@ fn order(evidence: &Evidence, answered: &[Answered]) -> Vec<Violation> {
 /// After all the rest: what is registered is what the disks have, also when they change, and a file is written to
 /// as many disks as its policy says.
 pub fn probe(cluster: &SimCluster) -> Vec<Violation> {
-    let found = probe_all(cluster);
-    found.err().into_iter().map(wrong).collect()
+    let found = probe_all(cluster).err().map(wrong);
+    let late = report_late(cluster).and_then(|()| agree(cluster, "after a late report"));
+    found.into_iter().chain(late.err().map(|what| Violation::new("late reports", what))).collect()
 }
 
 fn probe_all(cluster: &SimCluster) -> Result<(), String> {
@@ -186,8 +187,6 @@ fn probe_all(cluster: &SimCluster) -> Result<(), String> {
     disk.set_faults(DiskFaults::default());
     full?;
     agree(cluster, "with room on disk 0 again")?;
-    report_late(cluster)?;
-    agree(cluster, "after a late report")?;
     let blocks = cluster.config().data_blocks + cluster.config().parity_blocks;
     if (0..cluster.config().disks).filter(|disk| cluster.is_labelled(*disk)).count() < blocks as usize {
         return Ok(());
@@ -195,14 +194,17 @@ fn probe_all(cluster: &SimCluster) -> Result<(), String> {
     patiently(cluster, || write_at_full_width(cluster, blocks))
 }
 
-/// A report of disk 0 arrives that an earlier process of its node once sent, when it had no room.
+/// A report of disk 0 arrives that an earlier process of its node once sent, when it had no room, or was elsewhere.
 fn report_late(cluster: &SimCluster) -> Result<(), String> {
     let (client, id) = (cluster.client(), cluster.service_ids()[0]);
+    let was_elsewhere = cluster.cluster_id().is_multiple_of(2);
     let reported = cluster.world.run(CLIENT, REPORTED_WITHIN * 2, async move {
         let map = client.refresh_map().await?;
-        let rows = map.services.iter().filter(|row| row.service_id == id);
-        let services =
-            rows.map(|row| BlockService { capacity_bytes: 0, available_bytes: 0, ..row.clone() }).collect();
+        let late = |row: &BlockService| match was_elsewhere {
+            true => BlockService { address: "node99999".into(), ..row.clone() },
+            false => BlockService { available_bytes: 0, ..row.clone() },
+        };
+        let services = map.services.iter().filter(|row| row.service_id == id).map(late).collect();
         client.registry(Op::RegisterServices(RegisterServices { services }), true).await
     });
     let failed = |e: ClientError| format!("a late report: {e}");
@@ -267,7 +269,7 @@ fn agree(cluster: &SimCluster, when: &str) -> Result<(), String> {
 
 fn agree_once(cluster: &SimCluster, when: &str) -> Result<(), String> {
     let client = cluster.client();
-    let mut expected: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
+    let mut expected: BTreeMap<u64, (String, u64, u64)> = BTreeMap::new();
     for (number, id) in cluster.service_ids().into_iter().enumerate() {
         let number = number as u32;
         let space = match cluster.is_labelled(number) {
@@ -277,7 +279,7 @@ fn agree_once(cluster: &SimCluster, when: &str) -> Result<(), String> {
             // It is not used.
             false => (0, 0),
         };
-        expected.insert(id, space);
+        expected.insert(id, (format!("node{}", disk_node(number).0), space.0, space.1));
     }
     let waited = cluster.world.run(CLIENT, REPORTED_WITHIN * 2, async move {
         let clock = client.runtime().clock.clone();
@@ -285,14 +287,15 @@ fn agree_once(cluster: &SimCluster, when: &str) -> Result<(), String> {
         loop {
             let found = match client.refresh_map().await {
                 Err(error) => Err(format!("the registry does not answer: {error}")),
-                Ok(map) => expected.iter().try_for_each(|(id, (capacity, available))| {
+                Ok(map) => expected.iter().try_for_each(|(id, (address, capacity, available))| {
                     let row = map.services.iter().find(|s| s.service_id == *id);
                     let row = row.ok_or_else(|| format!("service {id:x} is not registered"))?;
-                    match (row.capacity_bytes, row.available_bytes) == (*capacity, *available) {
+                    let is_so = (&row.address, row.capacity_bytes, row.available_bytes) == (address, *capacity, *available);
+                    match is_so {
                         true => Ok(()),
                         false => Err(format!(
-                            "service {id:x} is registered with {} of {} bytes; its disk has {available} of {capacity}",
-                            row.available_bytes, row.capacity_bytes
+                            "service {id:x} is registered at {} with {} of {} bytes; it is at {address} with {available} of {capacity}",
+                            row.address, row.available_bytes, row.capacity_bytes
                         )),
                     }
                 }),

@@ -5,7 +5,8 @@
 //! unsynced changes of names the first so many survive, as a journal would have them.
 //!
 //! A sync that fails is as bad as Linux makes it: what it was to write may or may not have reached the platter, reads go on
-//! showing it, and later syncs do not try again. A write, a sync, a rename or a removal may take long.
+//! showing it, and later syncs do not try again. A write, a sync, a rename or a removal may take long,
+//! and all of the disk may hang until it is done.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -219,6 +220,15 @@ impl SimDisk {
         self.tree.lock().hangs_whole = true;
     }
 
+    /// Nothing takes long any more, but what waits already; how long that is.
+    pub fn end_stall(&self) -> Duration {
+        let mut tree = self.tree.lock();
+        tree.stall_after = None;
+        let until = std::mem::take(&mut tree.hung_until);
+        let now = tree.time.as_ref().map_or(0, |time| (time.now)());
+        Duration::from_nanos(until.saturating_sub(now))
+    }
+
     /// Loses what was not synced. `below(n)` draws from `0..n`. The disk works again afterwards.
     pub(super) fn crash(&self, below: &mut dyn FnMut(u64) -> u64) {
         let mut tree = self.tree.lock();
@@ -332,25 +342,20 @@ fn put(image: &mut Vec<u8>, offset: u64, bytes: &[u8]) {
     image[offset as usize..end].copy_from_slice(bytes);
 }
 
-/// Before anything: all of the disk may hang.
+/// Before anything: all of the disk may hang, once more when it has just ended.
 fn wait_for(tree: &Mutex<Tree>) -> io::Result<()> {
-    let (until, time) = {
-        let tree = tree.lock();
-        (tree.hung_until, if tree.hung_until > 0 { tree.time.clone() } else { None })
-    };
-    if let Some(time) = time {
+    loop {
+        job::check_alive()?;
+        let (until, time) = {
+            let tree = tree.lock();
+            (tree.hung_until, if tree.hung_until > 0 { tree.time.clone() } else { None })
+        };
+        let Some(time) = time else { return Ok(()) };
         match until.saturating_sub((time.now)()) {
-            // Unless it has begun anew.
-            0 => {
-                let mut tree = tree.lock();
-                if tree.hung_until == until {
-                    tree.hung_until = 0;
-                }
-            }
+            0 => return Ok(()),
             left => (time.pass)(left),
         }
     }
-    job::check_alive()
 }
 
 /// Before a change: it may take long. Nothing is locked meanwhile, and no lock of the program may be held.

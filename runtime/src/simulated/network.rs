@@ -10,6 +10,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_proto::Parts;
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::{NodeId, Shared, executor::Sleep, executor::TaskOwner};
@@ -96,7 +97,9 @@ impl SimNetwork {
 
     /// Carries a request to its handler, after a while longer than it takes anyway, and the answer back, as a task of
     /// the target's node.
-    fn deliver(&self, to: &Endpoint, request: Bytes, answer: oneshot::Sender<Bytes>, late: Duration) {
+    /// Whichever copy of a request arrives first has the answer, and the caller hears of no other: what a transport tells its
+    /// caller is of what it has delivered itself.
+    fn deliver(&self, to: &Endpoint, request: Bytes, answer: FirstAnswer, late: Duration) {
         let (shared, from, to) = (self.shared.clone(), self.node, to.clone());
         let listener =
             shared.network.lock().listeners.get(&to).map(|(node, _, handler)| (*node, handler.clone()));
@@ -107,18 +110,24 @@ impl SimNetwork {
             Sleep::new(task_shared.clone(), there + late).await;
             Self::unclogged(&task_shared, from, target).await;
             task_shared.record("deliver", request.len() as u64);
+            let answer = answer.lock().take();
             let reply = handler.handle(request, Answers::unbounded()).await.answer.joined();
             if let Some(back) = Self::travel(&task_shared, target, from) {
                 Sleep::new(task_shared.clone(), back).await;
                 Self::unclogged(&task_shared, target, from).await;
                 task_shared.record("answer", reply.len() as u64);
-                // The caller may have given up.
-                let _ = answer.send(reply);
+                if let Some(answer) = answer {
+                    // The caller may have given up.
+                    let _ = answer.send(reply);
+                }
             }
         };
         shared.executor.lock().spawn(TaskOwner { node: target, name: "deliver" }, Box::pin(task));
     }
 }
+
+/// Where the answer goes, until a copy of the request has arrived.
+type FirstAnswer = Arc<Mutex<Option<oneshot::Sender<Bytes>>>>;
 
 struct SimListening {
     shared: Arc<Shared>,
@@ -170,16 +179,16 @@ impl Network for SimNetwork {
             return Err(CallError::NotSent(to.clone(), "connection refused".into()));
         }
         let (answer, answered) = oneshot::channel();
+        let answer = Arc::new(Mutex::new(Some(answer)));
         let duplicate_permille = self.shared.network.lock().faults.duplicate_permille;
         if self.shared.below(1000) < u64::from(duplicate_permille) {
-            let (ignored, _) = oneshot::channel();
             self.shared.network.lock().counts.duplicated += 1;
             // Some come much later than what they repeat: long after the sender has gone on, or given up.
             let late = match self.shared.below(4) {
                 0 => Duration::from_micros(1 << (10 + self.shared.below(10))),
                 _ => Duration::ZERO,
             };
-            self.deliver(to, request.clone(), ignored, late);
+            self.deliver(to, request.clone(), answer.clone(), late);
         }
         self.deliver(to, request, answer, Duration::ZERO);
         let limit = Sleep::new(self.shared.clone(), timeout);

@@ -314,6 +314,51 @@ mod tests {
     }
 
     #[test]
+    fn parts_are_equal_when_their_bytes_are() {
+        let parts = |head: &'static [u8], tail: &'static [u8]| Parts {
+            head: Bytes::from_static(head),
+            tail: Bytes::from_static(tail),
+        };
+        assert_eq!(parts(b"ab", b"c"), parts(b"a", b"bc"));
+        assert_eq!(parts(b"abc", b""), parts(b"", b"abc"));
+        assert_ne!(parts(b"ab", b"c"), parts(b"ab", b"d"));
+        assert_ne!(parts(b"ab", b"c"), parts(b"ab", b""));
+        assert!(parts(b"", b"").is_empty() && !parts(b"", b"x").is_empty());
+    }
+
+    #[test]
+    fn blocks_are_not_copied_and_what_is_short_is_gathered() {
+        for (len, is_apart) in
+            [(PIECE_BYTES_MIN - 1, false), (PIECE_BYTES_MIN, true), (PIECE_BYTES_MIN + 1, true)]
+        {
+            let data = Bytes::from(vec![5; len]);
+            let message = Parts { head: Bytes::from_static(b"head"), tail: data.clone() };
+            let pieces = Frames::new(vec![Frame { id: 1, message }]).into_pieces();
+            assert_eq!(pieces.iter().any(|piece| piece.as_ptr() == data.as_ptr()), is_apart, "{len} bytes");
+            assert_eq!(pieces.len(), if is_apart { 2 } else { 1 });
+        }
+    }
+
+    #[test]
+    fn only_short_messages_are_padded_and_cleared_ones_are_empty() {
+        for len in PADDED_BYTES - 12..PADDED_BYTES + 4 {
+            let mut frames = Frames::new(vec![Frame { id: 1, message: vec![7; len].into() }]);
+            let before = frames.encoded_len();
+            frames.pad();
+            let after = frames.encoded_len();
+            assert!(
+                after >= PADDED_BYTES && (after == before) == (before >= PADDED_BYTES),
+                "{before}, {after}"
+            );
+            frames.clear();
+            assert_eq!((frames.frames.len(), frames.encoded_len()), (0, 0));
+        }
+        let mut frame = Frame { id: 1, message: vec![7; 9].into() };
+        frame.clear();
+        assert_eq!(frame, Frame::default());
+    }
+
+    #[test]
     fn frames_are_what_their_proto_says() {
         for id in [0, 1, u64::MAX] {
             for whole in sizes() {

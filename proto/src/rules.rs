@@ -84,6 +84,15 @@ mod tests {
     use crate::limits;
 
     #[test]
+    fn rules_of_other_versions_are_refused() {
+        assert_eq!(super::check(super::VERSION), Ok(()));
+        for other in [0, super::VERSION + 1] {
+            let refused = super::check(other).expect_err("is refused");
+            assert!(refused.contains(&format!("version {other};")), "{refused}");
+        }
+    }
+
+    #[test]
     fn the_front_door_lets_nothing_in_that_apply_refuses() {
         let pairs = [
             (limits::NAME_BYTES_MAX as u64, v1::NAME_BYTES_MAX as u64),

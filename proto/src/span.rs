@@ -159,4 +159,118 @@ mod tests {
             }
         }
     }
+
+    const MIB: u32 = 1 << 20;
+
+    #[test]
+    fn shapes_are_what_the_size_and_the_target_of_cells_give() {
+        for (size, d, p, target, stripes, cell) in [
+            (1, 1, 0, MIB, 1, 4096),
+            (4097, 1, 2, MIB, 1, 8192),
+            (10 * MIB, 10, 4, MIB, 1, MIB),
+            (10 * MIB + 1, 10, 4, MIB, 2, 528_384),
+            (20 * MIB, 2, 1, MIB, 10, MIB),
+            (6 * 4096, 2, 1, 4096, 3, 4096),
+            // No cell is smaller than a page, whatever the target.
+            (6 * 4096, 2, 1, 1, 3, 4096),
+            // Rounded up to pages, four stripes hold what five were reckoned for.
+            (9 * 4096, 1, 0, 2 * 4096, 5, 8192),
+            (SPAN_BYTES_MAX, 1, 0, 4096, 254, 413_696),
+        ] {
+            let shape = SpanShape::for_size_with(size, d, p, target);
+            let expected = SpanShape { data_blocks: d, parity_blocks: p, stripes, cell_size: cell };
+            assert_eq!(shape, expected, "{size} bytes");
+            assert_eq!((shape.blocks(), shape.block_bytes()), (d + p, stripes * cell));
+            assert_eq!(shape.stripe_bytes(), u64::from(d) * u64::from(cell));
+            if target == MIB {
+                assert_eq!(SpanShape::for_size(size, d, p), shape);
+            }
+        }
+    }
+
+    #[test]
+    fn shapes_are_good_up_to_their_limits_and_not_beyond() {
+        let shape = |data_blocks, parity_blocks, stripes, cell_size| SpanShape {
+            data_blocks,
+            parity_blocks,
+            stripes,
+            cell_size,
+        };
+        // Cells of 100 MiB and a page are allowed: a span in one block has at most that.
+        let largest = SPAN_BYTES_MAX.next_multiple_of(PAGE_BYTES);
+        for (shape, size, is_good) in [
+            (shape(1, 0, 1, 4096), 0, false),
+            (shape(1, 0, 1, 4096), 1, true),
+            (shape(1, 0, 1, 4096), 4096, true),
+            (shape(1, 0, 1, 4096), 4097, false),
+            // Not more stripes than are needed.
+            (shape(1, 0, 2, 4096), 4096, false),
+            (shape(1, 0, 2, 4096), 4097, true),
+            (shape(2, 0, 2, 4096), 8192, false),
+            (shape(2, 0, 2, 4096), 8193, true),
+            (shape(0, 1, 1, 4096), 1, false),
+            (shape(16, 16, 1, 4096), 1, true),
+            (shape(17, 16, 1, 4096), 1, false),
+            (shape(16, 17, 1, 4096), 1, false),
+            (shape(1, 0, 0, 4096), 1, false),
+            (shape(1, 0, 255, 4096), 255 * 4096, true),
+            (shape(1, 0, 256, 4096), 256 * 4096, false),
+            (shape(1, 0, 1, 0), 1, false),
+            (shape(1, 0, 1, 4095), 1, false),
+            (shape(1, 0, 1, largest), SPAN_BYTES_MAX, true),
+            (shape(1, 0, 1, largest), SPAN_BYTES_MAX + 1, false),
+            (shape(16, 0, 1, SPAN_BYTES_MAX + 2 * PAGE_BYTES), 1, false),
+            (shape(16, 0, 255, largest), SPAN_BYTES_MAX, false),
+            (shape(16, 0, 2, largest), SPAN_BYTES_MAX, false),
+            (shape(16, 0, u32::MAX, u32::MAX), 1, false),
+        ] {
+            assert_eq!(shape.check(size).is_ok(), is_good, "{size} bytes in {shape:?}");
+        }
+        let too_large = shape(1, 0, 1, largest).check(SPAN_BYTES_MAX + 1).expect_err("is refused");
+        assert_eq!(too_large.code, Code::TooLarge);
+    }
+
+    /// Some bytes in that shape: the CRC of all of them and of each cell, block by block; parity cells hold what `parity` gives.
+    fn crcs(shape: &SpanShape, size: u32, parity: impl Fn(&[u8]) -> Vec<u8>) -> (u32, Vec<u32>, Vec<u32>) {
+        let user: Vec<u8> = (0..size).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+        let mut padded = user.clone();
+        padded.resize((shape.stripe_bytes() * u64::from(shape.stripes)) as usize, 0);
+        let cell = shape.cell_size as usize;
+        let mut blocks = vec![Vec::new(); shape.blocks() as usize];
+        for stripe in padded.chunks(shape.stripe_bytes() as usize) {
+            for (block, bytes) in blocks.iter_mut().enumerate() {
+                match stripe.get(block * cell..(block + 1) * cell) {
+                    Some(data) => bytes.extend_from_slice(data),
+                    None => bytes.extend(parity(&stripe[..cell])),
+                }
+            }
+        }
+        let cells = blocks.iter().flat_map(|block| block.chunks(cell).map(crc::of)).collect();
+        (crc::of(&user), cells, blocks.iter().map(|block| crc::of(block)).collect())
+    }
+
+    #[test]
+    fn checksums_of_cells_give_those_of_blocks_and_of_the_span() {
+        for (d, p, stripes, size) in
+            [(3, 2, 4, 3 * 4 * 4096 - 77), (1, 2, 3, 9000), (2, 1, 1, 8192), (1, 0, 1, 5)]
+        {
+            let shape = SpanShape { data_blocks: d, parity_blocks: p, stripes, cell_size: 4096 };
+            shape.check(size).expect("is good");
+            let (span, cells, blocks) = crcs(&shape, size, <[u8]>::to_vec);
+            assert_eq!(shape.block_crcs(&cells), blocks, "{shape:?}");
+            shape.check_crcs(size, span, &cells).expect("they fit");
+            let code = |size, span, cells: &[u32]| shape.check_crcs(size, span, cells).map_err(|r| r.code);
+            assert_eq!(code(size, span ^ 1, &cells), Err(Code::CrcMismatch));
+            assert_eq!(code(size - 1, span, &cells), Err(Code::CrcMismatch));
+            assert_eq!(code(size, span, &cells[1..]), Err(Code::InvalidArgument));
+            assert_eq!(code(size, span, &[&cells[..], &[0]].concat()), Err(Code::InvalidArgument));
+            for cell in 0..cells.len() {
+                let mut changed = cells.clone();
+                changed[cell] ^= 1;
+                // Parity of several blocks cannot be told from the data's checksums; a mirror can.
+                let is_told = cell < (d * stripes) as usize || d == 1;
+                assert_eq!(code(size, span, &changed).is_err(), is_told, "cell {cell} of {shape:?}");
+            }
+        }
+    }
 }

@@ -297,7 +297,8 @@ mod tests {
         }
 
         fn get_flushed(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
-            self.0.get_flushed(table, key)
+            // All that it has survives.
+            self.0.get(table, key)
         }
 
         fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
@@ -332,8 +333,10 @@ mod tests {
         assert!(matches!(store.flush(), Err(StoreError::Full(_))));
         assert_eq!(store.scan(table, b"", b"", 100).expect("reads").len(), 10);
         assert!(below.0.is_empty());
+        assert_eq!(store.get_flushed(table, &[7]).expect("reads"), None, "a crash would lose what waits");
         below.2.store(false, Ordering::Relaxed);
         store.flush().expect("there is room");
+        assert_eq!(store.get_flushed(table, &[7]).expect("reads"), Some(Bytes::from(vec![7])));
         assert_eq!(below.scan(table, b"", b"", 100).expect("reads").len(), 10);
         assert_eq!(store.get(table, &[7]).expect("reads"), Some(Bytes::from(vec![7])));
     }
@@ -367,6 +370,72 @@ mod tests {
                     assert_eq!(get(&store), get(&plain), "script {script}, step {step}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn rows_go_on_when_more_wait_than_may() {
+        let table = Table(64);
+        let row = |n: u8, bytes: usize| vec![(table.stored_key(&[n]), Some(Bytes::from(vec![n; bytes])))];
+        // By their number, and by their bytes: a stored key of two, and a value.
+        for (rows_max, bytes_max, bytes, waiting) in [(3, 1 << 20, 1, 3), (100, 40, 8, 4), (100, 39, 8, 3)] {
+            let below = Arc::new(MemoryStore::new());
+            let store = BufferedStore::new(below.clone(), RowCache::new(1 << 20), rows_max, bytes_max);
+            for n in 0..waiting {
+                store.write(row(n, bytes)).expect("waits");
+            }
+            assert!(below.is_empty(), "{waiting} of {bytes} bytes wait");
+            store.write(row(99, bytes)).expect("goes on");
+            assert_eq!(below.scan(table, b"", b"", 100).expect("scans").len(), usize::from(waiting) + 1);
+            // The count begins anew.
+            store.write(row(100, bytes)).expect("waits");
+            assert!(below.get(table, &[100]).expect("reads").is_none());
+        }
+    }
+
+    #[test]
+    fn what_waits_for_room_has_a_limit() {
+        let below = Failing(MemoryStore::new(), StoreError::Full("no space".into()), true.into());
+        let store = BufferedStore::new(Arc::new(below), RowCache::new(1 << 20), 2, 1 << 20);
+        let part = Bytes::from(vec![1; FULL_BYTES_MAX / 4 - 2]);
+        let write = |n: u8| store.write(vec![(Table(64).stored_key(&[n]), Some(part.clone()))]);
+        for n in 0..4 {
+            write(n).expect("exactly as much as may wait");
+        }
+        assert!(matches!(write(4), Err(StoreError::Full(_))));
+    }
+
+    #[test]
+    fn rows_are_kept_within_the_budget_unless_their_table_is_passing() {
+        let cache = RowCache::new(1 << 20);
+        let store = |number: u8| {
+            let below = Arc::new(MemoryStore::new());
+            for table in [Table(64), Table(65)] {
+                let row = (table.stored_key(b"k"), Some(Bytes::from(vec![number])));
+                below.write(vec![row]).expect("writes");
+            }
+            let store = BufferedStore::new(below.clone(), cache.clone(), 10, 1 << 20);
+            (store.with_passing(&[Table(65)]), below)
+        };
+        let stores = [store(1), store(2)];
+        for (n, (store, below)) in (1..).zip(&stores) {
+            for table in [Table(64), Table(65)] {
+                assert_eq!(store.get(table, b"k").expect("reads"), Some(Bytes::from(vec![n])));
+                // Behind its back, to see which is asked.
+                below
+                    .write(vec![(table.stored_key(b"k"), Some(Bytes::from_static(b"other")))])
+                    .expect("writes");
+            }
+            assert_eq!(store.get(Table(64), b"k").expect("reads"), Some(Bytes::from(vec![n])), "kept");
+            assert_eq!(store.get(Table(65), b"k").expect("reads"), Some(Bytes::from_static(b"other")));
+        }
+        // What a row counts: a long key is apart from the row, a short one is in its place.
+        for (key_len, value_len) in [(3, 0), (3, 1000), (300, 7)] {
+            let key = Key::from_slice(&vec![1; key_len]);
+            let apart = if key.spilled() { key_len } else { 0 };
+            assert_eq!(key.spilled(), key_len == 300);
+            let weight = RowWeight.weight(&(0, key), &Bytes::from(vec![0; value_len]));
+            assert_eq!(weight as usize, ROW_OVERHEAD + value_len + apart);
         }
     }
 }

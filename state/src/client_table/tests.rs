@@ -84,3 +84,114 @@ fn beyond_the_bound_only_known_clients_are_served() {
     assert_eq!(batch(&mut table, &store, &[102], later), Ok(Known::New));
     assert_eq!(counted(&store), CLIENTS_MAX - 1);
 }
+
+/// One client's request at a time: what it is told.
+fn ask(
+    table: &mut ClientTable,
+    store: &MemoryStore,
+    tag: ClientTag,
+    time: Time,
+    records: bool,
+) -> Result<Known, Code> {
+    let peeked = table.peek(store, &tag, time).expect("reads").map_err(|refusal| refusal.code);
+    let mut overlay = Overlay::default();
+    let mut tx = Tx::new(&mut overlay, store);
+    let known = table.admit(&mut tx, &tag, time).expect("reads").map_err(|refusal| refusal.code);
+    if records && known == Ok(Known::New) {
+        let row = outcome_row(&tag, Ok(Bytes::from_static(b"done")), Position(tag.sequence), time);
+        table.record(&mut tx, &tag, row).expect("records");
+    }
+    table.finish(&mut tx, time).expect("finishes");
+    store.write(overlay.finish(store, &mut Sums::default()).expect("rows")).expect("writes");
+    // Who only asks is told the same, but for what its acknowledgement takes away, and its bound.
+    if !matches!(known, Err(Code::Acknowledged | Code::Overloaded)) {
+        assert_eq!(peeked, known, "{tag:?}");
+    }
+    known
+}
+
+const CLIENT: u64 = SYSTEM_CLIENTS + 5;
+
+fn tag(sequence: u64, acknowledged: u64) -> ClientTag {
+    ClientTag { client: CLIENT, sequence, acknowledged, issued_at: 1 }
+}
+
+#[test]
+fn tags_that_make_no_sense_are_refused() {
+    let (mut table, store) = (ClientTable::default(), MemoryStore::new());
+    for bad in [ClientTag { client: 0, ..tag(1, 0) }, tag(0, 0), tag(3, 3), tag(3, 4)] {
+        assert_eq!(ask(&mut table, &store, bad, Time(5), true), Err(Code::Malformed), "{bad:?}");
+    }
+    assert_eq!(ask(&mut table, &store, tag(3, 2), Time(5), true), Ok(Known::New));
+}
+
+#[test]
+fn a_request_is_expired_when_its_outcome_may_have_been_forgotten_and_not_before() {
+    let lifetime = CLIENT_IDLE_LIFETIME_MS * 1_000_000;
+    let issued_at = 7_000;
+    for (client, late, expected) in [
+        (CLIENT, 0, Ok(Known::New)),
+        (CLIENT, 1, Err(Code::ExpiredUnknown)),
+        (SYSTEM_CLIENTS, 1, Err(Code::ExpiredUnknown)),
+        // The cluster's own are kept for good.
+        (SYSTEM_CLIENTS - 1, lifetime, Ok(Known::New)),
+    ] {
+        let (mut table, store) = (ClientTable::default(), MemoryStore::new());
+        let tag = ClientTag { client, issued_at, ..tag(1, 0) };
+        let now = Time(issued_at + lifetime + late);
+        assert_eq!(ask(&mut table, &store, tag, now, false), expected, "client {client}, {late} late");
+    }
+}
+
+#[test]
+fn outcomes_are_kept_until_they_are_acknowledged() {
+    let store = MemoryStore::new();
+    for reopens in [false, true] {
+        let mut table = ClientTable::default();
+        let mut ask = |tag, records| {
+            if reopens {
+                table = ClientTable::default();
+            }
+            ask(&mut table, &store, tag, Time(9), records)
+        };
+        let base = if reopens { 100 } else { 0 };
+        for sequence in 1..=4 {
+            assert_eq!(ask(tag(base + sequence, base), true), Ok(Known::New));
+        }
+        for sequence in 1..=4 {
+            let Ok(Known::Done(row)) = ask(tag(base + sequence, base), true) else { panic!("is known") };
+            assert_eq!(
+                (row.sequence, row.position, &row.reply[..]),
+                (base + sequence, base + sequence, &b"done"[..])
+            );
+        }
+        // Acknowledges two of them, as part of a new one.
+        assert_eq!(ask(tag(base + 5, base + 2), true), Ok(Known::New));
+        for (sequence, is_gone) in [(1, true), (2, true), (3, false), (5, false)] {
+            let known = ask(tag(base + sequence, base + sequence - 1), false);
+            assert_eq!(known == Err(Code::Acknowledged), is_gone, "{sequence}: {known:?}");
+        }
+        // An outcome that comes when it was acknowledged already is not kept.
+        assert_eq!(ask(tag(base + 9, base + 8), true), Ok(Known::New));
+        assert_eq!(ask(tag(base + 7, base), true), Err(Code::Acknowledged));
+    }
+}
+
+#[test]
+fn a_client_has_at_most_so_many_outcomes_that_it_has_not_acknowledged() {
+    let (mut table, store) = (ClientTable::default(), MemoryStore::new());
+    let most = CLIENT_OUTCOMES_MAX as u64;
+    let mut overlay = Overlay::default();
+    let mut tx = Tx::new(&mut overlay, &store);
+    for sequence in 1..=most {
+        let tag = tag(sequence, 0);
+        assert_eq!(table.admit(&mut tx, &tag, Time(9)).expect("reads"), Ok(Known::New));
+        let row = outcome_row(&tag, Ok(Bytes::new()), Position(1), Time(9));
+        table.record(&mut tx, &tag, row).expect("records");
+    }
+    let code = |known: Result<Known, Refusal>| known.map_err(|refusal| refusal.code);
+    let mut admit = |tag| code(table.admit(&mut tx, &tag, Time(9)).expect("reads"));
+    assert_eq!(admit(tag(most + 1, 0)), Err(Code::Overloaded));
+    assert!(matches!(admit(tag(most, 0)), Ok(Known::Done(_))), "what is known is told all the same");
+    assert_eq!(admit(tag(most + 1, 1)), Ok(Known::New));
+}

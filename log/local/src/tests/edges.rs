@@ -64,6 +64,8 @@ fn what_an_engine_says_of_its_logs_is_so_also_when_it_has_been_trimmed() {
     let runtime = world.node(NODE);
     let counted = in_world(&world, async move {
         let engine = LocalEngine::open(&runtime, DIR.into(), options).expect("opens");
+        let found = engine.bounds(LogId::CDC).expect("is there");
+        assert_eq!((found.first, found.last), (Position(1), Position(31)), "before it is opened");
         let log = engine.log(LogId::CDC).await.expect("opens");
         append(&log, Epoch(2), 30..40).await;
         look(&engine, 1, 42);
@@ -160,6 +162,31 @@ fn a_seal_is_told_once_behind_all_that_it_closes() {
             }
         }
     });
+}
+
+#[test]
+fn entries_end_within_their_record_and_fill_it() {
+    let read = |payload: &[u8], entries: u32| {
+        let mut record = header(payload.len() as u32, RecordKind::Batch as u32);
+        record[12..16].copy_from_slice(&crc32fast::hash(payload).to_le_bytes());
+        record[44..48].copy_from_slice(&entries.to_le_bytes());
+        let crc = crc32fast::hash(&record[8..format::RECORD_HEADER_BYTES]);
+        record[4..8].copy_from_slice(&crc.to_le_bytes());
+        record.extend_from_slice(payload);
+        decode(&record).map(|record| record.entries.len())
+    };
+    assert_eq!(read(b"\x02\0\0\0ab\0\0\0\0", 2), Ok(2));
+    for (payload, entries, what) in [
+        (&b"\x03\0\0\0ab"[..], 1, "longer than its record"),
+        (b"\xff\xff\xff\xffab", 1, "longer than its record"),
+        (b"\x02\0\0\0ab\0\0\0", 2, "cut short"),
+        (b"\x02\0\0\0ab", 2, "cut short"),
+        (b"\x01\0\0\0ab", 1, "left over"),
+        (b"x", 0, "left over"),
+    ] {
+        let error = read(payload, entries).expect_err("is refused");
+        assert!(error.contains(what), "{payload:?}: {error}");
+    }
 }
 
 /// The header of a record that says it is so long.

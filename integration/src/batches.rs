@@ -45,7 +45,7 @@ struct ToyEntry {
     tag: Option<ClientTag>,
     #[prost(message, repeated, tag = "2")]
     acts: Vec<Act>,
-    /// 0 not, 1 refused at its end, 2 the same if the key of its first act had no row.
+    /// 0 not, 1 refused at its end, 2 the same if the key of its first act had no row, 3 refused for now: it may come again.
     #[prost(uint32, tag = "3")]
     refuse: u32,
     /// It is answered later, by another entry.
@@ -60,6 +60,16 @@ struct ToyEntry {
 }
 
 impl ToyEntry {
+    /// Whether it is refused itself, and how.
+    fn refused_with(&self, has_no_row: bool) -> Option<Code> {
+        match self.refuse {
+            1 => Some(Code::NotFound),
+            2 if has_no_row => Some(Code::NotFound),
+            3 => Some(Code::Busy),
+            _ => None,
+        }
+    }
+
     /// The refusal with which it answers another.
     fn refusal(&self) -> Option<Code> {
         [None, Some(Code::NotFound), Some(Code::Busy)][self.with as usize % 3]
@@ -127,7 +137,7 @@ impl Machine for Toy {
         effects: &mut Effects<Toy>,
     ) -> Result<Applied<Seen>, Stop> {
         let first = entry.acts.first().map(|act| tx.get(ROWS, &act.key)).transpose()?.flatten();
-        let refuse = entry.refuse == 1 || entry.refuse == 2 && first.is_none();
+        let refuse = entry.refused_with(first.is_none());
         let mut seen = Seen::default();
         let refusal = entry.refusal();
         for act in entry.acts {
@@ -152,8 +162,8 @@ impl Machine for Toy {
                 refusal.map_or(Ok(seen.clone()), |code| Err(Refusal::new(code, "as it was asked to")));
             effects.resolved.push((tag, answer));
         }
-        if refuse {
-            return Err(Stop::refuse(Code::NotFound, "as it was asked to"));
+        if let Some(code) = refuse {
+            return Err(Stop::refuse(code, "as it was asked to"));
         }
         Ok(if entry.promise { Applied::Pending } else { Applied::Reply(seen) })
     }
@@ -177,7 +187,7 @@ impl Model {
         }
         let before = self.rows.clone();
         let first = entry.acts.first().and_then(|act| self.rows.get(&act.key));
-        let refuse = entry.refuse == 1 || entry.refuse == 2 && first.is_none();
+        let refuse = entry.refused_with(first.is_none());
         let mut seen = Vec::new();
         for act in &entry.acts {
             match act.kind {
@@ -191,18 +201,20 @@ impl Model {
                 }
             }
         }
-        let outcome = if refuse {
+        let outcome = if let Some(code) = refuse {
             self.rows = before;
-            Some(Err(Code::NotFound))
+            Some(Err(code))
         } else if entry.promise {
             None
         } else {
             Some(Ok(seen.clone()))
         };
-        if let Some(tag) = tag {
+        if let Some(tag) = tag
+            && refuse.is_none_or(|code| !code.is_retryable())
+        {
             self.outcomes.insert(tag, outcome.clone());
         }
-        if let (Some(tag), false) = (entry.answers, refuse) {
+        if let (Some(tag), None) = (entry.answers, refuse) {
             let tag = (tag.client, tag.sequence);
             match entry.refusal() {
                 Some(code) if code.is_retryable() => drop(self.outcomes.remove(&tag)),
@@ -254,7 +266,7 @@ fn entries(rng: &mut ChaCha8Rng) -> Vec<ToyEntry> {
         made.push(ToyEntry {
             tag: Some(tag),
             acts,
-            refuse: rng.random_range(0..4u32) % 3,
+            refuse: [0, 0, 1, 2, 3][rng.random_range(0..5usize)],
             promise,
             answers,
             with: rng.random_range(0..3),

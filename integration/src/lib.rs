@@ -18,6 +18,7 @@ pub mod script;
 pub mod shrink;
 pub mod sim_cluster;
 pub mod sim_store;
+pub mod slow_reader;
 pub mod steps;
 mod upkeep;
 pub mod workload;

@@ -1,11 +1,12 @@
-//! Every planted bug is found, by the checker that is there for it, within 1,000 seeds, or by the enumeration of steps or the model of batches, which need no seeds.
+//! Every planted bug is found, by the checker that is there for it, within 1,000 seeds, or by what needs no seeds: the
+//! enumeration of steps, the model of batches, and clusters in which one thing happens.
 
 use clutch_integration::{
     batches,
     generate::{Profile, generate},
     hanging, names,
     run::run,
-    steps,
+    slow_reader, steps,
 };
 use clutch_proto::mutants::{self, Mutant};
 
@@ -18,6 +19,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "steps" => [steps::blocks(), steps::log(), steps::stalled(), steps::recovery()].concat(),
         "names" => names::paths(),
         "hanging" => hanging::all(),
+        "slow reader" => slow_reader::all(),
         _ if !batches::idle().is_empty() => batches::idle(),
         _ => (0..SEEDS_MAX).flat_map(batches::check).take(3).collect(),
     };
@@ -29,7 +31,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 }
 
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
-    if let [checker @ ("steps" | "batches" | "names" | "hanging")] = checkers {
+    if let [checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader")] = checkers {
         return find_apart(mutant, checker);
     }
     mutants::plant(Some(mutant));

@@ -125,8 +125,7 @@ pub enum Mutant {
     TurnEndsWithRequest,
     /// How long a node was down is measured from its states, not from its logs.
     DownSinceStates,
-    /// A reader whose certificates have expired goes on in the present content. Too rare to be asked for: no world meets it
-    /// since copies of a request no longer answer for each other.
+    /// A reader whose certificates have expired goes on in the present content.
     RenewedOfPresent,
     /// A visit ends with the first full page of the last slot.
     LastSlotEndsEarly,
@@ -167,7 +166,7 @@ pub enum Mutant {
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 77] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 78] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -248,6 +247,7 @@ impl Mutant {
         (Mutant::CheckpointOfWritten, &["batches"]),
         (Mutant::ForgottenInMemory, &["batches"]),
         (Mutant::LateReportStays, &["late reports"]),
+        (Mutant::RenewedOfPresent, &["slow reader"]),
     ];
 }
 

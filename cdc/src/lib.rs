@@ -21,13 +21,13 @@ pub mod steps;
 pub mod tables;
 
 use bytes::Bytes;
-use clutch_log::Position;
 use clutch_proto::{
     InodeId, Refusal, Time,
     cdc::{
         Begin, CdcEntry, CdcReply, CdcRequest, CountersRow, Jump, StepDone, TransactionRow,
         TransactionSummary, begin, cdc_entry::Body, cdc_request::Op,
     },
+    log::Position,
     mutants::{self, Mutant},
     name, rules,
     shard::{ShardReply, ShardRequest, shard_request},

@@ -3,10 +3,10 @@
 use std::sync::Arc;
 
 use clutch_cdc::{Cdc, MOVES_REMEMBERED, STEPS_PER_ENTRY_MAX, SendStep};
-use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, Refusal,
     cdc::{Begin, CdcEntry, CdcReply, Genesis, Jump, RenameDirectory, StepDone, begin::Op, cdc_entry::Body},
+    log::{Batch, Epoch},
     shard::{Done, EdgeReply, ShardReply, shard_reply::Reply, shard_request},
     state::{Entry, entry::Kind},
     types::{Attributes, ClientTag},

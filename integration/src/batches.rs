@@ -7,17 +7,18 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use bytes::Bytes;
-use clutch_log::{Batch, Epoch, Position};
 use clutch_proto::{
     Refusal, Time,
+    log::{Batch, Epoch, Position},
     rules::v1::{CLIENT_IDLE_LIFETIME_MS, FORGOTTEN_PER_BATCH_MAX},
     state::{Entry, entry::Kind},
     types::{ClientTag, Code},
 };
 use clutch_state::{
-    Applied, Applier, BufferedStore, EntryOutcome, Machine, MemoryStore, ProduceContext, RowCache, Stop,
-    Store, StoreError, Table, Tx, View, machine::Effects, store::WriteBatch,
+    Applied, Applier, EntryOutcome, Machine, MemoryStore, ProduceContext, Stop, Store, StoreError, Table, Tx,
+    View, machine::Effects, store::WriteBatch,
 };
+use clutch_state_buffered::{BufferedStore, RowCache};
 use parking_lot::Mutex;
 use prost::Message;
 use rand::{Rng as _, SeedableRng as _};

@@ -24,7 +24,8 @@ use clutch_server::{
     stores::{IsHome, LogProvider, Rebuilt, StoreProvider},
 };
 use clutch_shard::{Keyring, Lifetimes, Pages};
-use clutch_state::{Store, StoreError, replica::OpenCheckpoint};
+use clutch_state::{Store, StoreError};
+use clutch_state_replica::OpenCheckpoint;
 use parking_lot::Mutex;
 
 use crate::{recording::Recording, sim_store::SimImages};

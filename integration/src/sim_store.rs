@@ -16,9 +16,10 @@ use bytes::Bytes;
 use clutch_log::LogId;
 use clutch_runtime::{Runtime, simulated::NodeId};
 use clutch_state::{
-    BufferedStore, MemoryStore, RowCache, Store, StoreError, Table, View,
+    MemoryStore, Store, StoreError, Table, View,
     store::{Rows, WriteBatch},
 };
+use clutch_state_buffered::{BufferedStore, RowCache};
 use parking_lot::Mutex;
 
 /// Rows that a simulated replica holds back.

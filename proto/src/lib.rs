@@ -10,6 +10,7 @@ pub mod error;
 pub mod ids;
 pub mod limits;
 pub mod listing;
+pub mod log;
 pub mod mutants;
 pub mod name;
 pub mod parts;
@@ -28,7 +29,7 @@ macro_rules! area {
         #[allow(missing_docs, unreachable_pub, clippy::all)]
         #[doc = concat!("Generated from package `", $package, "`; the comments are in the proto file.")]
         pub mod $name {
-            tonic::include_proto!($package);
+            include!(concat!(env!("OUT_DIR"), "/", $package, ".rs"));
         }
     };
 }

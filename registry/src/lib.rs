@@ -3,9 +3,9 @@
 //! Invariants: a chain only grows, and only by whoever names its newest incarnation; a service keeps its id for
 //! good; `services_version` grows with every change that placement or routing must know.
 
-use clutch_log::Position;
 use clutch_proto::{
     Refusal, Time,
+    log::Position,
     mutants::{self, Mutant},
     registry::{
         Chain, ClusterRow, Map, RegistryEntry, RegistryReply, RegistryRequest, Segment, SwapChain,

@@ -21,7 +21,7 @@ use clutch_proto::{
     shard::ShardReply,
     types::Error,
 };
-use clutch_state::{ReplicaHandle, replica::LeaderEvent};
+use clutch_state_replica::{LeaderEvent, ReplicaHandle};
 use prost::Message as _;
 use tokio::sync::mpsc;
 

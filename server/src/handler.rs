@@ -22,7 +22,7 @@ use clutch_proto::{
     types::Code,
 };
 use clutch_runtime::{Answers, BoxFuture, Handled, Handler, Held, HybridClock};
-use clutch_state::{Answer, ReplicaHandle};
+use clutch_state_replica::{Answer, ReplicaHandle};
 use prost::Message as _;
 
 use crate::{room::Room, stores::LogProvider};

@@ -32,10 +32,8 @@ use clutch_proto::{
 use clutch_registry::Registry;
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
 use clutch_shard::{Keyring, Lifetimes, Pages, Shard, ShardFacts};
-use clutch_state::{
-    Applier, Fault, Machine, Replica, ReplicaConfig, ReplicaHandle, View, applier::batch_crc,
-    replica::LeaderEvent,
-};
+use clutch_state::{Applier, Fault, Machine, View, applier::batch_crc};
+use clutch_state_replica::{LeaderEvent, Replica, ReplicaConfig, ReplicaHandle, SharedFacts};
 use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -165,13 +163,13 @@ impl Node {
             notices,
             started,
         };
-        let facts = Arc::new(ShardFacts {
+        let facts = Arc::new(SharedFacts::new(ShardFacts {
             cluster,
-            keyring: std::sync::RwLock::new(config.keyring.clone()),
+            keyring: Arc::new(config.keyring.clone()),
             lifetimes: config.lifetimes,
             pages: config.pages,
-            ..ShardFacts::default()
-        });
+            services: Arc::default(),
+        }));
 
         // All states are opened and compared with their logs before anything is appended to any of these.
         let registry =
@@ -193,7 +191,9 @@ impl Node {
         let registry = match registry {
             Some(applier) => {
                 let genesis = registry_genesis(&config.cluster)?;
-                Some(starter.start(LogId::REGISTRY, applier, Arc::new(()), genesis).await?.0)
+                Some(
+                    starter.start(LogId::REGISTRY, applier, Arc::new(SharedFacts::new(())), genesis).await?.0,
+                )
             }
             None => None,
         };
@@ -208,7 +208,16 @@ impl Node {
                 let genesis = cdc::Genesis { cluster, rules: rules::VERSION };
                 let body = Some(cdc::cdc_entry::Body::Genesis(genesis));
                 let entry = cdc::CdcEntry { tag: None, body };
-                Some(starter.start(LogId::CDC, applier, Arc::new(()), entry.encode_to_vec().into()).await?)
+                Some(
+                    starter
+                        .start(
+                            LogId::CDC,
+                            applier,
+                            Arc::new(SharedFacts::new(())),
+                            entry.encode_to_vec().into(),
+                        )
+                        .await?,
+                )
             }
             None => None,
         };
@@ -522,7 +531,7 @@ impl Starter<'_> {
         &self,
         id: LogId,
         applier: Applier<M>,
-        facts: Arc<M::Facts>,
+        facts: Arc<SharedFacts<M::Facts>>,
         genesis: Bytes,
     ) -> Result<Started<M>> {
         let name = log_name(id);
@@ -569,7 +578,7 @@ struct Keeper {
     clock: Arc<HybridClock>,
     blocks: BTreeMap<u64, Arc<BlockService>>,
     shards: BTreeMap<u32, ReplicaHandle>,
-    facts: Arc<ShardFacts>,
+    facts: Arc<SharedFacts<ShardFacts>>,
     /// The services' version that was logged in every shard here.
     logged_version: u64,
     /// Capacity and free space as they were registered.
@@ -698,7 +707,8 @@ impl Keeper {
         if self.shards.is_empty() {
             return Ok(());
         }
-        *self.facts.services.write().unwrap_or_else(|e| e.into_inner()) = Arc::new(map.services.clone());
+        let services = Arc::new(map.services.clone());
+        self.facts.update(|facts| ShardFacts { services, ..facts.clone() });
         if map.services_version == self.logged_version {
             return Ok(());
         }

@@ -5,7 +5,8 @@ use std::{path::PathBuf, sync::Arc};
 use async_trait::async_trait;
 use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
-use clutch_state::{Store, StoreError, View, replica::OpenCheckpoint};
+use clutch_state::{Store, StoreError, View};
+use clutch_state_replica::OpenCheckpoint;
 
 /// Opens the logs of a node.
 #[async_trait]

@@ -1,9 +1,6 @@
 //! What a shard's shell knows and its log does not: the services' keys and addresses.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, RwLock},
-};
+use std::{collections::BTreeMap, sync::Arc};
 
 use clutch_proto::{
     BlockId, ServiceId, Time,
@@ -85,8 +82,8 @@ impl Pages {
     }
 }
 
-/// Shared by the shards of a node; the shell keeps it up to date.
-#[derive(Default)]
+/// One moment of it; the shell replaces it when something is new.
+#[derive(Clone, Default)]
 pub struct ShardFacts {
     /// The cluster that certificates name.
     pub cluster: u64,
@@ -95,22 +92,16 @@ pub struct ShardFacts {
     /// How much answers hold.
     pub pages: Pages,
     /// What signs certificates.
-    pub keyring: RwLock<Keyring>,
+    pub keyring: Arc<Keyring>,
     /// The registry's newest list; placement and addresses come from it.
-    pub services: RwLock<Arc<Vec<BlockService>>>,
+    pub services: Arc<Vec<BlockService>>,
 }
 
 impl ShardFacts {
-    pub(crate) fn services(&self) -> Arc<Vec<BlockService>> {
-        // A writer that panicked left a whole list: it is replaced in one assignment.
-        self.services.read().unwrap_or_else(|e| e.into_inner()).clone()
-    }
-
     /// Whether a proof says that a block was written as its span wants it.
     pub(crate) fn proves_written(&self, proof: &[u8], block: &Block, size: u32) -> bool {
-        let keyring = self.keyring.read().unwrap_or_else(|e| e.into_inner());
         let service = ServiceId(block.service_id);
-        Claims::verify(proof, keyring.of(service)).is_ok_and(|claims| {
+        Claims::verify(proof, self.keyring.of(service)).is_ok_and(|claims| {
             claims.operation == Operation::Written
                 && claims.cluster == self.cluster
                 && claims.service == service
@@ -122,9 +113,8 @@ impl ShardFacts {
 
     /// Whether a proof says that a block was erased.
     pub(crate) fn proves_erased(&self, proof: &[u8], block: &Block) -> bool {
-        let keyring = self.keyring.read().unwrap_or_else(|e| e.into_inner());
         let service = ServiceId(block.service_id);
-        Claims::verify(proof, keyring.of(service)).is_ok_and(|claims| {
+        Claims::verify(proof, self.keyring.of(service)).is_ok_and(|claims| {
             claims.operation == Operation::Erased
                 && claims.cluster == self.cluster
                 && claims.service == service
@@ -149,8 +139,6 @@ impl ShardFacts {
     }
 
     fn grant(&self, span: &mut Span, operation: Operation, now: Time) {
-        let services = self.services();
-        let keyring = self.keyring.read().unwrap_or_else(|e| e.into_inner());
         let size = span.shape.map_or(0, |s| s.block_bytes());
         let lifetime_end = now.plus_ms(CERTIFICATE_LIFETIME_MS);
         let expiry = match operation {
@@ -164,11 +152,11 @@ impl ShardFacts {
         };
         for block in &mut span.blocks {
             let service = ServiceId(block.service_id);
-            if let Some(known) = services.iter().find(|s| s.service_id == service.0) {
+            if let Some(known) = self.services.iter().find(|s| s.service_id == service.0) {
                 block.address = known.address.clone();
             }
             // A service whose key is not here cannot be reached by clients until it is.
-            if let Some(key) = keyring.of(service).first() {
+            if let Some(key) = self.keyring.of(service).first() {
                 let claims = Claims {
                     operation,
                     cluster: self.cluster,

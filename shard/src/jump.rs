@@ -51,9 +51,9 @@ pub(crate) fn apply(tx: &mut clutch_state::Tx<'_>, jump: &Jump) -> Reapplied {
 mod tests {
     use std::sync::Arc;
 
-    use clutch_log::{Batch, Epoch, Position};
     use clutch_proto::{
         InodeId,
+        log::{Batch, Epoch, Position},
         shard::{CreateFile, Genesis},
     };
     use clutch_state::{Applier, EntryOutcome, MemoryStore};

@@ -22,9 +22,9 @@ mod span;
 pub mod tables;
 mod visit;
 
-use clutch_log::Position;
 use clutch_proto::{
     InodeId, Slot, Time,
+    log::Position,
     mutants::{self, Mutant},
     rules,
     shard::{
@@ -93,7 +93,7 @@ impl Machine for Shard {
             Reply::VisitDeadSpans(dead) => !dead.spans.is_empty(),
             _ => false,
         };
-        if has_blocks && facts.services().is_empty() && !mutants::is(Mutant::ServicesUnknown) {
+        if has_blocks && facts.services.is_empty() && !mutants::is(Mutant::ServicesUnknown) {
             // Blocks without addresses would look lost.
             let text = "the shard does not know the block services yet; try again";
             return Err(Stop::refuse(Code::NotReady, text));

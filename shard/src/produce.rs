@@ -136,7 +136,7 @@ fn initiate(
     let blocks = shape.blocks() as usize;
     let earlier = earlier_services(view, &op, &row)?;
     let services =
-        placement::place(&facts.services(), &op, blocks, shape.block_bytes(), &earlier, context.random)?;
+        placement::place(&facts.services, &op, blocks, shape.block_bytes(), &earlier, context.random)?;
     // What was to be avoided has done its work and need not be in the log.
     let op = InitiateSpan { avoid_services: Vec::new(), avoid_failure_domains: Vec::new(), ..op };
     let grant_ms = Some(facts.lifetimes.grant_ms).filter(|ms| *ms < CERTIFICATE_LIFETIME_MS).unwrap_or(0);

@@ -3,9 +3,9 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
-use clutch_log::{Batch, Position};
 use clutch_proto::{
     Refusal, Time,
+    log::{Batch, Position},
     mutants::{self, Mutant},
     state::{AppliedRow, ClientRow, Entry, OutcomeRow, entry::Kind},
     types::{ClientTag, Code},
@@ -200,7 +200,7 @@ impl<M: Machine> Applier<M> {
     }
 
     /// What is known of a request before anything is logged.
-    pub(crate) fn peek(&mut self, tag: &ClientTag) -> Result<Result<Known, Refusal>, StoreError> {
+    pub fn peek(&mut self, tag: &ClientTag) -> Result<Result<Known, Refusal>, StoreError> {
         self.clients.peek(&*self.store, tag, self.time)
     }
 

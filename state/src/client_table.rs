@@ -8,9 +8,9 @@
 use std::collections::{BTreeMap, btree_map};
 
 use bytes::Bytes;
-use clutch_log::Position;
 use clutch_proto::{
     Refusal, Time,
+    log::Position,
     mutants::{self, Mutant},
     rules::v1::{CLIENT_IDLE_LIFETIME_MS, CLIENT_OUTCOMES_MAX, CLIENTS_MAX, FORGOTTEN_PER_BATCH_MAX},
     state::{ClientRow, OutcomeRow},

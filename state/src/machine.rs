@@ -1,9 +1,9 @@
 //! What shard, CDC and registry must be: a producer and an applier over rows.
 
 use bytes::Bytes;
-use clutch_log::Position;
 use clutch_proto::{
     Refusal, Time,
+    log::Position,
     types::{ClientTag, Code},
 };
 use prost::Message;

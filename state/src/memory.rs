@@ -1,9 +1,12 @@
 //! The store in memory: for simulation, replay and tests. A crash loses all of it, as the log allows.
 
-use std::{collections::BTreeMap, path::Path, sync::Arc};
+use std::{
+    collections::BTreeMap,
+    path::Path,
+    sync::{Arc, PoisonError, RwLockReadGuard},
+};
 
 use bytes::Bytes;
-use parking_lot::RwLock;
 
 use crate::store::{Key, Rows, Store, StoreError, Table, View, WriteBatch, key_after};
 
@@ -12,10 +15,17 @@ type Map = BTreeMap<Key, Bytes>;
 /// A sorted map behind a lock.
 #[derive(Default)]
 pub struct MemoryStore {
-    rows: RwLock<Arc<Map>>,
+    // The one lock of this crate: whoever holds the store's handle may read it beside its owner. Batches alone decide the rows.
+    #[expect(clippy::disallowed_types, reason = "a store is shared; see above")]
+    rows: std::sync::RwLock<Arc<Map>>,
 }
 
 impl MemoryStore {
+    fn rows(&self) -> RwLockReadGuard<'_, Arc<Map>> {
+        // A batch is put in whole or, when it panics, its replica has failed.
+        self.rows.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// An empty store.
     pub fn new() -> MemoryStore {
         MemoryStore::default()
@@ -23,12 +33,12 @@ impl MemoryStore {
 
     /// A store that begins with the same rows and goes its own way; they are shared until one of them writes.
     pub fn fork(&self) -> MemoryStore {
-        MemoryStore { rows: RwLock::new(self.rows.read().clone()) }
+        MemoryStore { rows: self.rows().clone().into() }
     }
 
     /// Number of rows, of all tables.
     pub fn len(&self) -> usize {
-        self.rows.read().len()
+        self.rows().len()
     }
 
     /// Whether there are no rows.
@@ -81,7 +91,7 @@ impl View for MemoryStore {
     }
 
     fn get_stored(&self, stored: &[u8]) -> Result<Option<Bytes>, StoreError> {
-        Ok(self.rows.read().get(stored).cloned())
+        Ok(self.rows().get(stored).cloned())
     }
 
     fn visit(
@@ -91,17 +101,17 @@ impl View for MemoryStore {
         until: &[u8],
         each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
     ) -> Result<(), StoreError> {
-        self.rows.read().visit(table, from, until, each)
+        self.rows().visit(table, from, until, each)
     }
 
     fn scan(&self, table: Table, from: &[u8], until: &[u8], limit: usize) -> Result<Rows, StoreError> {
-        Ok(scan(&self.rows.read(), table, from, until, limit))
+        Ok(scan(&self.rows(), table, from, until, limit))
     }
 }
 
 impl Store for MemoryStore {
     fn write(&self, batch: WriteBatch) -> Result<(), StoreError> {
-        let mut rows = self.rows.write();
+        let mut rows = self.rows.write().unwrap_or_else(PoisonError::into_inner);
         // Copies the map only while a snapshot still looks at it.
         let map = Arc::make_mut(&mut rows);
         for (key, value) in batch {
@@ -123,7 +133,7 @@ impl Store for MemoryStore {
     }
 
     fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
-        Ok(self.rows.read().clone())
+        Ok(self.rows().clone())
     }
 
     fn checkpoint(&self, _to: &Path) -> Result<(), StoreError> {

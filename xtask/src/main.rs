@@ -1,12 +1,16 @@
 //! Gates that no compiler checks. `cargo xtask layers` compares the crates' dependencies with the table below;
-//! `cargo xtask purity` shows that a planted clock or hash map in an applier does not get past the lints;
+//! `cargo xtask purity` shows that nothing impure that is planted in a pure crate gets past the lints;
 //! `cargo xtask operations` compares the page of all operations with the protocol; `cargo xtask instructions` compares
 //! the instructions of hot paths with what they were.
 
 mod instructions;
 mod operations;
+mod purity;
 
-use std::{collections::BTreeMap, path::Path, process::Command};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::Command,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
@@ -20,11 +24,13 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("log-local", &["proto", "log", "runtime"]),
     ("log-sim", &["log", "runtime"]),
     ("log-raft", &["log"]),
-    ("state", &["proto", "runtime", "log"]),
+    ("state", &["proto"]),
+    ("state-buffered", &["proto", "state"]),
+    ("state-replica", &["proto", "runtime", "log", "state"]),
     ("state-rocks", &["state"]),
-    ("shard", &["proto", "log", "state"]),
-    ("cdc", &["proto", "log", "state"]),
-    ("registry", &["proto", "log", "state"]),
+    ("shard", &["proto", "state"]),
+    ("cdc", &["proto", "state"]),
+    ("registry", &["proto", "state"]),
     ("blocks", &["proto", "runtime"]),
     ("client", &["proto", "runtime", "blocks"]),
     (
@@ -35,6 +41,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "log",
             "log-local",
             "state",
+            "state-buffered",
+            "state-replica",
             "state-rocks",
             "shard",
             "cdc",
@@ -52,6 +60,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "log-local",
             "log-sim",
             "state",
+            "state-buffered",
+            "state-replica",
             "shard",
             "cdc",
             "registry",
@@ -79,16 +89,34 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// What only tests of a crate may use beside.
-const TESTS: &[(&str, &[&str])] = &[("log-raft", &["runtime"])];
+const TESTS: &[(&str, &[&str])] = &[("log-raft", &["runtime"]), ("state", &["state-buffered"])];
 
 /// Crates that may name a concrete log engine or store.
 const COMPOSERS: [&str; 3] = ["server", "integration", "cli"];
 const CONCRETE: [&str; 4] = ["log-local", "log-sim", "log-raft", "state-rocks"];
 
+/// Crates that decide, apply and decode. All that they depend on, at any depth, is `PURE_MAY`: nothing that waits, locks,
+/// draws, reads a clock or does I/O.
+const PURE: [&str; 5] = ["proto", "state", "shard", "cdc", "registry"];
+const PURE_MAY: [&str; 12] = [
+    "arrayvec",
+    "blake3",
+    "bytes",
+    "cfg-if",
+    "constant_time_eq",
+    "cpufeatures",
+    "crc32fast",
+    "libc",
+    "prost",
+    "smallvec",
+    "thiserror",
+    "xxhash-rust",
+];
+
 fn main() -> Result<()> {
     match std::env::args().nth(1).as_deref() {
         Some("layers") => layers(),
-        Some("purity") => purity(),
+        Some("purity") => purity::check(),
         Some("operations") => operations::check(),
         Some("instructions") => instructions::run(std::env::args().nth(2).as_deref() == Some("--write")),
         _ => bail!("usage: cargo xtask layers | purity | operations | instructions [--write]"),
@@ -130,64 +158,30 @@ fn layers() -> Result<()> {
     }
     ensure!(wrong.is_empty(), "the layers do not hold:\n  {}", wrong.join("\n  "));
     println!("layers: {edges} edges, all as in the table");
+    for crate_name in PURE {
+        let tree = dependencies_of(crate_name)?;
+        let others: Vec<_> = tree
+            .iter()
+            .filter(|name| match name.strip_prefix("clutch-") {
+                Some(ours) => !PURE.contains(&ours),
+                None => !PURE_MAY.contains(&name.as_str()),
+            })
+            .collect();
+        ensure!(others.is_empty(), "{crate_name} is pure and depends on {others:?}");
+        println!("layers: {crate_name} depends on {}", Vec::from_iter(tree).join(", "));
+    }
     Ok(())
 }
 
-/// Plants a clock and a hash map in an applier, in a copy, and expects the lints to fail.
-fn purity() -> Result<()> {
-    let root = std::env::current_dir()?;
-    ensure!(root.join("shard/src/edge.rs").exists(), "run this from the top of the repository");
-    let copy = std::env::temp_dir().join(format!("clutch-purity-{}", std::process::id()));
-    let result = plant_all(&root, &copy);
-    // The copy is scratch; one that stays behind does no harm.
-    let _ = std::fs::remove_dir_all(&copy);
-    result
-}
-
-fn plant_all(root: &Path, copy: &Path) -> Result<()> {
-    let files = Command::new("git")
-        .args(["ls-files", "-z", "--cached", "--others", "--exclude-standard"])
+/// All that a crate is linked with, at any depth, itself aside. Macros run in the compiler and are not in it.
+fn dependencies_of(crate_name: &str) -> Result<BTreeSet<String>> {
+    let package = format!("clutch-{crate_name}");
+    let output = Command::new("cargo")
+        .args(["tree", "--locked", "--edges", "normal,no-proc-macro", "--prefix", "none", "--all-features"])
+        .args(["--format", "{p}", "--package", &package])
         .output()?;
-    ensure!(files.status.success(), "git ls-files failed");
-    for name in files.stdout.split(|b| *b == 0).filter(|n| !n.is_empty()) {
-        let name = std::str::from_utf8(name)?;
-        let target = copy.join(name);
-        std::fs::create_dir_all(target.parent().context("a parent")?)?;
-        if root.join(name).exists() {
-            std::fs::copy(root.join(name), target).with_context(|| name.to_owned())?;
-        }
-    }
-    let plants = [
-        ("nothing", "", true),
-        ("a clock", "fn _planted() -> std::time::SystemTime {\n    std::time::SystemTime::now()\n}\n", false),
-        (
-            "a hash map",
-            "fn _planted() -> usize {\n    std::collections::HashMap::<u8, u8>::new().len()\n}\n",
-            false,
-        ),
-    ];
-    for (package, file) in [("clutch-shard", "shard/src/edge.rs"), ("clutch-cdc", "cdc/src/steps.rs")] {
-        let path = copy.join(file);
-        let clean = std::fs::read_to_string(&path)?;
-        for (what, code, passes) in plants {
-            std::fs::write(&path, format!("{clean}\n{code}"))?;
-            let lint = Command::new("cargo")
-                .args(["clippy", "--release", "--quiet", "--locked", "-p", package, "--", "-D", "warnings"])
-                .current_dir(copy)
-                .env("CARGO_TARGET_DIR", root.join("target"))
-                .output()?;
-            let text = String::from_utf8_lossy(&lint.stderr);
-            ensure!(
-                lint.status.success() == passes,
-                "{what} in {file}: expected passes = {passes}, but:\n{text}"
-            );
-            ensure!(
-                passes || text.contains("disallowed"),
-                "{what} in {file} failed for another reason:\n{text}"
-            );
-            println!("purity: {what} in {file}: {}", if passes { "passes" } else { "refused" });
-        }
-        std::fs::write(&path, clean)?;
-    }
-    Ok(())
+    ensure!(output.status.success(), "cargo tree: {}", String::from_utf8_lossy(&output.stderr));
+    let text = String::from_utf8(output.stdout)?;
+    let names = text.lines().filter_map(|line| line.split_whitespace().next()).map(str::to_owned);
+    Ok(names.filter(|name| *name != package).collect())
 }

@@ -26,11 +26,7 @@ use clutch_proto::{
         CONNECTION_STREAMS_MAX, MESSAGE_BYTES_MAX, MESSAGE_FRAMES_MAX, SESSION_REQUESTS_MAX, SESSIONS_MAX,
     },
     parts::{Frame, Frames},
-    session::{
-        Request, Response,
-        session_client::SessionClient,
-        session_server::{SERVICE_NAME, Session, SessionServer},
-    },
+    session::{Request, Response},
     types::{Code, Error},
 };
 use futures_util::{Stream, StreamExt as _, stream::FuturesUnordered};
@@ -40,12 +36,22 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::{Status, Streaming, body::Body, transport};
 
+use self::service::{
+    session_client::SessionClient,
+    session_server::{SERVICE_NAME, Session, SessionServer},
+};
 use super::{
     admission::{AdmissionLayer, AnswerHeld, Budgets, LANE_BULK, LANE_HEADER, Share},
     sockets::{self, Meter, Metered},
     streams::{Incoming, Outgoing, Sending},
 };
 use crate::{Answers, BoxFuture, CallError, Endpoint, Handled, Handler, Held, Lane, Listening, Network};
+
+/// The service of `session.proto`, as generated.
+#[allow(missing_docs, unreachable_pub, clippy::all)]
+mod service {
+    tonic::include_proto!("clutch.session.v1");
+}
 
 /// Bytes that travel in one message, unless a single frame is larger.
 const MESSAGE_BYTES_TARGET: usize = 1 << 20;

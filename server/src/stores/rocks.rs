@@ -13,7 +13,9 @@ use std::{
 use clutch_log::{Bounds, LogId, Position};
 use clutch_runtime::{Disk as _, production::OsDisk};
 use clutch_shard::tables;
-use clutch_state::{BufferedStore, RowCache, Store, StoreError, applier, replica::OpenCheckpoint};
+use clutch_state::{Store, StoreError, applier};
+use clutch_state_buffered::{BufferedStore, RowCache};
+use clutch_state_replica::OpenCheckpoint;
 use clutch_state_rocks::{RocksStore, SharedMemory};
 
 use super::{IsHome, Rebuilt, StoreProvider, log_name};

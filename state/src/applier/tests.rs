@@ -1,6 +1,6 @@
 //! Where an applier stands and what it says of it; entries and states that it refuses.
 
-use clutch_log::Epoch;
+use clutch_proto::log::Epoch;
 use clutch_proto::state::Check;
 use prost::Message;
 

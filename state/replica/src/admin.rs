@@ -16,8 +16,9 @@ use clutch_proto::{
 };
 use tokio::sync::oneshot;
 
-use super::Replica;
-use crate::{
+use crate::Replica;
+
+use clutch_state::{
     applier::rescan,
     machine::Machine,
     store::{StoreError, Table, View},
@@ -273,7 +274,7 @@ async fn read_log(log: &dyn Log, from: Position, limit: usize) -> AdminResult {
     Ok(AdminReply { log: Some(reply), ..AdminReply::default() })
 }
 
-fn rescan_reply(scanned: Option<Result<crate::applier::Rescan, StoreError>>) -> AdminResult {
+fn rescan_reply(scanned: Option<Result<clutch_state::applier::Rescan, StoreError>>) -> AdminResult {
     let found = scanned.ok_or_else(|| fault("the rescan did not finish"))?.map_err(fault)?;
     let rescan = RescanReply { rows: found.rows, differences: found.differences, position: found.position.0 };
     Ok(AdminReply { rescan: Some(rescan), ..AdminReply::default() })

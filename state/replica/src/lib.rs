@@ -32,7 +32,7 @@ use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::{
+use clutch_state::{
     applier::{AppliedBatch, Applier, EntryOutcome, Fault, recorded},
     client_table::{Known, SYSTEM_CLIENTS},
     machine::{Machine, ProduceContext, Stop, decode},
@@ -40,6 +40,9 @@ use crate::{
 };
 
 mod admin;
+mod facts;
+
+pub use facts::SharedFacts;
 
 /// Log records of one replica that may be in flight.
 const PIPELINE_MAX: usize = 2;
@@ -98,7 +101,7 @@ pub struct ReplicaConfig<M: Machine> {
     /// Its log.
     pub log: Arc<dyn Log>,
     /// What the leader knows.
-    pub facts: Arc<M::Facts>,
+    pub facts: Arc<SharedFacts<M::Facts>>,
     /// The body of the entry that begins an empty state.
     pub genesis: Bytes,
     /// Where the leader's actions go.
@@ -575,7 +578,7 @@ impl<M: Machine> Replica<M> {
 
     fn send(&self, reply: Reply, position: Position, time: Time, result: Result<M::Reply, Refusal>) {
         let result = result.map(|mut reply| {
-            M::finish(&mut reply, &|| self.config.clock.stamp(), &self.config.facts);
+            M::finish(&mut reply, &|| self.config.clock.stamp(), &self.config.facts.now());
             reply.encode_to_vec().into()
         });
         // The caller may have given up.
@@ -684,7 +687,7 @@ impl<M: Machine> Replica<M> {
         let random = self.config.runtime.random.clone();
         let mut draw = || random.u64();
         let mut context = ProduceContext { now: self.config.clock.stamp(), random: &mut draw };
-        match M::produce(&*store, request, tag, &mut context, &self.config.facts) {
+        match M::produce(&*store, request, tag, &mut context, &self.config.facts.now()) {
             Ok(entry) => {
                 let body = Bytes::from(entry.encode_to_vec());
                 entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag, reply }));
@@ -725,7 +728,7 @@ impl<M: Machine> Replica<M> {
         while self.waiting_reads.front().is_some_and(|(position, _)| *position <= applied) {
             let Some((_, reads)) = self.waiting_reads.pop_front() else { return };
             for PendingRead { request, reply } in reads {
-                match M::read(&**self.applier.store(), &request, &self.config.facts) {
+                match M::read(&**self.applier.store(), &request, &self.config.facts.now()) {
                     Ok(answer) => self.send(reply, applied, self.applier.time(), Ok(answer)),
                     Err(Stop::Refused(refusal)) => {
                         self.send(reply, applied, self.applier.time(), Err(refusal))

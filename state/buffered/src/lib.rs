@@ -24,7 +24,7 @@ use clutch_proto::mutants::{self, Mutant};
 use parking_lot::RwLock;
 use quick_cache::{Equivalent, Weighter, sync::Cache};
 
-use crate::store::{Key, Store, StoreError, Table, View, WriteBatch, key_after};
+use clutch_state::store::{Key, Store, StoreError, Table, View, WriteBatch, key_after};
 
 /// Bytes that a kept row costs besides its value: its key, which is kept in place, the links, and what the value shares.
 const ROW_OVERHEAD: usize = 168;
@@ -244,16 +244,16 @@ impl Store for BufferedStore {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::MemoryStore;
+    use clutch_state::MemoryStore;
 
     #[test]
     fn conforms_however_much_waits() {
         for rows_max in [0, 1, 2, 3, 1000] {
-            crate::conformance::check(&mut || {
+            clutch_state::conformance::check(&mut || {
                 let below = Arc::new(MemoryStore::new());
                 Arc::new(BufferedStore::new(below, RowCache::new(1 << 20), rows_max, 1 << 20))
             });
-            crate::conformance::check(&mut || {
+            clutch_state::conformance::check(&mut || {
                 let store = BufferedStore::new(
                     Arc::new(MemoryStore::new()),
                     RowCache::new(1 << 20),

@@ -296,5 +296,74 @@ mod tests {
         assert_eq!(codec.encode(&blocks[..3]), Err(CodecError::Cells));
         assert_eq!(codec.encode(&stripe(4, 63, 3)), Err(CodecError::Cells));
         assert!(Codec::new(0, 1).is_err() && Codec::new(17, 0).is_err() && Codec::new(1, 17).is_err());
+
+        // One condition of several at a time.
+        assert_eq!(codec.encode(&vec![Vec::new(); 4]), Err(CodecError::Cells));
+        let mut uneven = stripe(4, 64, 3);
+        uneven[2].extend([0; 64]);
+        assert_eq!(codec.encode(&uneven), Err(CodecError::Cells));
+        assert_eq!(codec.encode_onto(&blocks, &mut [Vec::new()]), Err(CodecError::Cells));
+        assert_eq!(codec.encode_onto(&blocks, &mut vec![Vec::new(); 3]), Err(CodecError::Cells));
+        let all: Vec<(usize, &Vec<u8>)> = blocks.iter().enumerate().collect();
+        for lost in [6, 7, 100] {
+            assert_eq!(codec.recover(lost, &all), Err(CodecError::Shape { data: 4, parity: 2 }));
+        }
+    }
+
+    /// More than one window of a computation, and a last one that is not full.
+    #[test]
+    fn large_cells_recover() {
+        let codec = Codec::new(3, 2).expect("within the limits");
+        for size in [128 * UNIT_BYTES - UNIT_BYTES, 128 * UNIT_BYTES, 129 * UNIT_BYTES, 300 * UNIT_BYTES] {
+            let mut blocks = stripe(3, size, 5);
+            blocks.extend(codec.encode(&blocks).expect("encodes"));
+            check_loss(&codec, &blocks, &[0, 3]);
+            check_loss(&codec, &blocks, &[1, 2]);
+        }
+    }
+
+    #[test]
+    fn parity_is_appended_and_mirrors_are_copies() {
+        let codec = Codec::new(2, 1).expect("within the limits");
+        let blocks = stripe(2, 64, 9);
+        let mut parity = vec![b"before".to_vec()];
+        codec.encode_onto(&blocks, &mut parity).expect("encodes");
+        assert_eq!(parity[0][..6], *b"before");
+        assert_eq!(parity[0][6..], codec.encode(&blocks).expect("encodes")[0]);
+        let mirrors = Codec::new(1, 2).expect("within the limits");
+        assert_eq!(mirrors.encode(&blocks[..1]).expect("encodes"), vec![blocks[0].clone(); 2]);
+        assert_eq!(mirrors.recover(0, &[(2, &blocks[0])]), Ok(blocks[0].clone()));
+    }
+
+    /// What is idle holds little, and what is remembered is bounded.
+    #[test]
+    fn few_encoders_and_patterns_are_kept() {
+        assert_eq!((ENCODER_CELL_BYTES_MAX, ENCODERS_IDLE_MAX), (1_048_576, 2));
+        let codec = Codec::new(2, 1).expect("within the limits");
+        let idle = || lock(&codec.encoders).len();
+        codec.encode(&stripe(2, ENCODER_CELL_BYTES_MAX + UNIT_BYTES, 1)).expect("encodes");
+        assert_eq!(idle(), 0, "an encoder of large cells is not kept");
+        codec.encode(&stripe(2, ENCODER_CELL_BYTES_MAX, 1)).expect("encodes");
+        assert_eq!(idle(), 1);
+        codec.encode(&stripe(2, 64, 1)).expect("encodes");
+        assert_eq!(idle(), 1, "the one that is kept is used again");
+        let kept = || ReedSolomonEncoder::new(2, 1, 64).expect("within the limits");
+        lock(&codec.encoders).extend([kept(), kept()]);
+        assert_eq!(idle(), 3);
+        codec.encode(&stripe(2, 64, 1)).expect("encodes");
+        assert_eq!(idle(), ENCODERS_IDLE_MAX, "what is too many goes");
+
+        let patterns = Codec::new(8, 8).expect("within the limits");
+        let known = || lock(&patterns.coefficients).len();
+        let (mut asked, mut largest) = (0, 0);
+        for pattern in (0u32..1 << 16).filter(|p| p.count_ones() == 8) {
+            let from: Vec<usize> = (0..16).filter(|i| pattern >> i & 1 == 1).collect();
+            patterns.coefficients_of(&from).expect("is computed");
+            (asked, largest) = (asked + 1, largest.max(known()));
+            if asked == REMEMBERED_MAX + 1 {
+                break;
+            }
+        }
+        assert_eq!((largest, known()), (REMEMBERED_MAX, 1), "all are forgotten when they are too many");
     }
 }

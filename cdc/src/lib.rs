@@ -232,18 +232,18 @@ fn check(op: &begin::Op) -> Result<(), Refusal> {
     };
     match op {
         begin::Op::MakeDirectory(op) => {
-            directory(op.owner)?;
+            directory(op.parent)?;
             name::check(&op.name)
         }
         begin::Op::RemoveDirectory(op) => {
-            directory(op.owner)?;
+            directory(op.parent)?;
             directory(op.target)?;
             name::check(&op.name)
         }
         begin::Op::RenameFile(op) => {
-            directory(op.old_owner)?;
-            directory(op.new_owner)?;
-            if op.old_owner == op.new_owner {
+            directory(op.old_parent)?;
+            directory(op.new_parent)?;
+            if op.old_parent == op.new_parent {
                 return Err(Refusal::invalid("a rename within one directory goes to its shard"));
             }
             match InodeId::from_wire(op.target) {
@@ -259,13 +259,13 @@ fn check(op: &begin::Op) -> Result<(), Refusal> {
             name::check(&op.new_name)
         }
         begin::Op::RenameDirectory(op) => {
-            directory(op.old_owner)?;
-            directory(op.new_owner)?;
+            directory(op.old_parent)?;
+            directory(op.new_parent)?;
             directory(op.target)?;
-            if op.old_owner == op.new_owner {
+            if op.old_parent == op.new_parent {
                 return Err(Refusal::invalid("a rename within one directory goes to its shard"));
             }
-            if op.target == op.new_owner {
+            if op.target == op.new_parent {
                 return Err(Refusal::new(Code::Loop, "a directory cannot be moved into itself"));
             }
             name::check(&op.old_name)?;
@@ -284,8 +284,8 @@ fn check(op: &begin::Op) -> Result<(), Refusal> {
         begin::Op::ForgetDirectory(op) => directory(op.target),
         begin::Op::UndeleteDirectory(op) => {
             directory(op.target)?;
-            directory(op.owner)?;
-            if op.target == op.owner {
+            directory(op.parent)?;
+            if op.target == op.parent {
                 return Err(Refusal::new(Code::Loop, "a directory cannot be brought back into itself"));
             }
             name::check(&op.name)

@@ -1,14 +1,14 @@
 //! The steps of every kind of transaction.
 //!
-//! | kind | First | Walk | Insert | SetOwner | Remove | back |
+//! | kind | First | Walk | Insert | SetParent | Remove | back |
 //! |---|---|---|---|---|---|---|
 //! | make directory | make the inode | | insert the edge* | | | remove the inode |
 //! | remove directory | lock the edge | | orphan the directory* | | end the edge | unlock the edge |
 //! | move file | lock the old edge | | insert the new edge* | | end the old edge | unlock the old edge |
-//! | move directory | lock the old edge | ancestors of the new parent | insert the new edge* | set the owner | end the old edge | unlock the old edge |
+//! | move directory | lock the old edge | ancestors of the new parent | insert the new edge* | set the parent | end the old edge | unlock the old edge |
 //! | forget file | end the past edge* | | | | remove the inode | |
 //! | forget directory | remove the inode* | | | | | |
-//! | undelete directory | read the inode | | insert the edge* | set the owner | | |
+//! | undelete directory | read the inode | | insert the edge* | set the parent | | |
 //!
 //! `*` is the point of no return: when it is done, the transaction only goes forward.
 
@@ -19,7 +19,7 @@ use clutch_proto::{
     rules::v1::PATH_DEPTH_MAX,
     shard::{
         AdoptDirectory, CreateDirectoryInode, DropPastEdge, ForgetDirectoryInode, InsertEdge, LockEdge,
-        OrphanDirectory, Remaining, RemoveDirectoryInode, RemoveFileInode, RemoveLockedEdge, SetOwner,
+        OrphanDirectory, Remaining, RemoveDirectoryInode, RemoveFileInode, RemoveLockedEdge, SetParent,
         ShardReply, ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
     },
     types::{Code, Error},
@@ -37,7 +37,7 @@ pub enum State {
     /// The point of no return.
     Insert = 3,
     /// Tells the moved directory of its new parent.
-    SetOwner = 4,
+    SetParent = 4,
     /// Ends the old edge, or removes the file.
     Remove = 5,
     /// Takes the first step back.
@@ -46,8 +46,8 @@ pub enum State {
 
 impl State {
     pub(crate) fn of(row: &TransactionRow) -> State {
-        use State::{Back, First, Insert, Remove, SetOwner, Waiting, Walk};
-        [First, Walk, Insert, SetOwner, Remove, Back]
+        use State::{Back, First, Insert, Remove, SetParent, Waiting, Walk};
+        [First, Walk, Insert, SetParent, Remove, Back]
             .into_iter()
             .find(|s| *s as u32 == row.state)
             .unwrap_or(Waiting)
@@ -93,10 +93,10 @@ pub(crate) fn directories(row: &TransactionRow) -> Vec<u64> {
         // Whoever ends the past edge of a file is the only one who knows the file.
         Some(Op::MakeDirectory(_) | Op::ForgetFile(_)) | None => vec![],
         Some(Op::ForgetDirectory(op)) => vec![op.target],
-        Some(Op::UndeleteDirectory(op)) => vec![op.owner, op.target],
-        Some(Op::RemoveDirectory(op)) => vec![op.owner, op.target],
-        Some(Op::RenameFile(op)) => vec![op.old_owner, op.new_owner],
-        Some(Op::RenameDirectory(op)) => vec![op.old_owner, op.new_owner, op.target],
+        Some(Op::UndeleteDirectory(op)) => vec![op.parent, op.target],
+        Some(Op::RemoveDirectory(op)) => vec![op.parent, op.target],
+        Some(Op::RenameFile(op)) => vec![op.old_parent, op.new_parent],
+        Some(Op::RenameDirectory(op)) => vec![op.old_parent, op.new_parent, op.target],
     };
     dirs.sort_unstable();
     dirs.dedup();
@@ -114,7 +114,7 @@ pub(crate) fn moved_directory(row: &TransactionRow) -> Option<u64> {
 /// Puts the walk at its beginning: the new parent itself.
 pub(crate) fn begin_walk(row: &mut TransactionRow) {
     if let Some(Op::RenameDirectory(op)) = op(row) {
-        row.walk_at = op.new_owner;
+        row.walk_at = op.new_parent;
         row.walk_depth = 0;
     }
 }
@@ -123,9 +123,9 @@ pub(crate) fn begin_walk(row: &mut TransactionRow) {
 fn old_edge(op: &Op) -> Option<(u64, bytes::Bytes, u64, u64)> {
     match op {
         Op::MakeDirectory(_) | Op::ForgetFile(_) | Op::ForgetDirectory(_) | Op::UndeleteDirectory(_) => None,
-        Op::RemoveDirectory(op) => Some((op.owner, op.name.clone(), op.target, op.created_at)),
-        Op::RenameFile(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
-        Op::RenameDirectory(op) => Some((op.old_owner, op.old_name.clone(), op.target, op.created_at)),
+        Op::RemoveDirectory(op) => Some((op.parent, op.name.clone(), op.target, op.created_at)),
+        Op::RenameFile(op) => Some((op.old_parent, op.old_name.clone(), op.target, op.created_at)),
+        Op::RenameDirectory(op) => Some((op.old_parent, op.old_name.clone(), op.target, op.created_at)),
     }
 }
 
@@ -144,7 +144,7 @@ pub(crate) fn request(row: &TransactionRow) -> (u8, ShardRequest) {
             let slot = row.begin.as_ref().map_or(0, |b| b.slot);
             let create = CreateDirectoryInode {
                 slot,
-                owner: op.owner,
+                parent: op.parent,
                 mode: op.mode,
                 uid: op.uid,
                 gid: op.gid,
@@ -153,29 +153,33 @@ pub(crate) fn request(row: &TransactionRow) -> (u8, ShardRequest) {
             (u64::from(slot), shard_request::Op::CreateDirectoryInode(create))
         }
         (State::Insert, Some(Op::MakeDirectory(op))) => {
-            let insert = InsertEdge { dir: op.owner, name: op.name.clone(), target: made, replace: false };
-            (op.owner, shard_request::Op::InsertEdge(insert))
+            let insert = InsertEdge { dir: op.parent, name: op.name.clone(), target: made, replace: false };
+            (op.parent, shard_request::Op::InsertEdge(insert))
         }
         (State::Back, Some(Op::MakeDirectory(_))) => {
             (made, shard_request::Op::RemoveDirectoryInode(RemoveDirectoryInode { dir: made }))
         }
         (State::Insert, Some(Op::RemoveDirectory(op))) => (
             op.target,
-            shard_request::Op::OrphanDirectory(OrphanDirectory { dir: op.target, owner: op.owner }),
+            shard_request::Op::OrphanDirectory(OrphanDirectory { dir: op.target, parent: op.parent }),
         ),
         (State::Insert, Some(Op::RenameFile(op))) => {
-            let insert =
-                InsertEdge { dir: op.new_owner, name: op.new_name.clone(), target: op.target, replace: true };
-            (op.new_owner, shard_request::Op::InsertEdge(insert))
+            let insert = InsertEdge {
+                dir: op.new_parent,
+                name: op.new_name.clone(),
+                target: op.target,
+                replace: true,
+            };
+            (op.new_parent, shard_request::Op::InsertEdge(insert))
         }
         (State::Insert, Some(Op::RenameDirectory(op))) => {
             let insert = InsertEdge {
-                dir: op.new_owner,
+                dir: op.new_parent,
                 name: op.new_name.clone(),
                 target: op.target,
                 replace: false,
             };
-            (op.new_owner, shard_request::Op::InsertEdge(insert))
+            (op.new_parent, shard_request::Op::InsertEdge(insert))
         }
         (State::Remove, Some(Op::ForgetFile(op))) => {
             (op.target, shard_request::Op::RemoveFileInode(RemoveFileInode { id: op.target }))
@@ -196,17 +200,17 @@ pub(crate) fn request(row: &TransactionRow) -> (u8, ShardRequest) {
         }
         (State::Insert, Some(Op::UndeleteDirectory(op))) => {
             let insert =
-                InsertEdge { dir: op.owner, name: op.name.clone(), target: op.target, replace: false };
-            (op.owner, shard_request::Op::InsertEdge(insert))
+                InsertEdge { dir: op.parent, name: op.name.clone(), target: op.target, replace: false };
+            (op.parent, shard_request::Op::InsertEdge(insert))
         }
-        (State::SetOwner, Some(Op::UndeleteDirectory(op))) => {
-            let adopt = AdoptDirectory { dir: op.target, owner: op.owner };
+        (State::SetParent, Some(Op::UndeleteDirectory(op))) => {
+            let adopt = AdoptDirectory { dir: op.target, parent: op.parent };
             (op.target, shard_request::Op::AdoptDirectory(adopt))
         }
         (_, Some(Op::UndeleteDirectory(op))) => (op.target, shard_request::Op::Stat(Stat { id: op.target })),
         (State::Walk, _) => (row.walk_at, shard_request::Op::Stat(Stat { id: row.walk_at })),
-        (State::SetOwner, Some(Op::RenameDirectory(op))) => {
-            (op.target, shard_request::Op::SetOwner(SetOwner { dir: op.target, owner: op.new_owner }))
+        (State::SetParent, Some(Op::RenameDirectory(op))) => {
+            (op.target, shard_request::Op::SetParent(SetParent { dir: op.target, parent: op.new_parent }))
         }
         (state, other) => {
             let (dir, name, target, created_at) = other.and_then(old_edge).unwrap_or_default();
@@ -281,20 +285,20 @@ pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>
             if is_make {
                 done(row)
             } else if is_move_of_directory || is_undelete {
-                Next::Enter(State::SetOwner)
+                Next::Enter(State::SetParent)
             } else {
                 Next::Enter(State::Remove)
             }
         }
         // Only forward from here. What these steps change is held by this transaction, so "not there" and "not as it
         // was" mean that it is done already; any other refusal means that it is not, and it is asked for again.
-        (state @ (State::SetOwner | State::Remove | State::Back), Err(refusal))
+        (state @ (State::SetParent | State::Remove | State::Back), Err(refusal))
             if !matches!(refusal.code, Code::NotFound | Code::Stale) =>
         {
             Next::Enter(state)
         }
-        (State::SetOwner, _) if is_undelete => done(row),
-        (State::SetOwner, _) => Next::Enter(State::Remove),
+        (State::SetParent, _) if is_undelete => done(row),
+        (State::SetParent, _) => Next::Enter(State::Remove),
         // A file with a long history goes in parts.
         (State::Remove, Ok(ShardReply { reply: Some(Reply::Remaining(Remaining { gone: false, .. })) })) => {
             Next::Enter(State::Remove)
@@ -310,7 +314,7 @@ pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>
 /// A directory may come back if it was removed and is still known.
 fn found_removed(reply: &ShardReply) -> Next {
     match &reply.reply {
-        Some(Reply::Attributes(attributes)) if attributes.owner == 0 => Next::Enter(State::Insert),
+        Some(Reply::Attributes(attributes)) if attributes.parent == 0 => Next::Enter(State::Insert),
         Some(Reply::Attributes(_)) => {
             Next::Finish(Err(Refusal::new(Code::Stale, "the directory was not removed")))
         }
@@ -327,10 +331,10 @@ fn walked(row: &mut TransactionRow, reply: ShardReply) -> Next {
     let Some(Reply::Attributes(attributes)) = reply.reply else {
         return roll_back(row, &Refusal::malformed("a stat without attributes"));
     };
-    if attributes.owner == 0 {
+    if attributes.parent == 0 {
         return roll_back(row, &Refusal::new(Code::NotFound, "the new parent was removed"));
     }
-    if row.walk_at == target || attributes.owner == target {
+    if row.walk_at == target || attributes.parent == target {
         return roll_back(
             row,
             &Refusal::new(Code::Loop, "the new parent lies below the directory that moves"),
@@ -349,6 +353,6 @@ fn walked(row: &mut TransactionRow, reply: ShardReply) -> Next {
             &Refusal::new(Code::TooLarge, format!("deeper than {PATH_DEPTH_MAX} directories")),
         );
     }
-    row.walk_at = attributes.owner;
+    row.walk_at = attributes.parent;
     Next::Enter(State::Walk)
 }

@@ -46,12 +46,12 @@ impl Coordinator {
     }
 
     /// Begins to move `target` out of one directory into another; its first step.
-    fn begin(&mut self, target: u64, old_owner: u64, new_owner: u64) -> SendStep {
+    fn begin(&mut self, target: u64, old_parent: u64, new_parent: u64) -> SendStep {
         self.sequence += 1;
         let (sequence, acknowledged) = (self.sequence, self.sequence - 1);
         let tag = ClientTag { client: 77, sequence, acknowledged, issued_at: 1 };
         let (old_name, new_name) = ("old".into(), "new".into());
-        let op = RenameDirectory { target, old_owner, old_name, created_at: 1, new_owner, new_name };
+        let op = RenameDirectory { target, old_parent, old_name, created_at: 1, new_parent, new_name };
         let begin = Begin { op: Some(Op::RenameDirectory(op)), slot: 0 };
         let (mut steps, _) = self.apply(CdcEntry { tag: Some(tag), body: Some(Body::Begin(begin)) });
         steps.pop().expect("a step")
@@ -66,9 +66,9 @@ impl Coordinator {
     }
 
     /// A move from its first step to its end.
-    fn finish(&mut self, first: &SendStep, new_owner: u64) {
+    fn finish(&mut self, first: &SendStep, new_parent: u64) {
         let (steps, _) = self.answer(first, vec![locked(), owned_by(ROOT), owned_by(ROOT)]);
-        assert!(matches!(steps[0].request.op, Some(shard_request::Op::InsertEdge(_))), "into {new_owner:x}");
+        assert!(matches!(steps[0].request.op, Some(shard_request::Op::InsertEdge(_))), "into {new_parent:x}");
         let (steps, answers) = self.answer(&steps[0], vec![inserted(), done(), done()]);
         assert!(steps.is_empty() && answers[0].is_ok());
     }
@@ -86,8 +86,8 @@ fn inserted() -> ShardReply {
     ShardReply { reply: Some(Reply::Edge(EdgeReply { created_at: 5, ..EdgeReply::default() })) }
 }
 
-fn owned_by(owner: u64) -> ShardReply {
-    ShardReply { reply: Some(Reply::Attributes(Attributes { owner, ..Attributes::default() })) }
+fn owned_by(parent: u64) -> ShardReply {
+    ShardReply { reply: Some(Reply::Attributes(Attributes { parent, ..Attributes::default() })) }
 }
 
 const X: u64 = 3;
@@ -187,15 +187,15 @@ fn nothing_runs_ahead_of_a_verdict_on_what_was_read() {
 /// Directories between a destination and the root: more than two entries' worth of answers.
 const DEPTH: u64 = 150;
 
-/// The owner of the `n`-th directory of a deep chain, whose first is `Z`.
-fn deep_owner(n: u64) -> ShardReply {
+/// The parent of the `n`-th directory of a deep chain, whose first is `Z`.
+fn deep_parent(n: u64) -> ShardReply {
     owned_by(if n + 1 == DEPTH { ROOT } else { dir(1000 + n + 1) })
 }
 
-/// What the chain's directories say of their owners, from the `from`-th on, as many as an entry may bring.
+/// What the chain's directories say of their parents, from the `from`-th on, as many as an entry may bring.
 fn deep_page(from: u64) -> Vec<ShardReply> {
     let until = (from + STEPS_PER_ENTRY_MAX as u64).min(DEPTH);
-    let mut page: Vec<ShardReply> = (from..until).map(deep_owner).collect();
+    let mut page: Vec<ShardReply> = (from..until).map(deep_parent).collect();
     if until == DEPTH && page.len() < STEPS_PER_ENTRY_MAX {
         page.push(owned_by(ROOT));
     }

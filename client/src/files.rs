@@ -103,12 +103,12 @@ impl Client {
     /// Makes a directory.
     pub async fn make_directory(
         &self,
-        owner: InodeId,
+        parent: InodeId,
         name: &Bytes,
         attributes: FileAttributes,
     ) -> Result<Created, ClientError> {
         let FileAttributes { mode, uid, gid, mtime } = attributes;
-        let op = MakeDirectory { owner: owner.raw(), name: name.clone(), mode, uid, gid, mtime };
+        let op = MakeDirectory { parent: parent.raw(), name: name.clone(), mode, uid, gid, mtime };
         let reply = self.cdc(cdc_request::Op::MakeDirectory(op)).await?;
         let id = InodeId::from_wire(reply.id).ok_or_else(|| ClientError::unexpected("an inode id"))?;
         Ok(Created { id, created_at: reply.created_at })
@@ -118,7 +118,7 @@ impl Client {
     pub async fn remove_directory(&self, at: &Resolved) -> Result<(), ClientError> {
         self.inner.edges.forget(at.parent, &at.name);
         let op = RemoveDirectory {
-            owner: at.parent.raw(),
+            parent: at.parent.raw(),
             name: at.name.clone(),
             target: at.id.raw(),
             created_at: at.created_at,
@@ -145,7 +145,7 @@ impl Client {
     pub async fn rename(
         &self,
         at: &Resolved,
-        new_owner: InodeId,
+        new_parent: InodeId,
         new_name: &Bytes,
     ) -> Result<Resolved, ClientError> {
         if at.name.is_empty() {
@@ -153,10 +153,10 @@ impl Client {
         }
         let forget = || {
             self.inner.edges.forget(at.parent, &at.name);
-            self.inner.edges.forget(new_owner, new_name);
+            self.inner.edges.forget(new_parent, new_name);
         };
         forget();
-        let moved = self.rename_uncached(at, new_owner, new_name).await;
+        let moved = self.rename_uncached(at, new_parent, new_name).await;
         // A lookup on the way may have found what was there before.
         forget();
         moved
@@ -165,41 +165,41 @@ impl Client {
     async fn rename_uncached(
         &self,
         at: &Resolved,
-        new_owner: InodeId,
+        new_parent: InodeId,
         new_name: &Bytes,
     ) -> Result<Resolved, ClientError> {
-        let (target, old_owner, old_name, created_at) =
+        let (target, old_parent, old_name, created_at) =
             (at.id.raw(), at.parent.raw(), at.name.clone(), at.created_at);
-        if new_owner == at.parent {
+        if new_parent == at.parent {
             let op = RenameInDirectory {
-                dir: old_owner,
+                dir: old_parent,
                 old_name,
                 target,
                 created_at,
                 new_name: new_name.clone(),
             };
-            let made = created(self.shard_write(new_owner.slot(), Op::RenameInDirectory(op)).await?)?;
+            let made = created(self.shard_write(new_parent.slot(), Op::RenameInDirectory(op)).await?)?;
             return Ok(Resolved { name: new_name.clone(), created_at: made.created_at, ..at.clone() });
         }
         let moved =
-            |created_at| Resolved { parent: new_owner, name: new_name.clone(), created_at, ..at.clone() };
-        let (new_owner, new_name) = (new_owner.raw(), new_name.clone());
+            |created_at| Resolved { parent: new_parent, name: new_name.clone(), created_at, ..at.clone() };
+        let (new_parent, new_name) = (new_parent.raw(), new_name.clone());
         let op = if at.id.is_directory() {
             cdc_request::Op::RenameDirectory(RenameDirectory {
                 target,
-                old_owner,
+                old_parent,
                 old_name,
                 created_at,
-                new_owner,
+                new_parent,
                 new_name,
             })
         } else {
             cdc_request::Op::RenameFile(RenameFile {
                 target,
-                old_owner,
+                old_parent,
                 old_name,
                 created_at,
-                new_owner,
+                new_parent,
                 new_name,
             })
         };

@@ -176,10 +176,10 @@ impl Client {
     pub async fn undelete_directory(
         &self,
         dir: InodeId,
-        owner: InodeId,
+        parent: InodeId,
         name: &Bytes,
     ) -> Result<Created, ClientError> {
-        let op = UndeleteDirectory { target: dir.raw(), owner: owner.raw(), name: name.clone() };
+        let op = UndeleteDirectory { target: dir.raw(), parent: parent.raw(), name: name.clone() };
         let reply = self.cdc(cdc_request::Op::UndeleteDirectory(op)).await?;
         Ok(Created { id: dir, created_at: reply.created_at })
     }

@@ -179,7 +179,7 @@ impl Client {
 
 /// The directory above, or the one that was above before a directory was removed.
 fn parent_of(attributes: &Attributes) -> Option<InodeId> {
-    InodeId::from_wire(if attributes.owner == 0 { attributes.former_owner } else { attributes.owner })
+    InodeId::from_wire(if attributes.parent == 0 { attributes.former_parent } else { attributes.parent })
 }
 
 #[cfg(test)]

@@ -68,10 +68,10 @@ const CRASHED: &[(&str, &[&str])] = &[
     ("make directory", &["first", "insert", "back"]),
     ("remove directory", &["first", "insert", "remove", "back"]),
     ("move file", &["first", "insert", "remove", "back"]),
-    ("move directory", &["first", "walk", "insert", "setowner", "remove", "back"]),
+    ("move directory", &["first", "walk", "insert", "setparent", "remove", "back"]),
     ("forget file", &["first", "remove"]),
     ("forget directory", &["first"]),
-    ("undelete directory", &["first", "insert", "setowner"]),
+    ("undelete directory", &["first", "insert", "setparent"]),
 ];
 
 /// States that are read off the logs and the answers.

@@ -141,7 +141,7 @@ fn applied(name: &str) -> Option<Run> {
             shard.apply(Body::SetAttributes(set));
         }),
         "apply: make and remove a directory's inode" => Box::new(move || {
-            let make = CreateDirectoryInode { owner: ROOT, mode: 0o755, ..CreateDirectoryInode::default() };
+            let make = CreateDirectoryInode { parent: ROOT, mode: 0o755, ..CreateDirectoryInode::default() };
             let dir = shard.step_edge(Body::CreateDirectoryInode(make)).target;
             shard.step(Body::RemoveDirectoryInode(RemoveDirectoryInode { dir }));
         }),

@@ -116,15 +116,15 @@ fn shard_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
         }),
         Op::CreateDirectoryInode(CreateDirectoryInode {
             slot: small,
-            owner: id,
+            parent: id,
             ..CreateDirectoryInode::default()
         }),
         Op::InsertEdge(InsertEdge { dir: id, name: name.clone(), target: id, replace: true }),
         Op::LockEdge(LockEdge { dir: id, name: name.clone(), target: id, created_at: id }),
         Op::UnlockEdge(UnlockEdge { dir: id, name: name.clone(), target: id, created_at: id }),
         Op::RemoveLockedEdge(RemoveLockedEdge { dir: id, name, target: id, created_at: id }),
-        Op::SetOwner(SetOwner { dir: id, owner: id }),
-        Op::OrphanDirectory(OrphanDirectory { dir: id, owner: id }),
+        Op::SetParent(SetParent { dir: id, parent: id }),
+        Op::OrphanDirectory(OrphanDirectory { dir: id, parent: id }),
         Op::RemoveDirectoryInode(RemoveDirectoryInode { dir: id }),
     ]
 }
@@ -203,7 +203,7 @@ fn upkeep_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
         Op::RemoveSpan(RemoveSpan { span_id: id, proofs: vec![odd; small as usize % 40] }),
         Op::DropPastEdge(DropPastEdge { dir, name, target: id, ended_at: id, policy }),
         Op::RemoveFileInode(RemoveFileInode { id }),
-        Op::AdoptDirectory(AdoptDirectory { dir: id, owner: id }),
+        Op::AdoptDirectory(AdoptDirectory { dir: id, parent: id }),
         Op::ForgetDirectoryInode(ForgetDirectoryInode { dir: id, policy }),
     ];
     all.extend(visits);
@@ -305,7 +305,7 @@ fn wrong_slots_tags_and_times_are_refused() {
             .encode_to_vec();
         assert_eq!(code("node1", envelope(Role::Registry, 0, None, swap)).await, Some(Code::Malformed));
         let mkdir =
-            cdc::MakeDirectory { owner: 7, name: Bytes::from_static(b"x"), ..cdc::MakeDirectory::default() };
+            cdc::MakeDirectory { parent: 7, name: Bytes::from_static(b"x"), ..cdc::MakeDirectory::default() };
         let mkdir = CdcRequest { op: Some(cdc_request::Op::MakeDirectory(mkdir)) }.encode_to_vec();
         assert_eq!(
             code("node2", envelope(Role::Cdc, 0, Some(tag(6)), mkdir)).await,
@@ -324,7 +324,7 @@ fn wrong_slots_tags_and_times_are_refused() {
                 cdc_request::Op::ForgetDirectory(cdc::ForgetDirectory { target: number, policy: None }),
                 cdc_request::Op::UndeleteDirectory(cdc::UndeleteDirectory {
                     target: number,
-                    owner: InodeId::ROOT.raw(),
+                    parent: InodeId::ROOT.raw(),
                     name,
                 }),
             ];

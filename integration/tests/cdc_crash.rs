@@ -25,8 +25,8 @@ fn name(text: &str) -> Bytes {
 
 /// `/x/dir/inner`, `/x/full/file`, `/x/empty`, `/x/file`, `/y`, `/y/taken`.
 async fn prepare(client: &Client) {
-    let mkdir = async |owner: InodeId, n: &str| {
-        client.make_directory(owner, &name(n), ATTRIBUTES).await.expect("mkdir").id
+    let mkdir = async |parent: InodeId, n: &str| {
+        client.make_directory(parent, &name(n), ATTRIBUTES).await.expect("mkdir").id
     };
     let create = async |dir: InodeId, n: &str| {
         client.write_file(dir, &name(n), ATTRIBUTES, false, &mut &b"content"[..]).await.expect("creates");
@@ -167,8 +167,8 @@ fn two_deep_moves_cannot_make_a_loop_together() {
         let cluster = SimCluster::start(seed, 2, 3);
         let client = cluster.client();
         let outcome = cluster.run(async move {
-            let mkdir = async |owner: InodeId, n: &str| {
-                client.make_directory(owner, &name(n), ATTRIBUTES).await.expect("mkdir").id
+            let mkdir = async |parent: InodeId, n: &str| {
+                client.make_directory(parent, &name(n), ATTRIBUTES).await.expect("mkdir").id
             };
             let (p, q) = (mkdir(InodeId::ROOT, "p").await, mkdir(InodeId::ROOT, "q").await);
             let (a, b) = (mkdir(p, "a").await, mkdir(q, "b").await);
@@ -220,8 +220,8 @@ fn a_move_into_the_deep_survives_a_crash_on_its_way() {
         let (preparing, crashing) = (client.clone(), cluster.clone());
         let clock = cluster.world.node(CLIENT).clock;
         interrupted += cluster.run(async move {
-            let mkdir = async |owner: InodeId, n: &str| {
-                preparing.make_directory(owner, &name(n), ATTRIBUTES).await.expect("mkdir").id
+            let mkdir = async |parent: InodeId, n: &str| {
+                preparing.make_directory(parent, &name(n), ATTRIBUTES).await.expect("mkdir").id
             };
             let moved = mkdir(InodeId::ROOT, "moved").await;
             mkdir(moved, "inner").await;

@@ -440,11 +440,11 @@ impl Test {
         if self.model.dirs.len() > 60 {
             return;
         }
-        let owner = self.pick_dir();
-        let name = self.pick_name(owner);
-        let expected = self.model.can_put(owner, &name, true, false);
+        let parent = self.pick_dir();
+        let name = self.pick_name(parent);
+        let expected = self.model.can_put(parent, &name, true, false);
         let op = cdc::MakeDirectory {
-            owner: owner.raw(),
+            parent: parent.raw(),
             name: name.clone(),
             mode: 0o700,
             ..cdc::MakeDirectory::default()
@@ -452,9 +452,9 @@ impl Test {
         let got = self.system.transaction(cdc_request::Op::MakeDirectory(op));
         if let Some(reply) = compare("mkdir", got, expected) {
             let id = InodeId::from_wire(reply.id).expect("an inode");
-            self.model.put(owner, &name, id, reply.created_at);
+            self.model.put(parent, &name, id, reply.created_at);
             self.model.dirs.insert(id, BTreeMap::new());
-            self.model.parents.insert(id, owner);
+            self.model.parents.insert(id, parent);
         }
     }
 
@@ -463,7 +463,7 @@ impl Test {
         if target.is_directory() {
             let expected = if self.model.dirs[&target].is_empty() { Ok(()) } else { Err(Code::NotEmpty) };
             let op = cdc::RemoveDirectory {
-                owner: dir.raw(),
+                parent: dir.raw(),
                 name: name.clone(),
                 target: target.raw(),
                 created_at,
@@ -517,41 +517,41 @@ impl Test {
 
     fn rename_across(&mut self) {
         let Some((dir, old_name, target, created_at)) = self.pick_entry() else { return };
-        let new_owner = self.pick_dir();
-        if new_owner == dir {
+        let new_parent = self.pick_dir();
+        if new_parent == dir {
             return;
         }
-        let new_name = self.pick_name(new_owner);
-        let (raw, old_owner, new_owner_raw) = (target.raw(), dir.raw(), new_owner.raw());
+        let new_name = self.pick_name(new_parent);
+        let (raw, old_parent, new_parent_raw) = (target.raw(), dir.raw(), new_parent.raw());
         let is_dir = target.is_directory();
-        let mut expected = self.model.can_put(new_owner, &new_name, is_dir, !is_dir);
+        let mut expected = self.model.can_put(new_parent, &new_name, is_dir, !is_dir);
         let op = if is_dir {
-            if self.model.dirs.contains_key(&new_owner) && self.model.is_below(new_owner, target) {
+            if self.model.dirs.contains_key(&new_parent) && self.model.is_below(new_parent, target) {
                 expected = Err(Code::Loop);
             }
             cdc_request::Op::RenameDirectory(cdc::RenameDirectory {
                 target: raw,
-                old_owner,
+                old_parent,
                 old_name: old_name.clone(),
                 created_at,
-                new_owner: new_owner_raw,
+                new_parent: new_parent_raw,
                 new_name: new_name.clone(),
             })
         } else {
             cdc_request::Op::RenameFile(cdc::RenameFile {
                 target: raw,
-                old_owner,
+                old_parent,
                 old_name: old_name.clone(),
                 created_at,
-                new_owner: new_owner_raw,
+                new_parent: new_parent_raw,
                 new_name: new_name.clone(),
             })
         };
         if let Some(reply) = compare("move", self.system.transaction(op), expected) {
             self.model.dirs.get_mut(&dir).expect("there").remove(&old_name);
-            self.model.put(new_owner, &new_name, target, reply.created_at);
+            self.model.put(new_parent, &new_name, target, reply.created_at);
             if is_dir {
-                self.model.parents.insert(target, new_owner);
+                self.model.parents.insert(target, new_parent);
             }
         }
     }
@@ -651,16 +651,16 @@ impl Test {
             self.forget_directory(dir, expected);
             return;
         }
-        let owner = self.pick_dir();
-        let name = self.pick_name(owner);
+        let parent = self.pick_dir();
+        let name = self.pick_name(parent);
         let expected =
-            if owner == dir { Err(Code::Loop) } else { self.model.can_put(owner, &name, true, false) };
-        let op = cdc::UndeleteDirectory { target: dir.raw(), owner: owner.raw(), name: name.clone() };
+            if parent == dir { Err(Code::Loop) } else { self.model.can_put(parent, &name, true, false) };
+        let op = cdc::UndeleteDirectory { target: dir.raw(), parent: parent.raw(), name: name.clone() };
         let got = self.system.transaction(cdc_request::Op::UndeleteDirectory(op));
         if let Some(reply) = compare("undelete directory", got, expected) {
-            self.model.put(owner, &name, dir, reply.created_at);
+            self.model.put(parent, &name, dir, reply.created_at);
             self.model.dirs.insert(dir, BTreeMap::new());
-            self.model.parents.insert(dir, owner);
+            self.model.parents.insert(dir, parent);
             self.model.removed.remove(&dir);
         }
     }
@@ -791,10 +791,10 @@ fn random_operations_match_the_naive_filesystem() {
         states("make directory", &["first", "insert", "back"]),
         states("remove directory", &["first", "insert", "remove", "back"]),
         states("move file", &["first", "insert", "remove", "back"]),
-        states("move directory", &["first", "walk", "insert", "setowner", "remove", "back"]),
+        states("move directory", &["first", "walk", "insert", "setparent", "remove", "back"]),
         states("forget file", &["first", "remove"]),
         states("forget directory", &["first"]),
-        states("undelete directory", &["first", "insert", "setowner"]),
+        states("undelete directory", &["first", "insert", "setparent"]),
     ]
     .concat()
     .into_iter()

@@ -217,7 +217,7 @@ async fn directory(
         }
         after = next;
     }
-    if attributes.owner == 0 && forgotten == total {
+    if attributes.parent == 0 && forgotten == total {
         let policy = pace.client.snapshot_policy_now(dir).await?;
         if may_go(&policy, now, attributes.ctime, 0) {
             pace.next().await;

@@ -5,7 +5,7 @@ use clutch_proto::{
     mutants::{self, Mutant},
     shard::{
         AdoptDirectory, CreateDirectoryInode, Done, EdgeReply, EdgeRow, ForgetDirectoryInode, InodeRow,
-        InsertEdge, LockEdge, OrphanDirectory, RemoveDirectoryInode, RemoveLockedEdge, SetOwner, UnlockEdge,
+        InsertEdge, LockEdge, OrphanDirectory, RemoveDirectoryInode, RemoveLockedEdge, SetParent, UnlockEdge,
         shard_reply::Reply,
     },
     types::Code,
@@ -21,13 +21,13 @@ pub(crate) fn create_inode(tx: &mut Tx<'_>, time: Time, op: &CreateDirectoryInod
     let slot =
         u8::try_from(op.slot).map_err(|_| Stop::refuse(Code::InvalidArgument, "slots go from 0 to 255"))?;
     check_slot(tx, Slot(slot))?;
-    let owner = parse_inode(op.owner)?;
-    if !owner.is_directory() {
-        return Err(Stop::refuse(Code::NotDirectory, format!("{owner} is not a directory")));
+    let parent = parse_inode(op.parent)?;
+    if !parent.is_directory() {
+        return Err(Stop::refuse(Code::NotDirectory, format!("{parent} is not a directory")));
     }
     let id = inode::next_inode(tx, InodeKind::Directory, Slot(slot))?;
     let mut row = inode::new_row(time, op.mode, op.uid, op.gid, op.mtime);
-    (row.owner, row.edge_time, row.nlink) = (owner.raw(), time.0, 2);
+    (row.parent, row.edge_time, row.nlink) = (parent.raw(), time.0, 2);
     inode::put(tx, id, &row);
     Ok(Reply::Edge(EdgeReply { target: id.raw(), ..EdgeReply::default() }))
 }
@@ -86,11 +86,11 @@ pub(crate) fn remove_locked_edge(tx: &mut Tx<'_>, time: Time, op: &RemoveLockedE
     Ok(DONE)
 }
 
-pub(crate) fn set_owner(tx: &mut Tx<'_>, time: Time, op: &SetOwner) -> Reapplied {
+pub(crate) fn set_parent(tx: &mut Tx<'_>, time: Time, op: &SetParent) -> Reapplied {
     let dir = parse_directory(tx, op.dir)?;
-    let owner = parse_inode(op.owner)?;
+    let parent = parse_inode(op.parent)?;
     let row = inode::get(tx, dir)?;
-    inode::put(tx, dir, &InodeRow { owner: owner.raw(), ctime: time.0, ..row });
+    inode::put(tx, dir, &InodeRow { parent: parent.raw(), ctime: time.0, ..row });
     Ok(DONE)
 }
 
@@ -103,26 +103,26 @@ fn has_rows(tx: &mut Tx<'_>, table: clutch_state::Table, dir: clutch_proto::Inod
 pub(crate) fn orphan(tx: &mut Tx<'_>, time: Time, op: &OrphanDirectory) -> Reapplied {
     let dir = parse_directory(tx, op.dir)?;
     let row = inode::live_directory(tx, dir)?;
-    if row.owner != op.owner {
+    if row.parent != op.parent {
         return Err(Stop::refuse(Code::Stale, "the directory has another parent now"));
     }
     if has_rows(tx, tables::EDGE, dir)? && !mutants::is(Mutant::RemoveNotEmpty) {
         return Err(Stop::refuse(Code::NotEmpty, "the directory is not empty"));
     }
-    let former_owner = row.owner;
-    inode::put(tx, dir, &InodeRow { owner: 0, former_owner, ctime: time.0, nlink: 0, ..row });
+    let former_parent = row.parent;
+    inode::put(tx, dir, &InodeRow { parent: 0, former_parent, ctime: time.0, nlink: 0, ..row });
     Ok(DONE)
 }
 
 /// Puts a removed directory back into the tree; the edge that leads to it is there already.
 pub(crate) fn adopt(tx: &mut Tx<'_>, time: Time, op: &AdoptDirectory) -> Reapplied {
     let dir = parse_directory(tx, op.dir)?;
-    let owner = parse_inode(op.owner)?;
+    let parent = parse_inode(op.parent)?;
     let row = inode::get(tx, dir)?;
-    if row.owner != 0 {
+    if row.parent != 0 {
         return Err(Stop::refuse(Code::Stale, "the directory was not removed"));
     }
-    inode::put(tx, dir, &InodeRow { owner: owner.raw(), former_owner: 0, ctime: time.0, nlink: 2, ..row });
+    inode::put(tx, dir, &InodeRow { parent: parent.raw(), former_parent: 0, ctime: time.0, nlink: 2, ..row });
     Ok(DONE)
 }
 
@@ -130,7 +130,7 @@ pub(crate) fn adopt(tx: &mut Tx<'_>, time: Time, op: &AdoptDirectory) -> Reappli
 pub(crate) fn forget(tx: &mut Tx<'_>, time: Time, op: &ForgetDirectoryInode) -> Reapplied {
     let dir = parse_directory(tx, op.dir)?;
     let row = inode::get(tx, dir)?;
-    if row.owner != 0 {
+    if row.parent != 0 {
         return Err(Stop::refuse(Code::Stale, "the directory was not removed"));
     }
     // Its change time is that of its removal, or later.

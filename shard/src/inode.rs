@@ -21,7 +21,7 @@ pub(crate) fn get(rows: &mut impl Rows, id: InodeId) -> Result<InodeRow, Stop> {
 /// A directory that can take entries.
 pub(crate) fn live_directory(rows: &mut impl Rows, id: InodeId) -> Result<InodeRow, Stop> {
     let row = get(rows, id)?;
-    if row.owner == 0 {
+    if row.parent == 0 {
         return Err(Stop::refuse(Code::NotFound, format!("directory {id} was removed")));
     }
     Ok(row)
@@ -101,11 +101,11 @@ pub(crate) fn attributes(id: InodeId, row: InodeRow) -> Attributes {
         ctime: row.ctime,
         atime: row.atime,
         nlink: row.nlink,
-        owner: row.owner,
+        parent: row.parent,
         edge_time: row.edge_time,
         content: row.content,
         symlink_target: row.symlink_target,
         policy: row.policy,
-        former_owner: row.former_owner,
+        former_parent: row.former_parent,
     }
 }

@@ -16,10 +16,10 @@
 //!
 //! Of all shards, when the CDC has nothing in flight:
 //! 11. every current edge leads to an inode that exists
-//! 12. a file or link has exactly one owner: a current edge or an owned past edge
-//! 13. a directory has an owner if and only if exactly one current edge leads to it, from that owner (root aside)
+//! 12. a file or link has exactly one parent: a current edge or an owned past edge
+//! 13. a directory has an parent if and only if exactly one current edge leads to it, from that parent (root aside)
 //! 14. no edge is locked
-//! 15. every directory that has an owner lies below the root: there are no loops
+//! 15. every directory that has an parent lies below the root: there are no loops
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -38,7 +38,7 @@ use crate::tables;
 /// What one shard contributes to the checks of all.
 #[derive(Default)]
 pub struct Facts {
-    /// Every inode and, for directories, its owner.
+    /// Every inode and, for directories, its parent.
     pub inodes: BTreeMap<InodeId, u64>,
     /// Current edges: directory, target, locked.
     pub edges: Vec<(InodeId, u64, bool)>,
@@ -108,7 +108,7 @@ pub fn check_shard(view: &dyn View) -> Result<(Vec<String>, Facts), StoreError> 
     check_edges(view, &inodes, &mut wrong, &mut facts)?;
     let spans = check_contents(view, &inodes, &mut wrong, &mut facts)?;
     check_spans(view, spans, &mut wrong, &mut facts)?;
-    facts.inodes = inodes.into_iter().map(|(id, row)| (id, row.owner)).collect();
+    facts.inodes = inodes.into_iter().map(|(id, row)| (id, row.parent)).collect();
     Ok((wrong, facts))
 }
 
@@ -161,7 +161,7 @@ fn check_edges(
         }
         match inodes.get(&dir) {
             None => wrong.push(format!("{at}: the directory does not exist")),
-            Some(row) if row.owner == 0 => wrong.push(format!("{at}: the directory was removed")),
+            Some(row) if row.parent == 0 => wrong.push(format!("{at}: the directory was removed")),
             Some(dir_row) if dir_row.edge_time < row.created_at => {
                 wrong.push(format!("{at}: newer than the directory's edge time"));
             }
@@ -366,7 +366,7 @@ fn check_spans(
     Ok(())
 }
 
-/// Follows owners upwards; what was found to reach the root, or not to, is not followed again.
+/// Follows parents upwards; what was found to reach the root, or not to, is not followed again.
 fn check_loops(inodes: &BTreeMap<InodeId, u64>, wrong: &mut Vec<String>) {
     let mut known: BTreeSet<InodeId> = BTreeSet::from([InodeId::ROOT]);
     for start in inodes.keys().filter(|id| id.is_directory()) {
@@ -374,12 +374,12 @@ fn check_loops(inodes: &BTreeMap<InodeId, u64>, wrong: &mut Vec<String>) {
         while known.insert(at) {
             path.insert(at);
             match inodes.get(&at).copied().and_then(InodeId::from_wire) {
-                Some(owner) => at = owner,
-                // Removed, or its owner does not exist: told by other checks.
+                Some(parent) => at = parent,
+                // Removed, or its parent does not exist: told by other checks.
                 None => break,
             }
         }
-        if path.contains(&at) && inodes.get(&at).is_some_and(|owner| *owner != 0) {
+        if path.contains(&at) && inodes.get(&at).is_some_and(|parent| *parent != 0) {
             wrong.push(format!("directory {at} is its own ancestor"));
         }
     }
@@ -390,14 +390,14 @@ pub fn check_cluster(shards: &[Facts]) -> Vec<String> {
     let mut wrong = Vec::new();
     let mut inodes: BTreeMap<InodeId, u64> = BTreeMap::new();
     for facts in shards {
-        for (id, owner) in &facts.inodes {
-            if inodes.insert(*id, *owner).is_some() {
+        for (id, parent) in &facts.inodes {
+            if inodes.insert(*id, *parent).is_some() {
                 wrong.push(format!("inode {id} is in two shards"));
             }
         }
     }
     check_loops(&inodes, &mut wrong);
-    let mut owners: BTreeMap<InodeId, (u32, Option<InodeId>)> = BTreeMap::new();
+    let mut parents: BTreeMap<InodeId, (u32, Option<InodeId>)> = BTreeMap::new();
     for (dir, target, locked) in shards.iter().flat_map(|f| &f.edges) {
         let known = InodeId::from_wire(*target).filter(|id| inodes.contains_key(id));
         let Some(target) = known else {
@@ -409,31 +409,31 @@ pub fn check_cluster(shards: &[Facts]) -> Vec<String> {
                 "an edge of directory {dir} to {target} is locked with no transaction in flight"
             ));
         }
-        let entry = owners.entry(target).or_default();
+        let entry = parents.entry(target).or_default();
         (entry.0, entry.1) = (entry.0 + 1, Some(*dir));
     }
     for target in shards.iter().flat_map(|f| &f.owned_past) {
         match InodeId::from_wire(*target).filter(|id| inodes.contains_key(id)) {
-            Some(id) => owners.entry(id).or_default().0 += 1,
+            Some(id) => parents.entry(id).or_default().0 += 1,
             None => wrong.push(format!("a past edge owns inode {target:x}, which does not exist")),
         }
     }
-    for (id, owner) in &inodes {
-        let (count, dir) = owners.get(id).copied().unwrap_or_default();
+    for (id, parent) in &inodes {
+        let (count, dir) = parents.get(id).copied().unwrap_or_default();
         if *id == InodeId::ROOT {
             if count != 0 {
                 wrong.push("an edge leads to the root directory".into());
             }
         } else if id.is_directory() {
-            let owned = *owner != 0;
-            if owned && (count != 1 || dir.is_none_or(|d| d.raw() != *owner)) {
-                wrong.push(format!("directory {id} has the owner {owner:x}, but {count} edges lead to it"));
+            let owned = *parent != 0;
+            if owned && (count != 1 || dir.is_none_or(|d| d.raw() != *parent)) {
+                wrong.push(format!("directory {id} has the parent {parent:x}, but {count} edges lead to it"));
             }
             if !owned && count != 0 {
                 wrong.push(format!("directory {id} was removed, but {count} edges lead to it"));
             }
         } else if count != 1 {
-            wrong.push(format!("inode {id} has {count} owners"));
+            wrong.push(format!("inode {id} has {count} parents"));
         }
     }
     wrong

@@ -187,7 +187,7 @@ fn apply_body(tx: &mut Tx<'_>, time: Time, body: Body) -> Reapplied {
         Body::LockEdge(op) => directory::lock_edge(tx, &op),
         Body::UnlockEdge(op) => directory::unlock_edge(tx, &op),
         Body::RemoveLockedEdge(op) => directory::remove_locked_edge(tx, time, &op),
-        Body::SetOwner(op) => directory::set_owner(tx, time, &op),
+        Body::SetParent(op) => directory::set_parent(tx, time, &op),
         Body::OrphanDirectory(op) => directory::orphan(tx, time, &op),
         Body::RemoveDirectoryInode(op) => directory::remove_inode(tx, &op),
         Body::DropPastEdge(op) => collect::drop_past_edge(tx, time, &op),
@@ -211,7 +211,7 @@ fn apply_genesis(tx: &mut Tx<'_>, time: Time, genesis: &Genesis) -> Reapplied {
             ctime: time.0,
             atime: time.0,
             nlink: 2,
-            owner: InodeId::ROOT.raw(),
+            parent: InodeId::ROOT.raw(),
             edge_time: time.0,
             ..InodeRow::default()
         };

@@ -1,6 +1,6 @@
 //! Directories' policies: what new files get, and how long old versions stay.
 //!
-//! A part that a directory does not set comes from its parent; whoever asks walks up the owners. What is collected by
+//! A part that a directory does not set comes from its parent; whoever asks walks up the parents. What is collected by
 //! a policy is compared with it again in `apply`, by the log's time.
 
 use clutch_proto::{

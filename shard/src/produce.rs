@@ -74,7 +74,7 @@ pub(crate) fn produce(
         Op::LockEdge(op) => Body::LockEdge(op),
         Op::UnlockEdge(op) => Body::UnlockEdge(op),
         Op::RemoveLockedEdge(op) => Body::RemoveLockedEdge(op),
-        Op::SetOwner(op) => Body::SetOwner(op),
+        Op::SetParent(op) => Body::SetParent(op),
         Op::OrphanDirectory(op) => Body::OrphanDirectory(op),
         Op::RemoveDirectoryInode(op) => Body::RemoveDirectoryInode(op),
         Op::DropPastEdge(op) => Body::DropPastEdge(op),

@@ -187,24 +187,24 @@ fn acts(record: &Record) -> Vec<(Name, Request)> {
         };
         let edge = reply.map(|r| (r.id, r.created_at));
         return match op {
-            cdc_request::Op::MakeDirectory(op) => put((op.owner, op.name), edge, false),
-            cdc_request::Op::RemoveDirectory(op) => take((op.owner, op.name), op.target, op.created_at),
+            cdc_request::Op::MakeDirectory(op) => put((op.parent, op.name), edge, false),
+            cdc_request::Op::RemoveDirectory(op) => take((op.parent, op.name), op.target, op.created_at),
             cdc_request::Op::RenameFile(op) => {
-                let mut acts = take((op.old_owner, op.old_name), op.target, op.created_at);
+                let mut acts = take((op.old_parent, op.old_name), op.target, op.created_at);
                 // An "exists" of a move may be of either name.
                 acts.extend(
-                    put((op.new_owner, op.new_name), edge, true).into_iter().filter(|_| code.is_none()),
+                    put((op.new_parent, op.new_name), edge, true).into_iter().filter(|_| code.is_none()),
                 );
                 acts
             }
             cdc_request::Op::RenameDirectory(op) => {
-                let mut acts = take((op.old_owner, op.old_name), op.target, op.created_at);
+                let mut acts = take((op.old_parent, op.old_name), op.target, op.created_at);
                 acts.extend(
-                    put((op.new_owner, op.new_name), edge, false).into_iter().filter(|_| code.is_none()),
+                    put((op.new_parent, op.new_name), edge, false).into_iter().filter(|_| code.is_none()),
                 );
                 acts
             }
-            cdc_request::Op::UndeleteDirectory(op) => put((op.owner, op.name), edge, false),
+            cdc_request::Op::UndeleteDirectory(op) => put((op.parent, op.name), edge, false),
             // Of what is past, names know nothing.
             cdc_request::Op::ForgetFile(_)
             | cdc_request::Op::ForgetDirectory(_)

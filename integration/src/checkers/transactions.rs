@@ -28,7 +28,7 @@ struct Traces {
     unlocked: bool,
     ended_edge: bool,
     orphaned: bool,
-    owner_set: bool,
+    parent_set: bool,
     dropped: bool,
     file_removed: bool,
     adopted: bool,
@@ -61,7 +61,7 @@ impl Traces {
             },
             Op::RenameFile(_) => self.judge_ended(self.inserted_at.is_some()),
             Op::RenameDirectory(_) => {
-                if self.inserted_at.is_some() && !self.owner_set {
+                if self.inserted_at.is_some() && !self.parent_set {
                     return Err("moved a directory without telling it");
                 }
                 self.judge_ended(self.inserted_at.is_some())
@@ -117,7 +117,7 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
             (Body::LockEdge(_), _) => trace.locked = true,
             (Body::UnlockEdge(_), _) => trace.unlocked = true,
             (Body::RemoveLockedEdge(_), _) => trace.ended_edge = true,
-            (Body::SetOwner(_), _) => trace.owner_set = true,
+            (Body::SetParent(_), _) => trace.parent_set = true,
             (Body::OrphanDirectory(_), _) => trace.orphaned = true,
             (Body::RemoveDirectoryInode(_), _) => trace.unmade = true,
             (Body::DropPastEdge(_), _) => trace.dropped = true,

@@ -156,20 +156,20 @@ impl ShardOracle {
 
     pub(super) fn adopt(&mut self, op: &AdoptDirectory) -> Outcome {
         self.directory_here(op.dir)?;
-        kind_of(op.owner)?;
+        kind_of(op.parent)?;
         let time = self.time;
         let row = self.inodes.get_mut(&op.dir).ok_or(Code::NotFound)?;
-        if row.owner != 0 {
+        if row.parent != 0 {
             return Err(Code::Stale);
         }
-        (row.owner, row.former_owner, row.nlink, row.ctime) = (op.owner, 0, 2, time);
+        (row.parent, row.former_parent, row.nlink, row.ctime) = (op.parent, 0, 2, time);
         DONE
     }
 
     pub(super) fn forget_directory(&mut self, op: &ForgetDirectoryInode) -> Outcome {
         self.directory_here(op.dir)?;
         let row = self.inodes.get(&op.dir).ok_or(Code::NotFound)?;
-        if row.owner != 0 {
+        if row.parent != 0 {
             return Err(Code::Stale);
         }
         self.may_go(op.policy, row.ctime, 0)?;

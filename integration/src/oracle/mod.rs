@@ -234,7 +234,7 @@ impl ShardOracle {
             Body::LockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, true),
             Body::UnlockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, false),
             Body::RemoveLockedEdge(op) => self.remove_locked(op),
-            Body::SetOwner(op) => self.set_owner(&op),
+            Body::SetParent(op) => self.set_parent(&op),
             Body::OrphanDirectory(op) => self.orphan(&op),
             Body::RemoveDirectoryInode(op) => self.remove_directory(&op),
             Body::DropPastEdge(op) => self.drop_past_edge(&op),
@@ -251,7 +251,7 @@ impl ShardOracle {
         self.slots = Some((op.slot_first, op.slot_last));
         if op.slot_first == 0 {
             let mut row = self.new_inode(op.root_mode, 0, 0, 0);
-            (row.nlink, row.owner, row.edge_time) = (2, InodeId::ROOT.raw(), self.time);
+            (row.nlink, row.parent, row.edge_time) = (2, InodeId::ROOT.raw(), self.time);
             row.mode = op.root_mode;
             self.inodes.insert(InodeId::ROOT.raw(), row);
         }
@@ -275,7 +275,7 @@ impl ShardOracle {
     fn live(&self, id: u64) -> Result<(), Code> {
         self.directory_here(id)?;
         match self.inodes.get(&id) {
-            Some(row) if row.owner != 0 => Ok(()),
+            Some(row) if row.parent != 0 => Ok(()),
             _ => Err(Code::NotFound),
         }
     }
@@ -445,12 +445,12 @@ impl ShardOracle {
     fn create_directory(&mut self, op: &CreateDirectoryInode) -> Outcome {
         let slot = u8::try_from(op.slot).map_err(|_| Code::InvalidArgument)?;
         self.check_slot(slot)?;
-        if !kind_of(op.owner)?.is_directory() {
+        if !kind_of(op.parent)?.is_directory() {
             return Err(Code::NotDirectory);
         }
         let id = self.next_inode(InodeKind::Directory, slot);
         let mut row = self.new_inode(op.mode, op.uid, op.gid, op.mtime);
-        (row.owner, row.edge_time, row.nlink) = (op.owner, self.time, 2);
+        (row.parent, row.edge_time, row.nlink) = (op.parent, self.time, 2);
         self.inodes.insert(id, row);
         Ok(Reply::Edge(EdgeReply { target: id, ..EdgeReply::default() }))
     }
@@ -487,12 +487,12 @@ impl ShardOracle {
         Ok(Reply::Done(Done {}))
     }
 
-    fn set_owner(&mut self, op: &SetOwner) -> Outcome {
+    fn set_parent(&mut self, op: &SetParent) -> Outcome {
         self.directory_here(op.dir)?;
-        kind_of(op.owner)?;
+        kind_of(op.parent)?;
         let time = self.time;
         let row = self.inodes.get_mut(&op.dir).ok_or(Code::NotFound)?;
-        (row.owner, row.ctime) = (op.owner, time);
+        (row.parent, row.ctime) = (op.parent, time);
         Ok(Reply::Done(Done {}))
     }
 
@@ -502,7 +502,7 @@ impl ShardOracle {
 
     fn orphan(&mut self, op: &OrphanDirectory) -> Outcome {
         self.live(op.dir)?;
-        if self.inodes.get(&op.dir).is_none_or(|row| row.owner != op.owner) {
+        if self.inodes.get(&op.dir).is_none_or(|row| row.parent != op.parent) {
             return Err(Code::Stale);
         }
         if !self.is_empty(op.dir) {
@@ -510,7 +510,7 @@ impl ShardOracle {
         }
         let time = self.time;
         if let Some(row) = self.inodes.get_mut(&op.dir) {
-            (row.owner, row.former_owner, row.nlink, row.ctime) = (0, row.owner, 0, time);
+            (row.parent, row.former_parent, row.nlink, row.ctime) = (0, row.parent, 0, time);
         }
         Ok(Reply::Done(Done {}))
     }

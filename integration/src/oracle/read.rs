@@ -317,12 +317,12 @@ pub(super) fn attributes(id: u64, row: &InodeRow) -> Attributes {
         ctime: row.ctime,
         atime: row.atime,
         nlink: row.nlink,
-        owner: row.owner,
+        parent: row.parent,
         edge_time: row.edge_time,
         content: row.content,
         symlink_target: row.symlink_target.clone(),
         policy: row.policy.clone(),
-        former_owner: row.former_owner,
+        former_parent: row.former_parent,
     }
 }
 

@@ -282,7 +282,7 @@ async fn removed_directory(
         }
         let Some(id) = InodeId::from_wire(edge.target).filter(|id| id.is_directory()) else { continue };
         match client.stat(id).await {
-            Ok(attributes) if attributes.owner == 0 && attributes.former_owner == dir.raw() => {
+            Ok(attributes) if attributes.parent == 0 && attributes.former_parent == dir.raw() => {
                 return Ok(Some(id));
             }
             // Moved away, or brought back already.

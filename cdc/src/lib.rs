@@ -1,7 +1,8 @@
 //! The cross-directory coordinator: transactions over shards, as step machines. Pure.
 //!
 //! A transaction is a row. Each step is one request to one shard; its answer comes back as an entry and moves the
-//! row on. The steps of all kinds, and how they roll back, are in [`steps`].
+//! row on. What each kind holds and does is its plan ([`plans`]); how a transaction
+//! goes on and rolls back follows from it ([`steps`]).
 //!
 //! Invariants:
 //! * A transaction takes all its directories in one entry and runs when it heads every queue: first in, first
@@ -12,25 +13,24 @@
 //!   the answers, and a tagged step that succeeded gives the same answer when a later leader sends it again. So the
 //!   shell runs ahead with [`SendStep::after`], and one entry brings all answers. It stops at a refusal and before
 //!   anything that depends on a read, because those may come out differently the next time.
-//! * A directory move whose ancestor walk meets a directory that an earlier move has in flight waits for that
-//!   move and walks again, and so does one that read a directory whose earlier move has ended since: two moves cannot
-//!   make a loop together.
+//! * Two moves of directories cannot make a loop together ([`walks`]).
 
 mod locks;
+mod plans;
 pub mod steps;
 pub mod tables;
+mod walks;
 
-use bytes::Bytes;
 use clutch_proto::{
-    InodeId, Refusal, Time,
+    Refusal, Time,
     cdc::{
         Begin, CdcEntry, CdcReply, CdcRequest, CountersRow, Jump, StepDone, TransactionRow,
-        TransactionSummary, begin, cdc_entry::Body, cdc_request::Op,
+        TransactionSummary, cdc_entry::Body, cdc_request::Op,
     },
     log::Position,
-    mutants::{self, Mutant},
-    name, rules,
-    shard::{ShardReply, ShardRequest, shard_request},
+    operation::{self, Class},
+    rules,
+    shard::{ShardReply, ShardRequest},
     types::{ClientTag, Code},
 };
 use clutch_state::{
@@ -77,13 +77,14 @@ impl SendStep {
     /// the answer must be logged first.
     pub fn after(&self, reply: &ShardReply) -> Option<SendStep> {
         let mut row = self.row.clone();
-        let Next::Enter(state) = steps::next(&mut row, Ok(reply.clone())) else { return None };
+        // What is wrong with the row stops the replica when the answer is applied.
+        let Ok(Next::Enter(state)) = steps::next(&mut row, Ok(reply.clone())) else { return None };
         // A read may come out differently when it is sent again, so only reads may follow before it is logged.
         if self.tag.is_none() && state != State::Walk {
             return None;
         }
         steps::enter(&mut row, state);
-        Some(send(self.transaction, &row, self.oldest))
+        send(self.transaction, &row, self.oldest).ok()
     }
 
     /// Words for people: the kind of the transaction and where it stands.
@@ -111,11 +112,11 @@ impl Machine for Cdc {
     }
 
     fn is_read(request: &CdcRequest) -> bool {
-        matches!(request.op, None | Some(Op::ListTransactions(_)))
+        request.op.as_ref().is_none_or(|op| operation::of_cdc(op).is_read())
     }
 
     fn gives_space_back(request: &CdcRequest) -> bool {
-        matches!(request.op, Some(Op::RemoveDirectory(_) | Op::ForgetFile(_) | Op::ForgetDirectory(_)))
+        request.op.as_ref().is_some_and(|op| operation::of_cdc(op) == Class::Release)
     }
 
     fn read(view: &dyn View, request: &CdcRequest, _facts: &()) -> Result<CdcReply, Stop> {
@@ -139,21 +140,10 @@ impl Machine for Cdc {
         _facts: &(),
     ) -> Result<CdcEntry, Stop> {
         let tag = tag.ok_or_else(|| Refusal::malformed("a transaction needs a client tag"))?;
-        let op = match request.op {
-            Some(Op::MakeDirectory(op)) => begin::Op::MakeDirectory(op),
-            Some(Op::RemoveDirectory(op)) => begin::Op::RemoveDirectory(op),
-            Some(Op::RenameFile(op)) => begin::Op::RenameFile(op),
-            Some(Op::RenameDirectory(op)) => begin::Op::RenameDirectory(op),
-            Some(Op::ForgetFile(op)) => begin::Op::ForgetFile(op),
-            Some(Op::ForgetDirectory(op)) => begin::Op::ForgetDirectory(op),
-            Some(Op::UndeleteDirectory(op)) => begin::Op::UndeleteDirectory(op),
-            Some(Op::ListTransactions(_)) | None => {
-                return Err(Refusal::malformed("not a transaction").into());
-            }
-        };
-        check(&op)?;
+        let plan = request.op.as_ref().and_then(plans::of);
+        plan.ok_or_else(|| Refusal::malformed("not a transaction"))?.check()?;
         let slot = ((context.random)() & 0xff) as u32;
-        Ok(CdcEntry { tag: Some(tag), body: Some(Body::Begin(Begin { op: Some(op), slot })) })
+        Ok(CdcEntry { tag: Some(tag), body: Some(Body::Begin(Begin { request: Some(request), slot })) })
     }
 
     fn tag(entry: &CdcEntry) -> Option<&ClientTag> {
@@ -199,7 +189,7 @@ impl Machine for Cdc {
         let live = live(view)?;
         let oldest = live.first().map_or(0, |(id, _)| *id);
         let running = live.iter().filter(|(_, row)| row.run_order != 0 && row.walk_blocked_by == 0);
-        Ok(running.map(|(id, row)| send(*id, row, oldest)).collect())
+        running.map(|(id, row)| send(*id, row, oldest)).collect()
     }
 }
 
@@ -219,78 +209,6 @@ fn live(view: &dyn View) -> Result<Vec<(u64, TransactionRow)>, StoreError> {
     rows.into_iter()
         .map(|(key, value)| Ok((tables::parse(&key)?, decode_row(tables::TRANSACTION, &key, value)?)))
         .collect()
-}
-
-/// Refuses what can never work, before it is logged.
-fn check(op: &begin::Op) -> Result<(), Refusal> {
-    let directory = |raw: u64| match InodeId::from_wire(raw) {
-        None => Err(Refusal::invalid(format!("{raw:x} is not an inode id"))),
-        Some(id) if !id.is_directory() => {
-            Err(Refusal::new(Code::NotDirectory, format!("{id} is not a directory")))
-        }
-        Some(_) => Ok(()),
-    };
-    match op {
-        begin::Op::MakeDirectory(op) => {
-            directory(op.parent)?;
-            name::check(&op.name)
-        }
-        begin::Op::RemoveDirectory(op) => {
-            directory(op.parent)?;
-            directory(op.target)?;
-            name::check(&op.name)
-        }
-        begin::Op::RenameFile(op) => {
-            directory(op.old_parent)?;
-            directory(op.new_parent)?;
-            if op.old_parent == op.new_parent {
-                return Err(Refusal::invalid("a rename within one directory goes to its shard"));
-            }
-            match InodeId::from_wire(op.target) {
-                Some(target) if !target.is_directory() => {}
-                _ => {
-                    return Err(Refusal::new(
-                        Code::IsDirectory,
-                        format!("{:x} is not a file or link", op.target),
-                    ));
-                }
-            }
-            name::check(&op.old_name)?;
-            name::check(&op.new_name)
-        }
-        begin::Op::RenameDirectory(op) => {
-            directory(op.old_parent)?;
-            directory(op.new_parent)?;
-            directory(op.target)?;
-            if op.old_parent == op.new_parent {
-                return Err(Refusal::invalid("a rename within one directory goes to its shard"));
-            }
-            if op.target == op.new_parent {
-                return Err(Refusal::new(Code::Loop, "a directory cannot be moved into itself"));
-            }
-            name::check(&op.old_name)?;
-            name::check(&op.new_name)
-        }
-        begin::Op::ForgetFile(op) => {
-            directory(op.dir)?;
-            match InodeId::from_wire(op.target) {
-                Some(target) if !target.is_directory() => name::check(&op.name),
-                _ => {
-                    let text = format!("{:x} is not a file or link", op.target);
-                    Err(Refusal::new(Code::IsDirectory, text))
-                }
-            }
-        }
-        begin::Op::ForgetDirectory(op) => directory(op.target),
-        begin::Op::UndeleteDirectory(op) => {
-            directory(op.target)?;
-            directory(op.parent)?;
-            if op.target == op.parent {
-                return Err(Refusal::new(Code::Loop, "a directory cannot be brought back into itself"));
-            }
-            name::check(&op.name)
-        }
-    }
 }
 
 fn counters(tx: &mut Tx<'_>) -> Result<CountersRow, StoreError> {
@@ -313,11 +231,9 @@ fn apply_begin(
     tag: ClientTag,
     effects: &mut Effects<Cdc>,
 ) -> Result<(), Stop> {
-    let op = begin
-        .op
-        .as_ref()
-        .ok_or_else(|| Stop::unknown("a transaction of a kind that this build does not know"))?;
-    check(op)?;
+    let op = begin.request.as_ref().and_then(|request| request.op.as_ref());
+    let plan = op.and_then(plans::of);
+    plan.ok_or_else(|| Stop::unknown("a transaction of a kind that this build does not know"))?.check()?;
     let mut counters = counters(tx)?;
     if counters.live >= TRANSACTIONS_MAX {
         return Err(Stop::refuse(Code::Overloaded, format!("{TRANSACTIONS_MAX} transactions are in flight")));
@@ -335,7 +251,7 @@ fn apply_begin(
         started_at: time.0,
         ..TransactionRow::default()
     };
-    let runs = locks::enqueue(tx, id, &steps::directories(&row))?;
+    let runs = locks::enqueue(tx, id, &steps::directories(&row)?)?;
     put(tx, id, &row);
     if runs {
         run(tx, id, row, effects)?;
@@ -349,7 +265,7 @@ fn run(tx: &mut Tx<'_>, id: u64, mut row: TransactionRow, effects: &mut Effects<
     counters.run_order += 1;
     tx.put_row(tables::COUNTERS, &[], &counters);
     row.run_order = counters.run_order;
-    if let Some(moved) = steps::moved_directory(&row) {
+    if let Some(moved) = steps::moved_directory(&row)? {
         tx.put(tables::MOVING, &tables::key(moved), tables::key(id).to_vec());
     }
     issue(tx, id, row, State::First, effects)
@@ -365,80 +281,21 @@ fn issue(
 ) -> Result<(), Stop> {
     steps::enter(&mut row, state);
     if state == State::Walk
-        && let Some(blocker) = walk_blocker(tx, &row)?
+        && let Some(blocker) = walks::blocker(tx, &row)?
     {
-        block(tx, id, row, blocker);
+        walks::block(tx, id, row, blocker);
         return Ok(());
     }
     let counters = counters(tx)?;
     row.sent_after_moves = counters.moves_ended;
     put(tx, id, &row);
-    effects.actions.push(send(id, &row, counters.oldest));
+    effects.actions.push(send(id, &row, counters.oldest)?);
     Ok(())
 }
 
-/// Its walk goes on, from its beginning, when that other transaction has ended.
-fn block(tx: &mut Tx<'_>, id: u64, mut row: TransactionRow, blocker: u64) {
-    row.walk_blocked_by = blocker;
-    put(tx, id, &row);
-    tx.put(tables::BLOCKED_WALK, &tables::pair(blocker, id), Bytes::new());
-}
-
-/// The earlier move that has the directory in flight where the walk stands.
-fn walk_blocker(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<Option<u64>, Stop> {
-    let Some(mover) = tx.get(tables::MOVING, &tables::key(row.walk_at))? else { return Ok(None) };
-    let mover = tables::parse(&mover)?;
-    if mutants::is(Mutant::LoopThroughMoves) {
-        return Ok(None);
-    }
-    let earlier = get(tx, mover)?.run_order < row.run_order;
-    Ok(earlier.then_some(mover))
-}
-
-/// Whether a move that began before this one has taken the directory where the walk stands elsewhere since the step
-/// was sent: what was read of the directory may be from before.
-fn has_moved(tx: &mut Tx<'_>, row: &TransactionRow) -> Result<bool, Stop> {
-    let ended = counters(tx)?.moves_ended;
-    let is_ignored = mutants::is(Mutant::LoopThroughMoves) || mutants::is(Mutant::EndedMoveForgotten);
-    if ended == row.sent_after_moves || is_ignored {
-        return Ok(false);
-    }
-    if ended - row.sent_after_moves > MOVES_REMEMBERED {
-        return Ok(true);
-    }
-    let from = tables::pair(row.walk_at, row.sent_after_moves + 1);
-    let until = key_after(&tables::key(row.walk_at));
-    for (_, run_order) in tx.scan(tables::MOVED, &from, &until, usize::MAX)? {
-        if tables::parse(&run_order)? < row.run_order {
-            return Ok(true);
-        }
-    }
-    Ok(false)
-}
-
-/// Remembers that a move has ended, and forgets the one that ended [`MOVES_REMEMBERED`] moves ago.
-fn remember_move(
-    tx: &mut Tx<'_>,
-    counters: &mut CountersRow,
-    moved: u64,
-    run_order: u64,
-) -> Result<(), StoreError> {
-    counters.moves_ended += 1;
-    let number = counters.moves_ended;
-    tx.put(tables::MOVED, &tables::pair(moved, number), tables::key(run_order).to_vec());
-    tx.put(tables::MOVED_ORDER, &tables::key(number), tables::key(moved).to_vec());
-    if let Some(old) = number.checked_sub(MOVES_REMEMBERED)
-        && let Some(dir) = tx.get(tables::MOVED_ORDER, &tables::key(old))?
-    {
-        tx.delete(tables::MOVED, &tables::pair(tables::parse(&dir)?, old));
-        tx.delete(tables::MOVED_ORDER, &tables::key(old));
-    }
-    Ok(())
-}
-
-fn send(id: u64, row: &TransactionRow, oldest: u64) -> SendStep {
-    let (slot, request) = steps::request(row);
-    let is_read = matches!(request.op, Some(shard_request::Op::Stat(_)));
+fn send(id: u64, row: &TransactionRow, oldest: u64) -> Result<SendStep, StoreError> {
+    let (slot, request) = steps::request(row)?;
+    let is_read = request.op.as_ref().is_some_and(|op| operation::of_shard(op).1.is_read());
     let tag = (!is_read).then(|| ClientTag {
         client: STEP_CLIENT,
         sequence: id << STEP_BITS | u64::from(row.step),
@@ -446,7 +303,7 @@ fn send(id: u64, row: &TransactionRow, oldest: u64) -> SendStep {
         acknowledged: (oldest << STEP_BITS).saturating_sub(1),
         issued_at: row.started_at,
     });
-    SendStep { transaction: id, step: row.step, slot, request, tag, row: row.clone(), oldest }
+    Ok(SendStep { transaction: id, step: row.step, slot, request, tag, row: row.clone(), oldest })
 }
 
 fn apply_step_done(tx: &mut Tx<'_>, done: StepDone, effects: &mut Effects<Cdc>) -> Result<(), Stop> {
@@ -455,21 +312,21 @@ fn apply_step_done(tx: &mut Tx<'_>, done: StepDone, effects: &mut Effects<Cdc>) 
     // A late duplicate: the step was answered before.
     let Some(mut row) = row.filter(|r| r.step == done.step && r.run_order != 0) else { return Ok(()) };
     for reply in done.earlier {
-        match steps::next(&mut row, Ok(reply)) {
+        match steps::next(&mut row, Ok(reply))? {
             Next::Enter(state) => steps::enter(&mut row, state),
             // The shell does not run ahead of the end.
             Next::Finish(result) => return finish(tx, id, &row, result, effects),
         }
-        if State::of(&row) != State::Walk {
+        if State::of(&row)? != State::Walk {
             continue;
         }
         // The next answer was read while nobody looked at what else moves.
-        if let Some(blocker) = walk_blocker(tx, &row)? {
-            block(tx, id, row, blocker);
+        if let Some(blocker) = walks::blocker(tx, &row)? {
+            walks::block(tx, id, row, blocker);
             return Ok(());
         }
-        if has_moved(tx, &row)? {
-            steps::begin_walk(&mut row);
+        if walks::has_moved(tx, &row)? {
+            walks::begin(&mut row)?;
             return issue(tx, id, row, State::Walk, effects);
         }
     }
@@ -477,7 +334,7 @@ fn apply_step_done(tx: &mut Tx<'_>, done: StepDone, effects: &mut Effects<Cdc>) 
         Some(error) => Err(Refusal::from_wire(error)),
         None => Ok(done.reply.unwrap_or_default()),
     };
-    match steps::next(&mut row, result) {
+    match steps::next(&mut row, result)? {
         Next::Enter(state) => issue(tx, id, row, state, effects),
         Next::Finish(result) => finish(tx, id, &row, result, effects),
     }
@@ -499,14 +356,14 @@ fn finish(
         let next = next.first().map(|(key, _)| tables::parse(key)).transpose()?;
         counters.oldest = next.unwrap_or(counters.transaction + 1);
     }
-    if let Some(moved) = steps::moved_directory(row) {
-        remember_move(tx, &mut counters, moved, row.run_order)?;
+    if let Some(moved) = steps::moved_directory(row)? {
+        walks::remember_move(tx, &mut counters, moved, row.run_order)?;
     }
     tx.put_row(tables::COUNTERS, &[], &counters);
     if let Some(tag) = &row.tag {
         effects.resolve(*tag, result);
     }
-    if let Some(moved) = steps::moved_directory(row) {
+    if let Some(moved) = steps::moved_directory(row)? {
         tx.delete(tables::MOVING, &tables::key(moved));
         // Walks that met this move begin again from their start.
         let until = key_after(&tables::key(id));
@@ -514,11 +371,11 @@ fn finish(
             tx.delete(tables::BLOCKED_WALK, &key);
             let waiting = tables::second(&key)?;
             let mut other = get(tx, waiting)?;
-            steps::begin_walk(&mut other);
+            walks::begin(&mut other)?;
             issue(tx, waiting, other, State::Walk, effects)?;
         }
     }
-    for ready in locks::release(tx, id, &steps::directories(row))? {
+    for ready in locks::release(tx, id, &steps::directories(row)?)? {
         let row = get(tx, ready)?;
         run(tx, ready, row, effects)?;
     }

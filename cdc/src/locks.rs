@@ -56,7 +56,7 @@ pub(crate) fn release(tx: &mut Tx<'_>, id: u64, dirs: &[u64]) -> Result<Vec<u64>
     for head in heads {
         let transaction = crate::get(tx, head)?;
         let mut heads_all = transaction.run_order == 0;
-        for dir in crate::steps::directories(&transaction) {
+        for dir in crate::steps::directories(&transaction)? {
             heads_all &= queue(tx, dir)?.is_some_and(|row| row.head == head);
         }
         if heads_all {

@@ -1,28 +1,19 @@
-//! The steps of every kind of transaction.
-//!
-//! | kind | First | Walk | Insert | SetParent | Remove | back |
-//! |---|---|---|---|---|---|---|
-//! | make directory | make the inode | | insert the edge* | | | remove the inode |
-//! | remove directory | lock the edge | | orphan the directory* | | end the edge | unlock the edge |
-//! | move file | lock the old edge | | insert the new edge* | | end the old edge | unlock the old edge |
-//! | move directory | lock the old edge | ancestors of the new parent | insert the new edge* | set the parent | end the old edge | unlock the old edge |
-//! | forget file | end the past edge* | | | | remove the inode | |
-//! | forget directory | remove the inode* | | | | | |
-//! | undelete directory | read the inode | | insert the edge* | set the parent | | |
-//!
-//! `*` is the point of no return: when it is done, the transaction only goes forward.
+//! How a transaction goes on: from its row and the answer to its step to its next step, or to its end. What the steps of a
+//! kind are is in [`crate::plans`].
 
 use clutch_proto::{
-    InodeId, Refusal,
-    cdc::{CdcReply, RenameDirectory, TransactionRow, begin::Op},
+    Refusal,
+    cdc::{CdcReply, TransactionRow},
     mutants::{self, Mutant},
-    rules::v1::PATH_DEPTH_MAX,
-    shard::{
-        AdoptDirectory, CreateDirectoryInode, DropPastEdge, ForgetDirectoryInode, InsertEdge, LockEdge,
-        OrphanDirectory, Remaining, RemoveDirectoryInode, RemoveFileInode, RemoveLockedEdge, SetParent,
-        ShardReply, ShardRequest, Stat, UnlockEdge, shard_reply::Reply, shard_request,
-    },
+    operation,
+    shard::{Remaining, ShardReply, ShardRequest, Stat, shard_reply::Reply, shard_request},
     types::{Code, Error},
+};
+use clutch_state::StoreError;
+
+use crate::{
+    plans::{self, Plan},
+    walks,
 };
 
 /// Where a transaction stands. The numbers are in the rows.
@@ -34,7 +25,7 @@ pub enum State {
     First = 1,
     /// Reads the ancestors of the new parent, one by one.
     Walk = 2,
-    /// The point of no return.
+    /// Inserts the new edge, or orphans what is removed.
     Insert = 3,
     /// Tells the moved directory of its new parent.
     SetParent = 4,
@@ -45,12 +36,15 @@ pub enum State {
 }
 
 impl State {
-    pub(crate) fn of(row: &TransactionRow) -> State {
+    /// What a row's number says; a number that this build does not know is a broken row.
+    pub(crate) fn of(row: &TransactionRow) -> Result<State, StoreError> {
         use State::{Back, First, Insert, Remove, SetParent, Waiting, Walk};
-        [First, Walk, Insert, SetParent, Remove, Back]
+        [Waiting, First, Walk, Insert, SetParent, Remove, Back]
             .into_iter()
             .find(|s| *s as u32 == row.state)
-            .unwrap_or(Waiting)
+            .ok_or_else(|| {
+                StoreError::Broken(format!("a transaction stands at {}, which is no step", row.state))
+            })
     }
 }
 
@@ -60,73 +54,38 @@ pub(crate) enum Next {
     Finish(Result<CdcReply, Refusal>),
 }
 
-fn op(row: &TransactionRow) -> Option<&Op> {
-    row.begin.as_ref().and_then(|b| b.op.as_ref())
+/// What a transaction does.
+pub(crate) fn plan(row: &TransactionRow) -> Result<&dyn Plan, StoreError> {
+    let op = row.begin.as_ref().and_then(|begin| begin.request.as_ref()).and_then(|r| r.op.as_ref());
+    op.and_then(plans::of)
+        .ok_or_else(|| StoreError::Broken("a transaction has no operation that this build knows".into()))
 }
 
 /// A word for people.
 pub fn kind_name(row: &TransactionRow) -> &'static str {
-    match op(row) {
-        Some(Op::MakeDirectory(_)) => "make directory",
-        Some(Op::RemoveDirectory(_)) => "remove directory",
-        Some(Op::RenameFile(_)) => "move file",
-        Some(Op::RenameDirectory(_)) => "move directory",
-        Some(Op::ForgetFile(_)) => "forget file",
-        Some(Op::ForgetDirectory(_)) => "forget directory",
-        Some(Op::UndeleteDirectory(_)) => "undelete directory",
-        None => "nothing",
-    }
+    plan(row).map_or("unknown", Plan::kind)
 }
 
 /// A few words for people.
 pub fn state_name(row: &TransactionRow) -> String {
-    match row.walk_blocked_by {
-        0 => format!("{:?}", State::of(row)).to_lowercase(),
-        other => format!("waits for transaction {other}"),
+    match (row.walk_blocked_by, State::of(row)) {
+        (0, Ok(state)) => format!("{state:?}").to_lowercase(),
+        (0, Err(_)) => format!("unknown ({})", row.state),
+        (other, _) => format!("waits for transaction {other}"),
     }
 }
 
-/// The directories that a transaction holds while it runs, each once. Making a directory holds none: the edge
-/// itself decides who is first.
-pub(crate) fn directories(row: &TransactionRow) -> Vec<u64> {
-    let mut dirs = match op(row) {
-        // Whoever ends the past edge of a file is the only one who knows the file.
-        Some(Op::MakeDirectory(_) | Op::ForgetFile(_)) | None => vec![],
-        Some(Op::ForgetDirectory(op)) => vec![op.target],
-        Some(Op::UndeleteDirectory(op)) => vec![op.parent, op.target],
-        Some(Op::RemoveDirectory(op)) => vec![op.parent, op.target],
-        Some(Op::RenameFile(op)) => vec![op.old_parent, op.new_parent],
-        Some(Op::RenameDirectory(op)) => vec![op.old_parent, op.new_parent, op.target],
-    };
+/// The directories that a transaction holds while it runs, each once.
+pub(crate) fn directories(row: &TransactionRow) -> Result<Vec<u64>, StoreError> {
+    let mut dirs = plan(row)?.holds();
     dirs.sort_unstable();
     dirs.dedup();
-    dirs
+    Ok(dirs)
 }
 
 /// The directory that a move takes with it.
-pub(crate) fn moved_directory(row: &TransactionRow) -> Option<u64> {
-    match op(row) {
-        Some(Op::RenameDirectory(op)) => Some(op.target),
-        _ => None,
-    }
-}
-
-/// Puts the walk at its beginning: the new parent itself.
-pub(crate) fn begin_walk(row: &mut TransactionRow) {
-    if let Some(Op::RenameDirectory(op)) = op(row) {
-        row.walk_at = op.new_parent;
-        row.walk_depth = 0;
-    }
-}
-
-/// The old edge of a transaction that locks one.
-fn old_edge(op: &Op) -> Option<(u64, bytes::Bytes, u64, u64)> {
-    match op {
-        Op::MakeDirectory(_) | Op::ForgetFile(_) | Op::ForgetDirectory(_) | Op::UndeleteDirectory(_) => None,
-        Op::RemoveDirectory(op) => Some((op.parent, op.name.clone(), op.target, op.created_at)),
-        Op::RenameFile(op) => Some((op.old_parent, op.old_name.clone(), op.target, op.created_at)),
-        Op::RenameDirectory(op) => Some((op.old_parent, op.old_name.clone(), op.target, op.created_at)),
-    }
+pub(crate) fn moved_directory(row: &TransactionRow) -> Result<Option<u64>, StoreError> {
+    Ok(plan(row)?.moves().map(|(moved, _)| moved))
 }
 
 /// Enters a state: the next step begins.
@@ -137,222 +96,81 @@ pub(crate) fn enter(row: &mut TransactionRow, state: State) {
 }
 
 /// The request of the state that a transaction is in, and the slot whose shard gets it.
-pub(crate) fn request(row: &TransactionRow) -> (u8, ShardRequest) {
-    let made = row.made;
-    let (to, op) = match (State::of(row), op(row)) {
-        (State::First, Some(Op::MakeDirectory(op))) => {
-            let slot = row.begin.as_ref().map_or(0, |b| b.slot);
-            let create = CreateDirectoryInode {
-                slot,
-                parent: op.parent,
-                mode: op.mode,
-                uid: op.uid,
-                gid: op.gid,
-                mtime: op.mtime,
-            };
-            (u64::from(slot), shard_request::Op::CreateDirectoryInode(create))
-        }
-        (State::Insert, Some(Op::MakeDirectory(op))) => {
-            let insert = InsertEdge { dir: op.parent, name: op.name.clone(), target: made, replace: false };
-            (op.parent, shard_request::Op::InsertEdge(insert))
-        }
-        (State::Back, Some(Op::MakeDirectory(_))) => {
-            (made, shard_request::Op::RemoveDirectoryInode(RemoveDirectoryInode { dir: made }))
-        }
-        (State::Insert, Some(Op::RemoveDirectory(op))) => (
-            op.target,
-            shard_request::Op::OrphanDirectory(OrphanDirectory { dir: op.target, parent: op.parent }),
-        ),
-        (State::Insert, Some(Op::RenameFile(op))) => {
-            let insert = InsertEdge {
-                dir: op.new_parent,
-                name: op.new_name.clone(),
-                target: op.target,
-                replace: true,
-            };
-            (op.new_parent, shard_request::Op::InsertEdge(insert))
-        }
-        (State::Insert, Some(Op::RenameDirectory(op))) => {
-            let insert = InsertEdge {
-                dir: op.new_parent,
-                name: op.new_name.clone(),
-                target: op.target,
-                replace: false,
-            };
-            (op.new_parent, shard_request::Op::InsertEdge(insert))
-        }
-        (State::Remove, Some(Op::ForgetFile(op))) => {
-            (op.target, shard_request::Op::RemoveFileInode(RemoveFileInode { id: op.target }))
-        }
-        (_, Some(Op::ForgetFile(op))) => {
-            let drop = DropPastEdge {
-                dir: op.dir,
-                name: op.name.clone(),
-                target: op.target,
-                ended_at: op.ended_at,
-                policy: op.policy,
-            };
-            (op.dir, shard_request::Op::DropPastEdge(drop))
-        }
-        (_, Some(Op::ForgetDirectory(op))) => {
-            let forget = ForgetDirectoryInode { dir: op.target, policy: op.policy };
-            (op.target, shard_request::Op::ForgetDirectoryInode(forget))
-        }
-        (State::Insert, Some(Op::UndeleteDirectory(op))) => {
-            let insert =
-                InsertEdge { dir: op.parent, name: op.name.clone(), target: op.target, replace: false };
-            (op.parent, shard_request::Op::InsertEdge(insert))
-        }
-        (State::SetParent, Some(Op::UndeleteDirectory(op))) => {
-            let adopt = AdoptDirectory { dir: op.target, parent: op.parent };
-            (op.target, shard_request::Op::AdoptDirectory(adopt))
-        }
-        (_, Some(Op::UndeleteDirectory(op))) => (op.target, shard_request::Op::Stat(Stat { id: op.target })),
-        (State::Walk, _) => (row.walk_at, shard_request::Op::Stat(Stat { id: row.walk_at })),
-        (State::SetParent, Some(Op::RenameDirectory(op))) => {
-            (op.target, shard_request::Op::SetParent(SetParent { dir: op.target, parent: op.new_parent }))
-        }
-        (state, other) => {
-            let (dir, name, target, created_at) = other.and_then(old_edge).unwrap_or_default();
-            let op = match state {
-                State::Remove => {
-                    shard_request::Op::RemoveLockedEdge(RemoveLockedEdge { dir, name, target, created_at })
-                }
-                State::Back => shard_request::Op::UnlockEdge(UnlockEdge { dir, name, target, created_at }),
-                _ => shard_request::Op::LockEdge(LockEdge { dir, name, target, created_at }),
-            };
-            (dir, op)
-        }
+pub(crate) fn request(row: &TransactionRow) -> Result<(u8, ShardRequest), StoreError> {
+    let (plan, state) = (plan(row)?, State::of(row)?);
+    let op = match state {
+        State::Walk => Some(shard_request::Op::Stat(Stat { id: row.walk_at })),
+        State::Back => plan.undo(row),
+        state => plan.request(state, row),
     };
-    // The slot is the low byte of every id.
-    (to as u8, ShardRequest { op: Some(op) })
+    let op = op.ok_or_else(|| StoreError::Broken(format!("to {} has no step {state:?}", plan.kind())))?;
+    Ok((operation::of_shard(&op).0.0, ShardRequest { op: Some(op) }))
 }
 
-fn roll_back(row: &mut TransactionRow, cause: &Refusal) -> Next {
-    if mutants::is(Mutant::RollbackForgets) {
-        return Next::Finish(Err(cause.clone()));
+/// Before the point of no return: what was done is taken back.
+pub(crate) fn roll_back(row: &mut TransactionRow, cause: Refusal) -> Result<Next, StoreError> {
+    let nothing_was_done = State::of(row)? == State::First || plan(row)?.undo(row).is_none();
+    if nothing_was_done || mutants::is(Mutant::RollbackForgets) {
+        return Ok(Next::Finish(Err(cause)));
     }
     // The code alone: a sentence of this build must not become part of the state.
     row.cause = Some(Error { code: cause.code as i32, detail: String::new() });
-    Next::Enter(State::Back)
+    Ok(Next::Enter(State::Back))
 }
 
-fn done(row: &TransactionRow) -> Next {
-    let id = match op(row) {
-        Some(Op::MakeDirectory(_)) | None => row.made,
-        Some(Op::RemoveDirectory(op)) => op.target,
-        Some(Op::RenameFile(op)) => op.target,
-        Some(Op::RenameDirectory(op)) => op.target,
-        Some(Op::ForgetFile(op)) => op.target,
-        Some(Op::ForgetDirectory(op)) => op.target,
-        Some(Op::UndeleteDirectory(op)) => op.target,
+/// What comes behind a step of the plan that is done.
+pub(crate) fn advance(row: &mut TransactionRow, done: State) -> Result<Next, StoreError> {
+    let plan = plan(row)?;
+    let mut steps = plan.steps().iter().skip_while(|step| **step != done).skip(1);
+    let Some(next) = steps.next().copied() else {
+        let id = plan.id(row);
+        let reply = CdcReply { id, created_at: row.created_at, ..CdcReply::default() };
+        return Ok(Next::Finish(Ok(reply)));
     };
-    Next::Finish(Ok(CdcReply { id, created_at: row.created_at, ..CdcReply::default() }))
+    if next == State::Walk {
+        walks::begin(row)?;
+    }
+    Ok(Next::Enter(next))
 }
 
 /// Moves a transaction on by the answer to its current step.
-pub(crate) fn next(row: &mut TransactionRow, result: Result<ShardReply, Refusal>) -> Next {
-    let is_move_of_directory = matches!(op(row), Some(Op::RenameDirectory(_)));
-    let is_make = matches!(op(row), Some(Op::MakeDirectory(_)));
-    let is_undelete = matches!(op(row), Some(Op::UndeleteDirectory(_)));
-    match (State::of(row), result) {
-        (State::First, Err(refusal)) => Next::Finish(Err(refusal)),
-        (State::First, Ok(reply)) => {
-            match op(row) {
-                Some(Op::ForgetFile(_)) => return Next::Enter(State::Remove),
-                Some(Op::ForgetDirectory(_)) => return done(row),
-                Some(Op::UndeleteDirectory(_)) => return found_removed(&reply),
-                _ => {}
-            }
-            if is_make && let Some(Reply::Edge(edge)) = reply.reply {
-                row.made = edge.target;
-            }
-            if is_move_of_directory {
-                begin_walk(row);
-                return Next::Enter(State::Walk);
-            }
-            Next::Enter(State::Insert)
-        }
-        (State::Walk, Err(refusal)) => roll_back(row, &refusal),
-        (State::Walk, Ok(reply)) => walked(row, reply),
-        // Nothing was done before.
-        (State::Insert, Err(refusal)) if is_undelete => Next::Finish(Err(refusal)),
-        (State::Insert, Err(refusal)) => roll_back(row, &refusal),
-        (State::Insert, Ok(reply)) => {
-            if let Some(Reply::Edge(edge)) = reply.reply {
-                row.created_at = edge.created_at;
-            }
-            if is_make {
-                done(row)
-            } else if is_move_of_directory || is_undelete {
-                Next::Enter(State::SetParent)
-            } else {
-                Next::Enter(State::Remove)
-            }
-        }
+pub(crate) fn next(
+    row: &mut TransactionRow,
+    result: Result<ShardReply, Refusal>,
+) -> Result<Next, StoreError> {
+    let state = State::of(row)?;
+    let at = |state: State, plan: &dyn Plan| plan.steps().iter().position(|step| *step == state);
+    let plan = plan(row)?;
+    let is_forward = state == State::Back || at(state, plan) > at(plan.commits(), plan);
+    match (state, result) {
+        (State::Waiting, _) => Err(StoreError::Broken("an answer to a transaction that waits".into())),
         // Only forward from here. What these steps change is held by this transaction, so "not there" and "not as it
         // was" mean that it is done already; any other refusal means that it is not, and it is asked for again.
-        (state @ (State::SetParent | State::Remove | State::Back), Err(refusal))
-            if !matches!(refusal.code, Code::NotFound | Code::Stale) =>
-        {
-            Next::Enter(state)
+        (state, Err(refusal)) if is_forward && !matches!(refusal.code, Code::NotFound | Code::Stale) => {
+            Ok(Next::Enter(state))
         }
-        (State::SetParent, _) if is_undelete => done(row),
-        (State::SetParent, _) => Next::Enter(State::Remove),
-        // A file with a long history goes in parts.
-        (State::Remove, Ok(ShardReply { reply: Some(Reply::Remaining(Remaining { gone: false, .. })) })) => {
-            Next::Enter(State::Remove)
-        }
-        (State::Remove, _) => done(row),
-        (State::Back | State::Waiting, _) => {
+        (State::Back, _) => {
             let cause = row.cause.take().map(Refusal::from_wire);
-            Next::Finish(Err(cause.unwrap_or_else(|| Refusal::new(Code::Stale, "rolled back"))))
+            Ok(Next::Finish(Err(cause.unwrap_or_else(|| Refusal::new(Code::Stale, "rolled back")))))
+        }
+        (_, Err(refusal)) if !is_forward => roll_back(row, refusal),
+        (State::Walk, Ok(reply)) => walks::walked(row, reply),
+        // A file with a long history goes in parts.
+        (_, Ok(ShardReply { reply: Some(Reply::Remaining(Remaining { gone: false, .. })) })) => {
+            Ok(Next::Enter(state))
+        }
+        (state, result) => {
+            if let Ok(reply) = result {
+                match (state, &reply.reply) {
+                    (State::First, _) => match plan.begun(&reply) {
+                        Ok(made) => row.made = made,
+                        Err(refusal) => return Ok(Next::Finish(Err(refusal))),
+                    },
+                    (State::Insert, Some(Reply::Edge(edge))) => row.created_at = edge.created_at,
+                    _ => {}
+                }
+            }
+            advance(row, state)
         }
     }
-}
-
-/// A directory may come back if it was removed and is still known.
-fn found_removed(reply: &ShardReply) -> Next {
-    match &reply.reply {
-        Some(Reply::Attributes(attributes)) if attributes.parent == 0 => Next::Enter(State::Insert),
-        Some(Reply::Attributes(_)) => {
-            Next::Finish(Err(Refusal::new(Code::Stale, "the directory was not removed")))
-        }
-        _ => Next::Finish(Err(Refusal::malformed("a stat without attributes"))),
-    }
-}
-
-/// One ancestor is known: go on to its parent, or decide.
-fn walked(row: &mut TransactionRow, reply: ShardReply) -> Next {
-    let Some(Op::RenameDirectory(RenameDirectory { target, .. })) = op(row) else {
-        return Next::Enter(State::Insert);
-    };
-    let target = *target;
-    let Some(Reply::Attributes(attributes)) = reply.reply else {
-        return roll_back(row, &Refusal::malformed("a stat without attributes"));
-    };
-    if attributes.parent == 0 {
-        return roll_back(row, &Refusal::new(Code::NotFound, "the new parent was removed"));
-    }
-    if row.walk_at == target || attributes.parent == target {
-        return roll_back(
-            row,
-            &Refusal::new(Code::Loop, "the new parent lies below the directory that moves"),
-        );
-    }
-    if row.walk_at == InodeId::ROOT.raw() {
-        return Next::Enter(State::Insert);
-    }
-    row.walk_depth += 1;
-    if mutants::is(Mutant::WalkEndsEarly) {
-        return Next::Enter(State::Insert);
-    }
-    if row.walk_depth as usize > PATH_DEPTH_MAX {
-        return roll_back(
-            row,
-            &Refusal::new(Code::TooLarge, format!("deeper than {PATH_DEPTH_MAX} directories")),
-        );
-    }
-    row.walk_at = attributes.parent;
-    Next::Enter(State::Walk)
 }

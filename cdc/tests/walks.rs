@@ -5,7 +5,10 @@ use std::sync::Arc;
 use clutch_cdc::{Cdc, MOVES_REMEMBERED, STEPS_PER_ENTRY_MAX, SendStep};
 use clutch_proto::{
     InodeId, Refusal,
-    cdc::{Begin, CdcEntry, CdcReply, Genesis, Jump, RenameDirectory, StepDone, begin::Op, cdc_entry::Body},
+    cdc::{
+        Begin, CdcEntry, CdcReply, CdcRequest, Genesis, Jump, RenameDirectory, StepDone, cdc_entry::Body,
+        cdc_request::Op,
+    },
     log::{Batch, Epoch},
     shard::{Done, EdgeReply, ShardReply, shard_reply::Reply, shard_request},
     state::{Entry, entry::Kind},
@@ -52,7 +55,7 @@ impl Coordinator {
         let tag = ClientTag { client: 77, sequence, acknowledged, issued_at: 1 };
         let (old_name, new_name) = ("old".into(), "new".into());
         let op = RenameDirectory { target, old_parent, old_name, created_at: 1, new_parent, new_name };
-        let begin = Begin { op: Some(Op::RenameDirectory(op)), slot: 0 };
+        let begin = Begin { request: Some(CdcRequest { op: Some(Op::RenameDirectory(op)) }), slot: 0 };
         let (mut steps, _) = self.apply(CdcEntry { tag: Some(tag), body: Some(Body::Begin(begin)) });
         steps.pop().expect("a step")
     }

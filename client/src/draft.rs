@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use clutch_proto::{
-    InodeId, Refusal, Slot,
+    InodeId, Refusal,
     limits::INLINE_BYTES_MAX,
     shard::{
         AddHole, AddInline, ContentReply, LinkFile, PublishContent, ScrapContent, ShareRange, StartContent,
@@ -27,7 +27,6 @@ use crate::{
 /// A content that is not published yet. Appends go in order, one at a time.
 #[derive(Clone, Debug)]
 pub struct Draft {
-    pub(crate) slot: Slot,
     pub(crate) content: u64,
     pub(crate) cookie: Bytes,
     pub(crate) size: u64,
@@ -69,9 +68,9 @@ impl Client {
     /// Begins a content, for the directory in which it will be linked or for the file that will get it.
     pub async fn start_draft(&self, home: InodeId) -> Result<Draft, ClientError> {
         let op = Op::StartContent(StartContent { dir: home.raw() });
-        match self.shard_write(home.slot(), op).await? {
+        match self.shard(op).await? {
             Reply::Content(ContentReply { content, cookie, .. }) => {
-                Ok(Draft { slot: home.slot(), content, cookie, size: 0, last_span: 0, last_length: 0 })
+                Ok(Draft { content, cookie, size: 0, last_span: 0, last_length: 0 })
             }
             _ => Err(ClientError::unexpected("a content")),
         }
@@ -137,7 +136,7 @@ impl Client {
             Prepared::Inline(data) => {
                 let length = data.len() as u64;
                 let op = AddInline { content, cookie, offset, data };
-                self.shard_write(draft.slot, Op::AddInline(op)).await?;
+                self.shard(Op::AddInline(op)).await?;
                 (draft.size, draft.last_span) = (offset + length, 0);
             }
             Prepared::Hole(length) => self.append_hole(draft, length).await?,
@@ -157,7 +156,7 @@ impl Client {
             return Ok(());
         }
         let op = AddHole { content: draft.content, cookie: draft.cookie.clone(), offset: draft.size, length };
-        self.shard_write(draft.slot, Op::AddHole(op)).await?;
+        self.shard(Op::AddHole(op)).await?;
         (draft.size, draft.last_span) = (draft.size + length, 0);
         Ok(())
     }
@@ -182,7 +181,7 @@ impl Client {
                 from_offset,
                 length: part,
             };
-            match self.shard_write(draft.slot, Op::ShareRange(op)).await {
+            match self.shard(Op::ShareRange(op)).await {
                 Ok(_) => {
                     (draft.size, draft.last_span) = (draft.size + part, 0);
                     from_offset += part;
@@ -210,7 +209,7 @@ impl Client {
         let Draft { content, cookie, .. } = draft;
         let op =
             LinkFile { dir: dir.raw(), name: name.clone(), content, cookie, mode, uid, gid, mtime, replace };
-        created(self.shard_write(dir.slot(), Op::LinkFile(op)).await?)
+        created(self.shard(Op::LinkFile(op)).await?)
     }
 
     /// Makes the draft the content of a file that exists. Refused as stale when the file has another content by now
@@ -230,13 +229,13 @@ impl Client {
             mtime: 0,
             dir: dir.raw(),
         };
-        attributes_of(self.shard_write(file.slot(), Op::PublishContent(op)).await?)
+        attributes_of(self.shard(Op::PublishContent(op)).await?)
     }
 
     /// Gives a draft up.
     pub async fn scrap(&self, draft: &Draft) -> Result<(), ClientError> {
         let op = ScrapContent { content: draft.content, cookie: draft.cookie.clone() };
-        self.shard_write(draft.slot, Op::ScrapContent(op)).await.map(drop)
+        self.shard(Op::ScrapContent(op)).await.map(drop)
     }
 
     /// Replaces bytes of a file from an offset on and keeps the rest, or with `truncate` nothing behind them. The file

@@ -65,7 +65,7 @@ pub(crate) fn attributes_of(reply: Reply) -> Result<Attributes, ClientError> {
 impl Client {
     /// An inode's attributes.
     pub async fn stat(&self, id: InodeId) -> Result<Attributes, ClientError> {
-        attributes_of(self.shard_read(id.slot(), Op::Stat(Stat { id: id.raw() })).await?)
+        attributes_of(self.shard(Op::Stat(Stat { id: id.raw() })).await?)
     }
 
     /// One page of a directory of at most so many entries (0: as many as the server likes), and where the next one
@@ -78,7 +78,7 @@ impl Client {
     ) -> Result<(Vec<DirEntry>, Option<DirCursor>), ClientError> {
         let DirCursor { hash, after } = cursor.clone();
         let op = Op::ReadDir(ReadDir { dir: dir.raw(), cursor: hash, limit, after });
-        match self.shard_read(dir.slot(), op).await? {
+        match self.shard(op).await? {
             Reply::ReadDir(page) => {
                 let next = DirCursor { hash: page.next_cursor, after: page.next_after };
                 Ok((listing::entries(page.entries)?, Some(next).filter(|next| next.hash != 0)))
@@ -137,7 +137,7 @@ impl Client {
             target: at.id.raw(),
             created_at: at.created_at,
         };
-        self.shard_write(at.parent.slot(), Op::Unlink(op)).await.map(drop)
+        self.shard(Op::Unlink(op)).await.map(drop)
     }
 
     /// Gives a file or directory another name or place, and returns it as it is found there. A file of the new name is
@@ -178,7 +178,7 @@ impl Client {
                 created_at,
                 new_name: new_name.clone(),
             };
-            let made = created(self.shard_write(new_parent.slot(), Op::RenameInDirectory(op)).await?)?;
+            let made = created(self.shard(Op::RenameInDirectory(op)).await?)?;
             return Ok(Resolved { name: new_name.clone(), created_at: made.created_at, ..at.clone() });
         }
         let moved =
@@ -217,7 +217,7 @@ impl Client {
     ) -> Result<Created, ClientError> {
         let FileAttributes { uid, gid, mtime, .. } = attributes;
         let op = CreateSymlink { dir: dir.raw(), name: name.clone(), target, uid, gid, mtime, replace };
-        created(self.shard_write(dir.slot(), Op::CreateSymlink(op)).await?)
+        created(self.shard(Op::CreateSymlink(op)).await?)
     }
 
     /// Changes what is set in the request, and nothing else.
@@ -227,7 +227,7 @@ impl Client {
         change: SetAttributes,
     ) -> Result<Attributes, ClientError> {
         let op = Op::SetAttributes(SetAttributes { id: id.raw(), ..change });
-        attributes_of(self.shard_write(id.slot(), op).await?)
+        attributes_of(self.shard(op).await?)
     }
 
     /// What a directory, or one name in it, held before; oldest first.
@@ -294,7 +294,7 @@ impl Client {
     ) -> Result<(Vec<PastEdge>, Bytes), ClientError> {
         let name = name.cloned().unwrap_or_default();
         let op = History { dir: dir.raw(), name, after, with_present };
-        match self.shard_read(dir.slot(), Op::History(op)).await? {
+        match self.shard(Op::History(op)).await? {
             Reply::History(page) => Ok((page.past, page.next)),
             _ => Err(ClientError::unexpected("a history")),
         }
@@ -314,6 +314,6 @@ impl Client {
             ended_at: past.ended_at,
             new_name: new_name.clone(),
         };
-        created(self.shard_write(dir.slot(), Op::Undelete(op)).await?)
+        created(self.shard(Op::Undelete(op)).await?)
     }
 }

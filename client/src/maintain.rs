@@ -4,7 +4,7 @@
 
 use bytes::Bytes;
 use clutch_proto::{
-    ContentId, InodeId, Refusal, Slot, SpanId,
+    ContentId, InodeId, Refusal, Slot,
     blocks::{EraseBlock, blocks_request},
     cdc::{ForgetDirectory, ForgetFile, UndeleteDirectory, cdc_request},
     shard::{
@@ -36,7 +36,7 @@ impl Client {
     ) -> Result<(Vec<Attributes>, Bytes), ClientError> {
         let slot = slot_of(&after);
         let op = Op::VisitInodes(VisitInodes { slot: u32::from(slot.0), after, kind, limit: 0 });
-        match self.shard_read(slot, op).await? {
+        match self.shard(op).await? {
             Reply::VisitInodes(page) => Ok((page.inodes, page.next)),
             _ => Err(ClientError::unexpected("inodes")),
         }
@@ -46,7 +46,7 @@ impl Client {
     pub async fn visit_transients(&self, after: Bytes) -> Result<(Vec<Transient>, Bytes), ClientError> {
         let slot = slot_of(&after);
         let op = Op::VisitTransients(VisitTransients { slot: u32::from(slot.0), after });
-        match self.shard_read(slot, op).await? {
+        match self.shard(op).await? {
             Reply::VisitTransients(page) => Ok((page.transients, page.next)),
             _ => Err(ClientError::unexpected("transients")),
         }
@@ -56,7 +56,7 @@ impl Client {
     pub async fn visit_past_contents(&self, after: Bytes) -> Result<(Vec<PastContent>, Bytes), ClientError> {
         let slot = slot_of(&after);
         let op = Op::VisitPastContents(VisitPastContents { slot: u32::from(slot.0), after });
-        match self.shard_read(slot, op).await? {
+        match self.shard(op).await? {
             Reply::VisitPastContents(page) => Ok((page.past, page.next)),
             _ => Err(ClientError::unexpected("past contents")),
         }
@@ -66,7 +66,7 @@ impl Client {
     pub async fn visit_dead_spans(&self, after: Bytes) -> Result<(Vec<Span>, Bytes), ClientError> {
         let slot = slot_of(&after);
         let op = Op::VisitDeadSpans(VisitDeadSpans { slot: u32::from(slot.0), after });
-        match self.shard_read(slot, op).await? {
+        match self.shard(op).await? {
             Reply::VisitDeadSpans(page) => Ok((page.spans, page.next)),
             _ => Err(ClientError::unexpected("spans")),
         }
@@ -80,7 +80,7 @@ impl Client {
     ) -> Result<(Vec<HeldBlock>, Bytes), ClientError> {
         let slot = slot_of(&after);
         let op = Op::VisitBlocks(VisitBlocks { slot: u32::from(slot.0), after, service_id });
-        match self.shard_read(slot, op).await? {
+        match self.shard(op).await? {
             Reply::VisitBlocks(page) => Ok((page.blocks, page.next)),
             _ => Err(ClientError::unexpected("blocks")),
         }
@@ -91,7 +91,7 @@ impl Client {
         let (mut all, mut after) = (Vec::new(), 0);
         loop {
             let op = Op::ContentHistory(ContentHistory { id: file.raw(), after });
-            let Reply::ContentHistory(page) = self.shard_read(file.slot(), op).await? else {
+            let Reply::ContentHistory(page) = self.shard(op).await? else {
                 return Err(ClientError::unexpected("a history"));
             };
             all.extend(page.past);
@@ -109,7 +109,7 @@ impl Client {
         expected_content: u64,
         dir: InodeId,
     ) -> Result<Attributes, ClientError> {
-        let file = file_id(past.file)?;
+        file_id(past.file)?;
         let op = RestoreContent {
             id: past.file,
             content: past.content,
@@ -117,7 +117,7 @@ impl Client {
             dir: dir.raw(),
             ended_at: past.ended_at,
         };
-        attributes_of(self.shard_write(file.slot(), Op::RestoreContent(op)).await?)
+        attributes_of(self.shard(Op::RestoreContent(op)).await?)
     }
 
     /// Forgets a past content that a policy lets go.
@@ -126,14 +126,14 @@ impl Client {
         past: &PastContent,
         policy: SnapshotPolicy,
     ) -> Result<(), ClientError> {
-        let file = file_id(past.file)?;
+        file_id(past.file)?;
         let op = ForgetContent {
             id: past.file,
             content: past.content,
             policy: Some(policy),
             ended_at: past.ended_at,
         };
-        self.shard_write(file.slot(), Op::ForgetContent(op)).await.map(drop)
+        self.shard(Op::ForgetContent(op)).await.map(drop)
     }
 
     /// Forgets a past edge that a policy lets go, and its file if the edge owns one. A file of another shard goes
@@ -159,7 +159,7 @@ impl Client {
         let op = ForgetEdge { dir: dir_raw, name, target: target_raw, ended_at, policy };
         loop {
             // A file with a long history goes in parts.
-            match self.shard_write(dir.slot(), Op::ForgetEdge(op.clone())).await? {
+            match self.shard(Op::ForgetEdge(op.clone())).await? {
                 Reply::Remaining(Remaining { gone: false, .. }) => {}
                 _ => return Ok(()),
             }
@@ -190,7 +190,7 @@ impl Client {
         loop {
             requests += 1;
             let op = Op::CollectContent(CollectContent { content: content.0 });
-            match self.shard_write(content.slot(), op).await? {
+            match self.shard(op).await? {
                 Reply::Remaining(Remaining { gone: true, .. }) => return Ok(requests),
                 Reply::Remaining(_) => {}
                 _ => return Err(ClientError::unexpected("what remains")),
@@ -211,7 +211,7 @@ impl Client {
         let proofs: Result<Vec<Bytes>, ClientError> =
             futures_util::future::join_all(erases).await.into_iter().collect();
         let op = RemoveSpan { span_id: span.span_id, proofs: proofs? };
-        self.shard_write(SpanId(span.span_id).slot(), Op::RemoveSpan(op)).await.map(drop)
+        self.shard(Op::RemoveSpan(op)).await.map(drop)
     }
 
     /// Services that are gone for good: nothing can be asked of them any more.
@@ -273,7 +273,7 @@ impl Client {
             span_b: other.span_id,
             block_b: new.block_id,
         };
-        self.shard_write(draft.slot, Op::SwapBlocks(op)).await.map(drop)
+        self.shard(Op::SwapBlocks(op)).await.map(drop)
     }
 
     /// Gives the bytes of a whole span another code or other places: the range is written anew and exchanged with what
@@ -301,7 +301,7 @@ impl Client {
                 offset_b: 0,
                 span_b: new,
             };
-            self.shard_write(draft.slot, Op::SwapSpans(op)).await.map(drop)
+            self.shard(Op::SwapSpans(op)).await.map(drop)
         };
         let exchanged = exchanged.await;
         // What was exchanged is in the draft now; if this fails, it expires.
@@ -324,7 +324,7 @@ impl Client {
             span_id,
             offset: to.size(),
         };
-        self.shard_write(to.slot, Op::MoveSpan(op)).await?;
+        self.shard(Op::MoveSpan(op)).await?;
         let length = from.last_length;
         from.size -= length;
         to.size += length;

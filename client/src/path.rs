@@ -121,7 +121,7 @@ impl Client {
     /// Looks up one name, at the shard.
     pub async fn lookup(&self, dir: InodeId, name: &Bytes) -> Result<EdgeReply, ClientError> {
         let op = Op::Lookup(Lookup { dir: dir.raw(), name: name.clone() });
-        match self.shard_read(dir.slot(), op).await? {
+        match self.shard(op).await? {
             Reply::Edge(edge) => Ok(edge),
             _ => Err(ClientError::unexpected("an edge")),
         }

@@ -170,7 +170,7 @@ impl Client {
     ) -> Result<Attributes, ClientError> {
         let inherit = inherit.iter().map(|part| *part as i32).collect();
         let op = Op::SetPolicy(SetPolicy { id: dir.raw(), policy: Some(policy), inherit });
-        let reply = self.shard_write(dir.slot(), op).await;
+        let reply = self.shard(op).await;
         // Of this directory and of all that inherit from it.
         lock(&self.inner.policies).known.clear();
         attributes_of(reply?)

@@ -33,7 +33,7 @@ const ZEROS_MAX: u64 = 1 << 20;
 impl Client {
     /// A page of a file's extents, from the one that holds `offset` on.
     pub async fn layout(&self, id: InodeId, content: u64, offset: u64) -> Result<LayoutReply, ClientError> {
-        match self.shard_read(id.slot(), Op::Layout(Layout { id: id.raw(), offset, content })).await? {
+        match self.shard(Op::Layout(Layout { id: id.raw(), offset, content })).await? {
             Reply::Layout(layout) => Ok(layout),
             _ => Err(ClientError::unexpected("a layout")),
         }

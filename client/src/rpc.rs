@@ -18,6 +18,7 @@ use clutch_proto::{
     cdc::{CdcReply, CdcRequest, cdc_request},
     certificate,
     mutants::{self, Mutant},
+    operation::{self, Class},
     registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
     session::{Request, Response, Role},
     shard::{ShardReply, ShardRequest, shard_reply::Reply, shard_request},
@@ -281,8 +282,7 @@ impl Client {
 
     /// Reads the cluster's map anew.
     pub async fn refresh_map(&self) -> Result<Arc<Map>, ClientError> {
-        let reply =
-            self.registry(registry_request::Op::GetMap(GetMap { services_version: 0 }), false).await?;
+        let reply = self.registry(registry_request::Op::GetMap(GetMap { services_version: 0 })).await?;
         let map = Arc::new(reply.map.ok_or_else(|| ClientError::unexpected("a map"))?);
         *lock(&self.inner.map) = Some(map.clone());
         Ok(map)
@@ -538,11 +538,8 @@ impl Client {
     }
 
     /// Asks the registry.
-    pub async fn registry(
-        &self,
-        op: registry_request::Op,
-        mutates: bool,
-    ) -> Result<RegistryReply, ClientError> {
+    pub async fn registry(&self, op: registry_request::Op) -> Result<RegistryReply, ClientError> {
+        let mutates = !operation::of_registry(&op).is_read();
         let body = Bytes::from(RegistryRequest { op: Some(op) }.encode_to_vec());
         let tag = if mutates { Some(self.tag().await?) } else { None };
         let answer = self.ask(Service::Registry, body, tag.as_ref().map(|t| &t.tag), false).await?;
@@ -551,35 +548,35 @@ impl Client {
 
     /// Asks the CDC for a transaction, or what is in flight.
     pub async fn cdc(&self, op: cdc_request::Op) -> Result<CdcReply, ClientError> {
-        let mutates = !matches!(op, cdc_request::Op::ListTransactions(_));
+        let mutates = !operation::of_cdc(&op).is_read();
         let body = Bytes::from(CdcRequest { op: Some(op) }.encode_to_vec());
         let tag = if mutates { Some(self.tag().await?) } else { None };
         let answer = self.ask(Service::Cdc, body, tag.as_ref().map(|t| &t.tag), false).await?;
         CdcReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))
     }
 
-    /// Reads from the shard of a slot.
-    pub async fn shard_read(&self, slot: Slot, op: shard_request::Op) -> Result<Reply, ClientError> {
-        self.shard(slot, op, None).await
-    }
-
-    /// Changes something at the shard of a slot, once, however often it must be asked.
-    pub async fn shard_write(&self, slot: Slot, op: shard_request::Op) -> Result<Reply, ClientError> {
-        let tag = self.tag().await?;
-        self.shard(slot, op, Some(&tag.tag)).await
+    /// Asks the shard that an operation is for. What changes something is done once, however often it must be asked.
+    pub async fn shard(&self, op: shard_request::Op) -> Result<Reply, ClientError> {
+        let (slot, class) = operation::of_shard(&op);
+        match class {
+            Class::Read => self.ask_shard(slot, op, None).await,
+            Class::Change | Class::Release | Class::Step => {
+                let tag = self.tag().await?;
+                self.ask_shard(slot, op, Some(&tag.tag)).await
+            }
+        }
     }
 
     /// Sends a step of the cluster's own under a tag that it keeps itself.
     pub async fn shard_step(
         &self,
-        slot: Slot,
         op: shard_request::Op,
         tag: Option<&ClientTag>,
     ) -> Result<Reply, ClientError> {
-        self.shard(slot, op, tag).await
+        self.ask_shard(operation::of_shard(&op).0, op, tag).await
     }
 
-    async fn shard(
+    async fn ask_shard(
         &self,
         slot: Slot,
         op: shard_request::Op,

@@ -77,7 +77,7 @@ impl Client {
                 data: first.into(),
                 replace,
             };
-            return created(self.shard_write(dir.slot(), Op::CreateFile(op)).await?);
+            return created(self.shard(Op::CreateFile(op)).await?);
         }
         let policy = self.write_policy(dir).await?;
         let span_bytes = policy.span_bytes();
@@ -177,7 +177,6 @@ impl Client {
         never: &Never,
         end: Duration,
     ) -> Result<Span, ClientError> {
-        let slot = to.slot;
         let mut avoid = never.services.clone();
         avoid.extend(self.suspects().into_iter().filter(|service| !never.services.contains(service)));
         avoid.truncate(AVOID_MAX);
@@ -210,7 +209,7 @@ impl Client {
                 avoid_services: avoid.clone(),
                 avoid_failure_domains: never.domains.clone(),
             };
-            let span = match self.shard_write(slot, Op::InitiateSpan(initiate)).await {
+            let span = match self.shard(Op::InitiateSpan(initiate)).await {
                 Ok(Reply::Span(span)) => span,
                 Ok(_) => return Err(ClientError::unexpected("a span")),
                 // Services that failed for somebody else are better than none, and what hangs may come back.
@@ -243,7 +242,7 @@ impl Client {
                         span_id: span.span_id,
                         proofs,
                     };
-                    self.shard_write(slot, Op::CertifySpan(op)).await?;
+                    self.shard(Op::CertifySpan(op)).await?;
                     return Ok(span);
                 }
                 Err(failed) => {

@@ -10,7 +10,7 @@ use clutch_client::ClientError;
 use clutch_log::LogId;
 use clutch_proto::{
     cdc::TransactionRow,
-    shard::{shard_entry::Body, shard_reply::Reply},
+    shard::{shard_reply::Reply, shard_request::Op},
     types::Code,
 };
 use clutch_runtime::simulated::World;
@@ -176,10 +176,10 @@ fn entries(evidence: &Evidence, reached: &mut BTreeSet<String>) {
             let is_step = tag.client == clutch_cdc::STEP_CLIENT;
             let transaction = tag.sequence >> 24;
             if step.is_first {
-                if matches!(step.body, Some(Body::UnlockEdge(_) | Body::RemoveDirectoryInode(_))) {
+                if matches!(step.op, Some(Op::UnlockEdge(_) | Op::RemoveDirectoryInode(_))) {
                     turned_back.insert(transaction);
                 }
-                if let Some(what) = step.body.as_ref().and_then(|body| upkeep(body, outcome)) {
+                if let Some(what) = step.op.as_ref().and_then(|op| upkeep(op, outcome)) {
                     note(what);
                 }
                 continue;
@@ -198,26 +198,26 @@ fn entries(evidence: &Evidence, reached: &mut BTreeSet<String>) {
 }
 
 /// What looking after stored data did for the first time.
-fn upkeep(body: &Body, outcome: &Result<Reply, Code>) -> Option<&'static str> {
-    Some(match (body, outcome) {
-        (Body::CollectContent(_), Err(Code::TooEarly)) => {
+fn upkeep(op: &Op, outcome: &Result<Reply, Code>) -> Option<&'static str> {
+    Some(match (op, outcome) {
+        (Op::CollectContent(_), Err(Code::TooEarly)) => {
             "log: a content that is being written is not collected"
         }
-        (Body::ForgetEdge(_) | Body::ForgetContent(_) | Body::DropPastEdge(_), Err(Code::TooEarly)) => {
+        (Op::ForgetEdge(_) | Op::ForgetContent(_) | Op::DropPastEdge(_), Err(Code::TooEarly)) => {
             "log: a policy keeps what was proposed"
         }
-        (Body::PublishContent(_), Err(Code::Stale)) => "log: a publication comes too late",
-        (Body::RemoveFileInode(_), Ok(_)) => "log: a file's last owner is forgotten",
-        (Body::RestoreContent(_), Ok(_)) => "log: a past content comes back",
-        (Body::ForgetContent(_), Ok(_)) => "log: a past content is forgotten",
-        (Body::PublishContent(_), Ok(_)) => "log: a published content is replaced",
-        (Body::ShareRange(_), Ok(_)) => "log: a range is shared",
-        (Body::AdoptDirectory(_), Ok(_)) => "log: a removed directory comes back",
-        (Body::ForgetDirectoryInode(_), Ok(_)) => "log: a removed directory is forgotten",
-        (Body::RemoveSpan(_), Ok(_)) => "log: a span is removed",
-        (Body::MoveSpan(_), Ok(_)) => "log: a span moves to another content",
-        (Body::SwapBlocks(_), Ok(_)) => "log: blocks are exchanged",
-        (Body::SwapSpans(_), Ok(_)) => "log: spans are exchanged",
+        (Op::PublishContent(_), Err(Code::Stale)) => "log: a publication comes too late",
+        (Op::RemoveFileInode(_), Ok(_)) => "log: a file's last owner is forgotten",
+        (Op::RestoreContent(_), Ok(_)) => "log: a past content comes back",
+        (Op::ForgetContent(_), Ok(_)) => "log: a past content is forgotten",
+        (Op::PublishContent(_), Ok(_)) => "log: a published content is replaced",
+        (Op::ShareRange(_), Ok(_)) => "log: a range is shared",
+        (Op::AdoptDirectory(_), Ok(_)) => "log: a removed directory comes back",
+        (Op::ForgetDirectoryInode(_), Ok(_)) => "log: a removed directory is forgotten",
+        (Op::RemoveSpan(_), Ok(_)) => "log: a span is removed",
+        (Op::MoveSpan(_), Ok(_)) => "log: a span moves to another content",
+        (Op::SwapBlocks(_), Ok(_)) => "log: blocks are exchanged",
+        (Op::SwapSpans(_), Ok(_)) => "log: spans are exchanged",
         _ => return None,
     })
 }

@@ -131,19 +131,19 @@ fn applied(name: &str) -> Option<Run> {
             let (old_name, new_name) = (self::name(round), self::name(round + 1));
             let EdgeReply { target, created_at, .. } = made;
             let rename = RenameInDirectory { dir: ROOT, old_name, target, created_at, new_name };
-            let renamed = shard.edge(Body::RenameInDirectory(rename));
+            let renamed = shard.edge(Op::RenameInDirectory(rename).into());
             let renamed = EdgeReply { target, ..renamed };
             shard.edge(unlink(round + 1, &renamed));
         }),
         "apply: set attributes" => Box::new(move || {
             round += 1;
             let set = SetAttributes { id: ROOT, mtime: Some(round), ..SetAttributes::default() };
-            shard.apply(Body::SetAttributes(set));
+            shard.apply(Op::SetAttributes(set).into());
         }),
         "apply: make and remove a directory's inode" => Box::new(move || {
             let make = CreateDirectoryInode { parent: ROOT, mode: 0o755, ..CreateDirectoryInode::default() };
-            let dir = shard.step_edge(Body::CreateDirectoryInode(make)).target;
-            shard.step(Body::RemoveDirectoryInode(RemoveDirectoryInode { dir }));
+            let dir = shard.step_edge(Op::CreateDirectoryInode(make).into()).target;
+            shard.step(Op::RemoveDirectoryInode(RemoveDirectoryInode { dir }).into());
         }),
         "apply: insert, lock, unlock and unlink an edge" => {
             let file = shard.edge(create(1)).target;
@@ -151,10 +151,10 @@ fn applied(name: &str) -> Option<Run> {
                 round += 1;
                 let name = self::name(1 + round);
                 let insert = InsertEdge { dir: ROOT, name: name.clone(), target: file, replace: false };
-                let EdgeReply { created_at, .. } = shard.step_edge(Body::InsertEdge(insert));
+                let EdgeReply { created_at, .. } = shard.step_edge(Op::InsertEdge(insert).into());
                 let lock = LockEdge { dir: ROOT, name: name.clone(), target: file, created_at };
-                shard.step(Body::LockEdge(lock));
-                shard.step(Body::UnlockEdge(UnlockEdge { dir: ROOT, name, target: file, created_at }));
+                shard.step(Op::LockEdge(lock).into());
+                shard.step(Op::UnlockEdge(UnlockEdge { dir: ROOT, name, target: file, created_at }).into());
                 shard
                     .edge(unlink(1 + round, &EdgeReply { target: file, created_at, ..EdgeReply::default() }));
             })
@@ -178,12 +178,12 @@ fn create_file(number: u64) -> CreateFile {
 }
 
 fn create(number: u64) -> Body {
-    Body::CreateFile(create_file(number))
+    Op::CreateFile(create_file(number)).into()
 }
 
 fn unlink(number: u64, edge: &EdgeReply) -> Body {
     let (target, created_at) = (edge.target, edge.created_at);
-    Body::Unlink(Unlink { dir: ROOT, name: name(number), target, created_at })
+    Op::Unlink(Unlink { dir: ROOT, name: name(number), target, created_at }).into()
 }
 
 fn entry(body: Body) -> Entry {

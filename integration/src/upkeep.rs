@@ -78,7 +78,7 @@ impl Worker {
             Operation::Flag(disk, flags) => {
                 let service_id = self.service(*disk).await?;
                 let op = registry_request::Op::SetServiceFlags(SetServiceFlags { service_id, flags: *flags });
-                client.registry(op, true).await?;
+                client.registry(op).await?;
                 Ok("set".into())
             }
             Operation::Forge(path, kind) => self.forge_exchange(path, *kind).await,
@@ -222,7 +222,7 @@ impl Worker {
                 ("a span whose blocks are there", Op::RemoveSpan(RemoveSpan { span_id: span_a, proofs }))
             }
         };
-        match client.shard_write(dir.slot(), op).await {
+        match client.shard(op).await {
             Ok(_) => {
                 self.history.violation("certificates", format!("a shard took {what}"));
                 Ok(format!("{what} was taken"))

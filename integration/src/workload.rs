@@ -204,7 +204,7 @@ impl Worker {
         let client = &self.client;
         let (dir, _) = client.resolve_parent(self.path(path)).await?;
         let start = Op::StartContent(StartContent { dir: dir.raw() });
-        let Reply::Content(content) = client.shard_write(dir.slot(), start).await? else {
+        let Reply::Content(content) = client.shard(start).await? else {
             return Err(Refusal::malformed("not a content").into());
         };
         let data = bytes_of(Data { salt: 77 + u64::from(kind), bytes: 4096 });
@@ -221,7 +221,7 @@ impl Worker {
             cell_crcs: vec![crc, crc],
             ..InitiateSpan::default()
         };
-        let Reply::Span(first) = client.shard_write(dir.slot(), Op::InitiateSpan(initiate(0))).await? else {
+        let Reply::Span(first) = client.shard(Op::InitiateSpan(initiate(0))).await? else {
             return Err(Refusal::malformed("not a span").into());
         };
         if kind < 4 {
@@ -239,9 +239,7 @@ impl Worker {
         let (span, proofs, what) = match kind {
             4 => {
                 // The second span is never written; its proofs are those of the first.
-                let Reply::Span(second) =
-                    client.shard_write(dir.slot(), Op::InitiateSpan(initiate(0))).await?
-                else {
+                let Reply::Span(second) = client.shard(Op::InitiateSpan(initiate(0))).await? else {
                     return Err(Refusal::malformed("not a span").into());
                 };
                 (second, proofs, "proofs of other blocks")
@@ -265,7 +263,7 @@ impl Worker {
             span_id: span.span_id,
             proofs,
         };
-        match client.shard_write(dir.slot(), Op::CertifySpan(certify)).await {
+        match client.shard(Op::CertifySpan(certify)).await {
             Ok(_) => {
                 self.history.violation("certificates", format!("a shard took {what}"));
                 Ok(format!("{what} were taken"))

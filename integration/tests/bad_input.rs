@@ -225,8 +225,7 @@ fn numbers_at_every_edge_get_an_answer() {
     let client = cluster.client();
     cluster.run(async move {
         let runtime = client.runtime().clone();
-        let started =
-            client.shard_write(Slot(0), Op::StartContent(StartContent { dir: InodeId::ROOT.raw() })).await;
+        let started = client.shard(Op::StartContent(StartContent { dir: InodeId::ROOT.raw() })).await;
         let Ok(shard_reply::Reply::Content(content)) = started else { panic!("{started:?}") };
         let mut sequence = 0;
         let mut refused = 0;

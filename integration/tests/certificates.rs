@@ -7,7 +7,7 @@ use bytes::Bytes;
 use clutch_client::{Client, FileAttributes};
 use clutch_integration::{SimCluster, sim_cluster::service_key};
 use clutch_proto::{
-    BlockId, ContentId, InodeId, ServiceId, Slot, SpanId,
+    BlockId, ContentId, InodeId, ServiceId,
     blocks::{
         BlocksReply, BlocksRequest, CheckBlock, EraseBlock, ReadBlock, WriteBlock,
         blocks_request::Op as BlockOp,
@@ -82,14 +82,14 @@ async fn initiated(client: &Client, content: &ContentReply, data: &Bytes) -> Spa
         cell_crcs: vec![crc; 2],
         ..InitiateSpan::default()
     };
-    match client.shard_write(ContentId(content.content).slot(), Op::InitiateSpan(op)).await {
+    match client.shard(Op::InitiateSpan(op)).await {
         Ok(Reply::Span(span)) => span,
         other => panic!("{other:?}"),
     }
 }
 
 async fn started(client: &Client) -> ContentReply {
-    match client.shard_write(Slot(0), Op::StartContent(StartContent { dir: InodeId::ROOT.raw() })).await {
+    match client.shard(Op::StartContent(StartContent { dir: InodeId::ROOT.raw() })).await {
         Ok(Reply::Content(content)) => content,
         other => panic!("{other:?}"),
     }
@@ -223,7 +223,7 @@ fn a_grant_that_is_used_again_gives_nothing_new() {
 
         // Given up, erased, and removed: the old grant must not bring the block back.
         let scrap = ScrapContent { content: content.content, cookie: content.cookie.clone() };
-        client.shard_write(Slot(0), Op::ScrapContent(scrap)).await.expect("scraps");
+        client.shard(Op::ScrapContent(scrap)).await.expect("scraps");
         let clock = client.runtime().clock.clone();
         client.collect_content(ContentId(content.content)).await.expect("collects");
         let (dead, _) = client.visit_dead_spans(Bytes::new()).await.expect("visits");
@@ -246,7 +246,7 @@ fn a_grant_that_is_used_again_gives_nothing_new() {
         // Proofs of erasure: each for its block only, none but these.
         let remove = async |proofs: Vec<Bytes>| {
             let op = RemoveSpan { span_id: span.span_id, proofs };
-            let answer = client.shard_write(SpanId(span.span_id).slot(), Op::RemoveSpan(op)).await;
+            let answer = client.shard(Op::RemoveSpan(op)).await;
             answer.map(drop).map_err(|e| e.code().expect("a refusal"))
         };
         let mut wrong: Vec<Vec<Bytes>> = vec![
@@ -292,7 +292,7 @@ fn a_span_is_certified_by_its_own_blocks_proofs_only() {
                 span_id: span.span_id,
                 proofs,
             };
-            let answer = client.shard_write(Slot(0), Op::CertifySpan(op)).await;
+            let answer = client.shard(Op::CertifySpan(op)).await;
             answer.map(drop).map_err(|e| e.code().expect("a refusal"))
         };
         let block = &span.blocks[1];

@@ -44,7 +44,7 @@ fn directory(count: usize, name: impl Fn(usize) -> Bytes) -> Applier<Shard> {
     for first in (0..count).step_by(BATCH) {
         let create = |i: usize| {
             let name = name(i);
-            shard_entry::Body::CreateFile(CreateFile { dir, name, mode: 0o644, ..CreateFile::default() })
+            Op::CreateFile(CreateFile { dir, name, mode: 0o644, ..CreateFile::default() }).into()
         };
         apply(&mut applier, (first..first + BATCH).map(create).collect());
     }
@@ -91,7 +91,7 @@ fn names_of_one_hash_come_in_bounded_pages_and_have_histories_of_their_own() {
     let Some(shard_reply::Reply::Edge(edge)) = read(&applier, Op::Lookup(lookup)) else { panic!("no edge") };
     let EdgeReply { target, created_at, .. } = edge;
     let unlink = Unlink { dir, name: name(4321), target, created_at };
-    apply(&mut applier, vec![shard_entry::Body::Unlink(unlink)]);
+    apply(&mut applier, vec![Op::Unlink(unlink).into()]);
     assert_eq!(list(&applier).1.len(), 8999);
     for with_present in [false, true] {
         for (asked, count) in [(4321, 1), (4322, usize::from(with_present))] {
@@ -121,7 +121,7 @@ fn a_directory_of_a_million_names_is_listed_in_bounded_pages() {
     let Some(shard_reply::Reply::Edge(EdgeReply { target, created_at, .. })) = reply else {
         panic!("no edge")
     };
-    apply(&mut applier, vec![shard_entry::Body::Unlink(Unlink { dir, name, target, created_at })]);
+    apply(&mut applier, vec![Op::Unlink(Unlink { dir, name, target, created_at }).into()]);
     assert!(Shard::read(&**applier.store(), &request, &facts).is_err());
     let (wrong, _) = invariants::check_shard(&**applier.store()).expect("reads");
     assert_eq!(wrong, Vec::<String>::new());

@@ -10,7 +10,7 @@ use clutch_integration::{
     sim_cluster::{CLIENT, disk_node},
 };
 use clutch_proto::{
-    ContentId, InodeId, Slot,
+    ContentId, InodeId,
     limits::EXTENTS_PER_ENTRY_MAX,
     registry::{SetServiceFlags, registry_request},
     shard::{CollectContent, Remaining, shard_reply::Reply, shard_request::Op},
@@ -233,7 +233,7 @@ fn blocks_of_a_service_that_is_gone_are_forgotten() {
         let (held, _) = c.visit_blocks(gone, Bytes::new()).await.expect("visits");
         assert!(!held.is_empty(), "the disk has blocks");
         let op = SetServiceFlags { service_id: gone, flags: clutch_shard::FLAG_GONE };
-        c.registry(registry_request::Op::SetServiceFlags(op), true).await.expect("sets");
+        c.registry(registry_request::Op::SetServiceFlags(op)).await.expect("sets");
     });
     cluster.world.crash(disk_node(0));
     let (done, counts) = run(&cluster, async move {
@@ -310,7 +310,7 @@ fn a_collection_that_was_broken_off_is_no_damage() {
         // Nobody says that it was given up: it expires.
         c.runtime().clock.sleep(Duration::from_secs(10)).await;
         let op = Op::CollectContent(CollectContent { content: left.content() });
-        let reply = c.shard_write(Slot(0), op).await.expect("collects");
+        let reply = c.shard(op).await.expect("collects");
         assert!(matches!(reply, Reply::Remaining(Remaining { gone: false, bytes: 500 })), "{reply:?}");
         ContentId(left.content())
     });

@@ -13,6 +13,7 @@ pub mod listing;
 pub mod log;
 pub mod mutants;
 pub mod name;
+pub mod operation;
 pub mod parts;
 pub mod rules;
 pub mod span;

@@ -7,6 +7,7 @@ use clutch_proto::{
     Refusal, Time,
     log::Position,
     mutants::{self, Mutant},
+    operation::{self, Class},
     registry::{
         Chain, ClusterRow, Map, RegistryEntry, RegistryReply, RegistryRequest, Segment, SwapChain,
         registry_entry::Body, registry_request::Op,
@@ -70,12 +71,11 @@ impl Machine for Registry {
     }
 
     fn is_read(request: &RegistryRequest) -> bool {
-        matches!(request.op, None | Some(Op::GetMap(_) | Op::GetChain(_)))
+        request.op.as_ref().is_none_or(|op| operation::of_registry(op).is_read())
     }
 
-    fn gives_space_back(_request: &RegistryRequest) -> bool {
-        // Few and small, and without them nobody learns of new room.
-        true
+    fn gives_space_back(request: &RegistryRequest) -> bool {
+        request.op.as_ref().is_some_and(|op| operation::of_registry(op) == Class::Release)
     }
 
     fn read(view: &dyn View, request: &RegistryRequest, _facts: &()) -> Result<RegistryReply, Stop> {
@@ -100,23 +100,17 @@ impl Machine for Registry {
         _context: &mut ProduceContext<'_>,
         _facts: &(),
     ) -> Result<RegistryEntry, Stop> {
-        let body = match request.op {
-            Some(Op::RegisterServices(op)) => Body::RegisterServices(op),
+        match &request.op {
             Some(Op::PlaceShard(op)) if op.placement.is_none() => {
                 return Err(Refusal::malformed("no placement").into());
             }
-            Some(Op::PlaceShard(op)) => Body::PlaceShard(op),
-            Some(Op::PlaceCdc(op)) => Body::PlaceCdc(op),
             Some(Op::SwapChain(op)) if op.append.is_none() => {
                 return Err(Refusal::malformed("no segment to append").into());
             }
-            Some(Op::SwapChain(op)) => Body::SwapChain(op),
-            Some(Op::SetServiceFlags(op)) => Body::SetServiceFlags(op),
-            Some(Op::GetMap(_) | Op::GetChain(_)) | None => {
-                return Err(Refusal::malformed("not a change").into());
-            }
-        };
-        Ok(RegistryEntry { tag, body: Some(body) })
+            Some(op) if !operation::of_registry(op).is_read() => {}
+            _ => return Err(Refusal::malformed("not a change").into()),
+        }
+        Ok(RegistryEntry { tag, body: Some(Body::Request(request)) })
     }
 
     fn tag(entry: &RegistryEntry) -> Option<&ClientTag> {
@@ -150,35 +144,43 @@ impl Machine for Registry {
                 tx.put_row(tables::CLUSTER, &[], &row);
                 RegistryReply::default()
             }
-            Some(Body::RegisterServices(op)) => register(tx, time, op.services)?,
-            Some(Body::SetServiceFlags(op)) => {
-                let key = op.service_id.to_be_bytes();
-                let mut service: BlockService = tx.get_row(tables::SERVICE, &key)?.ok_or_else(|| {
-                    Stop::refuse(Code::NotFound, format!("block service {:x} is not known", op.service_id))
-                })?;
-                service.flags = op.flags;
-                tx.put_row(tables::SERVICE, &key, &service);
-                if !mutants::is(Mutant::FlagsUnversioned) {
-                    bump_services(tx)?;
-                }
-                RegistryReply::default()
-            }
-            Some(Body::PlaceShard(op)) => {
-                let placement = op.placement.ok_or_else(|| Stop::unknown("no placement"))?;
-                place(tx, &placement)?;
-                RegistryReply::default()
-            }
-            Some(Body::PlaceCdc(op)) => {
-                let mut row = cluster(tx)?;
-                check_epoch("the CDC", row.cdc_epoch, op.epoch)?;
-                (row.cdc_address, row.cdc_epoch) = (op.address, op.epoch);
-                tx.put_row(tables::CLUSTER, &[], &row);
-                RegistryReply::default()
-            }
-            Some(Body::SwapChain(op)) => swap_chain(tx, op)?,
+            Some(Body::Request(request)) => apply_request(tx, time, request)?,
             None => return Err(Stop::unknown("it has no operation that this build knows")),
         };
         Ok(Applied::Reply(reply))
+    }
+}
+
+fn apply_request(tx: &mut Tx<'_>, time: Time, request: RegistryRequest) -> Result<RegistryReply, Stop> {
+    let op = request.op.ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
+    match op {
+        Op::RegisterServices(op) => register(tx, time, op.services),
+        Op::SetServiceFlags(op) => {
+            let key = op.service_id.to_be_bytes();
+            let mut service: BlockService = tx.get_row(tables::SERVICE, &key)?.ok_or_else(|| {
+                Stop::refuse(Code::NotFound, format!("block service {:x} is not known", op.service_id))
+            })?;
+            service.flags = op.flags;
+            tx.put_row(tables::SERVICE, &key, &service);
+            if !mutants::is(Mutant::FlagsUnversioned) {
+                bump_services(tx)?;
+            }
+            Ok(RegistryReply::default())
+        }
+        Op::PlaceShard(op) => {
+            let placement = op.placement.ok_or_else(|| Stop::unknown("no placement"))?;
+            place(tx, &placement)?;
+            Ok(RegistryReply::default())
+        }
+        Op::PlaceCdc(op) => {
+            let mut row = cluster(tx)?;
+            check_epoch("the CDC", row.cdc_epoch, op.epoch)?;
+            (row.cdc_address, row.cdc_epoch) = (op.address, op.epoch);
+            tx.put_row(tables::CLUSTER, &[], &row);
+            Ok(RegistryReply::default())
+        }
+        Op::SwapChain(op) => swap_chain(tx, op),
+        Op::GetMap(_) | Op::GetChain(_) => Err(Stop::unknown("it holds a read")),
     }
 }
 

@@ -16,7 +16,6 @@ use std::{
 use clutch_cdc::{STEPS_PER_ENTRY_MAX, SendStep};
 use clutch_client::{Client, ClientError};
 use clutch_proto::{
-    Slot,
     cdc::{CdcEntry, StepDone, cdc_entry::Body},
     shard::ShardReply,
     types::Error,
@@ -135,7 +134,7 @@ async fn send(
             client.runtime().note("cdc driver: a step is dropped with the reign");
             return None;
         }
-        match client.shard_step(Slot(step.slot), op.clone(), step.tag.as_ref()).await {
+        match client.shard_step(op.clone(), step.tag.as_ref()).await {
             Ok(reply) => return Some(Ok(ShardReply { reply: Some(reply) })),
             // Anything else may hide an earlier attempt that was executed: the tag makes asking again safe.
             Err(ClientError::Refused(refusal)) if refusal.code.is_decision() => {

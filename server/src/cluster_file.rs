@@ -8,7 +8,7 @@ use clutch_runtime::Runtime;
 use serde::{Deserialize, Serialize};
 
 /// The version of the directory's layout that this build writes.
-pub const LAYOUT: u32 = 2;
+pub const LAYOUT: u32 = 3;
 /// Disks of one directory.
 pub const DISKS_MAX: u32 = 4096;
 

@@ -696,7 +696,7 @@ impl Keeper {
         }
         let is_told = !services.is_empty();
         if is_told {
-            self.client.registry(Op::RegisterServices(RegisterServices { services }), true).await?;
+            self.client.registry(Op::RegisterServices(RegisterServices { services })).await?;
         }
         self.reported.extend(reported);
         Ok(is_told)
@@ -777,7 +777,7 @@ impl Keeper {
 
     /// Tells the registry where something is led; that a newer leader was first is no failure.
     async fn tell(&self, op: Op) -> Result<()> {
-        match self.client.registry(op, true).await {
+        match self.client.registry(op).await {
             Err(error) if error.code() == Some(types::Code::Stale) => {
                 self.client.runtime().note("node: a newer leader was placed first");
                 tracing::warn!(%error, "this node's leadership is over before it was known");
@@ -789,7 +789,7 @@ impl Keeper {
 
     async fn begin_chain(&self, role: Role, number: u64) -> Result<()> {
         let role = role as u32;
-        match self.client.registry(Op::GetChain(GetChain { role, number }), false).await {
+        match self.client.registry(Op::GetChain(GetChain { role, number })).await {
             Ok(_) => Ok(()),
             Err(error) if error.is_not_found() => {
                 let append = Segment {
@@ -799,7 +799,7 @@ impl Keeper {
                     incarnation: INCARNATION,
                 };
                 let swap = SwapChain { role, number, expect_incarnation: 0, append: Some(append) };
-                self.client.registry(Op::SwapChain(swap), true).await?;
+                self.client.registry(Op::SwapChain(swap)).await?;
                 Ok(())
             }
             Err(error) => Err(error.into()),

@@ -54,7 +54,7 @@ mod tests {
     use clutch_proto::{
         InodeId,
         log::{Batch, Epoch, Position},
-        shard::{CreateFile, Genesis},
+        shard::{CreateFile, Genesis, shard_request},
     };
     use clutch_state::{Applier, EntryOutcome, MemoryStore};
     use prost::Message as _;
@@ -90,7 +90,8 @@ mod tests {
     fn create(applier: &mut Applier<Shard>, name: &'static str) -> u64 {
         let op =
             CreateFile { dir: InodeId::ROOT.raw(), name: name.into(), mode: 0o644, ..CreateFile::default() };
-        match apply(applier, &ShardEntry { tag: None, body: Some(Body::CreateFile(op)) }) {
+        match apply(applier, &ShardEntry { tag: None, body: Some(shard_request::Op::CreateFile(op).into()) })
+        {
             Reply::Edge(edge) => edge.target,
             other => panic!("{other:?}"),
         }

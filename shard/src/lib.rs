@@ -26,6 +26,7 @@ use clutch_proto::{
     InodeId, Slot, Time,
     log::Position,
     mutants::{self, Mutant},
+    operation::{self, Class},
     rules,
     shard::{
         Genesis, InodeRow, ServicesChanged, ShardEntry, ShardReply, ShardRequest, shard_entry::Body,
@@ -40,6 +41,10 @@ pub use placement::{FLAG_GONE, FLAG_NO_WRITE};
 
 /// The shard's machine.
 pub struct Shard;
+
+fn is_create(body: &Option<Body>) -> bool {
+    matches!(body, Some(Body::Request(ShardRequest { op: Some(Op::CreateFile(_)) })))
+}
 
 /// A shard causes nothing outside itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,21 +74,11 @@ impl Machine for Shard {
     }
 
     fn is_read(request: &ShardRequest) -> bool {
-        request.op.as_ref().is_none_or(is_read)
+        request.op.as_ref().is_none_or(|op| operation::of_shard(op).1.is_read())
     }
 
     fn gives_space_back(request: &ShardRequest) -> bool {
-        matches!(
-            request.op,
-            Some(
-                Op::Unlink(_)
-                    | Op::ForgetEdge(_)
-                    | Op::ForgetContent(_)
-                    | Op::CollectContent(_)
-                    | Op::RemoveSpan(_)
-                    | Op::ScrapContent(_)
-            )
-        )
+        request.op.as_ref().is_some_and(|op| operation::of_shard(op).1 == Class::Release)
     }
 
     fn read(view: &dyn View, request: &ShardRequest, facts: &ShardFacts) -> Result<ShardReply, Stop> {
@@ -112,7 +107,7 @@ impl Machine for Shard {
     }
 
     fn tag(entry: &ShardEntry) -> Option<&ClientTag> {
-        if mutants::is(Mutant::DuplicateCreate) && matches!(entry.body, Some(Body::CreateFile(_))) {
+        if mutants::is(Mutant::DuplicateCreate) && is_create(&entry.body) {
             return None;
         }
         entry.tag.as_ref()
@@ -135,65 +130,68 @@ impl Machine for Shard {
     }
 }
 
-/// Whether an operation only looks.
-pub fn is_read(op: &Op) -> bool {
-    matches!(
-        op,
-        Op::Lookup(_)
-            | Op::Stat(_)
-            | Op::ReadDir(_)
-            | Op::Layout(_)
-            | Op::History(_)
-            | Op::ContentHistory(_)
-            | Op::VisitInodes(_)
-            | Op::VisitTransients(_)
-            | Op::VisitPastContents(_)
-            | Op::VisitDeadSpans(_)
-            | Op::VisitBlocks(_)
-    )
-}
-
 fn apply_body(tx: &mut Tx<'_>, time: Time, body: Body) -> Reapplied {
     match body {
         Body::Genesis(genesis) => apply_genesis(tx, time, &genesis),
         Body::ServicesChanged(changed) => apply_services(tx, changed),
         Body::Jump(op) => jump::apply(tx, &op),
-        Body::CreateFile(op) => edge::create_file(tx, time, op),
-        Body::CreateSymlink(op) => edge::create_symlink(tx, time, op),
-        Body::LinkFile(op) => edge::link_file(tx, time, op),
-        Body::RenameInDirectory(op) => edge::rename(tx, time, op),
-        Body::Unlink(op) => edge::unlink(tx, time, &op),
-        Body::Undelete(op) => edge::undelete(tx, time, op),
-        Body::SetAttributes(op) => inode::set_attributes(tx, time, &op),
         Body::StartContent(op) => content::start(tx, time, op),
         Body::InitiateSpan(op) => content::initiate(tx, time, op),
         Body::CertifySpan(op) => content::certify(tx, time, &op),
-        Body::AddInline(op) => content::add_inline(tx, time, op),
-        Body::AddHole(op) => content::add_hole(tx, time, &op),
-        Body::ScrapContent(op) => content::scrap(tx, time, &op),
-        Body::SetPolicy(op) => policy::set(tx, time, op),
-        Body::ShareRange(op) => publish::share_range(tx, time, &op),
-        Body::PublishContent(op) => publish::publish(tx, time, &op),
-        Body::RestoreContent(op) => publish::restore(tx, time, &op),
-        Body::SwapBlocks(op) => span::swap_blocks(tx, &op),
-        Body::SwapSpans(op) => span::swap_spans(tx, &op),
-        Body::MoveSpan(op) => span::move_span(tx, time, &op),
-        Body::ForgetEdge(op) => collect::forget_edge(tx, time, op),
-        Body::ForgetContent(op) => collect::forget_content(tx, time, &op),
-        Body::CollectContent(op) => collect::collect_content(tx, time, &op),
         Body::RemoveSpan(op) => collect::remove_span(tx, &op),
-        Body::CreateDirectoryInode(op) => directory::create_inode(tx, time, &op),
-        Body::InsertEdge(op) => directory::insert_edge(tx, time, &op),
-        Body::LockEdge(op) => directory::lock_edge(tx, &op),
-        Body::UnlockEdge(op) => directory::unlock_edge(tx, &op),
-        Body::RemoveLockedEdge(op) => directory::remove_locked_edge(tx, time, &op),
-        Body::SetParent(op) => directory::set_parent(tx, time, &op),
-        Body::OrphanDirectory(op) => directory::orphan(tx, time, &op),
-        Body::RemoveDirectoryInode(op) => directory::remove_inode(tx, &op),
-        Body::DropPastEdge(op) => collect::drop_past_edge(tx, time, &op),
-        Body::RemoveFileInode(op) => collect::remove_file_inode(tx, &op),
-        Body::AdoptDirectory(op) => directory::adopt(tx, time, &op),
-        Body::ForgetDirectoryInode(op) => directory::forget(tx, time, &op),
+        Body::Request(request) => apply_request(tx, time, request),
+    }
+}
+
+fn apply_request(tx: &mut Tx<'_>, time: Time, request: ShardRequest) -> Reapplied {
+    let op = request.op.ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
+    match op {
+        Op::CreateFile(op) => edge::create_file(tx, time, op),
+        Op::CreateSymlink(op) => edge::create_symlink(tx, time, op),
+        Op::LinkFile(op) => edge::link_file(tx, time, op),
+        Op::RenameInDirectory(op) => edge::rename(tx, time, op),
+        Op::Unlink(op) => edge::unlink(tx, time, &op),
+        Op::Undelete(op) => edge::undelete(tx, time, op),
+        Op::SetAttributes(op) => inode::set_attributes(tx, time, &op),
+        Op::AddInline(op) => content::add_inline(tx, time, op),
+        Op::AddHole(op) => content::add_hole(tx, time, &op),
+        Op::ScrapContent(op) => content::scrap(tx, time, &op),
+        Op::SetPolicy(op) => policy::set(tx, time, op),
+        Op::ShareRange(op) => publish::share_range(tx, time, &op),
+        Op::PublishContent(op) => publish::publish(tx, time, &op),
+        Op::RestoreContent(op) => publish::restore(tx, time, &op),
+        Op::SwapBlocks(op) => span::swap_blocks(tx, &op),
+        Op::SwapSpans(op) => span::swap_spans(tx, &op),
+        Op::MoveSpan(op) => span::move_span(tx, time, &op),
+        Op::ForgetEdge(op) => collect::forget_edge(tx, time, op),
+        Op::ForgetContent(op) => collect::forget_content(tx, time, &op),
+        Op::CollectContent(op) => collect::collect_content(tx, time, &op),
+        Op::CreateDirectoryInode(op) => directory::create_inode(tx, time, &op),
+        Op::InsertEdge(op) => directory::insert_edge(tx, time, &op),
+        Op::LockEdge(op) => directory::lock_edge(tx, &op),
+        Op::UnlockEdge(op) => directory::unlock_edge(tx, &op),
+        Op::RemoveLockedEdge(op) => directory::remove_locked_edge(tx, time, &op),
+        Op::SetParent(op) => directory::set_parent(tx, time, &op),
+        Op::OrphanDirectory(op) => directory::orphan(tx, time, &op),
+        Op::RemoveDirectoryInode(op) => directory::remove_inode(tx, &op),
+        Op::DropPastEdge(op) => collect::drop_past_edge(tx, time, &op),
+        Op::RemoveFileInode(op) => collect::remove_file_inode(tx, &op),
+        Op::AdoptDirectory(op) => directory::adopt(tx, time, &op),
+        Op::ForgetDirectoryInode(op) => directory::forget(tx, time, &op),
+        Op::StartContent(_) | Op::InitiateSpan(_) | Op::CertifySpan(_) | Op::RemoveSpan(_) => {
+            Err(Stop::unknown("it lacks what a producer adds to it"))
+        }
+        Op::Lookup(_)
+        | Op::Stat(_)
+        | Op::ReadDir(_)
+        | Op::Layout(_)
+        | Op::History(_)
+        | Op::ContentHistory(_)
+        | Op::VisitInodes(_)
+        | Op::VisitTransients(_)
+        | Op::VisitPastContents(_)
+        | Op::VisitDeadSpans(_)
+        | Op::VisitBlocks(_) => Err(Stop::unknown("it holds a read")),
     }
 }
 

@@ -4,6 +4,7 @@ use bytes::Bytes;
 use clutch_proto::{
     ContentId, Refusal, SpanId, Time,
     limits::{AVOID_MAX, CERTIFICATE_LIFETIME_MS, TRANSIENT_LIFETIME_MS},
+    operation::{self, Class},
     shard::{
         CertifySpan, CertifySpanEntry, ContentRow, ExtentRow, InitiateSpan, InitiateSpanEntry, RemoveSpan,
         RemoveSpanEntry, ShardEntry, ShardRequest, StartContentEntry, extent_row::Source, shard_entry::Body,
@@ -13,7 +14,7 @@ use clutch_proto::{
 };
 use clutch_state::{ProduceContext, Stop, View, client_table::SYSTEM_CLIENTS, get_row};
 
-use crate::{FLAG_GONE, ShardFacts, check_slot, content, parse_inode, placement, policy, tables};
+use crate::{FLAG_GONE, ShardFacts, check_slot, content, placement, policy, tables};
 
 pub(crate) fn produce(
     mut view: &dyn View,
@@ -23,20 +24,20 @@ pub(crate) fn produce(
     facts: &ShardFacts,
 ) -> Result<ShardEntry, Stop> {
     let op = request.op.ok_or_else(|| Refusal::malformed("a request without an operation"))?;
-    if let Some(id) = slot_of(&op) {
-        check_slot(&mut view, parse_inode(id)?.slot())?;
-    }
+    let (slot, class) = operation::of_shard(&op);
+    check_slot(&mut view, slot)?;
     let from_cdc = tag.as_ref().is_some_and(|t| t.client < SYSTEM_CLIENTS);
+    match class {
+        Class::Read => return Err(Refusal::malformed("a read is not logged").into()),
+        Class::Step if !from_cdc => {
+            return Err(Stop::refuse(
+                Code::Permission,
+                "directories are made, moved and removed through the CDC",
+            ));
+        }
+        Class::Step | Class::Change | Class::Release => {}
+    }
     let body = match op {
-        Op::CreateFile(op) => Body::CreateFile(op),
-        Op::CreateSymlink(op) => Body::CreateSymlink(op),
-        Op::LinkFile(op) => Body::LinkFile(op),
-        Op::RenameInDirectory(op) => Body::RenameInDirectory(op),
-        Op::Unlink(op) => Body::Unlink(op),
-        Op::SetAttributes(op) => Body::SetAttributes(op),
-        Op::Undelete(op) => Body::Undelete(op),
-        Op::AddInline(op) => Body::AddInline(op),
-        Op::AddHole(op) => Body::AddHole(op),
         Op::StartContent(op) => {
             let mut cookie = Vec::with_capacity(16);
             cookie.extend_from_slice(&(context.random)().to_le_bytes());
@@ -46,74 +47,17 @@ pub(crate) fn produce(
             let lifetime_ms = lifetime_ms.unwrap_or(0);
             Body::StartContent(StartContentEntry { op: Some(op), cookie: cookie.into(), lifetime_ms })
         }
-        Op::ScrapContent(op) => Body::ScrapContent(op),
-        Op::SetPolicy(op) => {
-            policy::check_parts(&op)?;
-            Body::SetPolicy(op)
-        }
-        Op::ShareRange(op) => Body::ShareRange(op),
-        Op::PublishContent(op) => Body::PublishContent(op),
-        Op::RestoreContent(op) => Body::RestoreContent(op),
-        Op::SwapBlocks(op) => Body::SwapBlocks(op),
-        Op::SwapSpans(op) => Body::SwapSpans(op),
-        Op::MoveSpan(op) => Body::MoveSpan(op),
-        Op::ForgetEdge(op) => Body::ForgetEdge(op),
-        Op::ForgetContent(op) => Body::ForgetContent(op),
-        Op::CollectContent(op) => Body::CollectContent(op),
         Op::RemoveSpan(op) => Body::RemoveSpan(remove(view, op, facts)?),
         Op::InitiateSpan(op) => Body::InitiateSpan(initiate(view, op, context, facts)?),
         Op::CertifySpan(op) => Body::CertifySpan(certify(view, op, context.now, facts)?),
-        op if !from_cdc && !crate::is_read(&op) => {
-            return Err(Stop::refuse(
-                Code::Permission,
-                "directories are made, moved and removed through the CDC",
-            ));
+        op => {
+            if let Op::SetPolicy(op) = &op {
+                policy::check_parts(op)?;
+            }
+            op.into()
         }
-        Op::CreateDirectoryInode(op) => Body::CreateDirectoryInode(op),
-        Op::InsertEdge(op) => Body::InsertEdge(op),
-        Op::LockEdge(op) => Body::LockEdge(op),
-        Op::UnlockEdge(op) => Body::UnlockEdge(op),
-        Op::RemoveLockedEdge(op) => Body::RemoveLockedEdge(op),
-        Op::SetParent(op) => Body::SetParent(op),
-        Op::OrphanDirectory(op) => Body::OrphanDirectory(op),
-        Op::RemoveDirectoryInode(op) => Body::RemoveDirectoryInode(op),
-        Op::DropPastEdge(op) => Body::DropPastEdge(op),
-        Op::RemoveFileInode(op) => Body::RemoveFileInode(op),
-        Op::AdoptDirectory(op) => Body::AdoptDirectory(op),
-        Op::ForgetDirectoryInode(op) => Body::ForgetDirectoryInode(op),
-        Op::Lookup(_)
-        | Op::Stat(_)
-        | Op::ReadDir(_)
-        | Op::Layout(_)
-        | Op::History(_)
-        | Op::ContentHistory(_)
-        | Op::VisitInodes(_)
-        | Op::VisitTransients(_)
-        | Op::VisitPastContents(_)
-        | Op::VisitDeadSpans(_)
-        | Op::VisitBlocks(_) => return Err(Refusal::malformed("a read is not logged").into()),
     };
     Ok(ShardEntry { tag, body: Some(body) })
-}
-
-/// The inode whose slot the operation is for, where it names one.
-fn slot_of(op: &Op) -> Option<u64> {
-    match op {
-        Op::CreateFile(op) => Some(op.dir),
-        Op::CreateSymlink(op) => Some(op.dir),
-        Op::StartContent(op) => Some(op.dir),
-        Op::LinkFile(op) => Some(op.dir),
-        Op::RenameInDirectory(op) => Some(op.dir),
-        Op::Unlink(op) => Some(op.dir),
-        Op::Undelete(op) => Some(op.dir),
-        Op::SetAttributes(op) => Some(op.id),
-        Op::SetPolicy(op) => Some(op.id),
-        Op::PublishContent(op) => Some(op.id),
-        Op::RestoreContent(op) => Some(op.id),
-        Op::ForgetEdge(op) => Some(op.dir),
-        Op::ForgetContent(op) => Some(op.id),
-        _ => None,
-    }
 }
 
 fn initiate(

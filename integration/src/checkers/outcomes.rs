@@ -3,12 +3,12 @@
 use std::collections::BTreeMap;
 
 use clutch_client::ClientError;
-use clutch_proto::shard::shard_request;
+use clutch_proto::{operation, shard::shard_request};
 
 use super::{Evidence, Violation};
 
 fn is_step(op: &shard_request::Op) -> bool {
-    !clutch_shard::is_read(op)
+    !operation::of_shard(op).1.is_read()
 }
 
 /// Checks every mutation of a shard.

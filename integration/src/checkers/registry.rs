@@ -205,7 +205,7 @@ fn report_late(cluster: &SimCluster) -> Result<(), String> {
             false => BlockService { available_bytes: 0, ..row.clone() },
         };
         let services = map.services.iter().filter(|row| row.service_id == id).map(late).collect();
-        client.registry(Op::RegisterServices(RegisterServices { services }), true).await
+        client.registry(Op::RegisterServices(RegisterServices { services })).await
     });
     let failed = |e: ClientError| format!("a late report: {e}");
     reported.ok_or("a late report does not come to an end")?.map(drop).map_err(failed)
@@ -218,7 +218,7 @@ fn write_at_full_width(cluster: &SimCluster, blocks: u32) -> Result<(), String> 
     let written = cluster.world.run(CLIENT, Duration::from_secs(300), async move {
         for service_id in services {
             let op = Op::SetServiceFlags(SetServiceFlags { service_id, flags: 0 });
-            client.registry(op, true).await.map_err(|e| format!("flags are not cleared: {e}"))?;
+            client.registry(op).await.map_err(|e| format!("flags are not cleared: {e}"))?;
         }
         let begin = client.runtime().clock.monotonic();
         loop {
@@ -240,7 +240,7 @@ async fn write_wide(client: &Client, blocks: u32, bytes: u32) -> Result<(), Stri
     let made =
         client.write_file(InodeId::ROOT, &name, attributes(), true, &mut &data[..]).await.map_err(shown)?;
     let op = shard_request::Op::Layout(Layout { id: made.id.raw(), ..Layout::default() });
-    let Reply::Layout(layout) = client.shard_read(made.id.slot(), op).await.map_err(shown)? else {
+    let Reply::Layout(layout) = client.shard(op).await.map_err(shown)? else {
         return Err("no layout".into());
     };
     let widths = layout.spans.iter().map(|s| {

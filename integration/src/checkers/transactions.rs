@@ -6,9 +6,12 @@ use clutch_cdc::{Cdc, tables};
 use clutch_client::ClientError;
 use clutch_log::LogId;
 use clutch_proto::{
-    cdc::{CdcReply, CdcRequest, TransactionRow, begin::Op, cdc_request},
+    cdc::{
+        CdcReply, CdcRequest, TransactionRow,
+        cdc_request::{self, Op},
+    },
     session::Role,
-    shard::{shard_entry::Body, shard_reply::Reply},
+    shard::{shard_reply::Reply, shard_request},
 };
 use clutch_state::{Applier, MemoryStore};
 use prost::Message as _;
@@ -33,6 +36,10 @@ struct Traces {
     file_removed: bool,
     adopted: bool,
     forgotten: bool,
+}
+
+fn operation_of(row: &TransactionRow) -> Option<&Op> {
+    row.begin.as_ref()?.request.as_ref()?.op.as_ref()
 }
 
 impl Traces {
@@ -66,6 +73,7 @@ impl Traces {
                 }
                 self.judge_ended(self.inserted_at.is_some())
             }
+            Op::ListTransactions(_) => Err("it is a read"),
         }
     }
 
@@ -109,21 +117,21 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
         let Some(tag) = step.tag.filter(|t| t.client == clutch_cdc::STEP_CLIENT && step.is_first) else {
             continue;
         };
-        let (Some(Ok(reply)), Some(body)) = (&step.outcome, &step.body) else { continue };
+        let (Some(Ok(reply)), Some(op)) = (&step.outcome, &step.op) else { continue };
         let trace = traces.entry(tag.sequence >> STEP_BITS).or_default();
-        match (body, reply) {
-            (Body::CreateDirectoryInode(_), Reply::Edge(edge)) => trace.made = Some(edge.target),
-            (Body::InsertEdge(_), _) => trace.inserted_at = Some(step.time),
-            (Body::LockEdge(_), _) => trace.locked = true,
-            (Body::UnlockEdge(_), _) => trace.unlocked = true,
-            (Body::RemoveLockedEdge(_), _) => trace.ended_edge = true,
-            (Body::SetParent(_), _) => trace.parent_set = true,
-            (Body::OrphanDirectory(_), _) => trace.orphaned = true,
-            (Body::RemoveDirectoryInode(_), _) => trace.unmade = true,
-            (Body::DropPastEdge(_), _) => trace.dropped = true,
-            (Body::RemoveFileInode(_), _) => trace.file_removed = true,
-            (Body::AdoptDirectory(_), _) => trace.adopted = true,
-            (Body::ForgetDirectoryInode(_), _) => trace.forgotten = true,
+        match (op, reply) {
+            (shard_request::Op::CreateDirectoryInode(_), Reply::Edge(edge)) => trace.made = Some(edge.target),
+            (shard_request::Op::InsertEdge(_), _) => trace.inserted_at = Some(step.time),
+            (shard_request::Op::LockEdge(_), _) => trace.locked = true,
+            (shard_request::Op::UnlockEdge(_), _) => trace.unlocked = true,
+            (shard_request::Op::RemoveLockedEdge(_), _) => trace.ended_edge = true,
+            (shard_request::Op::SetParent(_), _) => trace.parent_set = true,
+            (shard_request::Op::OrphanDirectory(_), _) => trace.orphaned = true,
+            (shard_request::Op::RemoveDirectoryInode(_), _) => trace.unmade = true,
+            (shard_request::Op::DropPastEdge(_), _) => trace.dropped = true,
+            (shard_request::Op::RemoveFileInode(_), _) => trace.file_removed = true,
+            (shard_request::Op::AdoptDirectory(_), _) => trace.adopted = true,
+            (shard_request::Op::ForgetDirectoryInode(_), _) => trace.forgotten = true,
             _ => {}
         }
     }
@@ -133,7 +141,7 @@ pub fn check(evidence: &Evidence) -> Vec<Violation> {
     let mut seen: BTreeSet<(u64, u64)> = BTreeSet::new();
     let none = Traces::default();
     for (id, row) in &all {
-        let (Some(op), Some(tag)) = (row.begin.as_ref().and_then(|b| b.op.as_ref()), &row.tag) else {
+        let (Some(op), Some(tag)) = (operation_of(row), &row.tag) else {
             continue;
         };
         seen.insert((tag.client, tag.sequence));

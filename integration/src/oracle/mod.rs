@@ -28,6 +28,7 @@ use clutch_shard::Pages;
 use prost::Message as _;
 use shard_entry::Body;
 use shard_reply::Reply;
+use shard_request::Op;
 
 use clients::Clients;
 pub use read::agrees;
@@ -123,7 +124,7 @@ pub struct Step {
     /// It had its effect now, and not at an earlier time.
     pub is_first: bool,
     /// The operation, for those who look for traces of transactions.
-    pub body: Option<Body>,
+    pub op: Option<Op>,
 }
 
 /// The naive shard.
@@ -159,18 +160,30 @@ fn is_directory(id: u64) -> bool {
     InodeId::from_wire(id).is_some_and(InodeId::is_directory)
 }
 
+/// The operation that an entry came from.
+fn requested(body: &Body) -> Option<Op> {
+    match body {
+        Body::Genesis(_) | Body::ServicesChanged(_) | Body::Jump(_) => None,
+        Body::StartContent(entry) => entry.op.map(Op::StartContent),
+        Body::InitiateSpan(entry) => entry.op.clone().map(Op::InitiateSpan),
+        Body::CertifySpan(entry) => entry.op.clone().map(Op::CertifySpan),
+        Body::RemoveSpan(entry) => entry.op.clone().map(Op::RemoveSpan),
+        Body::Request(request) => request.op.clone(),
+    }
+}
+
 impl ShardOracle {
     /// Takes the next entry of the log.
     pub fn apply(&mut self, position: Position, entry: &Bytes) -> Result<Step, String> {
         let entry = state::Entry::decode(entry.clone()).map_err(|e| format!("entry at {position}: {e}"))?;
         self.time = entry.stamp.max(self.time + 1);
         let mut step =
-            Step { position, time: self.time, tag: None, outcome: None, is_first: false, body: None };
+            Step { position, time: self.time, tag: None, outcome: None, is_first: false, op: None };
         let Some(Kind::Body(body)) = entry.kind else { return Ok(step) };
         let entry = ShardEntry::decode(body).map_err(|e| format!("shard entry at {position}: {e}"))?;
         let body = entry.body.ok_or_else(|| format!("entry at {position} has no body"))?;
         step.tag = entry.tag;
-        step.body = Some(body.clone());
+        step.op = requested(&body);
         if let Some(tag) = entry.tag
             && let Some(known) = self.clients.admit(&tag, self.time)
         {
@@ -205,42 +218,65 @@ impl ShardOracle {
                 }
                 Ok(Reply::Done(Done {}))
             }
-            Body::CreateFile(op) => self.create_file(op),
-            Body::CreateSymlink(op) => self.create_symlink(op),
-            Body::LinkFile(op) => self.link_file(op),
-            Body::RenameInDirectory(op) => self.rename(op),
-            Body::Unlink(op) => self.unlink(&op),
-            Body::Undelete(op) => self.undelete(op),
-            Body::SetAttributes(op) => self.set_attributes(&op),
             Body::StartContent(op) => self.start_content(op),
             Body::InitiateSpan(op) => self.initiate(op),
             Body::CertifySpan(op) => self.certify(&op),
-            Body::AddInline(op) => self.add_inline(op),
-            Body::AddHole(op) => self.add_hole(&op),
-            Body::ScrapContent(op) => self.scrap(&op),
-            Body::SetPolicy(op) => self.set_policy(op),
-            Body::ShareRange(op) => self.share_range(&op),
-            Body::PublishContent(op) => self.publish(&op),
-            Body::RestoreContent(op) => self.restore(&op),
-            Body::SwapBlocks(op) => self.swap_blocks(&op),
-            Body::SwapSpans(op) => self.swap_spans(&op),
-            Body::MoveSpan(op) => self.move_span(&op),
-            Body::ForgetEdge(op) => self.forget_edge(&op),
-            Body::ForgetContent(op) => self.forget_content(&op),
-            Body::CollectContent(op) => self.collect_content(&op),
             Body::RemoveSpan(op) => self.remove_span(&op),
-            Body::CreateDirectoryInode(op) => self.create_directory(&op),
-            Body::InsertEdge(op) => self.insert_edge(op),
-            Body::LockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, true),
-            Body::UnlockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, false),
-            Body::RemoveLockedEdge(op) => self.remove_locked(op),
-            Body::SetParent(op) => self.set_parent(&op),
-            Body::OrphanDirectory(op) => self.orphan(&op),
-            Body::RemoveDirectoryInode(op) => self.remove_directory(&op),
-            Body::DropPastEdge(op) => self.drop_past_edge(&op),
-            Body::RemoveFileInode(op) => self.remove_file_inode(&op),
-            Body::AdoptDirectory(op) => self.adopt(&op),
-            Body::ForgetDirectoryInode(op) => self.forget_directory(&op),
+            Body::Request(request) => self.change(request.op.ok_or(Code::Malformed)?),
+        }
+    }
+
+    /// What a request changes that is in the log as it was sent.
+    fn change(&mut self, op: Op) -> Outcome {
+        match op {
+            Op::CreateFile(op) => self.create_file(op),
+            Op::CreateSymlink(op) => self.create_symlink(op),
+            Op::LinkFile(op) => self.link_file(op),
+            Op::RenameInDirectory(op) => self.rename(op),
+            Op::Unlink(op) => self.unlink(&op),
+            Op::Undelete(op) => self.undelete(op),
+            Op::SetAttributes(op) => self.set_attributes(&op),
+            Op::AddInline(op) => self.add_inline(op),
+            Op::AddHole(op) => self.add_hole(&op),
+            Op::ScrapContent(op) => self.scrap(&op),
+            Op::SetPolicy(op) => self.set_policy(op),
+            Op::ShareRange(op) => self.share_range(&op),
+            Op::PublishContent(op) => self.publish(&op),
+            Op::RestoreContent(op) => self.restore(&op),
+            Op::SwapBlocks(op) => self.swap_blocks(&op),
+            Op::SwapSpans(op) => self.swap_spans(&op),
+            Op::MoveSpan(op) => self.move_span(&op),
+            Op::ForgetEdge(op) => self.forget_edge(&op),
+            Op::ForgetContent(op) => self.forget_content(&op),
+            Op::CollectContent(op) => self.collect_content(&op),
+            Op::CreateDirectoryInode(op) => self.create_directory(&op),
+            Op::InsertEdge(op) => self.insert_edge(op),
+            Op::LockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, true),
+            Op::UnlockEdge(op) => self.set_lock(op.dir, op.name, op.target, op.created_at, false),
+            Op::RemoveLockedEdge(op) => self.remove_locked(op),
+            Op::SetParent(op) => self.set_parent(&op),
+            Op::OrphanDirectory(op) => self.orphan(&op),
+            Op::RemoveDirectoryInode(op) => self.remove_directory(&op),
+            Op::DropPastEdge(op) => self.drop_past_edge(&op),
+            Op::RemoveFileInode(op) => self.remove_file_inode(&op),
+            Op::AdoptDirectory(op) => self.adopt(&op),
+            Op::ForgetDirectoryInode(op) => self.forget_directory(&op),
+            // Those are in the log with what the producer adds to them.
+            Op::StartContent(_) | Op::InitiateSpan(_) | Op::CertifySpan(_) | Op::RemoveSpan(_) => {
+                Err(Code::Malformed)
+            }
+            // Reads are in no log: see `read`.
+            Op::Lookup(_)
+            | Op::Stat(_)
+            | Op::ReadDir(_)
+            | Op::Layout(_)
+            | Op::History(_)
+            | Op::ContentHistory(_)
+            | Op::VisitInodes(_)
+            | Op::VisitTransients(_)
+            | Op::VisitPastContents(_)
+            | Op::VisitDeadSpans(_)
+            | Op::VisitBlocks(_) => Err(Code::Malformed),
         }
     }
 
@@ -554,7 +590,8 @@ mod tests {
                 replace: true,
                 ..CreateFile::default()
             };
-            let entry = entry(Some(tag), Body::CreateFile(op));
+            let request = ShardRequest { op: Some(Op::CreateFile(op)) };
+            let entry = entry(Some(tag), Body::Request(request));
             assert!(oracle.apply(Position(n + 1), &entry).expect("decodes").is_first);
             if n % 1000 == 0 {
                 let again = oracle.apply(Position(n + 1), &entry).expect("decodes");

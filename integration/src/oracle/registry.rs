@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use clutch_log::Position;
 use clutch_proto::{
-    registry::{Genesis, Map, RegistryEntry, Segment, SwapChain, registry_entry::Body},
+    registry::{Genesis, Map, RegistryEntry, Segment, SwapChain, registry_entry::Body, registry_request::Op},
     state::{self, entry::Kind},
     types::{BlockService, ClientTag, Code, ShardPlacement},
 };
@@ -69,7 +69,14 @@ impl RegistryOracle {
                 }
                 self.genesis = Some(genesis);
             }
-            Body::RegisterServices(op) => {
+            Body::Request(request) => self.change(request.op.ok_or(Code::Malformed)?)?,
+        }
+        Ok(())
+    }
+
+    fn change(&mut self, op: Op) -> Result<(), Code> {
+        match op {
+            Op::RegisterServices(op) => {
                 let mut is_news = false;
                 for mut service in op.services {
                     service.seen_at = self.time;
@@ -90,24 +97,26 @@ impl RegistryOracle {
                 }
                 self.services_version += u64::from(is_news);
             }
-            Body::SetServiceFlags(op) => {
+            Op::SetServiceFlags(op) => {
                 self.services.get_mut(&op.service_id).ok_or(Code::NotFound)?.flags = op.flags;
                 self.services_version += 1;
             }
-            Body::PlaceShard(op) => {
+            Op::PlaceShard(op) => {
                 let placement = op.placement.ok_or(Code::Malformed)?;
                 if self.shards.get(&placement.shard).is_some_and(|known| known.epoch > placement.epoch) {
                     return Err(Code::Stale);
                 }
                 self.shards.insert(placement.shard, placement);
             }
-            Body::PlaceCdc(op) => {
+            Op::PlaceCdc(op) => {
                 if self.cdc.1 > op.epoch {
                     return Err(Code::Stale);
                 }
                 self.cdc = (op.address, op.epoch);
             }
-            Body::SwapChain(op) => self.swap_chain(op)?,
+            Op::SwapChain(op) => self.swap_chain(op)?,
+            // Reads are in no log.
+            Op::GetMap(_) | Op::GetChain(_) => return Err(Code::Malformed),
         }
         Ok(())
     }

@@ -18,13 +18,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Batch, Commit, Epoch, Event, Log, LogFault, Outcome, Position, ReadLevel, Rejected};
+use clutch_log::{Batch, Commit, Epoch, Event, Log, Outcome, Position, ReadLevel, Rejected};
 use clutch_proto::{
     Refusal, Time,
-    admin::{AdminReply, AdminRequest},
-    limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX, INBOX_REQUESTS_MAX, METADATA_REQUEST_BYTES_MAX},
+    limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX, INBOX_REQUESTS_MAX},
     mutants::{self, Mutant},
-    state::{Check, Entry, entry::Kind},
+    state::{Entry, entry::Kind},
     types::{ClientTag, Code},
 };
 use clutch_runtime::{BoxFuture, HybridClock, Runtime};
@@ -41,42 +40,26 @@ use clutch_state::{
 
 mod admin;
 mod facts;
+mod fates;
+mod handle;
+mod reads;
+mod upkeep;
 
 pub use facts::SharedFacts;
+use fates::{Answers, Fates};
+pub use handle::{Answer, ReplicaHandle};
+use handle::{Input, Reply};
+use reads::{Barrier, PendingRead};
 
 /// Log records of one replica that may be in flight.
 const PIPELINE_MAX: usize = 2;
 /// The state is flushed at least every so many bytes of log, which bounds the replay after a crash.
 const FLUSH_BYTES: u64 = 256 << 20;
 const TICK: Duration = Duration::from_millis(250);
-/// A check is proposed after so many batches, or after so many ticks if there was any.
-const CHECK_BATCHES: u64 = 256;
-const CHECK_TICKS: u64 = 40;
-/// A state that has changed is flushed at least every so many ticks, so that a crash leaves little to replay.
-const FLUSH_TICKS: u64 = 120;
-/// How long a log may stay behind the times of its node's other logs.
-const MARK_LAG_NS: u64 = 1_000_000_000;
 
 /// What a change is told that the log had no room for.
 const NO_ROOM: &str =
     "there is no room for the log: metadata is read-only until there is; make room, or delete and collect";
-
-/// What an answer is, before it is put into an envelope.
-#[derive(Clone, Debug)]
-pub struct Answer {
-    /// The encoded reply, or why there is none.
-    pub result: Result<Bytes, Refusal>,
-    /// Where the mutation took effect, or up to where the read saw the log.
-    pub position: Position,
-    /// The log's time at that position.
-    pub time: Time,
-}
-
-impl Answer {
-    fn refused(refusal: Refusal) -> Answer {
-        Answer { result: Err(refusal), position: Position(0), time: Time(0) }
-    }
-}
 
 /// What the leader's shell is told.
 pub enum LeaderEvent<E> {
@@ -119,94 +102,14 @@ pub struct ReplicaConfig<M: Machine> {
 /// Opens the checkpoint in a directory.
 pub type OpenCheckpoint = Arc<dyn Fn(&std::path::Path) -> Result<Arc<dyn View>, StoreError> + Send + Sync>;
 
-type Reply = oneshot::Sender<Answer>;
-
-enum Input {
-    Request { body: Bytes, tag: Option<ClientTag>, reply: Reply },
-    Entry { body: Bytes, reply: Reply },
-    Admin { request: AdminRequest, reply: oneshot::Sender<Result<AdminReply, Refusal>> },
-    Stop { done: oneshot::Sender<()> },
-}
-
-/// Sends requests to a replica; cheap to clone.
-#[derive(Clone)]
-pub struct ReplicaHandle {
-    sender: mpsc::Sender<Input>,
-    fault: Arc<OnceLock<String>>,
-}
-
-impl ReplicaHandle {
-    /// Why the replica has stopped for good; `None` while it goes on.
-    pub fn fault(&self) -> Option<&str> {
-        self.fault.get().map(String::as_str)
-    }
-
-    /// Asks the machine; every failure is an answer.
-    pub async fn call(&self, body: Bytes, tag: Option<ClientTag>) -> Answer {
-        if body.len() > METADATA_REQUEST_BYTES_MAX {
-            let text = format!(
-                "a request of {} bytes; at most {METADATA_REQUEST_BYTES_MAX} are allowed",
-                body.len()
-            );
-            return Answer::refused(Refusal::new(Code::TooLarge, text));
-        }
-        let (reply, answer) = oneshot::channel();
-        self.exchange(Input::Request { body, tag, reply }, answer).await
-    }
-
-    /// Proposes an entry of the shell's own.
-    pub async fn propose(&self, body: Bytes) -> Answer {
-        let (reply, answer) = oneshot::channel();
-        self.exchange(Input::Entry { body, reply }, answer).await
-    }
-
-    async fn exchange(&self, input: Input, answer: oneshot::Receiver<Answer>) -> Answer {
-        match self.sender.try_send(input) {
-            Ok(()) => answer.await.unwrap_or_else(|_| {
-                Answer::refused(Refusal::new(Code::OutcomeUnknown, "the replica stopped before it answered"))
-            }),
-            Err(mpsc::error::TrySendError::Full(_)) => Answer::refused(Refusal::new(
-                Code::Overloaded,
-                format!("{INBOX_REQUESTS_MAX} requests are waiting"),
-            )),
-            Err(mpsc::error::TrySendError::Closed(_)) => {
-                Answer::refused(Refusal::new(Code::NotReady, "the replica is not running"))
-            }
-        }
-    }
-
-    /// Asks for something that is not the machine's: status, rows, log.
-    pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, Refusal> {
-        let gone = || Refusal::new(Code::NotReady, "the replica is not running");
-        let (reply, answer) = oneshot::channel();
-        self.sender.send(Input::Admin { request, reply }).await.map_err(|_| gone())?;
-        answer.await.map_err(|_| gone())?
-    }
-
-    /// Flushes the state and ends the replica.
-    pub async fn stop(&self) {
-        let (done, stopped) = oneshot::channel();
-        if self.sender.send(Input::Stop { done }).await.is_ok() {
-            // A replica that ended by itself has nothing left to stop.
-            let _ = stopped.await;
-        }
-    }
-}
-
 /// Someone who waits for an entry's outcome.
 enum Waiter {
     Caller { tag: Option<ClientTag>, reply: Reply },
     Nobody,
 }
 
-struct PendingRead<M: Machine> {
-    request: M::Request,
-    reply: Reply,
-}
-
-/// The answer to a read barrier and the reads that wait for it.
-type Barrier<M> = (Result<Position, LogFault>, Vec<PendingRead<M>>);
-type Outcomes<M> = Vec<(Time, EntryOutcome<<M as Machine>::Reply>)>;
+/// What became of one entry, and the log's time at it.
+type Ended<M> = (Time, EntryOutcome<<M as Machine>::Reply>);
 
 /// The owner of a replica's state.
 pub struct Replica<M: Machine> {
@@ -215,12 +118,7 @@ pub struct Replica<M: Machine> {
     leading: Option<Epoch>,
     fault: Arc<OnceLock<String>>,
     in_flight: FuturesUnordered<BoxFuture<(u64, Outcome)>>,
-    next_proposal: u64,
-    proposals: BTreeMap<u64, Vec<Waiter>>,
-    /// Decided, not yet delivered.
-    by_position: BTreeMap<Position, Vec<Waiter>>,
-    /// Delivered while some proposal was not yet decided.
-    unclaimed: BTreeMap<Position, Outcomes<M>>,
+    fates: Fates<Waiter, Ended<M>>,
     /// Callers whose entry was pending.
     deferred: BTreeMap<(u64, u64), Vec<Reply>>,
     barriers: FuturesUnordered<BoxFuture<Barrier<M>>>,
@@ -246,10 +144,7 @@ impl<M: Machine> Replica<M> {
             leading: None,
             fault: fault.clone(),
             in_flight: FuturesUnordered::new(),
-            next_proposal: 1,
-            proposals: BTreeMap::new(),
-            by_position: BTreeMap::new(),
-            unclaimed: BTreeMap::new(),
+            fates: Fates::new(),
             deferred: BTreeMap::new(),
             barriers: FuturesUnordered::new(),
             waiting_reads: VecDeque::new(),
@@ -343,10 +238,8 @@ impl<M: Machine> Replica<M> {
             self.flushed_bytes = 0;
         }
         let AppliedBatch { position, outcomes, actions, resolved, time } = applied;
-        if let Some(waiters) = self.by_position.remove(&position) {
-            self.answer(position, waiters, outcomes);
-        } else if !self.proposals.is_empty() {
-            self.unclaimed.insert(position, outcomes);
+        if let Some(answers) = self.fates.applied(position, outcomes) {
+            self.answer(answers);
         }
         for (tag, result) in resolved {
             for reply in self.deferred.remove(&(tag.client, tag.sequence)).unwrap_or_default() {
@@ -382,9 +275,9 @@ impl<M: Machine> Replica<M> {
 
     fn end_leading(&mut self) {
         if self.leading.take().is_some() {
-            self.config.runtime.note(match self.proposals.is_empty() {
-                true => "replica: loses leadership at rest",
-                false => "replica: loses leadership with proposals in flight",
+            self.config.runtime.note(match self.fates.has_undecided() {
+                false => "replica: loses leadership at rest",
+                true => "replica: loses leadership with proposals in flight",
             });
             if !self.deferred.is_empty() {
                 self.config.runtime.note("replica: loses leadership with transactions pending");
@@ -415,11 +308,7 @@ impl<M: Machine> Replica<M> {
         self.end_leading();
         // The first one is the reason; what comes after follows from it.
         let _ = self.fault.set(fault);
-        for waiter in std::mem::take(&mut self.proposals)
-            .into_values()
-            .chain(std::mem::take(&mut self.by_position).into_values())
-            .flatten()
-        {
+        for waiter in self.fates.abandon() {
             if let Waiter::Caller { reply, .. } = waiter {
                 let _ = reply.send(Answer::refused(Refusal::new(
                     Code::OutcomeUnknown,
@@ -427,7 +316,6 @@ impl<M: Machine> Replica<M> {
                 )));
             }
         }
-        self.unclaimed.clear();
         let reads = std::mem::take(&mut self.waiting_reads).into_iter().flat_map(|(_, reads)| reads);
         for read in reads {
             let _ = read
@@ -493,44 +381,38 @@ impl<M: Machine> Replica<M> {
     }
 
     fn watch(&mut self, commit: Commit, waiters: Vec<Waiter>) {
-        let id = self.next_proposal;
-        self.next_proposal += 1;
-        self.proposals.insert(id, waiters);
+        let id = self.fates.proposed(waiters);
         self.in_flight.push(Box::pin(async move { (id, commit.await) }));
     }
 
     /// A proposal's fate is known.
     fn decided(&mut self, id: u64, outcome: Outcome) {
-        let Some(waiters) = self.proposals.remove(&id) else { return };
-        match outcome {
-            Outcome::Committed(position) => match self.unclaimed.remove(&position) {
-                Some(outcomes) => self.answer(position, waiters, outcomes),
-                None => drop(self.by_position.insert(position, waiters)),
-            },
-            Outcome::Unknown | Outcome::Sealed | Outcome::NoRoom => {
-                self.config.runtime.note(match outcome {
-                    Outcome::NoRoom => "replica: a proposal found no room",
-                    _ => "replica: the outcome of a proposal is unknown",
-                });
-                let (code, text) = match outcome {
-                    Outcome::NoRoom => (Code::NoSpace, NO_ROOM),
-                    Outcome::Sealed => (Code::NotLeader, "the log was sealed"),
-                    _ => (Code::OutcomeUnknown, "the log does not say whether the request was committed"),
-                };
-                for waiter in waiters {
-                    if let Waiter::Caller { reply, .. } = waiter {
-                        let _ = reply.send(Answer::refused(Refusal::new(code, text)));
-                    }
+        let (code, text) = match outcome {
+            Outcome::Committed(position) => {
+                if let Some(answers) = self.fates.committed(id, position) {
+                    self.answer(answers);
                 }
+                return;
             }
-        }
-        if self.proposals.is_empty() {
-            self.unclaimed.clear();
+            Outcome::NoRoom => (Code::NoSpace, NO_ROOM),
+            Outcome::Sealed => (Code::NotLeader, "the log was sealed"),
+            Outcome::Unknown => {
+                (Code::OutcomeUnknown, "the log does not say whether the request was committed")
+            }
+        };
+        self.config.runtime.note(match outcome {
+            Outcome::NoRoom => "replica: a proposal found no room",
+            _ => "replica: the outcome of a proposal is unknown",
+        });
+        for waiter in self.fates.lost(id) {
+            if let Waiter::Caller { reply, .. } = waiter {
+                let _ = reply.send(Answer::refused(Refusal::new(code, text)));
+            }
         }
     }
 
-    fn answer(&mut self, position: Position, waiters: Vec<Waiter>, outcomes: Outcomes<M>) {
-        for (waiter, (time, outcome)) in waiters.into_iter().zip(outcomes) {
+    fn answer(&mut self, (position, answers): Answers<Waiter, Ended<M>>) {
+        for (waiter, (time, outcome)) in answers {
             let Waiter::Caller { tag, reply } = waiter else { continue };
             match outcome {
                 EntryOutcome::Done(result) => self.send(reply, position, time, result),
@@ -695,95 +577,6 @@ impl<M: Machine> Replica<M> {
             Err(Stop::Refused(refusal)) => drop(reply.send(Answer::refused(refusal))),
             Err(Stop::Fault(fault)) => self.fail(&fault.into()),
             Err(Stop::Unknown(what)) => drop(reply.send(Answer::refused(Refusal::malformed(what)))),
-        }
-    }
-
-    /// A read barrier was answered.
-    fn passed(&mut self, barrier: Result<Position, LogFault>, reads: Vec<PendingRead<M>>) {
-        if let Some(refusal) = self.unready() {
-            for read in reads {
-                let _ = read.reply.send(Answer::refused(refusal.clone()));
-            }
-            return;
-        }
-        match barrier {
-            Ok(position) => {
-                if position > self.applier.position() {
-                    self.config.runtime.note("replica: reads wait for their barrier");
-                }
-                self.waiting_reads.push_back((position, reads));
-                self.serve_waiting_reads();
-            }
-            Err(fault) => {
-                for read in reads {
-                    let _ =
-                        read.reply.send(Answer::refused(Refusal::new(Code::NotLeader, fault.to_string())));
-                }
-            }
-        }
-    }
-
-    fn serve_waiting_reads(&mut self) {
-        let applied = self.applier.position();
-        while self.waiting_reads.front().is_some_and(|(position, _)| *position <= applied) {
-            let Some((_, reads)) = self.waiting_reads.pop_front() else { return };
-            for PendingRead { request, reply } in reads {
-                match M::read(&**self.applier.store(), &request, &self.config.facts.now()) {
-                    Ok(answer) => self.send(reply, applied, self.applier.time(), Ok(answer)),
-                    Err(Stop::Refused(refusal)) => {
-                        self.send(reply, applied, self.applier.time(), Err(refusal))
-                    }
-                    Err(Stop::Unknown(what)) => {
-                        self.send(reply, applied, self.applier.time(), Err(Refusal::malformed(what)))
-                    }
-                    Err(Stop::Fault(fault)) => return self.fail(&fault.into()),
-                }
-            }
-        }
-    }
-
-    /// What happens by time: checks and time marks. Nothing else waits for it.
-    fn tick(&mut self) {
-        self.snapshots.expire(self.config.runtime.clock.monotonic());
-        self.ticks_since_flush += 1;
-        if self.fault.get().is_none() && self.flushed_bytes > 0 && self.ticks_since_flush >= FLUSH_TICKS {
-            (self.flushed_bytes, self.ticks_since_flush) = (0, 0);
-            match self.applier.store().flush() {
-                // What is not flushed is replayed; it is tried again when there may be room.
-                Err(StoreError::Full(text)) => {
-                    tracing::warn!(replica = %self.config.name, %text, "no room to flush the state");
-                    self.flushed_bytes = 1;
-                }
-                Err(error) => self.fail(&error.into()),
-                Ok(()) => {}
-            }
-        }
-        // What nobody waits for leaves the last room to what gives some back.
-        if self.leading.is_none() || self.fault.get().is_some() || (self.config.shortage)().is_some() {
-            return;
-        }
-        if self.applier.time() == Time(0) {
-            // The first entry may have been lost; a second copy of it is refused by the machine.
-            if self.proposals.is_empty() && self.by_position.is_empty() {
-                self.propose_genesis();
-            }
-            return;
-        }
-        self.ticks_since_check += 1;
-        let due = self.batches_since_check >= CHECK_BATCHES || self.ticks_since_check >= CHECK_TICKS;
-        if self.batches_since_check > 0 && due {
-            (self.batches_since_check, self.ticks_since_check) = (0, 0);
-            let check = Check {
-                position: self.applier.position().0,
-                hash: Bytes::copy_from_slice(&self.applier.hash().to_bytes()),
-            };
-            self.propose(vec![(self.stamped(Kind::Check(check)), Waiter::Nobody)]);
-        }
-        let now = self.config.clock.now().0;
-        let last = self.applier.time().0;
-        let others = self.config.activity.load(Ordering::Relaxed);
-        if others > last && now.saturating_sub(last) > MARK_LAG_NS && self.proposals.is_empty() {
-            self.propose(vec![(self.stamped(Kind::TimeMark(true)), Waiter::Nobody)]);
         }
     }
 }

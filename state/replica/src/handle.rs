@@ -1,0 +1,104 @@
+//! Sending requests to a replica.
+
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use clutch_log::Position;
+use clutch_proto::{
+    Refusal, Time,
+    admin::{AdminReply, AdminRequest},
+    limits::{INBOX_REQUESTS_MAX, METADATA_REQUEST_BYTES_MAX},
+    types::{ClientTag, Code},
+};
+use tokio::sync::{mpsc, oneshot};
+
+/// What an answer is, before it is put into an envelope.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// The encoded reply, or why there is none.
+    pub result: Result<Bytes, Refusal>,
+    /// Where the mutation took effect, or up to where the read saw the log.
+    pub position: Position,
+    /// The log's time at that position.
+    pub time: Time,
+}
+
+impl Answer {
+    pub(crate) fn refused(refusal: Refusal) -> Answer {
+        Answer { result: Err(refusal), position: Position(0), time: Time(0) }
+    }
+}
+
+pub(crate) type Reply = oneshot::Sender<Answer>;
+
+pub(crate) enum Input {
+    Request { body: Bytes, tag: Option<ClientTag>, reply: Reply },
+    Entry { body: Bytes, reply: Reply },
+    Admin { request: AdminRequest, reply: oneshot::Sender<Result<AdminReply, Refusal>> },
+    Stop { done: oneshot::Sender<()> },
+}
+
+/// Sends requests to a replica; cheap to clone.
+#[derive(Clone)]
+pub struct ReplicaHandle {
+    pub(crate) sender: mpsc::Sender<Input>,
+    pub(crate) fault: Arc<OnceLock<String>>,
+}
+
+impl ReplicaHandle {
+    /// Why the replica has stopped for good; `None` while it goes on.
+    pub fn fault(&self) -> Option<&str> {
+        self.fault.get().map(String::as_str)
+    }
+
+    /// Asks the machine; every failure is an answer.
+    pub async fn call(&self, body: Bytes, tag: Option<ClientTag>) -> Answer {
+        if body.len() > METADATA_REQUEST_BYTES_MAX {
+            let text = format!(
+                "a request of {} bytes; at most {METADATA_REQUEST_BYTES_MAX} are allowed",
+                body.len()
+            );
+            return Answer::refused(Refusal::new(Code::TooLarge, text));
+        }
+        let (reply, answer) = oneshot::channel();
+        self.exchange(Input::Request { body, tag, reply }, answer).await
+    }
+
+    /// Proposes an entry of the shell's own.
+    pub async fn propose(&self, body: Bytes) -> Answer {
+        let (reply, answer) = oneshot::channel();
+        self.exchange(Input::Entry { body, reply }, answer).await
+    }
+
+    async fn exchange(&self, input: Input, answer: oneshot::Receiver<Answer>) -> Answer {
+        match self.sender.try_send(input) {
+            Ok(()) => answer.await.unwrap_or_else(|_| {
+                Answer::refused(Refusal::new(Code::OutcomeUnknown, "the replica stopped before it answered"))
+            }),
+            Err(mpsc::error::TrySendError::Full(_)) => Answer::refused(Refusal::new(
+                Code::Overloaded,
+                format!("{INBOX_REQUESTS_MAX} requests are waiting"),
+            )),
+            Err(mpsc::error::TrySendError::Closed(_)) => {
+                Answer::refused(Refusal::new(Code::NotReady, "the replica is not running"))
+            }
+        }
+    }
+
+    /// Asks for something that is not the machine's: status, rows, log.
+    pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, Refusal> {
+        let gone = || Refusal::new(Code::NotReady, "the replica is not running");
+        let (reply, answer) = oneshot::channel();
+        self.sender.send(Input::Admin { request, reply }).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    /// Flushes the state and ends the replica.
+    pub async fn stop(&self) {
+        let (done, stopped) = oneshot::channel();
+        if self.sender.send(Input::Stop { done }).await.is_ok() {
+            // A replica that ended by itself has nothing left to stop.
+            let _ = stopped.await;
+        }
+    }
+}

@@ -110,8 +110,10 @@ mod tests {
     }
     use Heard::{Applied, Committed, Lost, Proposed};
 
-    /// What each is told: at which position and how, or that it was lost.
-    fn told(heard: &[Heard]) -> (Vec<(&'static str, Option<(u64, u8)>)>, Fates<&'static str, u8>) {
+    /// What somebody is told: at which position and how, or that it was lost.
+    type Told = (&'static str, Option<(u64, u8)>);
+
+    fn told(heard: &[Heard]) -> (Vec<Told>, Fates<&'static str, u8>) {
         let (mut fates, mut told) = (Fates::new(), Vec::new());
         for event in heard {
             let answers = match *event {
@@ -137,7 +139,7 @@ mod tests {
 
     #[test]
     fn both_must_be_heard_in_either_order() {
-        let table: [(&[Heard], &[(&str, Option<(u64, u8)>)]); 9] = [
+        let table: [(&[Heard], &[Told]); 9] = [
             (
                 &[Proposed(&["a", "b"]), Committed(1, 5), Applied(5, &[7, 8])],
                 &[("a", Some((5, 7))), ("b", Some((5, 8)))],

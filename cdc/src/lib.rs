@@ -34,8 +34,8 @@ use clutch_proto::{
     types::{ClientTag, Code},
 };
 use clutch_state::{
-    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, get_row, key_after, machine::Effects,
-    store::decode_row,
+    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, broken_unless, get_row, key_after,
+    machine::Effects, store::decode_row,
 };
 
 use steps::{Next, State};
@@ -239,6 +239,12 @@ fn apply_begin(
         return Err(Stop::refuse(Code::Overloaded, format!("{TRANSACTIONS_MAX} transactions are in flight")));
     }
     counters.transaction += 1;
+    broken_unless!(
+        counters.live == 0 || counters.oldest < counters.transaction,
+        "the oldest transaction, {}, is not older than {}",
+        counters.oldest,
+        counters.transaction
+    );
     if counters.live == 0 {
         counters.oldest = counters.transaction;
     }
@@ -262,6 +268,7 @@ fn apply_begin(
 /// The transaction has its directories: its first step.
 fn run(tx: &mut Tx<'_>, id: u64, mut row: TransactionRow, effects: &mut Effects<Cdc>) -> Result<(), Stop> {
     let mut counters = counters(tx)?;
+    broken_unless!(row.run_order == 0, "transaction {id} runs a second time");
     counters.run_order += 1;
     tx.put_row(tables::COUNTERS, &[], &counters);
     row.run_order = counters.run_order;
@@ -349,6 +356,7 @@ fn finish(
 ) -> Result<(), Stop> {
     tx.delete(tables::TRANSACTION, &tables::key(id));
     let mut counters = counters(tx)?;
+    broken_unless!(counters.live > 0, "transaction {id} ends, and none is in flight");
     counters.live -= 1;
     if counters.oldest == id {
         // What was deleted before the oldest is never looked at again.

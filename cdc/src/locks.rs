@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use clutch_proto::cdc::LockQueueRow;
-use clutch_state::{StoreError, Tx, key_after};
+use clutch_state::{StoreError, Tx, broken_unless, key_after};
 
 use crate::tables;
 
@@ -17,6 +17,7 @@ pub(crate) fn enqueue(tx: &mut Tx<'_>, id: u64, dirs: &[u64]) -> Result<bool, St
         let row = match queue(tx, *dir)? {
             None => LockQueueRow { head: id, waiting: 0 },
             Some(row) => {
+                broken_unless!(row.head < id, "{} heads the queue in which {id} is the newest", row.head);
                 heads_all = false;
                 tx.put(tables::LOCK_WAITER, &tables::pair(*dir, id), Bytes::new());
                 LockQueueRow { waiting: row.waiting + 1, ..row }
@@ -45,6 +46,7 @@ pub(crate) fn release(tx: &mut Tx<'_>, id: u64, dirs: &[u64]) -> Result<Vec<u64>
             StoreError::Broken(format!("{} wait for directory {dir:x}, but none is there", row.waiting))
         })?;
         let head = tables::second(key)?;
+        broken_unless!(head > id, "{head} waited behind {id}, which is younger");
         tx.delete(tables::LOCK_WAITER, key);
         let row = LockQueueRow { head, waiting: row.waiting - 1 };
         tx.put_row(tables::LOCK, &tables::key(*dir), &row);

@@ -19,7 +19,7 @@ use clutch_proto::{
     types::{BlockService, ClientTag, Code, ShardPlacement},
 };
 use clutch_state::{
-    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, get_row, machine::Effects,
+    Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, broken_unless, get_row, machine::Effects,
     store::decode_row,
 };
 
@@ -197,6 +197,7 @@ fn cluster(tx: &mut Tx<'_>) -> Result<ClusterRow, Stop> {
 
 fn bump_services(tx: &mut Tx<'_>) -> Result<(), Stop> {
     let mut row = cluster(tx)?;
+    broken_unless!(row.services_version < u64::MAX, "the versions of services are used up");
     row.services_version += 1;
     tx.put_row(tables::CLUSTER, &[], &row);
     Ok(())

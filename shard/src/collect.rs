@@ -15,10 +15,12 @@ use clutch_proto::{
     },
     types::{Code, SnapshotPolicy, Span},
 };
-use clutch_state::{Key, Stop, StoreError, Tx, key_after};
+use clutch_state::{Key, Stop, StoreError, Tx, broken_unless, key_after};
 
 use crate::{
-    Reapplied, check_slot, content, inode, parse_directory, parse_inode, policy, publish, span, tables,
+    content, extent, inode, policy, publish,
+    rows::{Reapplied, check_slot, parse_directory, parse_inode},
+    span, tables,
 };
 
 const DONE: Reply = Reply::Done(Done {});
@@ -149,7 +151,7 @@ pub(crate) fn collect_content(tx: &mut Tx<'_>, time: Time, op: &CollectContent) 
         return Err(Stop::refuse(Code::TooEarly, format!("content {id} has not expired")));
     }
     span::bury(tx, std::mem::take(&mut row.pending_span));
-    span::take_apart(tx, id, &mut row, EXTENTS_PER_ENTRY_MAX)?;
+    extent::take_apart(tx, id, &mut row, EXTENTS_PER_ENTRY_MAX)?;
     if row.begin < row.size {
         tx.put_row(tables::CONTENT, &tables::content_key(id), &row);
         return Ok(Reply::Remaining(Remaining { bytes: row.size - row.begin, gone: false }));
@@ -174,6 +176,7 @@ pub(crate) fn remove_span(tx: &mut Tx<'_>, entry: &RemoveSpanEntry) -> Reapplied
     let span: Span = tx
         .get_row(tables::SPAN, &dead)?
         .ok_or_else(|| StoreError::Broken(format!("dead span {id} does not exist")))?;
+    broken_unless!(span.uses == 0, "dead span {id} has {} uses", span.uses);
     for block in &span.blocks {
         tx.delete(tables::BLOCK, &tables::block_key(id.slot(), ServiceId(block.service_id), block.block_id));
     }

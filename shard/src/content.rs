@@ -16,9 +16,14 @@ use clutch_proto::{
     },
     types::{Block, BlockService, Code, Span, SpanRange},
 };
-use clutch_state::{Stop, StoreError, Tx};
+use clutch_state::{Stop, StoreError, Tx, broken_unless};
 
-use crate::{FLAG_GONE, FLAG_NO_WRITE, Reapplied, Rows, check_slot, inode, parse_inode, span, tables};
+use crate::{
+    inode,
+    placement::{FLAG_GONE, FLAG_NO_WRITE},
+    rows::{Reapplied, Rows, check_slot, parse_inode},
+    span, tables,
+};
 
 fn from_counter(sequence: u64, slot: Slot) -> u64 {
     sequence << 8 | u64::from(slot.0)
@@ -135,6 +140,7 @@ pub(crate) fn append(
     let size = extended(&row, row.size, length)?;
     let extent = ExtentRow { length, source: Some(source) };
     tx.put_row(tables::EXTENT, &tables::extent_key(id, row.size), &extent);
+    broken_unless!(size - row.size == length, "content {id} grows from {} to {size} by {length}", row.size);
     row.size = size;
     row.extents += 1;
     put_transient(tx, time, id, row);
@@ -180,6 +186,11 @@ pub(crate) fn initiate(tx: &mut Tx<'_>, time: Time, entry: InitiateSpanEntry) ->
         return Err(Stop::unknown("its CRCs, services, cells and blocks do not fit each other"));
     }
     let slot = id.slot();
+    broken_unless!(
+        row.pending_span == 0 || SpanId(row.pending_span).slot() == slot,
+        "content {id} waits for span {:x} of another slot",
+        row.pending_span
+    );
     let (span, first_block) = inode::with_counters(tx, slot, |c| {
         c.span += 1;
         c.block += blocks as u64;
@@ -243,6 +254,7 @@ pub(crate) fn certify(tx: &mut Tx<'_>, time: Time, entry: &CertifySpanEntry) -> 
     let mut span: Span = tx
         .get_row(tables::SPAN, &key)?
         .ok_or_else(|| StoreError::Broken(format!("span {:x} vanished", op.span_id)))?;
+    broken_unless!(span.uses == 0, "span {:x} has {} uses before it is certified", op.span_id, span.uses);
     (span.certified, span.uses) = (true, 1);
     tx.put_row(tables::SPAN, &key, &span);
     row.pending_span = 0;

@@ -1,18 +1,21 @@
-//! The steps of the CDC's transactions. Each is executed once: the CDC tags it with transaction and step.
+//! Directories' inodes: steps of the CDC's transactions, each of which is executed once. Those on edges are in [`crate::edge`].
 
 use clutch_proto::{
     InodeKind, Slot, Time,
     mutants::{self, Mutant},
     shard::{
-        AdoptDirectory, CreateDirectoryInode, Done, EdgeReply, EdgeRow, ForgetDirectoryInode, InodeRow,
-        InsertEdge, LockEdge, OrphanDirectory, RemoveDirectoryInode, RemoveLockedEdge, SetParent, UnlockEdge,
-        shard_reply::Reply,
+        AdoptDirectory, CreateDirectoryInode, Done, EdgeReply, ForgetDirectoryInode, InodeRow,
+        OrphanDirectory, RemoveDirectoryInode, SetParent, shard_reply::Reply,
     },
     types::Code,
 };
 use clutch_state::{Stop, Tx, key_after};
 
-use crate::{Reapplied, check_slot, edge, inode, parse_directory, parse_inode, policy, tables};
+use crate::{
+    inode, policy,
+    rows::{Reapplied, check_slot, parse_directory, parse_inode},
+    tables,
+};
 
 const DONE: Reply = Reply::Done(Done {});
 
@@ -30,60 +33,6 @@ pub(crate) fn create_inode(tx: &mut Tx<'_>, time: Time, op: &CreateDirectoryInod
     (row.parent, row.edge_time, row.nlink) = (parent.raw(), time.0, 2);
     inode::put(tx, id, &row);
     Ok(Reply::Edge(EdgeReply { target: id.raw(), ..EdgeReply::default() }))
-}
-
-pub(crate) fn insert_edge(tx: &mut Tx<'_>, time: Time, op: &InsertEdge) -> Reapplied {
-    let dir = parse_directory(tx, op.dir)?;
-    let row = inode::live_directory(tx, dir)?;
-    let target = parse_inode(op.target)?;
-    let replaced = edge::insert(tx, time, dir, &op.name, target, op.replace)?;
-    edge::touch(tx, time, dir, row);
-    Ok(Reply::Edge(EdgeReply { target: op.target, created_at: time.0, locked: false, replaced }))
-}
-
-/// Keeps an edge as it is until it is unlocked or removed.
-pub(crate) fn lock_edge(tx: &mut Tx<'_>, op: &LockEdge) -> Reapplied {
-    let dir = parse_directory(tx, op.dir)?;
-    let edge = edge::expect(tx, dir, &op.name, op.target, op.created_at)?;
-    if edge.locked {
-        return Err(Stop::refuse(Code::Busy, "another transaction holds the edge"));
-    }
-    tx.put_row(tables::EDGE, &tables::edge_key(dir, &op.name), &EdgeRow { locked: true, ..edge });
-    Ok(DONE)
-}
-
-fn locked_edge(
-    tx: &mut Tx<'_>,
-    dir: clutch_proto::InodeId,
-    name: &[u8],
-    target: u64,
-    created_at: u64,
-) -> Result<EdgeRow, Stop> {
-    let edge = edge::expect(tx, dir, name, target, created_at)?;
-    if !edge.locked {
-        return Err(Stop::refuse(Code::Stale, "the edge is not locked"));
-    }
-    Ok(edge)
-}
-
-pub(crate) fn unlock_edge(tx: &mut Tx<'_>, op: &UnlockEdge) -> Reapplied {
-    let dir = parse_directory(tx, op.dir)?;
-    let edge = locked_edge(tx, dir, &op.name, op.target, op.created_at)?;
-    if mutants::is(Mutant::UnlockSkipped) {
-        return Ok(DONE);
-    }
-    tx.put_row(tables::EDGE, &tables::edge_key(dir, &op.name), &EdgeRow { locked: false, ..edge });
-    Ok(DONE)
-}
-
-/// Ends a locked edge whose target lives elsewhere now, or is gone.
-pub(crate) fn remove_locked_edge(tx: &mut Tx<'_>, time: Time, op: &RemoveLockedEdge) -> Reapplied {
-    let dir = parse_directory(tx, op.dir)?;
-    let row = inode::get(tx, dir)?;
-    let edge = locked_edge(tx, dir, &op.name, op.target, op.created_at)?;
-    edge::end(tx, time, dir, &op.name, &edge, false);
-    edge::touch(tx, time, dir, row);
-    Ok(DONE)
 }
 
 pub(crate) fn set_parent(tx: &mut Tx<'_>, time: Time, op: &SetParent) -> Reapplied {

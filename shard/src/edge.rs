@@ -10,14 +10,19 @@ use clutch_proto::{
     name,
     rules::v1::{INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
     shard::{
-        ContentRow, CreateFile, CreateSymlink, EdgeReply, EdgeRow, ExtentRow, InodeRow, LinkFile,
-        PastEdgeRow, RenameInDirectory, Undelete, Unlink, extent_row::Source, shard_reply::Reply,
+        ContentRow, CreateFile, CreateSymlink, Done, EdgeReply, EdgeRow, ExtentRow, InodeRow, InsertEdge,
+        LinkFile, LockEdge, PastEdgeRow, RemoveLockedEdge, RenameInDirectory, Undelete, Unlink, UnlockEdge,
+        extent_row::Source, shard_reply::Reply,
     },
     types::Code,
 };
-use clutch_state::{Stop, Tx};
+use clutch_state::{Stop, StoreError, Tx, broken_unless};
 
-use crate::{Reapplied, content, inode, parse_directory, parse_inode, tables};
+use crate::{
+    content, inode,
+    rows::{Reapplied, parse_directory, parse_inode},
+    tables,
+};
 
 fn shown(name: &[u8]) -> String {
     String::from_utf8_lossy(name).into_owned()
@@ -51,10 +56,24 @@ fn unlocked(edge: EdgeRow, name: &[u8]) -> Result<EdgeRow, Stop> {
 }
 
 /// Turns a current edge into a past one.
-pub(crate) fn end(tx: &mut Tx<'_>, time: Time, dir: InodeId, name: &[u8], edge: &EdgeRow, owned: bool) {
+pub(crate) fn end(
+    tx: &mut Tx<'_>,
+    time: Time,
+    dir: InodeId,
+    name: &[u8],
+    edge: &EdgeRow,
+    owned: bool,
+) -> Result<(), StoreError> {
+    broken_unless!(
+        edge.created_at < time.0,
+        "an edge of directory {dir} ends at {} and began at {}",
+        time.0,
+        edge.created_at
+    );
     tx.delete(tables::EDGE, &tables::edge_key(dir, name));
     let past = PastEdgeRow { target: edge.target, created_at: edge.created_at, owned };
     tx.insert_row(tables::PAST_EDGE, &tables::past_edge_key(dir, name, time.0), &past);
+    Ok(())
 }
 
 /// Puts an edge in place of whatever file has the name; returns the inode that was replaced, or 0.
@@ -82,17 +101,24 @@ pub(crate) fn insert(
             return Err(Stop::refuse(Code::Exists, format!("{:?} exists already", shown(name))));
         }
         replaced = existing.target;
-        end(tx, time, dir, name, &existing, true);
+        end(tx, time, dir, name, &existing, true)?;
     }
     tx.put_row(tables::EDGE, &key, &EdgeRow { target: target.raw(), created_at: time.0, locked: false });
     Ok(replaced)
 }
 
 /// A directory's own times after a change of its entries.
-pub(crate) fn touch(tx: &mut Tx<'_>, time: Time, dir: InodeId, mut row: InodeRow) {
+pub(crate) fn touch(tx: &mut Tx<'_>, time: Time, dir: InodeId, mut row: InodeRow) -> Result<(), StoreError> {
+    broken_unless!(
+        row.edge_time < time.0,
+        "directory {dir} had an edge at {}, and it is {}",
+        row.edge_time,
+        time.0
+    );
     let edge_time = if mutants::is(Mutant::EdgeTimeForgotten) { row.edge_time } else { time.0 };
     (row.mtime, row.ctime, row.edge_time) = (time.0, time.0, edge_time);
     inode::put(tx, dir, &row);
+    Ok(())
 }
 
 fn made(time: Time, id: InodeId, replaced: u64) -> Reply {
@@ -120,7 +146,7 @@ pub(crate) fn create_file(tx: &mut Tx<'_>, time: Time, op: CreateFile) -> Reappl
         tx.insert_row(tables::EXTENT, &tables::extent_key(content, 0), &extent);
     }
     inode::insert(tx, id, &row);
-    touch(tx, time, dir, dir_row);
+    touch(tx, time, dir, dir_row)?;
     Ok(made(time, id, replaced))
 }
 
@@ -140,7 +166,7 @@ pub(crate) fn create_symlink(tx: &mut Tx<'_>, time: Time, op: CreateSymlink) -> 
     row.size = op.target.len() as u64;
     row.symlink_target = op.target;
     inode::insert(tx, id, &row);
-    touch(tx, time, dir, dir_row);
+    touch(tx, time, dir, dir_row)?;
     Ok(made(time, id, replaced))
 }
 
@@ -166,7 +192,7 @@ pub(crate) fn link_file(tx: &mut Tx<'_>, time: Time, op: LinkFile) -> Reapplied 
     let mut row = inode::new_row(time, op.mode, op.uid, op.gid, op.mtime);
     (row.size, row.content) = (content_row.size, content.0);
     inode::insert(tx, id, &row);
-    touch(tx, time, dir, dir_row);
+    touch(tx, time, dir, dir_row)?;
     Ok(made(time, id, replaced))
 }
 
@@ -184,8 +210,8 @@ pub(crate) fn rename(tx: &mut Tx<'_>, time: Time, op: RenameInDirectory) -> Reap
         }));
     }
     let replaced = insert(tx, time, dir, &op.new_name, target, true)?;
-    end(tx, time, dir, &op.old_name, &edge, false);
-    touch(tx, time, dir, dir_row);
+    end(tx, time, dir, &op.old_name, &edge, false)?;
+    touch(tx, time, dir, dir_row)?;
     Ok(made(time, target, replaced))
 }
 
@@ -197,8 +223,8 @@ pub(crate) fn unlink(tx: &mut Tx<'_>, time: Time, op: &Unlink) -> Reapplied {
     }
     let edge = expect(tx, dir, &op.name, op.target, op.created_at)?;
     let edge = unlocked(edge, &op.name)?;
-    end(tx, time, dir, &op.name, &edge, true);
-    touch(tx, time, dir, dir_row);
+    end(tx, time, dir, &op.name, &edge, true)?;
+    touch(tx, time, dir, dir_row)?;
     Ok(made(time, parse_inode(op.target)?, 0))
 }
 
@@ -218,6 +244,62 @@ pub(crate) fn undelete(tx: &mut Tx<'_>, time: Time, op: Undelete) -> Reapplied {
     let target = parse_inode(op.target)?;
     insert(tx, time, dir, &op.new_name, target, false)?;
     tx.put_row(tables::PAST_EDGE, &key, &PastEdgeRow { owned: false, ..past });
-    touch(tx, time, dir, dir_row);
+    touch(tx, time, dir, dir_row)?;
     Ok(made(time, target, 0))
+}
+
+// Steps of the CDC's transactions. Each is executed once: the CDC tags it with transaction and step.
+
+pub(crate) fn insert_step(tx: &mut Tx<'_>, time: Time, op: &InsertEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let row = inode::live_directory(tx, dir)?;
+    let target = parse_inode(op.target)?;
+    let replaced = insert(tx, time, dir, &op.name, target, op.replace)?;
+    touch(tx, time, dir, row)?;
+    Ok(Reply::Edge(EdgeReply { target: op.target, created_at: time.0, locked: false, replaced }))
+}
+
+/// Keeps an edge as it is until it is unlocked or removed.
+pub(crate) fn lock_edge(tx: &mut Tx<'_>, op: &LockEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let edge = expect(tx, dir, &op.name, op.target, op.created_at)?;
+    if edge.locked {
+        return Err(Stop::refuse(Code::Busy, "another transaction holds the edge"));
+    }
+    tx.put_row(tables::EDGE, &tables::edge_key(dir, &op.name), &EdgeRow { locked: true, ..edge });
+    Ok(Reply::Done(Done {}))
+}
+
+fn locked_edge(
+    tx: &mut Tx<'_>,
+    dir: InodeId,
+    name: &[u8],
+    target: u64,
+    created_at: u64,
+) -> Result<EdgeRow, Stop> {
+    let edge = expect(tx, dir, name, target, created_at)?;
+    if !edge.locked {
+        return Err(Stop::refuse(Code::Stale, "the edge is not locked"));
+    }
+    Ok(edge)
+}
+
+pub(crate) fn unlock_edge(tx: &mut Tx<'_>, op: &UnlockEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let edge = locked_edge(tx, dir, &op.name, op.target, op.created_at)?;
+    if mutants::is(Mutant::UnlockSkipped) {
+        return Ok(Reply::Done(Done {}));
+    }
+    tx.put_row(tables::EDGE, &tables::edge_key(dir, &op.name), &EdgeRow { locked: false, ..edge });
+    Ok(Reply::Done(Done {}))
+}
+
+/// Ends a locked edge whose target lives elsewhere now, or is gone.
+pub(crate) fn remove_locked_edge(tx: &mut Tx<'_>, time: Time, op: &RemoveLockedEdge) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let row = inode::get(tx, dir)?;
+    let edge = locked_edge(tx, dir, &op.name, op.target, op.created_at)?;
+    end(tx, time, dir, &op.name, &edge, false)?;
+    touch(tx, time, dir, row)?;
+    Ok(Reply::Done(Done {}))
 }

@@ -8,7 +8,10 @@ use clutch_proto::{
 };
 use clutch_state::{Stop, Tx};
 
-use crate::{Reapplied, Rows, check_slot, parse_inode, tables};
+use crate::{
+    rows::{Reapplied, Rows, check_slot, parse_inode},
+    tables,
+};
 
 /// What of a mode is kept: permissions, set-id and sticky bits. The kind is in the id.
 pub(crate) const MODE_MASK: u32 = 0o7777;

@@ -7,7 +7,11 @@ use clutch_proto::{
 };
 use clutch_state::{Stop, StoreError, View, store::decode_row};
 
-use crate::{Reapplied, check_slot, inode, tables};
+use crate::{
+    inode,
+    rows::{Reapplied, check_slot},
+    tables,
+};
 
 /// The entry for a log that was cut, from the state that it had at its end: a shard that applies it hands out no id of the
 /// lost future again.

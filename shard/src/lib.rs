@@ -9,6 +9,8 @@ mod collect;
 mod content;
 mod directory;
 mod edge;
+mod exchange;
+mod extent;
 mod facts;
 mod inode;
 pub mod invariants;
@@ -18,12 +20,13 @@ pub mod policy;
 mod produce;
 mod publish;
 mod read;
+mod rows;
 mod span;
 pub mod tables;
 mod visit;
 
 use clutch_proto::{
-    InodeId, Slot, Time,
+    InodeId, Time,
     log::Position,
     mutants::{self, Mutant},
     operation::{self, Class},
@@ -39,6 +42,8 @@ use clutch_state::{Applied, Machine, ProduceContext, Stop, StoreError, Tx, View,
 pub use facts::{Keyring, Lifetimes, Pages, ShardFacts};
 pub use placement::{FLAG_GONE, FLAG_NO_WRITE};
 
+use rows::Reapplied;
+
 /// The shard's machine.
 pub struct Shard;
 
@@ -49,8 +54,6 @@ fn is_create(body: &Option<Body>) -> bool {
 /// A shard causes nothing outside itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoEffect {}
-
-type Reapplied = Result<Reply, Stop>;
 
 impl Machine for Shard {
     const NAME: &'static str = "shard";
@@ -160,17 +163,17 @@ fn apply_request(tx: &mut Tx<'_>, time: Time, request: ShardRequest) -> Reapplie
         Op::ShareRange(op) => publish::share_range(tx, time, &op),
         Op::PublishContent(op) => publish::publish(tx, time, &op),
         Op::RestoreContent(op) => publish::restore(tx, time, &op),
-        Op::SwapBlocks(op) => span::swap_blocks(tx, &op),
-        Op::SwapSpans(op) => span::swap_spans(tx, &op),
-        Op::MoveSpan(op) => span::move_span(tx, time, &op),
+        Op::SwapBlocks(op) => exchange::swap_blocks(tx, &op),
+        Op::SwapSpans(op) => exchange::swap_spans(tx, &op),
+        Op::MoveSpan(op) => exchange::move_span(tx, time, &op),
         Op::ForgetEdge(op) => collect::forget_edge(tx, time, op),
         Op::ForgetContent(op) => collect::forget_content(tx, time, &op),
         Op::CollectContent(op) => collect::collect_content(tx, time, &op),
         Op::CreateDirectoryInode(op) => directory::create_inode(tx, time, &op),
-        Op::InsertEdge(op) => directory::insert_edge(tx, time, &op),
-        Op::LockEdge(op) => directory::lock_edge(tx, &op),
-        Op::UnlockEdge(op) => directory::unlock_edge(tx, &op),
-        Op::RemoveLockedEdge(op) => directory::remove_locked_edge(tx, time, &op),
+        Op::InsertEdge(op) => edge::insert_step(tx, time, &op),
+        Op::LockEdge(op) => edge::lock_edge(tx, &op),
+        Op::UnlockEdge(op) => edge::unlock_edge(tx, &op),
+        Op::RemoveLockedEdge(op) => edge::remove_locked_edge(tx, time, &op),
         Op::SetParent(op) => directory::set_parent(tx, time, &op),
         Op::OrphanDirectory(op) => directory::orphan(tx, time, &op),
         Op::RemoveDirectoryInode(op) => directory::remove_inode(tx, &op),
@@ -224,106 +227,4 @@ fn apply_services(tx: &mut Tx<'_>, changed: ServicesChanged) -> Reapplied {
         tx.put_row(tables::SERVICE, &service.service_id.to_be_bytes(), &service);
     }
     Ok(Reply::Done(clutch_proto::shard::Done {}))
-}
-
-/// Keys and values as they are stored.
-type RawRows = Vec<(bytes::Bytes, bytes::Bytes)>;
-
-/// Reads either from a view or from a transaction.
-trait Rows {
-    fn row<M: prost::Message + Default>(
-        &mut self,
-        table: clutch_state::Table,
-        key: &[u8],
-    ) -> Result<Option<M>, StoreError>;
-
-    fn page(
-        &mut self,
-        table: clutch_state::Table,
-        from: &[u8],
-        until: &[u8],
-        limit: usize,
-    ) -> Result<RawRows, StoreError>;
-}
-
-impl Rows for Tx<'_> {
-    fn page(
-        &mut self,
-        table: clutch_state::Table,
-        from: &[u8],
-        until: &[u8],
-        limit: usize,
-    ) -> Result<RawRows, StoreError> {
-        self.scan(table, from, until, limit)
-    }
-
-    fn row<M: prost::Message + Default>(
-        &mut self,
-        table: clutch_state::Table,
-        key: &[u8],
-    ) -> Result<Option<M>, StoreError> {
-        self.get_row(table, key)
-    }
-}
-
-impl Rows for &dyn View {
-    fn page(
-        &mut self,
-        table: clutch_state::Table,
-        from: &[u8],
-        until: &[u8],
-        limit: usize,
-    ) -> Result<RawRows, StoreError> {
-        (**self).scan(table, from, until, limit)
-    }
-
-    fn row<M: prost::Message + Default>(
-        &mut self,
-        table: clutch_state::Table,
-        key: &[u8],
-    ) -> Result<Option<M>, StoreError> {
-        clutch_state::get_row(*self, table, key)
-    }
-}
-
-/// Refuses what belongs to another shard.
-fn check_slot(rows: &mut impl Rows, slot: Slot) -> Result<(), Stop> {
-    let shard: Genesis = rows
-        .row(tables::SHARD, &[])?
-        .ok_or_else(|| Stop::refuse(Code::NotReady, "the shard has not begun yet"))?;
-    let slot = u32::from(slot.0);
-    if slot < shard.slot_first || slot > shard.slot_last {
-        return Err(Stop::refuse(
-            Code::WrongShard,
-            format!(
-                "slot {slot} is not of shard {} (slots {} to {})",
-                shard.shard, shard.slot_first, shard.slot_last
-            ),
-        ));
-    }
-    Ok(())
-}
-
-/// Reads a slot that came from outside and checks that it is this shard's.
-fn parse_slot(rows: &mut impl Rows, raw: u32) -> Result<Slot, Stop> {
-    let slot = u8::try_from(raw)
-        .map_err(|_| Stop::refuse(Code::InvalidArgument, format!("slot {raw}; slots go from 0 to 255")))?;
-    check_slot(rows, Slot(slot))?;
-    Ok(Slot(slot))
-}
-
-/// Reads an inode id that came from outside.
-fn parse_inode(raw: u64) -> Result<InodeId, Stop> {
-    InodeId::from_wire(raw)
-        .ok_or_else(|| Stop::refuse(Code::InvalidArgument, format!("{raw:x} is not an inode id")))
-}
-
-/// Reads a directory's id that came from outside and checks that it is this shard's.
-fn parse_directory(rows: &mut impl Rows, raw: u64) -> Result<InodeId, Stop> {
-    let id = parse_inode(raw)?;
-    if !id.is_directory() {
-        return Err(Stop::refuse(Code::NotDirectory, format!("{id} is not a directory")));
-    }
-    check_slot(rows, id.slot())?;
-    Ok(id)
 }

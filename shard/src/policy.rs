@@ -15,7 +15,10 @@ use clutch_proto::{
 };
 use clutch_state::{Stop, Tx};
 
-use crate::{Reapplied, inode, parse_directory};
+use crate::{
+    inode,
+    rows::{Reapplied, parse_directory},
+};
 
 fn bad(what: String) -> Stop {
     Stop::refuse(Code::InvalidArgument, what)

@@ -14,7 +14,14 @@ use clutch_proto::{
 };
 use clutch_state::{ProduceContext, Stop, View, client_table::SYSTEM_CLIENTS, get_row};
 
-use crate::{FLAG_GONE, ShardFacts, check_slot, content, placement, policy, tables};
+use crate::{
+    content,
+    facts::ShardFacts,
+    placement::{self, FLAG_GONE},
+    policy,
+    rows::check_slot,
+    tables,
+};
 
 pub(crate) fn produce(
     mut view: &dyn View,
@@ -89,7 +96,7 @@ fn initiate(
 
 /// The services of the span before: a file that is lost with any few disks is lost with the same few.
 fn earlier_services(mut view: &dyn View, op: &InitiateSpan, row: &ContentRow) -> Result<Vec<u64>, Stop> {
-    let last = crate::read::last_extent(&mut view, ContentId(op.content), row.size)?;
+    let last = crate::extent::last_extent(&mut view, ContentId(op.content), row.size)?;
     let Some((_, ExtentRow { source: Some(Source::Span(range)), .. })) = last else {
         return Ok(Vec::new());
     };

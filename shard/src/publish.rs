@@ -11,37 +11,15 @@ use clutch_proto::{
         ContentRow, ExtentRow, InodeRow, PastContentRow, PublishContent, RestoreContent, ShareRange,
         extent_row::Source, shard_reply::Reply,
     },
-    types::{Code, SpanRange},
+    types::Code,
 };
-use clutch_state::{Key, Stop, StoreError, Tx, key_after, store::decode_row};
+use clutch_state::{Key, Stop, StoreError, Tx, broken_unless, key_after, store::decode_row};
 
-use crate::{Reapplied, check_slot, content, inode, parse_inode, read, span, tables};
-
-/// A part of an extent.
-fn part(source: Option<Source>, from: u64, length: u64) -> Result<Source, StoreError> {
-    match source {
-        Some(Source::Inline(data)) if (from + length) as usize <= data.len() => {
-            Ok(Source::Inline(data.slice(from as usize..(from + length) as usize)))
-        }
-        Some(Source::Span(range)) => {
-            // Within a span, so within 32 bits.
-            Ok(Source::Span(SpanRange { span_id: range.span_id, offset: range.offset + from as u32 }))
-        }
-        Some(Source::Hole(_)) => Ok(Source::Hole(true)),
-        _ => Err(StoreError::Broken("an extent that is shorter than its length".into())),
-    }
-}
-
-/// Whether a range continues an extent, so that both are one: what was cut to be shared in parts does not stay in pieces.
-fn goes_on(extent: &ExtentRow, next: &Source) -> bool {
-    match (&extent.source, next) {
-        (Some(Source::Span(range)), Source::Span(next)) => {
-            range.span_id == next.span_id && u64::from(range.offset) + extent.length == u64::from(next.offset)
-        }
-        (Some(Source::Hole(_)), Source::Hole(_)) => true,
-        _ => false,
-    }
-}
+use crate::{
+    content, extent, inode,
+    rows::{Reapplied, check_slot, parse_inode},
+    span, tables,
+};
 
 pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapplied {
     let id = ContentId(op.content);
@@ -63,7 +41,7 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
         let text = format!("{} bytes at {} of a content of {}", op.length, op.from_offset, source.size);
         Stop::refuse(Code::InvalidArgument, text)
     })?;
-    let first = read::start_of(tx, from, op.from_offset)?;
+    let first = extent::start_of(tx, from, op.from_offset)?;
     let until = tables::extent_key(from, end);
     let rows =
         tx.scan(tables::EXTENT, &tables::extent_key(from, first), &until, EXTENTS_PER_ENTRY_MAX + 1)?;
@@ -72,18 +50,18 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
         return Err(Stop::refuse(Code::TooLarge, text));
     }
     let mut at = op.offset;
-    let mut last = read::last_extent(tx, id, row.size)?;
+    let mut last = extent::last_extent(tx, id, row.size)?;
     for (key, value) in rows {
         let (_, offset) =
             tables::parse_pair(&key).ok_or_else(|| StoreError::Broken("an extent's key".into()))?;
         let extent: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
         let begin = offset.max(op.from_offset);
         let length = (offset + extent.length).min(end) - begin;
-        let source = part(extent.source, begin - offset, length)?;
+        let source = extent::part(extent.source, begin - offset, length)?;
         match &mut last {
-            Some((begin, extent)) if goes_on(extent, &source) => {
-                extent.length += length;
-                tx.put_row(tables::EXTENT, &tables::extent_key(id, *begin), extent);
+            Some((begin, last)) if extent::goes_on(last, &source) => {
+                last.length += length;
+                tx.put_row(tables::EXTENT, &tables::extent_key(id, *begin), last);
             }
             _ => {
                 if row.extents >= CONTENT_EXTENTS_MAX {
@@ -105,6 +83,7 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
     if at != new_size {
         return Err(StoreError::Broken(format!("content {from} has a gap")).into());
     }
+    broken_unless!(new_size - row.size == op.length, "content {id} grows by more than what is shared");
     row.size = new_size;
     content::put_transient(tx, time, id, row);
     content::progress(tx, id)
@@ -137,15 +116,21 @@ fn replace(
     content: ContentId,
     size: u64,
     (mtime, dir): (u64, u64),
-) -> Reply {
+) -> Reapplied {
     if row.content != 0 {
+        let key = tables::past_content_key(id, time.0);
+        broken_unless!(
+            tx.get(tables::PAST_CONTENT, &key)?.is_none(),
+            "two contents of file {id} end at {}",
+            time.0
+        );
         let past = PastContentRow { content: row.content, dir };
-        tx.put_row(tables::PAST_CONTENT, &tables::past_content_key(id, time.0), &past);
+        tx.put_row(tables::PAST_CONTENT, &key, &past);
     }
     let mtime = if mtime == 0 { time.0 } else { mtime };
     let row = InodeRow { content: content.0, size, mtime, ctime: time.0, ..row };
     inode::put(tx, id, &row);
-    Reply::Attributes(inode::attributes(id, row))
+    Ok(Reply::Attributes(inode::attributes(id, row)))
 }
 
 pub(crate) fn publish(tx: &mut Tx<'_>, time: Time, op: &PublishContent) -> Reapplied {
@@ -172,7 +157,7 @@ pub(crate) fn publish(tx: &mut Tx<'_>, time: Time, op: &PublishContent) -> Reapp
     tx.delete(tables::TRANSIENT, &tables::transient_key(draft.deadline, content));
     let published = ContentRow { size: draft.size, file: id.raw(), ..ContentRow::default() };
     tx.put_row(tables::CONTENT, &tables::content_key(content), &published);
-    Ok(replace(tx, time, id, row, content, draft.size, (op.mtime, op.dir)))
+    replace(tx, time, id, row, content, draft.size, (op.mtime, op.dir))
 }
 
 pub(crate) fn restore(tx: &mut Tx<'_>, time: Time, op: &RestoreContent) -> Reapplied {
@@ -183,7 +168,8 @@ pub(crate) fn restore(tx: &mut Tx<'_>, time: Time, op: &RestoreContent) -> Reapp
         .get_row(tables::CONTENT, &tables::content_key(content))?
         .ok_or_else(|| StoreError::Broken(format!("past content {content} does not exist")))?;
     tx.delete(tables::PAST_CONTENT, &key);
-    Ok(replace(tx, time, id, row, content, found.size, (0, op.dir)))
+    broken_unless!(found.file == id.raw(), "past content {content} of file {id} is of file {:x}", found.file);
+    replace(tx, time, id, row, content, found.size, (0, op.dir))
 }
 
 /// The row of a past content, and its key.

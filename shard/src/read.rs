@@ -20,7 +20,13 @@ use clutch_state::{
 };
 use prost::Message as _;
 
-use crate::{Pages, Rows, check_slot, inode, parse_directory, parse_inode, tables, visit};
+use crate::{
+    extent,
+    facts::Pages,
+    inode,
+    rows::{check_slot, parse_directory, parse_inode},
+    tables, visit,
+};
 
 pub(crate) fn read(view: &dyn View, request: &ShardRequest, pages: &Pages) -> Result<Reply, Stop> {
     match &request.op {
@@ -133,7 +139,7 @@ fn layout(mut view: &dyn View, op: &Layout, pages: &Pages) -> Result<Reply, Stop
     let found = found.ok_or_else(|| Stop::refuse(Code::NotFound, "the file has no such content"))?;
     reply.size = found.size;
     let until = key_after(&tables::extent_key(content, 0)[..9]);
-    let from = start_of(&mut view, content, op.offset)?;
+    let from = extent::start_of(&mut view, content, op.offset)?;
     let rows = view.scan(tables::EXTENT, &tables::extent_key(content, from), &until, pages.extents + 1)?;
     for (key, value) in rows {
         let (_, offset) =
@@ -145,7 +151,8 @@ fn layout(mut view: &dyn View, op: &Layout, pages: &Pages) -> Result<Reply, Stop
         let row: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
         let source = match row.source {
             Some(extent_row::Source::Inline(data)) => Source::Inline(data),
-            Some(extent_row::Source::Hole(_)) | None => Source::Hole(true),
+            Some(extent_row::Source::Hole(_)) => Source::Hole(true),
+            None => return Err(extent::unknown_source(content.0)),
             Some(extent_row::Source::Span(range)) => {
                 let key = tables::span_key(SpanId(range.span_id));
                 let span: Span = get_row(view, tables::SPAN, &key)?.ok_or_else(|| {
@@ -160,57 +167,6 @@ fn layout(mut view: &dyn View, op: &Layout, pages: &Pages) -> Result<Reply, Stop
         reply.extents.push(Extent { offset, length: row.length, source: Some(source) });
     }
     Ok(Reply::Layout(reply))
-}
-
-/// The offset of the extent that holds `offset`. Extents are contiguous, so the last one that begins at or below.
-///
-/// Rows can only be scanned upwards: a window below the offset is moved and halved until it holds few rows, so that
-/// the work is bounded also for contents of very many small extents.
-pub(crate) fn start_of(rows: &mut impl Rows, content: ContentId, offset: u64) -> Result<u64, Stop> {
-    /// Rows that are looked at in one step.
-    const ROWS_MAX: usize = 64;
-    /// A few spans of the usual size.
-    const FIRST_WINDOW: u64 = 16 << 20;
-    if offset == 0 || rows.row::<ExtentRow>(tables::EXTENT, &tables::extent_key(content, offset))?.is_some() {
-        return Ok(offset);
-    }
-    // What is looked for begins below `high`, and at `low` or above once that is known.
-    let (mut low, mut high, mut window) = (None, offset, FIRST_WINDOW);
-    loop {
-        let from = match low {
-            Some(low) => low + (high - low) / 2,
-            None => offset.saturating_sub(window),
-        };
-        let (begin, until) = (tables::extent_key(content, from), tables::extent_key(content, high));
-        let found = rows.page(tables::EXTENT, &begin, &until, ROWS_MAX)?;
-        let last = found.last().and_then(|(key, _)| tables::parse_pair(key)).map(|(_, offset)| offset);
-        match last {
-            Some(last) if found.len() < ROWS_MAX => return Ok(last),
-            // There are more, or there may be.
-            Some(last) => low = Some(last),
-            None if from == 0 => return Ok(0),
-            None => {
-                high = from;
-                window = window.saturating_mul(16);
-            }
-        }
-        if let Some(low) = low
-            && high - low <= 1
-        {
-            return Ok(low);
-        }
-    }
-}
-
-/// Where the extent begins that ends where a content ends so far, and that extent; `None` in an empty content.
-pub(crate) fn last_extent(
-    rows: &mut impl Rows,
-    content: ContentId,
-    size: u64,
-) -> Result<Option<(u64, ExtentRow)>, Stop> {
-    let Some(last) = size.checked_sub(1) else { return Ok(None) };
-    let begin = start_of(rows, content, last)?;
-    Ok(rows.row(tables::EXTENT, &tables::extent_key(content, begin))?.map(|extent| (begin, extent)))
 }
 
 /// Present and past entries of a directory, or of one name, of one moment. What has one hash comes on one page, or is
@@ -351,7 +307,7 @@ mod tests {
         }
         let mut view: &dyn View = &store;
         let end = at;
-        let mut found = |offset: u64| start_of(&mut view, content, offset).expect("reads");
+        let mut found = |offset: u64| extent::start_of(&mut view, content, offset).expect("reads");
         for window in starts.windows(2).step_by(37) {
             for offset in [window[0], window[0] + (window[1] - window[0]) / 2, window[1] - 1] {
                 assert_eq!(found(offset), window[0], "of {offset}");

@@ -14,7 +14,12 @@ use clutch_proto::{
 };
 use clutch_state::{Key, Stop, StoreError, Table, View, get_row, key_after, store::decode_row};
 
-use crate::{Pages, check_slot, inode, parse_inode, parse_slot, tables};
+use crate::{
+    facts::Pages,
+    inode,
+    rows::{check_slot, parse_inode, parse_slot},
+    tables,
+};
 
 /// Where a visit goes on, and the shard's last slot.
 fn begin(mut view: &dyn View, slot: u32, after: &[u8]) -> Result<(Key, Slot), Stop> {

@@ -40,6 +40,17 @@ impl Stop {
     }
 }
 
+/// Where something does not hold that must: the rows are broken, and the replica stops before harm is done. For pure code, whose
+/// apply is total: it says so in place of a panic.
+#[macro_export]
+macro_rules! broken_unless {
+    ($holds:expr, $($words:tt)+) => {
+        if !$holds {
+            return Err($crate::StoreError::Broken(format!($($words)+)).into());
+        }
+    };
+}
+
 /// What a producer may use to decide: the time and randomness that end up in the entry.
 pub struct ProduceContext<'a> {
     /// The stamp that the entry will carry.

@@ -15,6 +15,7 @@ mod policy;
 mod read;
 mod rpc;
 mod span;
+mod verdict;
 mod write;
 
 pub use draft::Draft;

@@ -27,7 +27,12 @@ use clutch_proto::{
 use clutch_runtime::{Budget, Endpoint, HybridClock, Lane, Runtime};
 use prost::Message as _;
 
-use crate::{error::ClientError, path::EdgeCache, policy::PolicyCache};
+use crate::{
+    error::ClientError,
+    path::EdgeCache,
+    policy::PolicyCache,
+    verdict::{Asked, Attempt},
+};
 
 /// One request as its caller sees it, with all its attempts.
 #[derive(Clone, Debug)]
@@ -134,8 +139,6 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// An attempt gets this long, however little patience there is.
 const ATTEMPT_MIN: Duration = Duration::from_secs(1);
-/// How often one request is tagged anew, each time because it was held up for longer than the cluster remembers clients.
-const RENEWALS_MAX: u32 = 8;
 
 /// An answer that came and cannot be read: what was asked for has happened, if it changes anything.
 fn undecodable(error: impl std::fmt::Display, mutates: bool) -> ClientError {
@@ -422,12 +425,10 @@ impl Client {
         let clock = &self.inner.runtime.clock;
         let start = clock.monotonic();
         let mut backoff = Duration::from_millis(5);
-        let mut maybe_done = false;
+        let mut asked = Asked::new(tag.is_some());
         let mut tag = tag.copied();
-        let mut renewals = 0;
         loop {
             let target = Box::pin(self.target(service)).await;
-            // What went wrong on the way to the registry had no effect at the service.
             let was_sent = target.is_ok();
             let (result, answered_at) = match target {
                 Ok(target) => {
@@ -439,96 +440,36 @@ impl Client {
             *at = answered_at;
             let error = match result {
                 Ok(answer) => {
-                    if maybe_done && tag.is_some() {
+                    if asked.maybe_done && asked.is_tagged {
                         self.inner.runtime.note("client: an answer after an unknown attempt");
                     }
                     return Ok(answer);
                 }
                 Err(error) => error,
             };
-            let retry = match &error {
-                // Nothing was sent before that could have had an effect, so this had none: the tag's time was too old when
-                // it was drawn, and now the cluster's time is known. The sequence stays, so that a copy of this attempt
-                // that comes late is recognised.
-                ClientError::Refused(refusal)
-                    if refusal.code == Code::ExpiredUnknown
-                        && !maybe_done
-                        && renewals < RENEWALS_MAX
-                        && !mutants::is(Mutant::TagFromWallClock) =>
-                {
-                    self.inner.runtime.note("client: a tag is drawn again");
-                    renewals += 1;
-                    if let Some(tag) = &mut tag {
-                        tag.issued_at = self.issue_time();
-                    }
-                    true
-                }
-                ClientError::Refused(refusal) => {
-                    if refusal.code == Code::ExpiredUnknown && !maybe_done && tag.is_some() {
-                        self.inner.runtime.note("client: expired before it was ever sent");
-                    }
-                    maybe_done |= was_sent && refusal.may_have_effect();
-                    let moved = matches!(
-                        refusal.code,
-                        Code::WrongShard | Code::NotLeader | Code::NotReady | Code::OutcomeUnknown
-                    );
-                    if moved {
-                        self.inner.runtime.note("client: was sent elsewhere");
-                        *lock(&self.inner.map) = None;
-                    }
-                    // A refusal that is in no log binds only its own attempt: an earlier one may be on its way still.
-                    let is_open = maybe_done && tag.is_some() && answered_at.position == 0;
-                    refusal.is_retryable() || moved || is_open && refusal.code.is_decision()
-                }
-                ClientError::Unreachable(_) => {
-                    self.inner.runtime.note("client: nobody listens");
-                    // Whoever it was may have moved.
-                    *lock(&self.inner.map) = None;
-                    true
-                }
-                ClientError::Unknown(_) => {
-                    maybe_done |= was_sent && !mutants::is(Mutant::UnknownIsRefused);
-                    // A leader that was cut off does not know it, and says nothing: another may have taken over.
-                    *lock(&self.inner.map) = None;
-                    true
-                }
-                // Made below, from what is left when no retry helps.
-                ClientError::Declined(_) | ClientError::DataLost(_) | ClientError::Local(_) => false,
-            };
-            let spent = clock.monotonic() - start;
-            if !retry || spent >= self.inner.options.patience {
-                self.inner.runtime.note(if retry {
-                    "client: patience ended"
-                } else {
-                    "client: refused for good"
+            let is_logged = answered_at.position != 0;
+            let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged });
+            if let Some(note) = verdict.note {
+                self.inner.runtime.note(note);
+            }
+            if verdict.look_again {
+                *lock(&self.inner.map) = None;
+            }
+            if verdict.renew
+                && let Some(tag) = &mut tag
+            {
+                tag.issued_at = self.issue_time();
+            }
+            if !verdict.again || clock.monotonic() - start >= self.inner.options.patience {
+                self.inner.runtime.note(match verdict.again {
+                    true => "client: patience ended",
+                    false => "client: refused for good",
                 });
-                return Err(match error {
-                    // Once it may have been done, only an answer that says what became of it is better.
-                    ClientError::Refused(refusal)
-                        if maybe_done
-                            && tag.is_some()
-                            && (!refusal.code.is_decision() || answered_at.position == 0) =>
-                    {
-                        self.inner.runtime.note("client: a refusal after an unknown attempt stays unknown");
-                        ClientError::Unknown(refusal.to_string())
-                    }
-                    ClientError::Refused(refusal)
-                        if tag.is_some()
-                            && answered_at.position == 0
-                            && refusal.code.is_decision()
-                            && !refusal.code.is_about_request() =>
-                    {
-                        self.inner.runtime.note("client: declined, which no log holds");
-                        ClientError::Declined(refusal)
-                    }
-                    ClientError::Unreachable(text) if maybe_done && tag.is_some() => {
-                        ClientError::Unknown(text)
-                    }
-                    ClientError::Unknown(text) if tag.is_none() || mutants::is(Mutant::UnknownIsRefused) => {
-                        ClientError::Unreachable(text)
-                    }
-                    other => other,
-                });
+                let (told, note) = asked.told(error, is_logged);
+                if let Some(note) = note {
+                    self.inner.runtime.note(note);
+                }
+                return Err(told);
             }
             let jitter =
                 Duration::from_micros(self.inner.runtime.random.below(backoff.as_micros() as u64 + 1));

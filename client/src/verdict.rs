@@ -1,0 +1,251 @@
+//! Whether a request is asked again, and what its caller is told when it is not: from what was heard alone.
+//!
+//! Invariants: what may have been done is never called refused or unreachable, unless the log says what became of it; a
+//! request that was never sent is never unknown.
+
+use clutch_proto::{
+    mutants::{self, Mutant},
+    types::Code,
+};
+
+use crate::error::ClientError;
+
+/// How often one request is tagged anew, each time because it was held up for longer than the cluster remembers clients.
+const RENEWALS_MAX: u32 = 8;
+
+/// A request on its way.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct Asked {
+    /// Whether it changes something.
+    pub(crate) is_tagged: bool,
+    /// Whether an attempt may have had an effect that nobody has told of.
+    pub(crate) maybe_done: bool,
+    renewals: u32,
+}
+
+/// How an attempt failed.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Attempt<'a> {
+    /// Why.
+    pub(crate) error: &'a ClientError,
+    /// Whether the service was asked: what went wrong on the way to the registry had no effect there.
+    pub(crate) was_sent: bool,
+    /// Whether the answer is in a log.
+    pub(crate) is_logged: bool,
+}
+
+/// What to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// Ask again, if there is patience left.
+    pub(crate) again: bool,
+    /// Draw the tag's time anew; its sequence stays, so that a copy of the attempt that comes late is recognised.
+    pub(crate) renew: bool,
+    /// Whoever was asked may not be the one any more: look where everything is.
+    pub(crate) look_again: bool,
+    /// For those who count rare states.
+    pub(crate) note: Option<&'static str>,
+}
+
+impl Asked {
+    pub(crate) fn new(is_tagged: bool) -> Asked {
+        Asked { is_tagged, ..Asked::default() }
+    }
+
+    /// An attempt failed.
+    pub(crate) fn failed(&mut self, attempt: Attempt<'_>) -> Verdict {
+        let end = Verdict { again: false, renew: false, look_again: false, note: None };
+        match attempt.error {
+            // Nothing was sent before that could have had an effect, so this had none: the tag's time was too old when it was
+            // drawn, and now the cluster's time is known.
+            ClientError::Refused(refusal)
+                if refusal.code == Code::ExpiredUnknown
+                    && !self.maybe_done
+                    && self.renewals < RENEWALS_MAX
+                    && !mutants::is(Mutant::TagFromWallClock) =>
+            {
+                self.renewals += 1;
+                Verdict { again: true, renew: true, note: Some("client: a tag is drawn again"), ..end }
+            }
+            ClientError::Refused(refusal) => {
+                let never_sent = refusal.code == Code::ExpiredUnknown && !self.maybe_done && self.is_tagged;
+                self.maybe_done |= attempt.was_sent && refusal.may_have_effect();
+                let moved = matches!(
+                    refusal.code,
+                    Code::WrongShard | Code::NotLeader | Code::NotReady | Code::OutcomeUnknown
+                );
+                // A refusal that is in no log binds only its own attempt: an earlier one may be on its way still.
+                let is_open = self.maybe_done && self.is_tagged && !attempt.is_logged;
+                let note = match (never_sent, moved) {
+                    (true, _) => Some("client: expired before it was ever sent"),
+                    (_, true) => Some("client: was sent elsewhere"),
+                    _ => None,
+                };
+                let again = refusal.is_retryable() || moved || is_open && refusal.code.is_decision();
+                Verdict { again, look_again: moved, note, ..end }
+            }
+            // Whoever it was may have moved.
+            ClientError::Unreachable(_) => {
+                Verdict { again: true, look_again: true, note: Some("client: nobody listens"), ..end }
+            }
+            // A leader that was cut off does not know it, and says nothing: another may have taken over.
+            ClientError::Unknown(_) => {
+                self.maybe_done |= attempt.was_sent && !mutants::is(Mutant::UnknownIsRefused);
+                Verdict { again: true, look_again: true, ..end }
+            }
+            // Made by `told`, from what is left when no retry helps.
+            ClientError::Declined(_) | ClientError::DataLost(_) | ClientError::Local(_) => end,
+        }
+    }
+
+    /// What the caller is told when it is not asked again; with a note.
+    pub(crate) fn told(&self, error: ClientError, is_logged: bool) -> (ClientError, Option<&'static str>) {
+        match error {
+            // Once it may have been done, only an answer that says what became of it is better.
+            ClientError::Refused(refusal)
+                if self.maybe_done && self.is_tagged && (!refusal.code.is_decision() || !is_logged) =>
+            {
+                let note = "client: a refusal after an unknown attempt stays unknown";
+                (ClientError::Unknown(refusal.to_string()), Some(note))
+            }
+            ClientError::Refused(refusal)
+                if self.is_tagged
+                    && !is_logged
+                    && refusal.code.is_decision()
+                    && !refusal.code.is_about_request() =>
+            {
+                (ClientError::Declined(refusal), Some("client: declined, which no log holds"))
+            }
+            ClientError::Unreachable(text) if self.maybe_done && self.is_tagged => {
+                (ClientError::Unknown(text), None)
+            }
+            ClientError::Unknown(text) if !self.is_tagged || mutants::is(Mutant::UnknownIsRefused) => {
+                (ClientError::Unreachable(text), None)
+            }
+            other => (other, None),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clutch_proto::Refusal;
+
+    use super::*;
+
+    fn refused(code: Code) -> ClientError {
+        Refusal::new(code, "words").into()
+    }
+
+    fn silence() -> ClientError {
+        ClientError::Unknown("no answer".into())
+    }
+
+    fn nobody() -> ClientError {
+        ClientError::Unreachable("nobody listens".into())
+    }
+
+    /// What was heard of each attempt (the error, whether it was sent, whether it is in a log) of a change, and whether each
+    /// is followed by another; then what the caller is told.
+    type Row = (&'static str, Vec<(ClientError, bool, bool)>, Vec<bool>, fn(&ClientError) -> bool);
+
+    fn is_code(error: &ClientError, code: Code) -> bool {
+        matches!(error, ClientError::Refused(refusal) if refusal.code == code)
+    }
+
+    #[test]
+    fn what_is_asked_again_and_what_is_told_of_a_change() {
+        let unknown: fn(&ClientError) -> bool = |e| matches!(e, ClientError::Unknown(_));
+        let declined: fn(&ClientError) -> bool = |e| matches!(e, ClientError::Declined(_));
+        let unreachable: fn(&ClientError) -> bool = |e| matches!(e, ClientError::Unreachable(_));
+        let table: Vec<Row> = vec![
+            ("a logged refusal", vec![(refused(Code::Exists), true, true)], vec![false], |e| {
+                is_code(e, Code::Exists)
+            }),
+            (
+                "a refusal of its form is in no log and certain",
+                vec![(refused(Code::InvalidArgument), true, false)],
+                vec![false],
+                |e| is_code(e, Code::InvalidArgument),
+            ),
+            ("a leader's own refusal", vec![(refused(Code::NoSpace), true, false)], vec![false], declined),
+            ("nobody was reached", vec![(nobody(), true, false)], vec![true], unreachable),
+            ("silence", vec![(silence(), true, false)], vec![true], unknown),
+            (
+                "silence on the way to the registry",
+                vec![(silence(), false, false), (nobody(), false, false)],
+                vec![true, true],
+                unreachable,
+            ),
+            (
+                "silence, then nobody",
+                vec![(silence(), true, false), (nobody(), true, false)],
+                vec![true, true],
+                unknown,
+            ),
+            (
+                "silence, then a logged refusal",
+                vec![(silence(), true, false), (refused(Code::Exists), true, true)],
+                vec![true, false],
+                |e| is_code(e, Code::Exists),
+            ),
+            (
+                "silence, then a refusal that is in no log",
+                vec![(silence(), true, false), (refused(Code::Exists), true, false)],
+                vec![true, true],
+                unknown,
+            ),
+            ("somewhere else", vec![(refused(Code::NotLeader), true, false)], vec![true], |e| {
+                is_code(e, Code::NotLeader)
+            }),
+            ("the log does not say", vec![(refused(Code::OutcomeUnknown), true, false)], vec![true], unknown),
+            (
+                "a tag that is too old is drawn again, and not for ever",
+                (0..=RENEWALS_MAX).map(|_| (refused(Code::ExpiredUnknown), true, true)).collect(),
+                (0..=RENEWALS_MAX).map(|n| n < RENEWALS_MAX).collect(),
+                |e| matches!(e, ClientError::Refused(_) | ClientError::Unknown(_)),
+            ),
+            (
+                "silence, then a tag that is too old",
+                vec![(silence(), true, false), (refused(Code::ExpiredUnknown), true, true)],
+                vec![true, false],
+                |e| !matches!(e, ClientError::Unreachable(_) | ClientError::Declined(_)),
+            ),
+        ];
+        for (what, heard, again, is_told) in table {
+            let mut asked = Asked::new(true);
+            let mut last = None;
+            for ((error, was_sent, is_logged), again) in heard.into_iter().zip(again) {
+                let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged });
+                assert_eq!(verdict.again, again, "{what}: {error}");
+                last = Some((error, is_logged));
+            }
+            let (error, is_logged) = last.expect("attempts");
+            let (told, _) = asked.told(error, is_logged);
+            assert!(is_told(&told), "{what}: {told:?}");
+        }
+    }
+
+    #[test]
+    fn a_read_is_never_unknown() {
+        for error in [silence(), nobody(), refused(Code::OutcomeUnknown), refused(Code::NoSpace)] {
+            let mut asked = Asked::new(false);
+            let attempt = Attempt { error: &error, was_sent: true, is_logged: false };
+            asked.failed(attempt);
+            let (told, _) = asked.told(error.clone(), false);
+            assert!(!matches!(told, ClientError::Unknown(_) | ClientError::Declined(_)), "{error}: {told}");
+        }
+    }
+
+    #[test]
+    fn whoever_may_have_moved_is_looked_for() {
+        let looks = |error: ClientError| {
+            Asked::new(true).failed(Attempt { error: &error, was_sent: true, is_logged: false }).look_again
+        };
+        for code in [Code::WrongShard, Code::NotLeader, Code::NotReady, Code::OutcomeUnknown] {
+            assert!(looks(refused(code)), "{code:?}");
+        }
+        assert!(looks(silence()) && looks(nobody()));
+        assert!(!looks(refused(Code::Exists)) && !looks(refused(Code::Busy)));
+    }
+}

@@ -20,8 +20,8 @@ use crate::{
     path::Resolved,
     policy::WritePolicy,
     rpc::Client,
-    span::{Encoded, encode},
-    write::{ContentSource, Never, read_up_to},
+    source::{ContentSource, read_up_to},
+    span::{Encoded, Never, encode},
 };
 
 /// A content that is not published yet. Appends go in order, one at a time.

@@ -6,6 +6,7 @@
 //! Invariants: a mutation that was not answered is reported as unknown, never as failed; bytes that do not match
 //! their checksums are never returned; caches are bounded in entries and in time.
 
+mod caches;
 mod draft;
 mod error;
 mod files;
@@ -14,6 +15,7 @@ mod path;
 mod policy;
 mod read;
 mod rpc;
+mod source;
 mod span;
 mod verdict;
 mod write;
@@ -24,4 +26,4 @@ pub use files::{Created, DirCursor, FileAttributes};
 pub use path::{Resolved, means_directory};
 pub use policy::WritePolicy;
 pub use rpc::{AnsweredAt, Call, Client, ClientOptions, Observer};
-pub use write::ContentSource;
+pub use source::ContentSource;

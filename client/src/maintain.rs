@@ -22,8 +22,7 @@ use crate::{
     files::{Created, attributes_of},
     policy::WritePolicy,
     rpc::Client,
-    span::Encoded,
-    write::Never,
+    span::{Encoded, Never},
 };
 
 impl Client {

@@ -1,53 +1,13 @@
 //! From paths to inodes. Remote paths are absolute; `.` and `..` are resolved in the path itself.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 use clutch_proto::{
-    InodeId, Refusal,
-    mutants::{self, Mutant},
-    name,
+    InodeId, Refusal, name,
     shard::{EdgeReply, Lookup, shard_reply::Reply, shard_request::Op},
     types::Code,
 };
-use quick_cache::sync::Cache;
 
 use crate::{error::ClientError, rpc::Client};
-
-/// Directory entries that were looked up lately: bounded in number and age.
-pub(crate) struct EdgeCache {
-    cache: Cache<(InodeId, Bytes), (EdgeReply, Duration)>,
-    lifetime: Duration,
-}
-
-impl EdgeCache {
-    pub(crate) fn new(entries_max: usize, lifetime: Duration) -> EdgeCache {
-        EdgeCache { cache: Cache::new(entries_max.max(1)), lifetime }
-    }
-
-    fn get(&self, dir: InodeId, name: &Bytes, now: Duration) -> Option<EdgeReply> {
-        let (edge, since) = self.cache.get(&(dir, known_as(name)))?;
-        (now.saturating_sub(since) < self.lifetime).then_some(edge)
-    }
-
-    fn put(&self, dir: InodeId, name: &Bytes, edge: &EdgeReply, now: Duration) {
-        if !self.lifetime.is_zero() {
-            self.cache.insert((dir, known_as(name)), (*edge, now));
-        }
-    }
-
-    pub(crate) fn forget(&self, dir: InodeId, name: &Bytes) {
-        self.cache.remove(&(dir, known_as(name)));
-    }
-}
-
-/// What an entry is found by.
-fn known_as(name: &Bytes) -> Bytes {
-    if mutants::is(Mutant::CachedByHash) {
-        return Bytes::copy_from_slice(&name::hash63(name).to_be_bytes());
-    }
-    name.clone()
-}
 
 /// Where a path leads.
 #[derive(Clone, Debug)]

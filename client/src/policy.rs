@@ -62,12 +62,6 @@ impl WritePolicy {
     }
 }
 
-/// Policies that were looked up lately.
-#[derive(Default)]
-pub(crate) struct PolicyCache {
-    known: std::collections::BTreeMap<InodeId, (DirectoryPolicy, Duration)>,
-}
-
 /// Fills what is not set from above.
 fn inherit(own: DirectoryPolicy, above: &DirectoryPolicy) -> DirectoryPolicy {
     DirectoryPolicy {

@@ -28,9 +28,8 @@ use clutch_runtime::{Budget, Endpoint, HybridClock, Lane, Runtime};
 use prost::Message as _;
 
 use crate::{
+    caches::{EdgeCache, PolicyCache},
     error::ClientError,
-    path::EdgeCache,
-    policy::PolicyCache,
     verdict::{Asked, Attempt},
 };
 

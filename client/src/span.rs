@@ -6,6 +6,13 @@ use bytes::Bytes;
 use clutch_blocks::{Codec, CodecError};
 use clutch_proto::{crc, types::SpanShape};
 
+/// Where a span must not go, whatever fails elsewhere.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Never {
+    pub(crate) services: Vec<u64>,
+    pub(crate) domains: Vec<String>,
+}
+
 /// A span that is ready to be written.
 pub(crate) struct Encoded {
     pub(crate) shape: SpanShape,

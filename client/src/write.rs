@@ -19,19 +19,15 @@ use clutch_proto::{
     types::{Block, Code, Span},
 };
 use futures_util::future::{Either, join_all, select};
-use tokio::io::{AsyncRead, AsyncReadExt as _};
 
 use crate::{
     draft::Draft,
     error::ClientError,
     files::{Created, FileAttributes, created},
     rpc::{Client, lock},
-    span::{Encoded, with_parity},
+    source::{ContentSource, read_onto, read_up_to},
+    span::{Encoded, Never, with_parity},
 };
-
-/// Where a file's bytes come from.
-pub trait ContentSource: AsyncRead + Send + Unpin {}
-impl<T: AsyncRead + Send + Unpin> ContentSource for T {}
 
 /// Room behind a span's bytes for filling up its last cells.
 const PADDING_BYTES: usize = 64 << 10;
@@ -46,13 +42,6 @@ const PLACEMENT_PAUSE_MAX: Duration = Duration::from_secs(4);
 const FAILURES_SHOWN: usize = 16;
 /// Times one block is tried on its service.
 const BLOCK_ATTEMPTS_MAX: usize = 4;
-
-/// Where a span must not go, whatever fails elsewhere.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Never {
-    pub(crate) services: Vec<u64>,
-    pub(crate) domains: Vec<String>,
-}
 
 impl Client {
     /// Stores a file: nothing of it is visible before all of it is durable.
@@ -324,22 +313,4 @@ impl Client {
 /// A large file uses all of a span's room; the rest is for the last stripe's padding.
 fn room_for(span_bytes: usize) -> usize {
     span_bytes + span_bytes / 64 + PADDING_BYTES
-}
-
-/// Reads until there are `limit` bytes or no more.
-pub(crate) async fn read_up_to(source: &mut dyn ContentSource, limit: usize) -> Result<Vec<u8>, ClientError> {
-    let mut bytes = Vec::new();
-    read_onto(source, &mut bytes, limit).await?;
-    Ok(bytes)
-}
-
-/// Reads more until there are `limit` bytes in all or no more.
-async fn read_onto(
-    source: &mut dyn ContentSource,
-    bytes: &mut Vec<u8>,
-    limit: usize,
-) -> Result<(), ClientError> {
-    let more = limit.saturating_sub(bytes.len());
-    source.take(more as u64).read_to_end(bytes).await.map_err(|e| ClientError::Local(e.to_string()))?;
-    Ok(())
 }

@@ -485,10 +485,9 @@ impl SimCluster {
     /// When one does not hold.
     pub fn fsck(&self) {
         let client = self.client();
-        let checked =
-            self.run(
-                async move { clutch_server::fsck::check(&client, &mut |_, _| {}).await.expect("fsck runs") },
-            );
+        let checked = self.run(async move {
+            clutch_client_maintenance::fsck::check(&client, &mut |_, _| {}).await.expect("fsck runs")
+        });
         assert!(checked.violations.is_empty(), "fsck: {:#?}", checked.violations);
     }
 }

@@ -1,13 +1,13 @@
 //! Operations of a script that look after what is stored: other contents, policies, collection, moving blocks.
 
 use clutch_client::{ClientError, Draft, Resolved, WritePolicy};
+use clutch_client_maintenance::collector::{CollectOptions, collect};
 use clutch_proto::{
     ContentId, InodeId, Refusal,
     registry::{SetServiceFlags, registry_request},
     shard::{RemoveSpan, SwapBlocks, SwapSpans, shard_request::Op},
     types::{Attributes, Code, DirectoryPolicy, PolicyPart, SnapshotPolicy, extent::Source},
 };
-use clutch_server::collector::{CollectOptions, collect};
 
 use crate::{
     history::{Data, bytes_of},

@@ -5,6 +5,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clutch_client::{Client, FileAttributes, Resolved};
+use clutch_client_maintenance::{
+    collector::{CollectOptions, Collected, collect},
+    fsck,
+};
 use clutch_integration::{
     SimCluster,
     sim_cluster::{CLIENT, disk_node},
@@ -15,10 +19,6 @@ use clutch_proto::{
     registry::{SetServiceFlags, registry_request},
     shard::{CollectContent, Remaining, shard_reply::Reply, shard_request::Op},
     types::{DirectoryPolicy, Extent, SnapshotPolicy, extent::Source},
-};
-use clutch_server::{
-    collector::{CollectOptions, Collected, collect},
-    fsck,
 };
 
 const DISKS: u32 = 5;

@@ -9,8 +9,6 @@ pub mod cdc_driver;
 #[cfg(feature = "rocks")]
 pub mod clock_file;
 pub mod cluster_file;
-pub mod collector;
-pub mod fsck;
 pub mod handler;
 pub mod keys;
 pub mod node;

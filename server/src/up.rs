@@ -19,6 +19,7 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clutch_blocks::label::Label;
+use clutch_client_maintenance::collector::{self, CollectOptions};
 use clutch_log::LogId;
 use clutch_log_local::{LocalEngine, Options};
 use clutch_proto::ServiceId;
@@ -26,9 +27,7 @@ use clutch_runtime::{Disk as _, Endpoint, Runtime, production::OsDisk};
 use clutch_shard::Lifetimes;
 
 use crate::{
-    ClusterFile, Node, NodeConfig, Roles, clock_file,
-    collector::{self, CollectOptions},
-    keys,
+    ClusterFile, Node, NodeConfig, Roles, clock_file, keys,
     retention::Retention,
     room::Room,
     stores::{RocksStores, StoreProvider},

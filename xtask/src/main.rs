@@ -33,6 +33,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("registry", &["proto", "state"]),
     ("blocks", &["proto", "runtime"]),
     ("client", &["proto", "runtime", "blocks"]),
+    ("client-maintenance", &["proto", "state", "shard", "client"]),
     (
         "server",
         &[
@@ -49,6 +50,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "registry",
             "blocks",
             "client",
+            "client-maintenance",
         ],
     ),
     (
@@ -67,6 +69,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "registry",
             "blocks",
             "client",
+            "client-maintenance",
             "server",
         ],
     ),
@@ -81,6 +84,7 @@ const LAYERS: &[(&str, &[&str])] = &[
             "shard",
             "blocks",
             "client",
+            "client-maintenance",
             "server",
             "integration",
         ],

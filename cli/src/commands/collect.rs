@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clutch_client::Client;
-use clutch_server::collector::{CollectOptions, Collected, collect};
+use clutch_client_maintenance::collector::{CollectOptions, Collected, collect};
 
 use crate::{
     args::CollectArgs,

@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clutch_client::Client;
-use clutch_server::fsck;
+use clutch_client_maintenance::fsck;
 use serde_json::json;
 
 use crate::{args::FsckArgs, commands::status::Picture, output};

@@ -1,140 +1,123 @@
-//! Renews `pinned.txt`: pins that still reach their state stay, and fresh seeds are tried for the others.
+//! Renews `integration/pins`: pins that still reach their states stay, and fresh seeds are tried for the others.
 //!
-//! `cargo run --release -p clutch-integration --example pin -- [FIRST_SEED] [COUNT]` tries the seeds of that range and
-//! writes the file. A state that none of them reaches keeps its old line, and is named on standard error.
+//! `cargo run --release -p clutch-integration --example pin -- [FIRST_SEED] [COUNT]` tries the seeds of that range. Of the
+//! scripts that reach what is missing it keeps few and short ones. A state that none of them reaches is named on standard
+//! error, and its old pin stays.
 //!
-//! A seed that violates anything is a bug to be mended, not a pin to be replaced: then nothing is written.
+//! A script that violates anything is a bug to be mended, not a pin to be replaced: then nothing is written.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    path::Path,
+    fs,
     sync::{
         Mutex,
         atomic::{AtomicU64, Ordering},
     },
 };
 
+use anyhow::{Result, ensure};
 use clutch_integration::{
     coverage,
     generate::{Profile, generate},
+    pins::{self, Pin},
     run::run,
+    script::Script,
 };
 
-fn profile_of(word: &str) -> Profile {
-    match word {
-        "metadata" => Profile::Metadata,
-        "data" => Profile::Data,
-        _ => Profile::Mixed,
-    }
-}
-
-/// What every seed of `jobs` reaches, found by as many threads as there are cores; those that nothing is left for
-/// after `enough` says so are not run.
-fn reach(
-    jobs: &[(String, u64)],
-    enough: &(dyn Fn(&BTreeSet<String>) -> bool + Sync),
-    violations: &AtomicU64,
-) -> BTreeMap<(String, u64), BTreeSet<String>> {
-    let next = AtomicU64::new(0);
-    let found = Mutex::new((BTreeMap::new(), BTreeSet::new()));
+/// What each script reaches, by as many threads as there are cores; with how many violations.
+fn reach(scripts: &(dyn Fn(u64) -> Script + Sync), count: u64) -> (BTreeMap<u64, BTreeSet<String>>, u64) {
+    let (next, violations) = (AtomicU64::new(0), AtomicU64::new(0));
+    let found = Mutex::new(BTreeMap::new());
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
                 loop {
-                    let at = next.fetch_add(1, Ordering::Relaxed) as usize;
-                    if at >= jobs.len() || enough(&found.lock().expect("no thread panics").1) {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    if at >= count {
                         return;
                     }
-                    let (profile, seed) = &jobs[at];
-                    let report = run(&generate(*seed, profile_of(profile)));
+                    let script = scripts(at);
+                    let report = run(&script);
                     for violation in &report.violations {
                         violations.fetch_add(1, Ordering::Relaxed);
-                        eprintln!("seed {seed}: {}: {}", violation.checker, violation.what);
+                        eprintln!("seed {}: {}: {}", script.seed, violation.checker, violation.what);
                     }
-                    let mut found = found.lock().expect("no thread panics");
-                    found.1.extend(report.coverage.iter().cloned());
-                    found.0.insert(jobs[at].clone(), report.coverage);
+                    found.lock().expect("no thread panics").insert(at, report.coverage);
                 }
             });
         }
     });
-    found.into_inner().expect("no thread panics").0
+    (found.into_inner().expect("no thread panics"), violations.into_inner())
 }
 
-fn main() -> std::io::Result<()> {
+fn main() -> Result<()> {
     let number =
         |n: usize, default: u64| std::env::args().nth(n).and_then(|a| a.parse().ok()).unwrap_or(default);
     let (first, count) = (number(1, 1), number(2, 6000));
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("pinned.txt");
-    let text = std::fs::read_to_string(&path)?;
-    let lines: Vec<&str> = text.lines().collect();
-    let pins: Vec<(&str, u64, &str)> = lines
-        .iter()
-        .filter(|line| !line.starts_with('#'))
-        .filter_map(|line| {
-            let mut words = line.splitn(3, ' ');
-            Some((words.next()?, words.next()?.parse().ok()?, words.next()?))
-        })
-        .collect();
-    let of_states: Vec<_> = pins.iter().filter(|pin| !pin.2.starts_with("bug: ")).collect();
-    let jobs: BTreeSet<(String, u64)> =
-        of_states.iter().map(|(profile, seed, _)| ((*profile).to_owned(), *seed)).collect();
-    let violations = AtomicU64::new(0);
-    let reached = reach(&Vec::from_iter(jobs), &|_| false, &violations);
-    let mut kept: BTreeMap<String, (String, u64)> = BTreeMap::new();
-    for (profile, seed, state) in &of_states {
-        let at = ((*profile).to_owned(), *seed);
-        if reached[&at].contains(*state) {
-            kept.insert((*state).to_owned(), at);
-        }
+    let mut pins = pins::load()?;
+    let (reached, violations) = reach(&|at| pins[at as usize].script.clone(), pins.len() as u64);
+    ensure!(violations == 0, "there are violations: mend what they show first; the pins stay as they are");
+    let states: BTreeSet<String> = coverage::states().into_iter().collect();
+    let mut left = states.clone();
+    let mut lost: BTreeMap<String, usize> = BTreeMap::new();
+    for (at, pin) in pins.iter_mut().enumerate() {
+        let reached = &reached[&(at as u64)];
+        lost.extend(pin.reaches.difference(reached).map(|state| (state.clone(), at)));
+        pin.reaches.retain(|state| reached.contains(state) && states.contains(state));
+        left.retain(|state| !pin.reaches.contains(state));
     }
-    // What another pinned seed reaches needs no new one.
-    let mut left: BTreeSet<String> =
-        coverage::states().into_iter().filter(|s| !kept.contains_key(s)).collect();
-    let mut take = |reached: &BTreeMap<(String, u64), BTreeSet<String>>, left: &mut BTreeSet<String>| {
-        while let Some((at, states)) = reached
+    // What another pinned script reaches needs no new one.
+    for (at, pin) in pins.iter_mut().enumerate() {
+        let more: Vec<String> = left.intersection(&reached[&(at as u64)]).cloned().collect();
+        left.retain(|state| !more.contains(state));
+        pin.reaches.extend(more);
+    }
+    eprintln!("{} states need a new script", left.len());
+    if !left.is_empty() {
+        let (fresh, violations) = reach(&|at| generate(first + at, Profile::Mixed), count);
+        ensure!(
+            violations == 0,
+            "there are violations: mend what they show first; the pins stay as they are"
+        );
+        let lengths: BTreeMap<u64, usize> = fresh
             .iter()
-            .max_by_key(|(at, states)| (states.intersection(left).count(), std::cmp::Reverse(at.1)))
-            .filter(|(_, states)| !states.is_disjoint(left))
+            .filter(|(_, states)| !states.is_disjoint(&left))
+            .map(|(at, _)| (*at, generate(first + at, Profile::Mixed).to_string().len()))
+            .collect();
+        // The most new states for a byte.
+        let worth = |at: u64, left: &BTreeSet<String>| {
+            fresh[&at].intersection(left).count() as f64 / (2000 + lengths[&at]) as f64
+        };
+        while let Some(best) = lengths
+            .keys()
+            .copied()
+            .filter(|at| !fresh[at].is_disjoint(&left))
+            .max_by(|a, b| worth(*a, &left).total_cmp(&worth(*b, &left)))
         {
-            for state in states {
-                if left.remove(state) {
-                    kept.insert(state.clone(), at.clone());
-                }
-            }
-        }
-    };
-    take(&reached, &mut left);
-    eprintln!("{} states need a new seed", left.len());
-    let fresh: Vec<(String, u64)> =
-        (first..first.saturating_add(count)).map(|seed| ("mixed".to_owned(), seed)).collect();
-    let wanted = left.clone();
-    take(&reach(&fresh, &|seen| wanted.is_subset(seen), &violations), &mut left);
-    let mut out: Vec<String> =
-        lines.iter().take_while(|l| l.starts_with('#')).map(|l| (*l).to_owned()).collect();
-    for state in coverage::states() {
-        if let Some((profile, seed)) = kept.get(&state) {
-            out.push(format!("{profile} {seed} {state}"));
-        } else {
-            eprintln!("not reached: {state}");
-            out.extend(
-                of_states
-                    .iter()
-                    .filter(|pin| pin.2 == state)
-                    .map(|(profile, seed, state)| format!("{profile} {seed} {state}")),
-            );
+            let reaches: BTreeSet<String> = left.intersection(&fresh[&best]).cloned().collect();
+            left.retain(|state| !reaches.contains(state));
+            let seed = first + best;
+            let script = generate(seed, Profile::Mixed);
+            pins.push(Pin { name: format!("{seed}.script"), reaches, bugs: Vec::new(), script });
         }
     }
-    out.extend(
-        pins.iter()
-            .filter(|pin| pin.2.starts_with("bug: "))
-            .map(|(profile, seed, what)| format!("{profile} {seed} {what}")),
-    );
-    if violations.into_inner() > 0 {
-        return Err(std::io::Error::other(
-            "there are violations: mend what they show first; the pins stay as they are",
-        ));
+    for state in &left {
+        eprintln!("not reached: {state}");
+        if let Some(pin) = lost.get(state) {
+            pins[*pin].reaches.insert(state.clone());
+        }
     }
-    std::fs::write(&path, out.join("\n") + "\n")
+    let mut bytes = 0;
+    for pin in &pins {
+        let path = pins::dir().join(&pin.name);
+        if pin.reaches.is_empty() && pin.bugs.is_empty() {
+            fs::remove_file(&path).ok();
+            continue;
+        }
+        bytes += pin.text().len();
+        fs::write(path, pin.text())?;
+    }
+    eprintln!("{} scripts, {bytes} bytes", pins.len());
+    Ok(())
 }

@@ -25,7 +25,77 @@ pub enum Profile {
 }
 
 /// Kinds of operations; every seed weighs them anew.
-const KINDS: usize = 28;
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    MakeDirectory,
+    RemoveDirectory,
+    Create,
+    /// As often again.
+    CreateMore,
+    Write,
+    Symlink,
+    Read,
+    ReadRange,
+    Stat,
+    List,
+    /// As often again.
+    ListMore,
+    History,
+    Move,
+    /// One directory, or two that would make a loop together.
+    MoveDirectories,
+    Remove,
+    Forge,
+    Undelete,
+    /// Also in place of what cannot be drawn.
+    ChangeMode,
+    Patch,
+    /// A past content comes back, or the file is cut.
+    Rework,
+    Contents,
+    Policy,
+    Forget,
+    Collect,
+    /// A content that is given up, or put together from two.
+    Draft,
+    MoveBlock,
+    Recode,
+    Survey,
+}
+
+impl Kind {
+    /// Every kind, and the largest weight that it is given; looking is cheap and finds stale answers, and some are many requests each.
+    const ALL: [(Kind, u32); 28] = [
+        (Kind::MakeDirectory, 6),
+        (Kind::RemoveDirectory, 6),
+        (Kind::Create, 6),
+        (Kind::CreateMore, 6),
+        (Kind::Write, 6),
+        (Kind::Symlink, 6),
+        (Kind::Read, 6),
+        (Kind::ReadRange, 6),
+        (Kind::Stat, 12),
+        (Kind::List, 12),
+        (Kind::ListMore, 12),
+        (Kind::History, 6),
+        (Kind::Move, 6),
+        (Kind::MoveDirectories, 6),
+        (Kind::Remove, 6),
+        (Kind::Forge, 6),
+        (Kind::Undelete, 6),
+        (Kind::ChangeMode, 6),
+        (Kind::Patch, 6),
+        (Kind::Rework, 6),
+        (Kind::Contents, 6),
+        (Kind::Policy, 6),
+        (Kind::Forget, 6),
+        (Kind::Collect, 1),
+        (Kind::Draft, 6),
+        (Kind::MoveBlock, 3),
+        (Kind::Recode, 3),
+        (Kind::Survey, 1),
+    ];
+}
 /// Names that directories and files of one directory can have.
 const NAMES: u32 = 12;
 /// Directories that a script makes at a time.
@@ -57,7 +127,7 @@ struct Generator {
     cluster: ClusterConfig,
     clients: u32,
     threads: u32,
-    weights: [u32; KINDS],
+    weights: [u32; Kind::ALL.len()],
     /// Longest file.
     bytes_max: u32,
     /// What would exist if everything worked.
@@ -88,30 +158,39 @@ impl Generator {
             // And in every fifth one many names have one hash.
             collide: seed % 5 == 4,
         };
-        let mut weights = [0; KINDS];
-        for (kind, weight) in weights.iter_mut().enumerate() {
-            // Looking is cheap and finds stale answers; a kind is left out now and then.
-            let most = match kind {
-                8..=10 => 12,
-                // Many requests each.
-                23 | 27 => 1,
-                25 | 26 => 3,
-                _ => 6,
-            };
+        let mut weights = [0; Kind::ALL.len()];
+        for ((kind, most), weight) in Kind::ALL.into_iter().zip(&mut weights) {
+            assert_eq!(Kind::ALL[kind as usize].0, kind, "the table is in the order of the kinds");
+            // A kind is left out now and then.
             *weight = if rng.random_ratio(1, 6) { 0 } else { rng.random_range(1..=most) };
         }
+        let mut weigh = |kind: Kind, weight: u32| weights[kind as usize] = weight;
         match profile {
             Profile::Metadata => {
-                for kind in [4, 7, 15, 18, 19, 24, 25, 26] {
-                    weights[kind] = 0;
-                }
-                weights[6] = 1;
+                let of_bytes = [
+                    Kind::Write,
+                    Kind::ReadRange,
+                    Kind::Forge,
+                    Kind::Patch,
+                    Kind::Rework,
+                    Kind::Draft,
+                    Kind::MoveBlock,
+                    Kind::Recode,
+                ];
+                of_bytes.into_iter().for_each(|kind| weigh(kind, 0));
+                weigh(Kind::Read, 1);
             }
-            Profile::Data => (weights[4], weights[6], weights[7]) = (8, 10, 6),
-            _ => {}
+            Profile::Data => {
+                weigh(Kind::Write, 8);
+                weigh(Kind::Read, 10);
+                weigh(Kind::ReadRange, 6);
+            }
+            Profile::Mixed | Profile::Calm => {}
         }
         // Something must come into being.
-        (weights[0], weights[2]) = (weights[0].max(2), weights[2].max(2));
+        for kind in [Kind::MakeDirectory, Kind::Create] {
+            weights[kind as usize] = weights[kind as usize].max(2);
+        }
         let mut generator = Generator {
             clients: rng.random_range(2..=6),
             threads: rng.random_range(1..=4),
@@ -154,12 +233,12 @@ impl Generator {
         let mut at: Vec<u64> = vec![0; lanes as usize];
         let mut events = Vec::new();
         let mut count = 0;
-        if self.weights[23] > 0 {
+        if self.weights[Kind::Collect as usize] > 0 {
             // Where nothing is said, everything is kept for days.
             let action = Action::Operate(Lane { client: 0, thread: 0 }, self.keep("/".into()));
             events.push(Event { at: Duration::ZERO, action });
         }
-        if self.weights[13] > 0 {
+        if self.weights[Kind::MoveDirectories as usize] > 0 {
             // A tree that is deep enough for moves to meet in it.
             for path in ["/d0", "/d1", "/d0/d2", "/d1/d3", "/d0/d2/d4", "/d1/d3/d5"] {
                 self.directories.insert(path.to_owned());
@@ -282,8 +361,9 @@ impl Generator {
             false
         });
         let one = |operation| vec![(0, operation)];
-        match kind.unwrap_or(2) {
-            0 if self.directories.len() < DIRECTORIES_MAX => {
+        let kind = kind.map_or(Kind::Create, |kind| Kind::ALL[kind].0);
+        match kind {
+            Kind::MakeDirectory if self.directories.len() < DIRECTORIES_MAX => {
                 let mut parent = self.directory();
                 if parent.matches('/').count() > 4 {
                     parent = String::new();
@@ -292,7 +372,7 @@ impl Generator {
                 self.directories.insert(path.clone());
                 one(Operation::MakeDirectory(path))
             }
-            1 => {
+            Kind::RemoveDirectory => {
                 let path = match self.directory() {
                     path if path.is_empty() => format!("/d{}", self.rng.random_range(0..6)),
                     path => path,
@@ -313,42 +393,42 @@ impl Generator {
                 }
                 one(Operation::RemoveDirectory(path))
             }
-            2 | 3 => {
+            Kind::Create | Kind::CreateMore => {
                 let path = self.new_name();
                 self.files.insert(path.clone());
                 let bytes = *[0, 1, 100, 255].choose(&mut self.rng).expect("some");
                 one(Operation::Create(path, bytes, self.next_salt()))
             }
-            4 => {
+            Kind::Write => {
                 let path = self.new_name();
                 self.files.insert(path.clone());
                 let bytes = self.rng.random_range(1..self.bytes_max);
                 one(Operation::Write(path, bytes, self.next_salt()))
             }
-            5 => {
+            Kind::Symlink => {
                 let path = self.new_name();
                 self.files.insert(path.clone());
                 one(Operation::Symlink(path, "../elsewhere".into()))
             }
-            6 => one(Operation::Read(self.file())),
-            7 => one(Operation::ReadRange(
+            Kind::Read => one(Operation::Read(self.file())),
+            Kind::ReadRange => one(Operation::ReadRange(
                 self.file(),
                 self.rng.random_range(0..u64::from(self.bytes_max)),
                 self.rng.random_range(1..9000),
             )),
-            8 => one(Operation::Stat(self.file())),
-            9 | 10 => {
+            Kind::Stat => one(Operation::Stat(self.file())),
+            Kind::List | Kind::ListMore => {
                 let path = match self.directory() {
                     path if path.is_empty() => "/".to_owned(),
                     path => path,
                 };
                 one(Operation::List(path))
             }
-            11 => {
+            Kind::History => {
                 let path = self.directory();
                 one(Operation::History(if path.is_empty() { "/".into() } else { path }))
             }
-            12 => {
+            Kind::Move => {
                 let (from, to) = (self.file(), self.new_name());
                 if self.rng.random_ratio(1, 3) {
                     // Onto a directory: it is turned back, if there is something to move.
@@ -364,22 +444,22 @@ impl Generator {
                 self.files.insert(to.clone());
                 one(Operation::Move(from, to))
             }
-            13 => self.move_directories(),
-            14 => {
+            Kind::MoveDirectories => self.move_directories(),
+            Kind::Remove => {
                 let path = self.file();
                 self.files.remove(&path);
                 self.removed.push(path.clone());
                 one(Operation::Remove(path))
             }
-            15 => one(Operation::Forge(self.new_name(), self.rng.random_range(0..11))),
-            16 if !self.removed.is_empty() => {
+            Kind::Forge => one(Operation::Forge(self.new_name(), self.rng.random_range(0..11))),
+            Kind::Undelete if !self.removed.is_empty() => {
                 let from = self.removed.choose(&mut self.rng).expect("not empty").clone();
                 let parent = from.rsplit_once('/').map_or("", |(parent, _)| parent);
                 let to = format!("{parent}/f{}", self.rng.random_range(0..NAMES));
                 self.files.insert(to.clone());
                 one(Operation::Undelete(from, to))
             }
-            22 if self.rng.random() => {
+            Kind::Forget if self.rng.random() => {
                 // A file that lives elsewhere than its last directory goes through the CDC.
                 let (from, to) = (self.file(), self.new_name());
                 self.files.remove(&from);
@@ -389,42 +469,55 @@ impl Generator {
                     (0, Operation::Forget(to, 0)),
                 ]
             }
-            24 if self.rng.random_ratio(1, 4) => {
+            Kind::Draft if self.rng.random_ratio(1, 4) => {
                 // Writes of its blocks may still be under way when their span is collected.
                 let (path, bytes) = (self.new_name(), self.rng.random_range(600..self.bytes_max));
                 vec![(0, Operation::Scrap(path, bytes, self.next_salt())), (0, Operation::Collect(false))]
             }
-            18.. => one(self.upkeep(kind.unwrap_or(18))),
-            _ => one(Operation::ChangeMode(self.file(), self.rng.random_range(0..0o1000))),
+            Kind::Patch
+            | Kind::Rework
+            | Kind::Contents
+            | Kind::Policy
+            | Kind::Forget
+            | Kind::Collect
+            | Kind::Draft
+            | Kind::MoveBlock
+            | Kind::Recode
+            | Kind::Survey => one(self.upkeep(kind)),
+            Kind::ChangeMode | Kind::MakeDirectory | Kind::Undelete => {
+                one(Operation::ChangeMode(self.file(), self.rng.random_range(0..0o1000)))
+            }
         }
     }
 
     /// What looks after files that exist.
-    fn upkeep(&mut self, kind: usize) -> Operation {
+    fn upkeep(&mut self, kind: Kind) -> Operation {
         match kind {
-            18 => {
+            Kind::Patch => {
                 let bytes = *[1, 200, 5000, self.bytes_max].choose(&mut self.rng).expect("some");
                 let offset = self.rng.random_range(0..u64::from(self.bytes_max));
                 let offset = *[0, offset].choose(&mut self.rng).expect("some");
                 let bytes = self.rng.random_range(1..=bytes);
                 Operation::Patch(self.file(), offset, bytes, self.next_salt())
             }
-            19 if self.rng.random() => Operation::Restore(self.file()),
-            19 => Operation::Truncate(self.file(), self.rng.random_range(0..u64::from(self.bytes_max) * 2)),
-            20 => Operation::Contents(self.file()),
-            21 => {
+            Kind::Rework if self.rng.random() => Operation::Restore(self.file()),
+            Kind::Rework => {
+                Operation::Truncate(self.file(), self.rng.random_range(0..u64::from(self.bytes_max) * 2))
+            }
+            Kind::Contents => Operation::Contents(self.file()),
+            Kind::Policy => {
                 let path = self.directory();
                 self.keep(if path.is_empty() { "/".into() } else { path })
             }
-            22 => {
+            Kind::Forget => {
                 let path = match self.removed.choose(&mut self.rng) {
                     Some(path) if self.rng.random() => path.clone(),
                     _ => self.file(),
                 };
                 Operation::Forget(path, *[0, 1, 50, 3_600_000].choose(&mut self.rng).expect("some"))
             }
-            23 => Operation::Collect(self.rng.random_ratio(1, 4)),
-            24 => {
+            Kind::Collect => Operation::Collect(self.rng.random_ratio(1, 4)),
+            Kind::Draft => {
                 let (path, bytes) = (self.new_name(), self.rng.random_range(600..self.bytes_max));
                 if self.rng.random() {
                     return Operation::Scrap(path, bytes, self.next_salt());
@@ -434,9 +527,10 @@ impl Generator {
                 self.salt += 1;
                 Operation::Assemble(path, bytes, self.salt)
             }
-            25 => Operation::MoveBlock(self.file(), self.rng.random_range(0..8)),
-            26 => Operation::Recode(self.file()),
-            _ => Operation::Survey(self.rng.random_range(0..self.cluster.disks)),
+            Kind::MoveBlock => Operation::MoveBlock(self.file(), self.rng.random_range(0..8)),
+            Kind::Recode => Operation::Recode(self.file()),
+            Kind::Survey => Operation::Survey(self.rng.random_range(0..self.cluster.disks)),
+            other => unreachable!("{other:?} does not look after files"),
         }
     }
 

@@ -12,6 +12,7 @@ pub mod history;
 pub mod hot_paths;
 pub mod names;
 pub mod oracle;
+pub mod pins;
 pub mod recording;
 pub mod run;
 pub mod script;

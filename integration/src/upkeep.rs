@@ -82,7 +82,22 @@ impl Worker {
                 Ok("set".into())
             }
             Operation::Forge(path, kind) => self.forge_exchange(path, *kind).await,
-            other => Err(Refusal::malformed(format!("{other} is done elsewhere")).into()),
+            Operation::MakeDirectory(_)
+            | Operation::RemoveDirectory(_)
+            | Operation::Create(..)
+            | Operation::Write(..)
+            | Operation::Symlink(..)
+            | Operation::Read(_)
+            | Operation::ReadRange(..)
+            | Operation::Stat(_)
+            | Operation::List(_)
+            | Operation::History(_)
+            | Operation::Move(..)
+            | Operation::Remove(_)
+            | Operation::ChangeMode(..)
+            | Operation::Undelete(..) => {
+                Err(Refusal::malformed(format!("{operation} is done elsewhere")).into())
+            }
         }
     }
 

@@ -158,7 +158,20 @@ impl Worker {
                 Ok(format!("brought back directory {}", made.id))
             }
             Operation::Forge(path, kind) if *kind < 8 => self.forge(path, *kind).await,
-            other => self.look_after(other).await,
+            Operation::Patch(..)
+            | Operation::Truncate(..)
+            | Operation::Restore(_)
+            | Operation::Contents(_)
+            | Operation::Policy(..)
+            | Operation::Forget(..)
+            | Operation::Collect(_)
+            | Operation::Scrap(..)
+            | Operation::Assemble(..)
+            | Operation::MoveBlock(..)
+            | Operation::Recode(_)
+            | Operation::Survey(_)
+            | Operation::Flag(..)
+            | Operation::Forge(..) => self.look_after(operation).await,
         }
     }
 

@@ -1,0 +1,503 @@
+//! Transcripts: entries in, replies and rows out, of every operation of the shard. They are read as diffs: what a change does to
+//! answers and rows shows in `testdata`, and whoever means it writes them anew with `UPDATE_TRANSCRIPTS=1`.
+//!
+//! `>` is an entry or `?` a read, `<` its answer, `+` a row as it is afterwards, `-` one that is gone. Fields that have their
+//! defaults are left out.
+
+use std::{collections::BTreeMap, fmt::Write as _, path::Path, sync::Arc};
+
+use bytes::Bytes;
+use clutch_proto::{
+    ContentId, InodeId, SpanId,
+    log::{Batch, Epoch},
+    rules,
+    shard::*,
+    state::{Entry, entry::Kind},
+    types::{BlockService, DirectoryPolicy, SnapshotPolicy, Span, SpanShape},
+};
+use clutch_shard::{Shard, ShardFacts, tables};
+use clutch_state::{Applier, EntryOutcome, Machine as _, MemoryStore, Table, View as _};
+use prost::Message;
+use shard_entry::Body;
+use shard_reply::Reply;
+use shard_request::Op;
+
+const ROOT: u64 = InodeId::ROOT.raw();
+const COOKIE: Bytes = Bytes::from_static(b"0123456789abcdef");
+/// A moment long after everything in a transcript.
+const LATER: u64 = 1 << 60;
+
+type Rows = BTreeMap<(u8, Bytes), String>;
+
+struct Transcript {
+    text: String,
+    store: Arc<MemoryStore>,
+    applier: Applier<Shard>,
+    rows: Rows,
+    stamp: u64,
+}
+
+/// Debug output without what has its default.
+fn short(value: &impl std::fmt::Debug) -> String {
+    let mut text = format!("{value:?}");
+    for end in [", ", " }"] {
+        for default in ["0", "false", "None", "[]", "\"\"", "b\"\""] {
+            let pattern = format!(": {default}{end}");
+            while let Some(at) = text.find(&pattern) {
+                let name = text[..at].rfind([' ', '{']).map_or(0, |before| before + 1);
+                let keep = if end == " }" { "}" } else { "" };
+                text.replace_range(name..at + pattern.len(), keep);
+            }
+        }
+    }
+    text.replace(", }", " }").replace("{ }", "{}").replace("  ", " ")
+}
+
+fn shown<M: Message + Default + std::fmt::Debug>(value: &[u8]) -> String {
+    short(&M::decode(value).expect("a row"))
+}
+
+fn row(table: u8, value: &[u8]) -> (&'static str, String) {
+    match Table(table) {
+        tables::SHARD => ("shard", shown::<Genesis>(value)),
+        tables::SERVICE => ("service", shown::<BlockService>(value)),
+        tables::INODE => ("inode", shown::<InodeRow>(value)),
+        tables::EDGE => ("edge", shown::<EdgeRow>(value)),
+        tables::PAST_EDGE => ("past edge", shown::<PastEdgeRow>(value)),
+        tables::CONTENT => ("content", shown::<ContentRow>(value)),
+        tables::EXTENT => ("extent", shown::<ExtentRow>(value)),
+        tables::SPAN => ("span", shown::<Span>(value)),
+        tables::PAST_CONTENT => ("past content", shown::<PastContentRow>(value)),
+        tables::COUNTER => ("counter", shown::<CounterRow>(value)),
+        tables::TRANSIENT => ("transient", String::new()),
+        tables::DEAD_SPAN => ("dead span", String::new()),
+        tables::BLOCK => ("block", value.iter().map(|byte| format!("{byte:02x}")).collect()),
+        other => panic!("{other:?} is in no transcript"),
+    }
+}
+
+impl Transcript {
+    fn new() -> Transcript {
+        let store = Arc::new(MemoryStore::new());
+        let applier = Applier::open(store.clone()).expect("an empty store opens");
+        let mut transcript = Transcript { text: String::new(), store, applier, rows: Rows::new(), stamp: 1 };
+        let genesis = Genesis { slot_last: 255, cluster: 1, rules: rules::VERSION, ..Genesis::default() };
+        transcript.entry(Body::Genesis(genesis));
+        transcript
+    }
+
+    fn title(&mut self, words: &str) {
+        // Writing to a string does not fail.
+        let _ = writeln!(self.text, "\n# {words}\n");
+    }
+
+    fn read_rows(&self) -> Rows {
+        let mut rows = Rows::new();
+        for table in 16..=tables::DEAD_SPAN.0 {
+            for (key, value) in self.store.scan(Table(table), &[], &[], usize::MAX).expect("reads") {
+                rows.insert((table, key), row(table, &value).1);
+            }
+        }
+        rows
+    }
+
+    fn entry(&mut self, body: impl Into<Body>) -> Option<Reply> {
+        let body = body.into();
+        let words = match &body {
+            Body::Request(ShardRequest { op: Some(op) }) => short(op),
+            other => short(other),
+        };
+        let entry = ShardEntry { tag: None, body: Some(body) }.encode_to_vec().into();
+        let entry = Entry { stamp: self.stamp, kind: Some(Kind::Body(entry)) }.encode_to_vec().into();
+        let position = self.applier.position().next();
+        let batch = Batch { position, epoch: Epoch(1), entries: vec![entry] };
+        let mut applied = self.applier.apply(&batch).expect("no fault");
+        let EntryOutcome::Done(outcome) = applied.outcomes.remove(0).1 else { panic!("an answer") };
+        let answer = outcome.map(|reply| reply.reply.expect("a reply"));
+        let _ = writeln!(self.text, "> {words}");
+        self.answer(answer.as_ref().map_err(|refusal| format!("{:?}", refusal.code)));
+        let (before, after) = (std::mem::take(&mut self.rows), self.read_rows());
+        let hex = |key: &Bytes| key.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        for ((table, key), value) in &after {
+            if before.get(&(*table, key.clone())) != Some(value) {
+                let _ = writeln!(self.text, "  + {} {} {value}", name_of(*table), hex(key));
+            }
+        }
+        for (table, key) in before.keys().filter(|key| !after.contains_key(*key)) {
+            let _ = writeln!(self.text, "  - {} {}", name_of(*table), hex(key));
+        }
+        self.rows = after;
+        answer.ok()
+    }
+
+    fn read(&mut self, op: Op) -> Option<Reply> {
+        let _ = writeln!(self.text, "? {}", short(&op));
+        let facts = ShardFacts {
+            cluster: 1,
+            services: Arc::new(vec![BlockService { service_id: 1, ..BlockService::default() }]),
+            ..ShardFacts::default()
+        };
+        let request = ShardRequest { op: Some(op) };
+        let answer = Shard::read(&*self.store, &request, &facts).map(|reply| reply.reply.expect("a reply"));
+        self.answer(answer.as_ref().map_err(|stop| match stop {
+            clutch_state::Stop::Refused(refusal) => format!("{:?}", refusal.code),
+            other => panic!("{other}"),
+        }));
+        answer.ok()
+    }
+
+    fn answer(&mut self, answer: Result<&Reply, String>) {
+        let _ = match answer {
+            Ok(reply) => writeln!(self.text, "  < {}", short(reply)),
+            Err(code) => writeln!(self.text, "  < refused: {code}"),
+        };
+    }
+
+    fn file(&mut self, name: &'static str, data: &'static str) -> EdgeReply {
+        let op = CreateFile {
+            dir: ROOT,
+            name: name.into(),
+            mode: 0o644,
+            data: data.into(),
+            ..CreateFile::default()
+        };
+        match self.entry(Op::CreateFile(op)) {
+            Some(Reply::Edge(edge)) => edge,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn content(&mut self, dir: u64) -> u64 {
+        let op = Some(StartContent { dir });
+        let entry = StartContentEntry { op, cookie: COOKIE, ..StartContentEntry::default() };
+        match self.entry(Body::StartContent(entry)) {
+            Some(Reply::Content(content)) => content.content,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// A content with one certified span.
+    fn written(&mut self, dir: u64) -> (u64, Span) {
+        let content = self.content(dir);
+        let op = InitiateSpan {
+            content,
+            cookie: COOKIE,
+            size: 3,
+            crc: 5,
+            shape: Some(SpanShape::for_size(3, 1, 1)),
+            cell_crcs: vec![7; 2],
+            ..InitiateSpan::default()
+        };
+        let entry = InitiateSpanEntry { op: Some(op), services: vec![1, 2], ..InitiateSpanEntry::default() };
+        let Some(Reply::Span(span)) = self.entry(Body::InitiateSpan(entry)) else { panic!("a span") };
+        let op = CertifySpan { content, cookie: COOKIE, span_id: span.span_id, proofs: vec![] };
+        self.entry(Body::CertifySpan(CertifySpanEntry { op: Some(op), first_bad: 0 }));
+        (content, span)
+    }
+
+    fn services(&mut self) {
+        let service = |service_id| BlockService { service_id, ..BlockService::default() };
+        let services = vec![service(1), service(2), service(3)];
+        self.entry(Body::ServicesChanged(ServicesChanged { services, version: 1 }));
+    }
+}
+
+fn name_of(table: u8) -> &'static str {
+    match Table(table) {
+        tables::SHARD => "shard",
+        tables::SERVICE => "service",
+        tables::INODE => "inode",
+        tables::EDGE => "edge",
+        tables::PAST_EDGE => "past edge",
+        tables::CONTENT => "content",
+        tables::EXTENT => "extent",
+        tables::SPAN => "span",
+        tables::PAST_CONTENT => "past content",
+        tables::COUNTER => "counter",
+        tables::TRANSIENT => "transient",
+        tables::DEAD_SPAN => "dead span",
+        tables::BLOCK => "block",
+        other => panic!("{other:?} is in no transcript"),
+    }
+}
+
+fn forget() -> Option<SnapshotPolicy> {
+    Some(SnapshotPolicy { age_ms: Some(0), ..SnapshotPolicy::default() })
+}
+
+fn files() -> String {
+    let mut t = Transcript::new();
+    t.title("files and links are made, found and listed");
+    let f = t.file("f", "data");
+    let link = CreateSymlink { dir: ROOT, name: "l".into(), target: "f".into(), ..CreateSymlink::default() };
+    t.entry(Op::CreateSymlink(link));
+    let again = CreateFile { dir: ROOT, name: "f".into(), ..CreateFile::default() };
+    t.entry(Op::CreateFile(again));
+    t.read(Op::Lookup(Lookup { dir: ROOT, name: "f".into() }));
+    t.read(Op::Lookup(Lookup { dir: ROOT, name: "none".into() }));
+    t.read(Op::Stat(Stat { id: f.target }));
+    t.read(Op::ReadDir(ReadDir { dir: ROOT, ..ReadDir::default() }));
+    t.read(Op::Layout(Layout { id: f.target, ..Layout::default() }));
+
+    t.title("attributes, another name, no name, back again");
+    let set = SetAttributes { id: f.target, mode: Some(0o600), mtime: Some(9), ..SetAttributes::default() };
+    t.entry(Op::SetAttributes(set));
+    let rename = RenameInDirectory {
+        dir: ROOT,
+        old_name: "f".into(),
+        target: f.target,
+        created_at: f.created_at,
+        new_name: "g".into(),
+    };
+    let Some(Reply::Edge(g)) = t.entry(Op::RenameInDirectory(rename.clone())) else { panic!("an edge") };
+    t.entry(Op::RenameInDirectory(rename));
+    let unlink = Unlink { dir: ROOT, name: "g".into(), target: g.target, created_at: g.created_at };
+    let Some(Reply::Edge(ended)) = t.entry(Op::Unlink(unlink)) else { panic!("an edge") };
+    t.read(Op::History(History { dir: ROOT, name: "g".into(), ..History::default() }));
+    let back = Undelete {
+        dir: ROOT,
+        name: "g".into(),
+        target: g.target,
+        ended_at: ended.created_at,
+        new_name: "h".into(),
+    };
+    t.entry(Op::Undelete(back.clone()));
+    t.entry(Op::Undelete(back));
+    t.text
+}
+
+fn directories() -> String {
+    let mut t = Transcript::new();
+    t.title("a directory is made in steps");
+    let make = CreateDirectoryInode { slot: 3, parent: ROOT, mode: 0o755, ..CreateDirectoryInode::default() };
+    let Some(Reply::Edge(made)) = t.entry(Op::CreateDirectoryInode(make)) else { panic!("an edge") };
+    let dir = made.target;
+    let insert = InsertEdge { dir: ROOT, name: "d".into(), target: dir, replace: false };
+    let Some(Reply::Edge(edge)) = t.entry(Op::InsertEdge(insert)) else { panic!("an edge") };
+    t.entry(Op::SetParent(SetParent { dir, parent: ROOT }));
+    let policy = DirectoryPolicy { snapshot: forget(), ..DirectoryPolicy::default() };
+    t.entry(Op::SetPolicy(SetPolicy { id: dir, policy: Some(policy), inherit: vec![] }));
+
+    t.title("its edge is locked, unlocked, locked and ended");
+    let (name, created_at) = (Bytes::from("d"), edge.created_at);
+    let lock = LockEdge { dir: ROOT, name: name.clone(), target: dir, created_at };
+    t.entry(Op::LockEdge(lock.clone()));
+    t.entry(Op::LockEdge(lock.clone()));
+    t.entry(Op::UnlockEdge(UnlockEdge { dir: ROOT, name: name.clone(), target: dir, created_at }));
+    t.entry(Op::LockEdge(lock));
+    t.entry(Op::OrphanDirectory(OrphanDirectory { dir, parent: ROOT }));
+    t.entry(Op::RemoveLockedEdge(RemoveLockedEdge {
+        dir: ROOT,
+        name: name.clone(),
+        target: dir,
+        created_at,
+    }));
+    t.read(Op::History(History { dir: ROOT, with_present: true, ..History::default() }));
+
+    t.title("it comes back, goes again and is forgotten");
+    t.entry(Op::AdoptDirectory(AdoptDirectory { dir, parent: ROOT }));
+    t.entry(Op::OrphanDirectory(OrphanDirectory { dir, parent: ROOT }));
+    t.stamp = LATER;
+    t.entry(Op::ForgetDirectoryInode(ForgetDirectoryInode { dir, policy: forget() }));
+    let make = CreateDirectoryInode { slot: 3, parent: ROOT, mode: 0o755, ..CreateDirectoryInode::default() };
+    let Some(Reply::Edge(made)) = t.entry(Op::CreateDirectoryInode(make)) else { panic!("an edge") };
+    t.entry(Op::RemoveDirectoryInode(RemoveDirectoryInode { dir: made.target }));
+    t.text
+}
+
+fn contents() -> String {
+    let mut t = Transcript::new();
+    t.services();
+    t.title("a content of bytes, a hole and a span becomes a file");
+    let (content, _) = t.written(ROOT);
+    t.entry(Op::AddInline(AddInline { content, cookie: COOKIE, offset: 3, data: "four".into() }));
+    t.entry(Op::AddHole(AddHole { content, cookie: COOKIE, offset: 7, length: 9 }));
+    t.entry(Op::AddHole(AddHole { content, cookie: COOKIE, offset: 7, length: 9 }));
+    let link =
+        LinkFile { dir: ROOT, name: "f".into(), content, cookie: COOKIE, mode: 0o644, ..LinkFile::default() };
+    let Some(Reply::Edge(file)) = t.entry(Op::LinkFile(link)) else { panic!("an edge") };
+    t.read(Op::Layout(Layout { id: file.target, ..Layout::default() }));
+
+    t.title("it gets another content that shares a range, and the first one back");
+    let other = t.content(file.target);
+    let share = ShareRange {
+        content: other,
+        cookie: COOKIE,
+        offset: 0,
+        from_content: content,
+        from_offset: 1,
+        length: 4,
+    };
+    t.entry(Op::ShareRange(share));
+    let publish = PublishContent {
+        id: file.target,
+        content: other,
+        cookie: COOKIE,
+        expected_content: content,
+        dir: ROOT,
+        ..PublishContent::default()
+    };
+    t.entry(Op::PublishContent(publish.clone()));
+    t.entry(Op::PublishContent(publish));
+    let Some(Reply::ContentHistory(past)) =
+        t.read(Op::ContentHistory(ContentHistory { id: file.target, after: 0 }))
+    else {
+        panic!("a history")
+    };
+    let restore = RestoreContent {
+        id: file.target,
+        content,
+        expected_content: other,
+        dir: ROOT,
+        ended_at: past.past[0].ended_at,
+    };
+    t.entry(Op::RestoreContent(restore));
+
+    t.title("one is given up");
+    let given_up = t.content(ROOT);
+    t.entry(Op::ScrapContent(ScrapContent { content: given_up, cookie: COOKIE }));
+    t.text
+}
+
+fn spans() -> String {
+    let mut t = Transcript::new();
+    t.services();
+    t.title("blocks and spans of the same bytes change places");
+    let ((a, span_a), (b, span_b)) = (t.written(ROOT), t.written(ROOT));
+    let swap = SwapBlocks {
+        span_a: span_a.span_id,
+        block_a: span_a.blocks[0].block_id,
+        span_b: span_b.span_id,
+        block_b: span_b.blocks[0].block_id,
+    };
+    t.entry(Op::SwapBlocks(swap));
+    let swap = SwapSpans {
+        content_a: a,
+        offset_a: 0,
+        span_a: span_a.span_id,
+        content_b: b,
+        offset_b: 0,
+        span_b: span_b.span_id,
+    };
+    t.entry(Op::SwapSpans(swap));
+    let moved = MoveSpan {
+        from_content: a,
+        from_cookie: COOKIE,
+        content: b,
+        cookie: COOKIE,
+        span_id: span_b.span_id,
+        offset: 3,
+    };
+    t.entry(Op::MoveSpan(moved));
+
+    t.title("all of it is seen by those who look after it");
+    t.read(Op::VisitInodes(VisitInodes { kind: 1, ..VisitInodes::default() }));
+    t.read(Op::VisitTransients(VisitTransients::default()));
+    t.read(Op::VisitBlocks(VisitBlocks { service_id: 1, ..VisitBlocks::default() }));
+    t.read(Op::VisitPastContents(VisitPastContents::default()));
+    t.read(Op::VisitDeadSpans(VisitDeadSpans::default()));
+    t.text
+}
+
+fn collection() -> String {
+    let mut t = Transcript::new();
+    t.services();
+    t.title("what a policy keeps stays, and goes later");
+    let (content, span) = t.written(ROOT);
+    let link = LinkFile { dir: ROOT, name: "f".into(), content, cookie: COOKIE, ..LinkFile::default() };
+    let Some(Reply::Edge(file)) = t.entry(Op::LinkFile(link)) else { panic!("an edge") };
+    let other = t.content(file.target);
+    let publish = PublishContent {
+        id: file.target,
+        content: other,
+        cookie: COOKIE,
+        expected_content: content,
+        dir: ROOT,
+        ..PublishContent::default()
+    };
+    t.entry(Op::PublishContent(publish));
+    let Some(Reply::ContentHistory(past)) =
+        t.read(Op::ContentHistory(ContentHistory { id: file.target, after: 0 }))
+    else {
+        panic!("a history")
+    };
+    let ended_at = past.past[0].ended_at;
+    let forget_content =
+        |policy| Op::ForgetContent(ForgetContent { id: file.target, content, policy, ended_at });
+    t.entry(forget_content(Some(SnapshotPolicy { age_ms: Some(1000), ..SnapshotPolicy::default() })));
+    t.stamp = LATER;
+    t.entry(forget_content(forget()));
+
+    t.title("the content is taken apart, and its span with its blocks");
+    t.entry(Op::CollectContent(CollectContent { content }));
+    t.read(Op::VisitDeadSpans(VisitDeadSpans {
+        slot: SpanId(span.span_id).slot().0.into(),
+        after: Bytes::new(),
+    }));
+    let op = RemoveSpan { span_id: span.span_id, proofs: vec![] };
+    t.entry(Body::RemoveSpan(RemoveSpanEntry { op: Some(op.clone()), first_bad: 1 }));
+    t.entry(Body::RemoveSpan(RemoveSpanEntry { op: Some(op), first_bad: 0 }));
+
+    t.title("past edges with their files, here and in steps");
+    for (name, steps) in [("f", false), ("g", true)] {
+        let edge = match name {
+            "f" => file,
+            _ => t.file("g", "data"),
+        };
+        let unlink =
+            Unlink { dir: ROOT, name: name.into(), target: edge.target, created_at: edge.created_at };
+        let Some(Reply::Edge(ended)) = t.entry(Op::Unlink(unlink)) else { panic!("an edge") };
+        let (target, ended_at) = (edge.target, ended.created_at);
+        t.stamp += 1 << 40;
+        if steps {
+            let drop = DropPastEdge { dir: ROOT, name: name.into(), target, ended_at, policy: forget() };
+            t.entry(Op::DropPastEdge(drop));
+            t.entry(Op::RemoveFileInode(RemoveFileInode { id: target }));
+        } else {
+            let forget = ForgetEdge { dir: ROOT, name: name.into(), target, ended_at, policy: forget() };
+            t.entry(Op::ForgetEdge(forget));
+        }
+    }
+    t.entry(Op::CollectContent(CollectContent { content: ContentId(other).0 }));
+
+    t.title("a log that was cut goes on behind its lost future");
+    let counters = CounterRow { inode: 100, content: 100, span: 100, block: 100 };
+    let slots = vec![SlotCounters { slot: 0, counters: Some(counters) }];
+    t.entry(Body::Jump(Jump { slots }));
+    t.text
+}
+
+#[test]
+fn every_operation_does_what_its_transcript_says() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("testdata");
+    let all = [
+        ("files", files()),
+        ("directories", directories()),
+        ("contents", contents()),
+        ("spans", spans()),
+        ("collection", collection()),
+    ];
+    let mut said = String::new();
+    for (name, text) in all {
+        let path = dir.join(format!("{name}.txt"));
+        if std::env::var_os("UPDATE_TRANSCRIPTS").is_some() {
+            std::fs::write(&path, &text).expect("writes");
+        }
+        let kept = std::fs::read_to_string(&path).unwrap_or_default();
+        for (number, (kept, now)) in kept.lines().zip(text.lines()).enumerate() {
+            assert_eq!(kept, now, "line {} of {name}.txt", number + 1);
+        }
+        assert_eq!(kept.lines().count(), text.lines().count(), "lines of {name}.txt");
+        said += &text;
+    }
+    // The types of a request's operations, as the protocol has them.
+    let proto = include_str!("../../proto/clutch/shard/v1/shard.proto");
+    let body = proto.split_once("message ShardRequest {").expect("the message").1;
+    let body = body.split_once("\n}").expect("its end").0;
+    for operation in body.lines().filter(|l| l.contains(" = ")).filter_map(|l| l.split_whitespace().next()) {
+        let is_said = [format!("> {operation}("), format!("> {operation}Entry"), format!("? {operation}(")];
+        let is_said =
+            is_said.iter().any(|words| said.contains(words)) || said.contains(&format!("({operation} "));
+        assert!(is_said, "no transcript has {operation}");
+    }
+}

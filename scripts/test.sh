@@ -13,6 +13,8 @@ step layers
 cargo xtask layers
 step operations
 cargo xtask operations
+step tidy
+cargo xtask tidy
 step purity
 cargo xtask purity
 step demo

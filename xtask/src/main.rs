@@ -1,11 +1,12 @@
 //! Gates that no compiler checks. `cargo xtask layers` compares the crates' dependencies with the table below;
 //! `cargo xtask purity` shows that nothing impure that is planted in a pure crate gets past the lints;
-//! `cargo xtask operations` compares the page of all operations with the protocol; `cargo xtask instructions` compares
+//! `cargo xtask operations` compares the page of all operations with the protocol; `cargo xtask tidy` holds files, functions, commits and documents against the style; `cargo xtask instructions` compares
 //! the instructions of hot paths with what they were.
 
 mod instructions;
 mod operations;
 mod purity;
+mod tidy;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -122,8 +123,11 @@ fn main() -> Result<()> {
         Some("layers") => layers(),
         Some("purity") => purity::check(),
         Some("operations") => operations::check(),
+        Some("tidy") => tidy::run(std::env::args().nth(2).as_deref() == Some("--write")),
         Some("instructions") => instructions::run(std::env::args().nth(2).as_deref() == Some("--write")),
-        _ => bail!("usage: cargo xtask layers | purity | operations | instructions [--write]"),
+        _ => {
+            bail!("usage: cargo xtask layers | purity | operations | tidy [--write] | instructions [--write]")
+        }
     }
 }
 

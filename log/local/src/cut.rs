@@ -26,12 +26,13 @@ use crate::{
     },
     open_read_only,
     recovery::{MARK_FILE, index_path},
+    unfinished::{STAGE, check_finished, olds, unfinished},
 };
+
+pub use crate::unfinished::is_unfinished;
 
 /// Where the logs that remain are made ready.
 const NEW: &str = "rewound";
-/// In the directory of the old logs while they are being exchanged: how far it has come.
-const STAGE: &str = "unfinished";
 /// Old files are being moved away.
 const MOVING_AWAY: &[u8] = b"1";
 /// All old files have been moved away.
@@ -54,40 +55,6 @@ fn storage(what: &str, error: &std::io::Error) -> LogFault {
 /// Where [`prepare`] puts what remains.
 pub fn prepared(dir: &Path) -> PathBuf {
     dir.join(NEW)
-}
-
-/// Whether logs were made ready and could not all be put in place: only [`put_in_place`] helps then.
-pub fn is_unfinished(disk: &dyn Disk, dir: &Path) -> bool {
-    matches!(unfinished(disk, dir), Ok(Some(_)))
-}
-
-/// The fault of a directory that cannot be opened because of that.
-pub(crate) fn check_finished(disk: &dyn Disk, dir: &Path) -> Result<(), LogFault> {
-    match unfinished(disk, dir)? {
-        None => Ok(()),
-        Some(_) => Err(LogFault::Storage(format!(
-            "{}: a rewind was interrupted; run `clutch log rewind` once more, which finishes it",
-            dir.display()
-        ))),
-    }
-}
-
-/// The directory of old logs that an exchange was interrupted in, and how far that had come.
-fn unfinished(disk: &dyn Disk, dir: &Path) -> Result<Option<(PathBuf, Vec<u8>)>, LogFault> {
-    for name in olds(disk, dir)? {
-        let path = dir.join(name);
-        if disk.exists(&path.join(STAGE)) {
-            let stage =
-                disk.read(&path.join(STAGE)).map_err(|e| storage("read how far a rewind came", &e))?;
-            return Ok(Some((path, stage)));
-        }
-    }
-    Ok(None)
-}
-
-fn olds(disk: &dyn Disk, dir: &Path) -> Result<Vec<String>, LogFault> {
-    let names = disk.list(dir).map_err(|e| storage("list the log's directory", &e))?;
-    Ok(names.into_iter().filter(|name| name.starts_with("before-rewind-")).collect())
 }
 
 /// Writes one segment after the other.

@@ -14,6 +14,7 @@ pub mod cut;
 mod format;
 mod reader;
 mod recovery;
+mod unfinished;
 mod writer;
 
 use std::{
@@ -36,8 +37,8 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot, watch};
 
 pub use continuity::Continuity;
-pub use format::{RECORD_HEADER_BYTES, SEGMENT_HEADER_BYTES};
-pub use reader::{Record, RecordKind, SegmentReader};
+pub use format::{RECORD_HEADER_BYTES, Record, RecordKind, SEGMENT_HEADER_BYTES};
+pub use reader::SegmentReader;
 pub use recovery::{Summary, open_read_only};
 
 /// How an engine behaves.

@@ -3,55 +3,13 @@
 use std::{path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
-use clutch_log::{Batch, Epoch, LogFault, LogId, Position};
+use clutch_log::{LogFault, LogId, Position};
 use clutch_runtime::{Disk, File};
 
 use crate::format::{
-    RECORD_HEADER_BYTES, RecordHeader, SEGMENT_HEADER_BYTES, check_segment_header, decode_header,
-    decode_payload, segment_name,
+    RECORD_HEADER_BYTES, Record, RecordHeader, RecordKind, SEGMENT_HEADER_BYTES, check_segment_header,
+    decode_header, decode_payload, segment_name,
 };
-
-/// What a record is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RecordKind {
-    /// Entries of a log.
-    Batch = 1,
-    /// A new reign.
-    Epoch = 2,
-    /// The end of a log.
-    Seal = 3,
-    /// Where every log stands when the segment begins.
-    Groups = 4,
-}
-
-impl RecordKind {
-    pub(crate) fn from_number(number: u32) -> Option<RecordKind> {
-        [RecordKind::Batch, RecordKind::Epoch, RecordKind::Seal, RecordKind::Groups]
-            .into_iter()
-            .find(|k| *k as u32 == number)
-    }
-}
-
-/// One record.
-#[derive(Clone, Debug)]
-pub struct Record {
-    /// What it is for.
-    pub kind: RecordKind,
-    /// The log it belongs to; of no meaning for `Groups`.
-    pub log: LogId,
-    /// Its place.
-    pub position: Position,
-    /// The reign.
-    pub epoch: Epoch,
-    /// Its entries.
-    pub entries: Vec<Bytes>,
-}
-
-impl Record {
-    pub(crate) fn into_batch(self) -> Batch {
-        Batch { position: self.position, epoch: self.epoch, entries: self.entries }
-    }
-}
 
 /// How many bytes are read ahead: many small records cost one read.
 const READ_AHEAD: usize = 256 << 10;

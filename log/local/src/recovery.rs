@@ -12,12 +12,12 @@ use clutch_runtime::Disk;
 use crate::{
     GroupState, Segment,
     continuity::Continuity,
-    cut,
     format::{
-        Index, MARK_BYTES, MARK_SLOT_STRIDE, Mark, SEGMENT_HEADER_BYTES, decode_group, decode_index,
-        decode_mark, encode_index, encode_mark, mark_offset, segment_name, segment_number,
+        Index, MARK_BYTES, MARK_SLOT_STRIDE, Mark, Record, RecordKind, SEGMENT_HEADER_BYTES, decode_group,
+        decode_index, decode_mark, encode_index, encode_mark, mark_offset, segment_name, segment_number,
     },
-    reader::{Record, RecordKind, SegmentReader},
+    reader::SegmentReader,
+    unfinished::check_finished,
 };
 
 pub(crate) const MARK_FILE: &str = "synced";
@@ -161,7 +161,7 @@ fn known_mark(disk: &dyn Disk, dir: &Path, mark: Option<Mark>, numbers: &[u64]) 
 /// Recovers for writing: cuts a torn tail off, refuses damage before the mark and positions that are missing.
 pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recovered, LogFault> {
     disk.create_dir_all(dir).map_err(|e| storage("make the log's directory", &e))?;
-    cut::check_finished(disk, dir)?;
+    check_finished(disk, dir)?;
     let mark = read_mark(disk, dir)?;
     let (numbers, trimmed) = kept(disk, dir, mark.as_ref())?;
     let Some(&last) = numbers.last() else {
@@ -389,7 +389,7 @@ pub struct Summary {
 
 /// Looks at a directory of segments without changing it: for replay and verification, also of a running engine.
 pub fn open_read_only(disk: &dyn Disk, dir: &Path) -> Result<Summary, LogFault> {
-    cut::check_finished(disk, dir)?;
+    check_finished(disk, dir)?;
     let mark = read_mark(disk, dir)?;
     let (segments, _) = kept(disk, dir, mark.as_ref())?;
     if segments.is_empty() {

@@ -14,10 +14,9 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     Command, Group, Segment, Shared, TailRecord,
     format::{
-        GroupLine, Index, Mark, RECORD_HEADER_BYTES, encode_group, encode_index, encode_mark, encode_record,
-        mark_offset, segment_header, segment_name,
+        GroupLine, Index, Mark, RECORD_HEADER_BYTES, RecordKind, encode_group, encode_index, encode_mark,
+        encode_record, mark_offset, segment_header, segment_name,
     },
-    reader::RecordKind,
     recovery::{MARK_FILE, index_path},
 };
 

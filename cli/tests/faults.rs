@@ -89,6 +89,8 @@ fn any_two_disks_of_4_plus_2_may_be_emptied() {
     (0..3).for_each(give_back);
     assert_reads(&cluster, &stored, "with all disks again");
     cluster.wait_until_over("missing or empty");
+    // The registry hears of their room with the next round.
+    cluster.wait_until_over("can be used");
     cluster.fsck();
 }
 

@@ -248,13 +248,26 @@ impl Client {
         truncate: bool,
         source: &mut dyn ContentSource,
     ) -> Result<Attributes, ClientError> {
+        let (before, draft) = self.draft_range(file, offset, truncate, source).await?;
+        self.publish_over(file, before, draft).await
+    }
+
+    /// The first half of [`Client::write_range`]: what the file is, and the content that is to be published in place of that;
+    /// `None` where nothing changes.
+    pub async fn draft_range(
+        &self,
+        file: &Resolved,
+        offset: u64,
+        truncate: bool,
+        source: &mut dyn ContentSource,
+    ) -> Result<(Attributes, Option<Draft>), ClientError> {
         let before = self.stat(file.id).await?;
         let policy = self.write_policy(file.parent).await?;
         let first = read_up_to(source, policy.span_bytes()).await?;
         // Nothing that is written lengthens nothing.
         let offset = if first.is_empty() { offset.min(before.size) } else { offset };
         if first.is_empty() && (!truncate || offset == before.size) {
-            return Ok(before);
+            return Ok((before, None));
         }
         let mut draft = self.start_draft(file.id).await?;
         let written = async {
@@ -274,23 +287,45 @@ impl Client {
                 let from = draft.size;
                 self.append_shared(&mut draft, before.content, from, before.size - from).await?;
             }
-            self.publish(draft.clone(), file.id, before.content, file.parent).await
+            Ok(())
         };
         let written = written.await;
         self.give_up(&draft, &written).await;
-        written
+        written.map(|()| (before, Some(draft)))
     }
 
     /// Cuts a file, or makes it longer with zeros.
     pub async fn truncate(&self, file: &Resolved, size: u64) -> Result<Attributes, ClientError> {
+        let (before, draft) = self.draft_truncated(file, size).await?;
+        self.publish_over(file, before, Some(draft)).await
+    }
+
+    /// The first half of [`Client::truncate`], as [`Client::draft_range`].
+    pub async fn draft_truncated(
+        &self,
+        file: &Resolved,
+        size: u64,
+    ) -> Result<(Attributes, Draft), ClientError> {
         let before = self.stat(file.id).await?;
         let mut draft = self.start_draft(file.id).await?;
         let written = async {
             self.append_shared(&mut draft, before.content, 0, size.min(before.size)).await?;
-            self.append_hole(&mut draft, size.saturating_sub(before.size)).await?;
-            self.publish(draft.clone(), file.id, before.content, file.parent).await
+            self.append_hole(&mut draft, size.saturating_sub(before.size)).await
         };
         let written = written.await;
+        self.give_up(&draft, &written).await;
+        written.map(|()| (before, draft))
+    }
+
+    /// The second half: publishes a draft in place of what the file was, or gives it up.
+    pub async fn publish_over(
+        &self,
+        file: &Resolved,
+        before: Attributes,
+        draft: Option<Draft>,
+    ) -> Result<Attributes, ClientError> {
+        let Some(draft) = draft else { return Ok(before) };
+        let written = self.publish(draft.clone(), file.id, before.content, file.parent).await;
         self.give_up(&draft, &written).await;
         written
     }

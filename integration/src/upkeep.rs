@@ -1,6 +1,6 @@
 //! Operations of a script that look after what is stored: other contents, policies, collection, moving blocks.
 
-use clutch_client::{ClientError, Draft, Resolved, WritePolicy};
+use clutch_client::{ClientError, Draft, Resolved};
 use clutch_client_maintenance::collector::{CollectOptions, collect};
 use clutch_proto::{
     ContentId, InodeId, Refusal,
@@ -103,66 +103,49 @@ impl Worker {
 
     /// A content with these bytes, not published.
     async fn draft(&self, home: InodeId, bytes: Vec<u8>) -> Result<Draft, ClientError> {
-        let policy = self.policy().await?;
+        let policy = self.client.write_policy(home).await?;
         let mut draft = self.client.start_draft(home).await?;
         self.client.append(&mut draft, bytes, &policy).await?;
         Ok(draft)
-    }
-
-    async fn policy(&self) -> Result<WritePolicy, ClientError> {
-        let default = self.client.map().await?.default_policy.unwrap_or_default();
-        Ok(WritePolicy::plain(default.span_size_max, default.data_blocks, default.parity_blocks))
     }
 
     /// Publishes what `change` makes of a file's bytes, once it is written.
     async fn publish(
         &self,
         at: &Resolved,
-        before: &Attributes,
-        draft: Draft,
+        before: Attributes,
+        draft: Option<Draft>,
         change: impl FnOnce(&mut Vec<u8>),
     ) -> Result<String, ClientError> {
-        // Whoever reads the content must find it known, so this comes before it can be seen.
-        let expected = self.history.bytes_of_content(at.id, before.content).map(|bytes| {
-            let mut bytes = bytes.to_vec();
-            change(&mut bytes);
-            bytes
-        });
-        self.history.content(draft.content(), expected);
-        let after = self.client.publish(draft, at.id, before.content, at.parent).await?;
+        if let Some(draft) = &draft {
+            // Whoever reads the content must find it known, so this comes before it can be seen.
+            let expected = self.history.bytes_of_content(at.id, before.content).map(|bytes| {
+                let mut bytes = bytes.to_vec();
+                change(&mut bytes);
+                bytes
+            });
+            self.history.content(draft.content(), expected);
+        }
+        let after = self.client.publish_over(at, before, draft).await?;
         Ok(format!("content {:x} of {} bytes", after.content, after.size))
     }
 
     async fn patch(&self, path: &str, offset: u64, data: Data) -> Result<String, ClientError> {
-        let client = &self.client;
-        let at = client.resolve(self.path(path)).await?;
-        let before = client.stat(at.id).await?;
-        let policy = self.policy().await?;
-        let mut draft = client.start_draft(at.id).await?;
-        let kept = offset.min(before.size);
-        client.append_shared(&mut draft, before.content, 0, kept).await?;
-        client.append_hole(&mut draft, offset - kept).await?;
+        let at = self.client.resolve(self.path(path)).await?;
         let bytes = bytes_of(data);
-        client.append(&mut draft, bytes.clone(), &policy).await?;
-        let end = draft.size();
-        if end < before.size {
-            client.append_shared(&mut draft, before.content, end, before.size - end).await?;
-        }
+        let (before, draft) = self.client.draft_range(&at, offset, false, &mut &bytes[..]).await?;
+        let (begin, end) = (offset as usize, offset as usize + bytes.len());
         let change = |all: &mut Vec<u8>| {
-            all.resize(all.len().max(end as usize), 0);
-            all[offset as usize..end as usize].copy_from_slice(&bytes);
+            all.resize(all.len().max(end), 0);
+            all[begin..end].copy_from_slice(&bytes);
         };
-        self.publish(&at, &before, draft, change).await
+        self.publish(&at, before, draft, change).await
     }
 
     async fn truncate(&self, path: &str, size: u64) -> Result<String, ClientError> {
-        let client = &self.client;
-        let at = client.resolve(self.path(path)).await?;
-        let before = client.stat(at.id).await?;
-        let mut draft = client.start_draft(at.id).await?;
-        client.append_shared(&mut draft, before.content, 0, size.min(before.size)).await?;
-        client.append_hole(&mut draft, size.saturating_sub(before.size)).await?;
-        self.publish(&at, &before, draft, |all| all.resize(size as usize, 0)).await
+        let at = self.client.resolve(self.path(path)).await?;
+        let (before, draft) = self.client.draft_truncated(&at, size).await?;
+        self.publish(&at, before, Some(draft), |all| all.resize(size as usize, 0)).await
     }
 
     /// Both halves are written at the same time, each as a content of its own.
@@ -258,7 +241,7 @@ impl Worker {
     async fn recode(&self, path: &str) -> Result<String, ClientError> {
         let at = self.client.resolve(self.path(path)).await?;
         let layout = self.client.layout(at.id, 0, 0).await?;
-        let policy = self.policy().await?;
+        let policy = self.client.write_policy(at.parent).await?;
         let whole = layout.extents.iter().find(|extent| match &extent.source {
             Some(Source::Span(range)) => {
                 layout.spans.iter().any(|s| s.span_id == range.span_id && u64::from(s.size) == extent.length)

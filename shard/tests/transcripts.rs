@@ -4,6 +4,8 @@
 //! `>` is an entry or `?` a read, `<` its answer, `+` a row as it is afterwards, `-` one that is gone. Fields that have their
 //! defaults are left out.
 
+#![expect(clippy::disallowed_methods, reason = "transcripts are files, and no part of the shard")]
+
 use std::{collections::BTreeMap, fmt::Write as _, path::Path, sync::Arc};
 
 use bytes::Bytes;

@@ -101,7 +101,7 @@ const COMPOSERS: [&str; 3] = ["server", "integration", "cli"];
 const CONCRETE: [&str; 4] = ["log-local", "log-sim", "log-raft", "state-rocks"];
 
 /// Crates that decide, apply and decode. All that they depend on, at any depth, is `PURE_MAY`: nothing that waits, locks,
-/// draws, reads a clock or does I/O.
+/// draws, reads a clock or does I/O. (`libc` is there for `cpufeatures`, which asks it what a processor can on other hosts.)
 const PURE: [&str; 5] = ["proto", "state", "shard", "cdc", "registry"];
 const PURE_MAY: [&str; 12] = [
     "arrayvec",

@@ -203,13 +203,13 @@ mod tests {
                 "a tag that is too old is drawn again, and not for ever",
                 (0..=RENEWALS_MAX).map(|_| (refused(Code::ExpiredUnknown), true, true)).collect(),
                 (0..=RENEWALS_MAX).map(|n| n < RENEWALS_MAX).collect(),
-                |e| matches!(e, ClientError::Refused(_) | ClientError::Unknown(_)),
+                unknown,
             ),
             (
                 "silence, then a tag that is too old",
                 vec![(silence(), true, false), (refused(Code::ExpiredUnknown), true, true)],
                 vec![true, false],
-                |e| !matches!(e, ClientError::Unreachable(_) | ClientError::Declined(_)),
+                unknown,
             ),
         ];
         for (what, heard, again, is_told) in table {
@@ -235,6 +235,28 @@ mod tests {
             let (told, _) = asked.told(error.clone(), false);
             assert!(!matches!(told, ClientError::Unknown(_) | ClientError::Declined(_)), "{error}: {told}");
         }
+    }
+
+    #[test]
+    fn only_a_tag_that_was_never_used_is_drawn_again() {
+        let expired = refused(Code::ExpiredUnknown);
+        fn attempt(error: &ClientError) -> Attempt<'_> {
+            Attempt { error, was_sent: true, is_logged: true }
+        }
+        let mut asked = Asked::new(true);
+        let verdict = asked.failed(attempt(&expired));
+        assert!(verdict.renew && verdict.again && !verdict.look_again && verdict.note.is_some());
+        let silent = silence();
+        asked.failed(attempt(&silent));
+        assert!(!asked.failed(attempt(&expired)).renew, "the silent attempt may have had an effect");
+        for code in [Code::Exists, Code::NotLeader, Code::Busy] {
+            assert!(!Asked::new(true).failed(attempt(&refused(code))).renew, "{code:?}");
+        }
+        // What was not sent had no effect, whatever was answered.
+        let mut asked = Asked::new(true);
+        let unknown = refused(Code::OutcomeUnknown);
+        asked.failed(Attempt { error: &unknown, was_sent: false, is_logged: false });
+        assert!(!asked.maybe_done);
     }
 
     #[test]

@@ -99,7 +99,14 @@ fn main() -> Result<()> {
             left.retain(|state| !reaches.contains(state));
             let seed = first + best;
             let script = generate(seed, Profile::Mixed);
-            pins.push(Pin { name: format!("{seed}.script"), reaches, bugs: Vec::new(), script });
+            // The seed may have made another script once, which stays.
+            let is_free = |name: &String| pins.iter().all(|pin| pin.name != *name);
+            let names = (0..).map(|n| match n {
+                0 => format!("{seed}.script"),
+                n => format!("{seed}-{n}.script"),
+            });
+            let name = { names }.find(is_free).expect("one of them is free");
+            pins.push(Pin { name, reaches, bugs: Vec::new(), script });
         }
     }
     for state in &left {

@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 
 use crate::script::Script;
 
@@ -53,6 +53,10 @@ impl Pin {
         let of = |prefix: &'static str| {
             text.lines().filter_map(move |line| line.strip_prefix(prefix)).map(str::to_owned)
         };
+        let unknown = text
+            .lines()
+            .find(|line| line.starts_with('#') && !line.starts_with(REACHES) && !line.starts_with(BUG));
+        ensure!(unknown.is_none(), "{name}: {unknown:?} is neither `{REACHES}…` nor `{BUG}…`");
         let script = text.parse().map_err(anyhow::Error::msg).with_context(|| name.clone())?;
         Ok(Pin { reaches: of(REACHES).collect(), bugs: of(BUG).collect(), name, script })
     }
@@ -66,6 +70,9 @@ pub fn load() -> Result<Vec<Pin>> {
     let mut pins = Vec::new();
     for entry in fs::read_dir(dir()).context("read the directory of pins")? {
         let path = entry?.path();
+        if path.extension().is_none_or(|extension| extension != "script") {
+            continue;
+        }
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         let text = fs::read_to_string(&path).with_context(|| name.clone())?;
         pins.push(Pin::parse(name, &text)?);

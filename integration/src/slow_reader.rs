@@ -65,13 +65,13 @@ fn read(page: u32, spans_before: usize) -> Result<(), String> {
     };
     let world = cluster.clone();
     let replaces = async move {
-        let Ok(file) = waits.await else { return Ok(()) };
+        let Ok(file) = waits.await else { return Ok(false) };
         let written = draft(&other, file, 2).await?;
         let before = other.stat(file).await?.content;
         other.publish(written, file, before, InodeId::ROOT).await?;
         world.world.suspend_ms(CERTIFICATE_LIFETIME_MS + 60_000);
         world.world.resume(CLIENT);
-        Ok::<_, ClientError>(())
+        Ok::<_, ClientError>(true)
     };
     let (is_replaced, replaced) = oneshot::channel();
     cluster.world.node(OTHER).spawn("replaces", async move {
@@ -79,7 +79,9 @@ fn read(page: u32, spans_before: usize) -> Result<(), String> {
     });
     let read = cluster.world.run(CLIENT, LIMIT, reads).ok_or("reading does not end")?;
     let replaced = cluster.world.run(OTHER, LIMIT, replaced).and_then(Result::ok);
-    replaced.ok_or("replacing does not end")?.map_err(|e| e.to_string())?;
+    if !replaced.ok_or("replacing does not end")?.map_err(|e| e.to_string())? {
+        return Err("the reader did not stand still".into());
+    }
     let bytes = read.map_err(|e| e.to_string())?;
     match bytes.iter().filter(|byte| **byte != 1).count() {
         0 if bytes.len() == SPANS * SPAN_BYTES => Ok(()),

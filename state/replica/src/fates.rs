@@ -37,15 +37,14 @@ impl<W, O> Fates<W, O> {
 
     /// The log has it at this position: answers, if it has been delivered.
     pub(crate) fn committed(&mut self, id: u64, position: Position) -> Option<Answers<W, O>> {
-        let waiters = self.undecided.remove(&id);
-        let answers = match (waiters, self.unclaimed.remove(&position)) {
-            (Some(waiters), Some(outcomes)) => Some(pair(position, waiters, outcomes)),
-            (Some(waiters), None) => {
+        let waiters = self.undecided.remove(&id)?;
+        let answers = match self.unclaimed.remove(&position) {
+            Some(outcomes) => Some(pair(position, waiters, outcomes)),
+            None => {
                 let before = self.decided.insert(position, waiters);
                 assert!(before.is_none(), "two proposals are at {position}");
                 None
             }
-            (None, _) => None,
         };
         self.forget_unclaimed();
         answers
@@ -139,7 +138,7 @@ mod tests {
 
     #[test]
     fn both_must_be_heard_in_either_order() {
-        let table: [(&[Heard], &[Told]); 9] = [
+        let table: [(&[Heard], &[Told]); 10] = [
             (
                 &[Proposed(&["a", "b"]), Committed(1, 5), Applied(5, &[7, 8])],
                 &[("a", Some((5, 7))), ("b", Some((5, 8)))],
@@ -177,6 +176,8 @@ mod tests {
             (&[Proposed(&["a"]), Lost(1), Applied(5, &[7])], &[("a", None)]),
             (&[Proposed(&["a"]), Applied(5, &[7]), Lost(1), Committed(1, 5)], &[("a", None)]),
             (&[Committed(9, 5), Applied(5, &[7]), Lost(9)], &[]),
+            // A number that nobody knows takes nothing from those who are known.
+            (&[Proposed(&["a"]), Applied(5, &[7]), Committed(9, 5), Committed(1, 5)], &[("a", Some((5, 7)))]),
             // Neither is enough.
             (&[Proposed(&["a"]), Committed(1, 5), Applied(4, &[7]), Applied(6, &[8])], &[]),
         ];

@@ -1,7 +1,7 @@
 //! Gates that no compiler checks. `cargo xtask layers` compares the crates' dependencies with the table below;
-//! `cargo xtask purity` shows that nothing impure that is planted in a pure crate gets past the lints;
-//! `cargo xtask operations` compares the page of all operations with the protocol; `cargo xtask tidy` holds files, functions, commits and documents against the style; `cargo xtask instructions` compares
-//! the instructions of hot paths with what they were.
+//! `cargo xtask purity` shows that one planted impurity of each kind in each pure crate is refused; `cargo xtask operations`
+//! compares the page of all operations with the protocol; `cargo xtask tidy` holds files, functions, commits and documents
+//! against the style; `cargo xtask instructions` compares the instructions of hot paths with what they were.
 
 mod instructions;
 mod operations;

@@ -60,8 +60,6 @@ pub struct SendStep {
     pub transaction: u64,
     /// Its step.
     pub step: u32,
-    /// The slot whose shard gets it.
-    pub slot: u8,
     /// What to send.
     pub request: ShardRequest,
     /// `None` for reads.
@@ -301,7 +299,7 @@ fn issue(
 }
 
 fn send(id: u64, row: &TransactionRow, oldest: u64) -> Result<SendStep, StoreError> {
-    let (slot, request) = steps::request(row)?;
+    let request = steps::request(row)?;
     let is_read = request.op.as_ref().is_some_and(|op| operation::of_shard(op).1.is_read());
     let tag = (!is_read).then(|| ClientTag {
         client: STEP_CLIENT,
@@ -310,7 +308,7 @@ fn send(id: u64, row: &TransactionRow, oldest: u64) -> Result<SendStep, StoreErr
         acknowledged: (oldest << STEP_BITS).saturating_sub(1),
         issued_at: row.started_at,
     });
-    Ok(SendStep { transaction: id, step: row.step, slot, request, tag, row: row.clone(), oldest })
+    Ok(SendStep { transaction: id, step: row.step, request, tag, row: row.clone(), oldest })
 }
 
 fn apply_step_done(tx: &mut Tx<'_>, done: StepDone, effects: &mut Effects<Cdc>) -> Result<(), Stop> {

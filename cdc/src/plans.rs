@@ -306,8 +306,10 @@ impl Plan for RenameDirectory {
     }
 
     fn check(&self) -> Result<(), Refusal> {
-        check_move(self.old_parent, self.new_parent)?;
+        check_directory(self.old_parent)?;
+        check_directory(self.new_parent)?;
         check_directory(self.target)?;
+        check_move(self.old_parent, self.new_parent)?;
         if self.target == self.new_parent {
             return Err(Refusal::new(Code::Loop, "a directory cannot be moved into itself"));
         }

@@ -5,7 +5,6 @@ use clutch_proto::{
     Refusal,
     cdc::{CdcReply, TransactionRow},
     mutants::{self, Mutant},
-    operation,
     shard::{Remaining, ShardReply, ShardRequest, Stat, shard_reply::Reply, shard_request},
     types::{Code, Error},
 };
@@ -95,8 +94,8 @@ pub(crate) fn enter(row: &mut TransactionRow, state: State) {
     row.walk_blocked_by = 0;
 }
 
-/// The request of the state that a transaction is in, and the slot whose shard gets it.
-pub(crate) fn request(row: &TransactionRow) -> Result<(u8, ShardRequest), StoreError> {
+/// The request of the state that a transaction is in.
+pub(crate) fn request(row: &TransactionRow) -> Result<ShardRequest, StoreError> {
     let (plan, state) = (plan(row)?, State::of(row)?);
     let op = match state {
         State::Walk => Some(shard_request::Op::Stat(Stat { id: row.walk_at })),
@@ -104,7 +103,7 @@ pub(crate) fn request(row: &TransactionRow) -> Result<(u8, ShardRequest), StoreE
         state => plan.request(state, row),
     };
     let op = op.ok_or_else(|| StoreError::Broken(format!("to {} has no step {state:?}", plan.kind())))?;
-    Ok((operation::of_shard(&op).0.0, ShardRequest { op: Some(op) }))
+    Ok(ShardRequest { op: Some(op) })
 }
 
 /// Before the point of no return: what was done is taken back.

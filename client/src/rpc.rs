@@ -497,7 +497,8 @@ impl Client {
 
     /// Asks the shard that an operation is for. What changes something is done once, however often it must be asked.
     pub async fn shard(&self, op: shard_request::Op) -> Result<Reply, ClientError> {
-        let (slot, class) = operation::of_shard(&op);
+        let (home, class) = operation::of_shard(&op);
+        let slot = home.slot();
         match class {
             Class::Read => self.ask_shard(slot, op, None).await,
             Class::Change | Class::Release | Class::Step => {
@@ -513,7 +514,7 @@ impl Client {
         op: shard_request::Op,
         tag: Option<&ClientTag>,
     ) -> Result<Reply, ClientError> {
-        self.ask_shard(operation::of_shard(&op).0, op, tag).await
+        self.ask_shard(operation::of_shard(&op).0.slot(), op, tag).await
     }
 
     async fn ask_shard(

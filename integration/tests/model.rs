@@ -13,7 +13,7 @@ use clutch_log::{Batch, Epoch};
 use clutch_proto::{
     InodeId, InodeKind, Refusal,
     cdc::{self, CdcEntry, CdcReply, CdcRequest, StepDone, cdc_request},
-    listing,
+    listing, operation,
     shard::*,
     state::{Entry, entry::Kind},
     types::{ClientTag, Code, SnapshotPolicy},
@@ -251,9 +251,10 @@ impl System {
 
     fn run_step(&mut self, step: SendStep) -> StepDone {
         let op = step.request.op.expect("a request");
+        let slot = operation::of_shard(&op).0.slot().0;
         let result = match step.tag {
-            Some(tag) => self.step(step.slot, op, tag),
-            None => self.read(step.slot, op),
+            Some(tag) => self.step(slot, op, tag),
+            None => self.read(slot, op),
         };
         let (error, reply) = match result {
             Ok(reply) => (None, Some(ShardReply { reply: Some(reply) })),

@@ -4,7 +4,8 @@
 
 use crate::{
     cdc::cdc_request,
-    ids::Slot,
+    error::Refusal,
+    ids::{InodeId, Slot},
     registry::registry_request,
     shard::{ShardRequest, shard_entry, shard_request},
 };
@@ -29,61 +30,97 @@ impl Class {
     }
 }
 
-/// An operation of a shard: the slot whose shard it is for, and its class.
-pub fn of_shard(op: &shard_request::Op) -> (Slot, Class) {
+/// What says which shard an operation is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Home {
+    /// The shard of this inode.
+    Inode(u64),
+    /// The shard of this content or span.
+    Part(u64),
+    /// The shard of this slot.
+    Slot(u32),
+}
+
+impl Home {
+    /// The slot whose shard is asked: the low byte of every id. A number that is no id or slot has one, too, whose shard
+    /// refuses it.
+    pub fn slot(self) -> Slot {
+        match self {
+            Home::Inode(id) | Home::Part(id) => Slot(id as u8),
+            Home::Slot(slot) => Slot(slot as u8),
+        }
+    }
+
+    /// The slot, if the number is an id or a slot at all.
+    ///
+    /// # Errors
+    /// Invalid.
+    pub fn check(self) -> Result<Slot, Refusal> {
+        match self {
+            Home::Inode(id) if InodeId::from_wire(id).is_none() => {
+                Err(Refusal::invalid(format!("{id:x} is not an inode id")))
+            }
+            Home::Slot(slot) if slot > u32::from(u8::MAX) => {
+                Err(Refusal::invalid(format!("slot {slot}; slots go from 0 to 255")))
+            }
+            home => Ok(home.slot()),
+        }
+    }
+}
+
+/// An operation of a shard: whose shard it is for, and its class.
+pub fn of_shard(op: &shard_request::Op) -> (Home, Class) {
     use Class::{Change, Read, Release, Step};
     use shard_request::Op;
-    let (id, class) = match op {
-        Op::Lookup(op) => (op.dir, Read),
-        Op::Stat(op) => (op.id, Read),
-        Op::ReadDir(op) => (op.dir, Read),
-        Op::Layout(op) => (op.id, Read),
-        Op::History(op) => (op.dir, Read),
-        Op::ContentHistory(op) => (op.id, Read),
-        Op::VisitInodes(op) => (op.slot.into(), Read),
-        Op::VisitTransients(op) => (op.slot.into(), Read),
-        Op::VisitPastContents(op) => (op.slot.into(), Read),
-        Op::VisitDeadSpans(op) => (op.slot.into(), Read),
-        Op::VisitBlocks(op) => (op.slot.into(), Read),
-        Op::CreateFile(op) => (op.dir, Change),
-        Op::CreateSymlink(op) => (op.dir, Change),
-        Op::StartContent(op) => (op.dir, Change),
-        Op::InitiateSpan(op) => (op.content, Change),
-        Op::CertifySpan(op) => (op.content, Change),
-        Op::AddInline(op) => (op.content, Change),
-        Op::AddHole(op) => (op.content, Change),
-        Op::LinkFile(op) => (op.dir, Change),
-        Op::RenameInDirectory(op) => (op.dir, Change),
-        Op::Unlink(op) => (op.dir, Release),
-        Op::SetAttributes(op) => (op.id, Change),
-        Op::Undelete(op) => (op.dir, Change),
-        Op::SetPolicy(op) => (op.id, Change),
-        Op::ShareRange(op) => (op.content, Change),
-        Op::PublishContent(op) => (op.id, Change),
-        Op::RestoreContent(op) => (op.id, Change),
-        Op::ScrapContent(op) => (op.content, Release),
-        Op::SwapBlocks(op) => (op.span_a, Change),
-        Op::SwapSpans(op) => (op.content_a, Change),
-        Op::MoveSpan(op) => (op.content, Change),
-        Op::ForgetEdge(op) => (op.dir, Release),
-        Op::ForgetContent(op) => (op.id, Release),
-        Op::CollectContent(op) => (op.content, Release),
-        Op::RemoveSpan(op) => (op.span_id, Release),
-        Op::CreateDirectoryInode(op) => (op.slot.into(), Step),
-        Op::InsertEdge(op) => (op.dir, Step),
-        Op::LockEdge(op) => (op.dir, Step),
-        Op::UnlockEdge(op) => (op.dir, Step),
-        Op::RemoveLockedEdge(op) => (op.dir, Step),
-        Op::SetParent(op) => (op.dir, Step),
-        Op::OrphanDirectory(op) => (op.dir, Step),
-        Op::RemoveDirectoryInode(op) => (op.dir, Step),
-        Op::DropPastEdge(op) => (op.dir, Step),
-        Op::RemoveFileInode(op) => (op.id, Step),
-        Op::AdoptDirectory(op) => (op.dir, Step),
-        Op::ForgetDirectoryInode(op) => (op.dir, Step),
-    };
-    // The slot is the low byte of every id.
-    (Slot(id as u8), class)
+    match op {
+        Op::Lookup(op) => (Home::Inode(op.dir), Read),
+        Op::Stat(op) => (Home::Inode(op.id), Read),
+        Op::ReadDir(op) => (Home::Inode(op.dir), Read),
+        Op::Layout(op) => (Home::Inode(op.id), Read),
+        Op::History(op) => (Home::Inode(op.dir), Read),
+        Op::ContentHistory(op) => (Home::Inode(op.id), Read),
+        Op::VisitInodes(op) => (Home::Slot(op.slot), Read),
+        Op::VisitTransients(op) => (Home::Slot(op.slot), Read),
+        Op::VisitPastContents(op) => (Home::Slot(op.slot), Read),
+        Op::VisitDeadSpans(op) => (Home::Slot(op.slot), Read),
+        Op::VisitBlocks(op) => (Home::Slot(op.slot), Read),
+        Op::CreateFile(op) => (Home::Inode(op.dir), Change),
+        Op::CreateSymlink(op) => (Home::Inode(op.dir), Change),
+        Op::StartContent(op) => (Home::Inode(op.dir), Change),
+        Op::InitiateSpan(op) => (Home::Part(op.content), Change),
+        Op::CertifySpan(op) => (Home::Part(op.content), Change),
+        Op::AddInline(op) => (Home::Part(op.content), Change),
+        Op::AddHole(op) => (Home::Part(op.content), Change),
+        Op::LinkFile(op) => (Home::Inode(op.dir), Change),
+        Op::RenameInDirectory(op) => (Home::Inode(op.dir), Change),
+        Op::Unlink(op) => (Home::Inode(op.dir), Release),
+        Op::SetAttributes(op) => (Home::Inode(op.id), Change),
+        Op::Undelete(op) => (Home::Inode(op.dir), Change),
+        Op::SetPolicy(op) => (Home::Inode(op.id), Change),
+        Op::ShareRange(op) => (Home::Part(op.content), Change),
+        Op::PublishContent(op) => (Home::Inode(op.id), Change),
+        Op::RestoreContent(op) => (Home::Inode(op.id), Change),
+        Op::ScrapContent(op) => (Home::Part(op.content), Release),
+        Op::SwapBlocks(op) => (Home::Part(op.span_a), Change),
+        Op::SwapSpans(op) => (Home::Part(op.content_a), Change),
+        Op::MoveSpan(op) => (Home::Part(op.content), Change),
+        Op::ForgetEdge(op) => (Home::Inode(op.dir), Release),
+        Op::ForgetContent(op) => (Home::Inode(op.id), Release),
+        Op::CollectContent(op) => (Home::Part(op.content), Release),
+        Op::RemoveSpan(op) => (Home::Part(op.span_id), Release),
+        Op::CreateDirectoryInode(op) => (Home::Slot(op.slot), Step),
+        Op::InsertEdge(op) => (Home::Inode(op.dir), Step),
+        Op::LockEdge(op) => (Home::Inode(op.dir), Step),
+        Op::UnlockEdge(op) => (Home::Inode(op.dir), Step),
+        Op::RemoveLockedEdge(op) => (Home::Inode(op.dir), Step),
+        Op::SetParent(op) => (Home::Inode(op.dir), Step),
+        Op::OrphanDirectory(op) => (Home::Inode(op.dir), Step),
+        Op::RemoveDirectoryInode(op) => (Home::Inode(op.dir), Step),
+        Op::DropPastEdge(op) => (Home::Inode(op.dir), Step),
+        Op::RemoveFileInode(op) => (Home::Inode(op.id), Step),
+        Op::AdoptDirectory(op) => (Home::Inode(op.dir), Step),
+        Op::ForgetDirectoryInode(op) => (Home::Inode(op.dir), Step),
+    }
 }
 
 /// The class of an operation of the CDC.

@@ -17,9 +17,9 @@
 //! Of all shards, when the CDC has nothing in flight:
 //! 11. every current edge leads to an inode that exists
 //! 12. a file or link has exactly one parent: a current edge or an owned past edge
-//! 13. a directory has an parent if and only if exactly one current edge leads to it, from that parent (root aside)
+//! 13. a directory has a parent if and only if exactly one current edge leads to it, from that parent (root aside)
 //! 14. no edge is locked
-//! 15. every directory that has an parent lies below the root: there are no loops
+//! 15. every directory that has a parent lies below the root: there are no loops
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -31,8 +31,7 @@ pub(crate) fn produce(
     facts: &ShardFacts,
 ) -> Result<ShardEntry, Stop> {
     let op = request.op.ok_or_else(|| Refusal::malformed("a request without an operation"))?;
-    let (slot, class) = operation::of_shard(&op);
-    check_slot(&mut view, slot)?;
+    let (home, class) = operation::of_shard(&op);
     let from_cdc = tag.as_ref().is_some_and(|t| t.client < SYSTEM_CLIENTS);
     match class {
         Class::Read => return Err(Refusal::malformed("a read is not logged").into()),
@@ -44,6 +43,8 @@ pub(crate) fn produce(
         }
         Class::Step | Class::Change | Class::Release => {}
     }
+    // Refused here and not only in apply, so that nobody can fill the log with what cannot work.
+    check_slot(&mut view, home.check()?)?;
     let body = match op {
         Op::StartContent(op) => {
             let mut cookie = Vec::with_capacity(16);

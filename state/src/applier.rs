@@ -21,7 +21,7 @@ use crate::{
 };
 
 /// The format of the rows that this build writes.
-pub const FORMAT: u32 = 5;
+pub const FORMAT: u32 = 6;
 /// Positions whose hash is kept for comparison.
 pub const RECENT_HASHES_MAX: usize = 65_536;
 const APPLIED_KEY: &[u8] = b"";

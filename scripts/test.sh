@@ -39,7 +39,7 @@ step "another build replays the same states"
 CLUTCH_BIN=target/release/clutch cargo test --release --package clutch-integration --features changed \
     --test golden_logs --test changed
 step "simulation: fresh seeds"
-target/release/clutch fuzz --seeds 700 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
+target/release/clutch fuzz --seeds 1000 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
 step "simulation: the same traces in a debug build"
 first=$(date +%s)
 cargo run --release --quiet --package clutch-integration --example trace -- "$first" 40 >"$scratch/release"

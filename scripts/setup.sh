@@ -27,3 +27,13 @@ if ! command -v cargo >/dev/null; then
   echo "setup: please install Rust (rustup) first: the version is in rust-toolchain.toml" >&2
   exit 1
 fi
+# A node takes no blocks while its disk is nearly full: better said here than by a test in the middle.
+if [ "${1:-}" = --tests ]; then
+  for place in "${TMPDIR:-/tmp}" .; do
+    free=$(df --output=avail --block-size=1G "$place" | tail -n 1)
+    if [ "$free" -lt 8 ]; then
+      echo "setup: the tests need 8 GB of room in $place, $free GB are there: make room, or set TMPDIR to another disk" >&2
+      exit 1
+    fi
+  done
+fi

@@ -10,6 +10,8 @@ use crate::{
     shard::{ShardRequest, shard_entry, shard_request},
 };
 
+include!(concat!(env!("OUT_DIR"), "/names.rs"));
+
 /// What an operation may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Class {

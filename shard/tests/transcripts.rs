@@ -1,25 +1,16 @@
-//! Transcripts: entries in, replies and rows out, of every operation of the shard. They are read as diffs: what a change does to
-//! answers and rows shows in `testdata`, and whoever means it writes them anew with `UPDATE_TRANSCRIPTS=1`.
-//!
-//! `>` is an entry or `?` a read, `<` its answer, `+` a row as it is afterwards, `-` one that is gone. Fields that have their
-//! defaults are left out.
+//! Transcripts of every operation of the shard; [`clutch_state_transcript`] says how they are read and renewed.
 
-#![expect(clippy::disallowed_methods, reason = "transcripts are files, and no part of the shard")]
-
-use std::{collections::BTreeMap, fmt::Write as _, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use bytes::Bytes;
 use clutch_proto::{
-    ContentId, InodeId, SpanId,
-    log::{Batch, Epoch},
-    rules,
+    ContentId, InodeId, SpanId, rules,
     shard::*,
-    state::{Entry, entry::Kind},
     types::{BlockService, DirectoryPolicy, SnapshotPolicy, Span, SpanShape},
 };
 use clutch_shard::{Shard, ShardFacts, tables};
-use clutch_state::{Applier, EntryOutcome, Machine as _, MemoryStore, Table, View as _};
-use prost::Message;
+use clutch_state::Table;
+use clutch_state_transcript::{Shows, compare, short, shown};
 use shard_entry::Body;
 use shard_reply::Reply;
 use shard_request::Op;
@@ -29,38 +20,10 @@ const COOKIE: Bytes = Bytes::from_static(b"0123456789abcdef");
 /// A moment long after everything in a transcript.
 const LATER: u64 = 1 << 60;
 
-type Rows = BTreeMap<(u8, Bytes), String>;
+struct Transcript(clutch_state_transcript::Transcript<Shard>);
 
-struct Transcript {
-    text: String,
-    store: Arc<MemoryStore>,
-    applier: Applier<Shard>,
-    rows: Rows,
-    stamp: u64,
-}
-
-/// Debug output without what has its default.
-fn short(value: &impl std::fmt::Debug) -> String {
-    let mut text = format!("{value:?}");
-    for end in [", ", " }"] {
-        for default in ["0", "false", "None", "[]", "\"\"", "b\"\""] {
-            let pattern = format!(": {default}{end}");
-            while let Some(at) = text.find(&pattern) {
-                let name = text[..at].rfind([' ', '{']).map_or(0, |before| before + 1);
-                let keep = if end == " }" { "}" } else { "" };
-                text.replace_range(name..at + pattern.len(), keep);
-            }
-        }
-    }
-    text.replace(", }", " }").replace("{ }", "{}").replace("  ", " ")
-}
-
-fn shown<M: Message + Default + std::fmt::Debug>(value: &[u8]) -> String {
-    short(&M::decode(value).expect("a row"))
-}
-
-fn row(table: u8, value: &[u8]) -> (&'static str, String) {
-    match Table(table) {
+fn row(table: Table, value: &[u8]) -> (&'static str, String) {
+    match table {
         tables::SHARD => ("shard", shown::<Genesis>(value)),
         tables::SERVICE => ("service", shown::<BlockService>(value)),
         tables::INODE => ("inode", shown::<InodeRow>(value)),
@@ -78,29 +41,21 @@ fn row(table: u8, value: &[u8]) -> (&'static str, String) {
     }
 }
 
+fn in_words(reply: &ShardReply) -> String {
+    short(reply.reply.as_ref().expect("a reply"))
+}
+
 impl Transcript {
     fn new() -> Transcript {
-        let store = Arc::new(MemoryStore::new());
-        let applier = Applier::open(store.clone()).expect("an empty store opens");
-        let mut transcript = Transcript { text: String::new(), store, applier, rows: Rows::new(), stamp: 1 };
+        let shows = Shows { tables: 16..=tables::DEAD_SPAN.0, row, reply: in_words };
+        let mut transcript = Transcript(clutch_state_transcript::Transcript::new(shows));
         let genesis = Genesis { slot_last: 255, cluster: 1, rules: rules::VERSION, ..Genesis::default() };
         transcript.entry(Body::Genesis(genesis));
         transcript
     }
 
     fn title(&mut self, words: &str) {
-        // Writing to a string does not fail.
-        let _ = writeln!(self.text, "\n# {words}\n");
-    }
-
-    fn read_rows(&self) -> Rows {
-        let mut rows = Rows::new();
-        for table in 16..=tables::DEAD_SPAN.0 {
-            for (key, value) in self.store.scan(Table(table), &[], &[], usize::MAX).expect("reads") {
-                rows.insert((table, key), row(table, &value).1);
-            }
-        }
-        rows
+        self.0.title(words);
     }
 
     fn entry(&mut self, body: impl Into<Body>) -> Option<Reply> {
@@ -109,50 +64,18 @@ impl Transcript {
             Body::Request(ShardRequest { op: Some(op) }) => short(op),
             other => short(other),
         };
-        let entry = ShardEntry { tag: None, body: Some(body) }.encode_to_vec().into();
-        let entry = Entry { stamp: self.stamp, kind: Some(Kind::Body(entry)) }.encode_to_vec().into();
-        let position = self.applier.position().next();
-        let batch = Batch { position, epoch: Epoch(1), entries: vec![entry] };
-        let mut applied = self.applier.apply(&batch).expect("no fault");
-        let EntryOutcome::Done(outcome) = applied.outcomes.remove(0).1 else { panic!("an answer") };
-        let answer = outcome.map(|reply| reply.reply.expect("a reply"));
-        let _ = writeln!(self.text, "> {words}");
-        self.answer(answer.as_ref().map_err(|refusal| format!("{:?}", refusal.code)));
-        let (before, after) = (std::mem::take(&mut self.rows), self.read_rows());
-        let hex = |key: &Bytes| key.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
-        for ((table, key), value) in &after {
-            if before.get(&(*table, key.clone())) != Some(value) {
-                let _ = writeln!(self.text, "  + {} {} {value}", name_of(*table), hex(key));
-            }
-        }
-        for (table, key) in before.keys().filter(|key| !after.contains_key(*key)) {
-            let _ = writeln!(self.text, "  - {} {}", name_of(*table), hex(key));
-        }
-        self.rows = after;
-        answer.ok()
+        let answer = self.0.entry(&words, &ShardEntry { tag: None, body: Some(body) })?;
+        answer.ok().map(|reply| reply.reply.expect("a reply"))
     }
 
     fn read(&mut self, op: Op) -> Option<Reply> {
-        let _ = writeln!(self.text, "? {}", short(&op));
         let facts = ShardFacts {
             cluster: 1,
             services: Arc::new(vec![BlockService { service_id: 1, ..BlockService::default() }]),
             ..ShardFacts::default()
         };
-        let request = ShardRequest { op: Some(op) };
-        let answer = Shard::read(&*self.store, &request, &facts).map(|reply| reply.reply.expect("a reply"));
-        self.answer(answer.as_ref().map_err(|stop| match stop {
-            clutch_state::Stop::Refused(refusal) => format!("{:?}", refusal.code),
-            other => panic!("{other}"),
-        }));
-        answer.ok()
-    }
-
-    fn answer(&mut self, answer: Result<&Reply, String>) {
-        let _ = match answer {
-            Ok(reply) => writeln!(self.text, "  < {}", short(reply)),
-            Err(code) => writeln!(self.text, "  < refused: {code}"),
-        };
+        let words = short(&op);
+        self.0.read(&words, &ShardRequest { op: Some(op) }, &facts)?.reply
     }
 
     fn file(&mut self, name: &'static str, data: &'static str) -> EdgeReply {
@@ -204,25 +127,6 @@ impl Transcript {
     }
 }
 
-fn name_of(table: u8) -> &'static str {
-    match Table(table) {
-        tables::SHARD => "shard",
-        tables::SERVICE => "service",
-        tables::INODE => "inode",
-        tables::EDGE => "edge",
-        tables::PAST_EDGE => "past edge",
-        tables::CONTENT => "content",
-        tables::EXTENT => "extent",
-        tables::SPAN => "span",
-        tables::PAST_CONTENT => "past content",
-        tables::COUNTER => "counter",
-        tables::TRANSIENT => "transient",
-        tables::DEAD_SPAN => "dead span",
-        tables::BLOCK => "block",
-        other => panic!("{other:?} is in no transcript"),
-    }
-}
-
 fn forget() -> Option<SnapshotPolicy> {
     Some(SnapshotPolicy { age_ms: Some(0), ..SnapshotPolicy::default() })
 }
@@ -265,7 +169,7 @@ fn files() -> String {
     };
     t.entry(Op::Undelete(back.clone()));
     t.entry(Op::Undelete(back));
-    t.text
+    t.0.text
 }
 
 fn directories() -> String {
@@ -299,12 +203,12 @@ fn directories() -> String {
     t.title("it comes back, goes again and is forgotten");
     t.entry(Op::AdoptDirectory(AdoptDirectory { dir, parent: ROOT }));
     t.entry(Op::OrphanDirectory(OrphanDirectory { dir, parent: ROOT }));
-    t.stamp = LATER;
+    t.0.stamp = LATER;
     t.entry(Op::ForgetDirectoryInode(ForgetDirectoryInode { dir, policy: forget() }));
     let make = CreateDirectoryInode { slot: 3, parent: ROOT, mode: 0o755, ..CreateDirectoryInode::default() };
     let Some(Reply::Edge(made)) = t.entry(Op::CreateDirectoryInode(make)) else { panic!("an edge") };
     t.entry(Op::RemoveDirectoryInode(RemoveDirectoryInode { dir: made.target }));
-    t.text
+    t.0.text
 }
 
 fn contents() -> String {
@@ -358,7 +262,7 @@ fn contents() -> String {
     t.title("one is given up");
     let given_up = t.content(ROOT);
     t.entry(Op::ScrapContent(ScrapContent { content: given_up, cookie: COOKIE }));
-    t.text
+    t.0.text
 }
 
 fn spans() -> String {
@@ -398,7 +302,7 @@ fn spans() -> String {
     t.read(Op::VisitBlocks(VisitBlocks { service_id: 1, ..VisitBlocks::default() }));
     t.read(Op::VisitPastContents(VisitPastContents::default()));
     t.read(Op::VisitDeadSpans(VisitDeadSpans::default()));
-    t.text
+    t.0.text
 }
 
 fn collection() -> String {
@@ -427,7 +331,7 @@ fn collection() -> String {
     let forget_content =
         |policy| Op::ForgetContent(ForgetContent { id: file.target, content, policy, ended_at });
     t.entry(forget_content(Some(SnapshotPolicy { age_ms: Some(1000), ..SnapshotPolicy::default() })));
-    t.stamp = LATER;
+    t.0.stamp = LATER;
     t.entry(forget_content(forget()));
 
     t.title("the content is taken apart, and its span with its blocks");
@@ -450,7 +354,7 @@ fn collection() -> String {
             Unlink { dir: ROOT, name: name.into(), target: edge.target, created_at: edge.created_at };
         let Some(Reply::Edge(ended)) = t.entry(Op::Unlink(unlink)) else { panic!("an edge") };
         let (target, ended_at) = (edge.target, ended.created_at);
-        t.stamp += 1 << 40;
+        t.0.stamp += 1 << 40;
         if steps {
             let drop = DropPastEdge { dir: ROOT, name: name.into(), target, ended_at, policy: forget() };
             t.entry(Op::DropPastEdge(drop));
@@ -466,7 +370,7 @@ fn collection() -> String {
     let counters = CounterRow { inode: 100, content: 100, span: 100, block: 100 };
     let slots = vec![SlotCounters { slot: 0, counters: Some(counters) }];
     t.entry(Body::Jump(Jump { slots }));
-    t.text
+    t.0.text
 }
 
 #[test]
@@ -481,15 +385,7 @@ fn every_operation_does_what_its_transcript_says() {
     ];
     let mut said = String::new();
     for (name, text) in all {
-        let path = dir.join(format!("{name}.txt"));
-        if std::env::var_os("UPDATE_TRANSCRIPTS").is_some() {
-            std::fs::write(&path, &text).expect("writes");
-        }
-        let kept = std::fs::read_to_string(&path).unwrap_or_default();
-        for (number, (kept, now)) in kept.lines().zip(text.lines()).enumerate() {
-            assert_eq!(kept, now, "line {} of {name}.txt", number + 1);
-        }
-        assert_eq!(kept.lines().count(), text.lines().count(), "lines of {name}.txt");
+        compare(&dir.join(format!("{name}.txt")), &text);
         said += &text;
     }
     // The types of a request's operations, as the protocol has them.

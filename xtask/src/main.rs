@@ -29,6 +29,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("state-buffered", &["proto", "state"]),
     ("state-replica", &["proto", "runtime", "log", "state"]),
     ("state-rocks", &["state"]),
+    ("state-transcript", &["proto", "state"]),
     ("shard", &["proto", "state"]),
     ("cdc", &["proto", "state"]),
     ("registry", &["proto", "state"]),
@@ -94,7 +95,13 @@ const LAYERS: &[(&str, &[&str])] = &[
 ];
 
 /// What only tests of a crate may use beside.
-const TESTS: &[(&str, &[&str])] = &[("log-raft", &["runtime"]), ("state", &["state-buffered"])];
+const TESTS: &[(&str, &[&str])] = &[
+    ("log-raft", &["runtime"]),
+    ("state", &["state-buffered"]),
+    ("shard", &["state-transcript"]),
+    ("cdc", &["state-transcript"]),
+    ("registry", &["state-transcript"]),
+];
 
 /// Crates that may name a concrete log engine or store.
 const COMPOSERS: [&str; 3] = ["server", "integration", "cli"];

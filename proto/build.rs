@@ -16,6 +16,7 @@ fn main() {
     let out = PathBuf::from(env::var("OUT_DIR").expect("cargo sets OUT_DIR"));
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec()).expect("write descriptor set");
     fs::write(out.join("names.rs"), names(&descriptors)).expect("write the operations' names");
+    fs::write(out.join("again.rs"), again(&descriptors)).expect("write the messages' names");
     prost_build::Config::new()
         .bytes(["."])
         // Written by hand, so that a block is not copied on its way.
@@ -47,4 +48,26 @@ fn names(descriptors: &FileDescriptorSet) -> String {
         );
     }
     text
+}
+
+/// For the tests: reads and writes any message, by its name.
+fn again(descriptors: &FileDescriptorSet) -> String {
+    let mut arms = String::new();
+    for file in &descriptors.file {
+        let (package, path) = (file.package(), file.package().replace('.', "::"));
+        for message in file.message_type.iter().map(|message| message.name()) {
+            let ours = match (package, message) {
+                ("clutch.session.v1", "Frame" | "Frames") => format!("clutch_proto::parts::{message}"),
+                _ => format!("clutch_proto::{path}::{message}"),
+            };
+            arms +=
+                &format!("{:?} => Some(read_and_write::<{ours}>(bytes)),", format!("{package}.{message}"));
+        }
+    }
+    format!(
+        "/// Reads a message and writes it again; `None` where no message has the name.
+        fn again(name: &str, bytes: &[u8]) -> Option<Result<Vec<u8>, DecodeError>> {{
+            match name {{ {arms} _ => None }}
+        }}"
+    )
 }

@@ -269,6 +269,19 @@ mod tests {
     }
 
     #[test]
+    fn certificates_and_codes_have_their_golden_bytes() {
+        let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+        let tag = ClientTag { client: 3, sequence: 4, ..ClientTag::default() };
+        let now = format!(
+            "{}\n{}\n{}\n",
+            hex(&claims(Operation::Write).sign(&KEY)),
+            hex(&claims(Operation::Write).proof(Operation::Written, Time(9)).sign(&KEY)),
+            hex(&system_mac(&[9; 32], &tag, b"body"))
+        );
+        assert_eq!(now, include_str!("../../docs/formats/golden/certificate.hex"));
+    }
+
+    #[test]
     fn every_operation_and_proof_survives_its_signature_and_keys_are_not_shown() {
         use Operation::{Check, Erase, Erased, Read, Write, Written};
         for operation in [Write, Read, Erase, Check, Written, Erased] {

@@ -161,12 +161,14 @@ pub enum Mutant {
     ForgottenInMemory,
     /// A report of an earlier process that came late stays what the registry knows. A real bug once.
     LateReportStays,
+    /// The oldest transaction in flight is in no listing.
+    OldestNotListed,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 78] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 79] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -248,6 +250,7 @@ impl Mutant {
         (Mutant::ForgottenInMemory, &["batches"]),
         (Mutant::LateReportStays, &["late reports"]),
         (Mutant::RenewedOfPresent, &["slow reader"]),
+        (Mutant::OldestNotListed, &["transactions"]),
     ];
 }
 

@@ -102,6 +102,26 @@ fn keys_of_names() {
 }
 
 #[test]
+fn keys_have_their_bytes() {
+    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let dir = InodeId::new(InodeKind::Directory, 0x0203, Slot(4)).expect("an id");
+    let file = InodeId::new(InodeKind::File, 0x0506, Slot(7)).expect("an id");
+    let now = [
+        hex(&inode_key(dir)),
+        hex(&edge_key(dir, b"name")),
+        hex(&past_edge_key(dir, b"name", 0x0809)),
+        hex(&content_key(ContentId(0x0a0b))),
+        hex(&extent_key(ContentId(0x0a0b), 0x0c0d)),
+        hex(&past_content_key(file, 0x0e0f)),
+        hex(&from_number(Slot(8), 0x1011)),
+        hex(&span_key(SpanId(0x1213))),
+        hex(&transient_key(0x1415, ContentId(0x0a0b))),
+        hex(&block_key(Slot(9), ServiceId(0x1617), 0x1819)),
+    ];
+    assert_eq!(now.join("\n"), include_str!("../../docs/formats/golden/shard-keys.hex").trim());
+}
+
+#[test]
 fn what_is_no_key_is_none() {
     let dir = InodeId::ROOT;
     for whole in [edge_key(dir, b"name").to_vec(), past_edge_key(dir, b"name", 7).to_vec()] {

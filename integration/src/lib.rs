@@ -10,6 +10,7 @@ pub mod golden_logs;
 pub mod hanging;
 pub mod history;
 pub mod hot_paths;
+pub mod led_ahead;
 pub mod names;
 pub mod oracle;
 pub mod pins;

@@ -4,7 +4,7 @@
 use clutch_integration::{
     batches,
     generate::{Profile, generate},
-    hanging, names,
+    hanging, led_ahead, names,
     run::run,
     slow_reader, steps,
 };
@@ -20,6 +20,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "names" => names::paths(),
         "hanging" => hanging::all(),
         "slow reader" => slow_reader::all(),
+        "led ahead" => led_ahead::all(),
         _ if !batches::idle().is_empty() => batches::idle(),
         _ => (0..SEEDS_MAX).flat_map(batches::check).take(3).collect(),
     };
@@ -31,7 +32,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 }
 
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
-    if let [checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader")] = checkers {
+    if let [checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead")] = checkers {
         return find_apart(mutant, checker);
     }
     mutants::plant(Some(mutant));

@@ -163,12 +163,14 @@ pub enum Mutant {
     LateReportStays,
     /// The oldest transaction in flight is in no listing.
     OldestNotListed,
+    /// A block service looks at the time that its client says. A real bug once.
+    DisksMindClients,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 79] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 80] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -251,6 +253,7 @@ impl Mutant {
         (Mutant::LateReportStays, &["late reports"]),
         (Mutant::RenewedOfPresent, &["slow reader"]),
         (Mutant::OldestNotListed, &["transactions"]),
+        (Mutant::DisksMindClients, &["led ahead"]),
     ];
 }
 

@@ -28,6 +28,7 @@ use clutch_proto::{
         TransactionSummary, cdc_entry::Body, cdc_request::Op,
     },
     log::Position,
+    mutants::{self, Mutant},
     operation::{self, Class},
     rules,
     shard::{ShardReply, ShardRequest},
@@ -121,7 +122,8 @@ impl Machine for Cdc {
         let Some(Op::ListTransactions(_)) = request.op else {
             return Err(Refusal::malformed("a request without an operation that this build knows").into());
         };
-        let transactions = live(view)?.into_iter().map(|(id, row)| TransactionSummary {
+        let hidden = usize::from(mutants::is(Mutant::OldestNotListed));
+        let transactions = live(view)?.into_iter().skip(hidden).map(|(id, row)| TransactionSummary {
             transaction: id,
             kind: steps::kind_name(&row).to_owned(),
             state: steps::state_name(&row),

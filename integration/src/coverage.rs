@@ -9,14 +9,21 @@ use clutch_cdc::{Cdc, tables};
 use clutch_client::ClientError;
 use clutch_log::LogId;
 use clutch_proto::{
-    cdc::TransactionRow,
+    cdc::{CdcRequest, TransactionRow, cdc_request},
+    session::Role,
     shard::{shard_reply::Reply, shard_request::Op},
     types::Code,
 };
 use clutch_runtime::simulated::World;
 use clutch_state::{Applier, MemoryStore};
 
-use crate::checkers::{Evidence, state::rows};
+use prost::Message as _;
+
+use crate::{
+    checkers::{Evidence, state::rows},
+    history::Record,
+    oracle::Step,
+};
 
 /// States that what runs takes note of.
 const NOTED: &[&str] = &[
@@ -136,7 +143,17 @@ fn answered(code: Code) -> String {
     format!("history: an answer of {code:?}")
 }
 
-/// What a run reached.
+/// Every operation that a simulation must do: each has to have its way through a client, a script and the oracle.
+pub fn operations() -> Vec<String> {
+    let shard = Op::NAMES.iter().map(|name| done("shard", name));
+    shard.chain(cdc_request::Op::NAMES.iter().map(|name| done("cdc", name))).collect()
+}
+
+fn done(whose: &str, name: &str) -> String {
+    format!("done: {whose} {name}")
+}
+
+/// What a run reached, and which operations were done in it.
 pub fn reached(evidence: &Evidence, world: &World) -> BTreeSet<String> {
     let known: BTreeSet<String> = states().into_iter().collect();
     let mut reached: BTreeSet<String> =
@@ -144,7 +161,27 @@ pub fn reached(evidence: &Evidence, world: &World) -> BTreeSet<String> {
     transactions(evidence, &mut reached);
     entries(evidence, &mut reached);
     answers(evidence, &mut reached);
+    performed(evidence, &mut reached);
     reached
+}
+
+/// Operations that had their effect, or answered.
+fn performed(evidence: &Evidence, reached: &mut BTreeSet<String>) {
+    let is_done = |step: &&Step| step.is_first && step.outcome.as_ref().is_some_and(Result::is_ok);
+    let steps = evidence.shards.values().flat_map(|shard| shard.steps.iter().filter(is_done));
+    let mut names: BTreeSet<&str> = steps.filter_map(|step| step.op.as_ref().map(Op::name)).collect();
+    let is_answered =
+        |index: &usize| evidence.records[*index].ended.as_ref().is_some_and(|ended| ended.result.is_ok());
+    let reads = evidence.requests.iter().filter(|(index, _)| is_answered(index));
+    names.extend(reads.map(|(_, (_, op))| op.name()));
+    reached.extend(names.into_iter().map(|name| done("shard", name)));
+    let of_cdc = |record: &&Record| {
+        record.call.role == Role::Cdc && record.ended.as_ref().is_some_and(|ended| ended.result.is_ok())
+    };
+    let requests = evidence.records.iter().filter(of_cdc).filter_map(|record| {
+        CdcRequest::decode(record.call.body.clone()).ok().and_then(|request| request.op)
+    });
+    reached.extend(requests.map(|op| done("cdc", op.name())));
 }
 
 fn transactions(evidence: &Evidence, reached: &mut BTreeSet<String>) {

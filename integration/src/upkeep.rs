@@ -4,6 +4,7 @@ use clutch_client::{ClientError, Draft, Resolved};
 use clutch_client_maintenance::collector::{CollectOptions, collect};
 use clutch_proto::{
     ContentId, InodeId, Refusal,
+    cdc::{ListTransactions, cdc_request},
     registry::{SetServiceFlags, registry_request},
     shard::{RemoveSpan, SwapBlocks, SwapSpans, shard_request::Op},
     types::{Attributes, Code, DirectoryPolicy, PolicyPart, SnapshotPolicy, extent::Source},
@@ -279,9 +280,11 @@ impl Worker {
             let (page, next) = self.client.visit_blocks(service, after).await?;
             blocks += page.len();
             if next.is_empty() {
-                return Ok(format!("{inodes} inodes, {blocks} blocks"));
+                break;
             }
             after = next;
         }
+        let listed = self.client.cdc(cdc_request::Op::ListTransactions(ListTransactions {})).await?;
+        Ok(format!("{inodes} inodes, {blocks} blocks, {} in flight", listed.transactions.len()))
     }
 }

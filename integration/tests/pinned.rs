@@ -52,6 +52,16 @@ fn no_pinned_script_violates_anything() {
     );
 }
 
+/// A new operation needs its way through a client, a script, the generator and the oracle.
+#[test]
+fn every_operation_is_done_by_a_pinned_script() {
+    let missing: Vec<String> = coverage::operations()
+        .into_iter()
+        .filter(|operation| !runs().values().any(|run| run.coverage.contains(operation)))
+        .collect();
+    assert!(missing.is_empty(), "no pinned script does {missing:?}");
+}
+
 /// No bug by itself: a change of timing moves what scripts reach.
 #[test]
 fn every_state_is_reached_by_a_pinned_script() {

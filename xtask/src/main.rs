@@ -1,10 +1,11 @@
 //! Gates that no compiler checks. `cargo xtask layers` compares the crates' dependencies with the table below;
 //! `cargo xtask purity` shows that one planted impurity of each kind in each pure crate is refused; `cargo xtask operations`
-//! compares the page of all operations with the protocol; `cargo xtask tidy` holds files, functions, commits and documents
+//! compares the page of all operations with the protocol, and shows where a new one must be known and who asks for it; `cargo xtask tidy` holds files, functions, commits and documents
 //! against the style; `cargo xtask instructions` compares the instructions of hot paths with what they were.
 
 mod instructions;
 mod operations;
+mod places;
 mod purity;
 mod tidy;
 

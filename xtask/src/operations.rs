@@ -6,6 +6,7 @@ use std::{
     path::Path,
 };
 
+use crate::places;
 use anyhow::{Context as _, Result, ensure};
 
 const PAGE: &str = "docs/operations.md";
@@ -109,5 +110,6 @@ pub(crate) fn check() -> Result<()> {
     }
     ensure!(wrong.is_empty(), "{PAGE} does not fit the protocol:\n  {}", wrong.join("\n  "));
     println!("operations: {count}, each with its row");
-    Ok(())
+    let (_, file, message) = AREAS[0];
+    places::check(&operations(&std::fs::read_to_string(file)?, message)?)
 }

@@ -280,11 +280,13 @@ impl Writer {
     /// Writes and syncs.
     fn append(&mut self, bytes: &[u8]) -> Result<(), String> {
         let current = self.current.as_mut().ok_or("no open segment")?;
+        let end = current.offset + bytes.len() as u64;
+        assert!(end <= current.allocated, "{end} is behind the room for {}", current.allocated);
         current.file.write_at(bytes, current.offset).map_err(|e| e.to_string())?;
         if !mutants::is(Mutant::AcknowledgeBeforeSync) {
             current.file.sync().map_err(|e| e.to_string())?;
         }
-        current.offset += bytes.len() as u64;
+        current.offset = end;
         let (segment, offset) = (current.number, current.offset);
         self.write_mark(segment, offset)?;
         self.unmarked_bytes += bytes.len() as u64;
@@ -394,8 +396,11 @@ impl Writer {
         }
         for Staged { group, record, answer } in staged {
             let (position, epoch) = (record.batch.position, record.batch.epoch);
+            let before = *group.last.borrow();
+            assert_eq!(position, before.next(), "{}: what is published follows what was", group.id);
             {
                 let mut state = group.state.lock();
+                assert!(epoch <= state.epoch, "{}: {epoch:?} has not begun", group.id);
                 state.tail_bytes += weight(&record.batch);
                 state.tail.push_back(record);
                 while state.tail_bytes > self.shared.options.tail_bytes_max && state.tail.len() > 1 {
@@ -428,11 +433,13 @@ impl Writer {
             };
             let Some(number) = removable else { return Ok(Ok(())) };
             // First it is said that it was trimmed: a file that is missing without that is a loss.
+            assert!(self.mark.first <= number, "segment {number} was trimmed before");
             self.mark.first = number + 1;
             self.write_mark(self.mark.segment, self.mark.offset)?;
             self.sync_mark()?;
             // Readers must not look for it any more before it goes.
             let segment = self.shared.segments.lock().remove(0);
+            assert_eq!(segment.number, number, "nobody else removes segments");
             if let Err(error) = self.shared.disk.remove(&self.shared.dir.join(segment_name(number))) {
                 // Still there: it must go before any later one, or the rest looks incomplete.
                 self.shared.segments.lock().insert(0, segment);

@@ -108,17 +108,8 @@ impl NodeHandler {
         (response, body)
     }
 
-    async fn dispatch(
-        &self,
-        bytes: Bytes,
-        answers: &Answers,
-        held: &mut Held,
-    ) -> Result<(Response, Option<BlocksReply>), Refusal> {
-        if bytes.len() > MESSAGE_BYTES_MAX {
-            return Err(Refusal::new(Code::TooLarge, format!("a message of {} bytes", bytes.len())));
-        }
-        let request =
-            Request::decode(bytes).map_err(|e| Refusal::malformed(format!("decode request: {e}")))?;
+    /// Looks at what every request says of itself; its role.
+    fn admit(&self, request: &Request) -> Result<Role, Refusal> {
         let role = Role::try_from(request.role).unwrap_or(Role::Unspecified);
         if !mutants::is(Mutant::TimeGoesBack) {
             let observed = self.clock.observe(Time(request.time));
@@ -138,6 +129,21 @@ impl NodeHandler {
         {
             return Err(Refusal::new(Code::Permission, "client ids below 16 are the cluster's own"));
         }
+        Ok(role)
+    }
+
+    async fn dispatch(
+        &self,
+        bytes: Bytes,
+        answers: &Answers,
+        held: &mut Held,
+    ) -> Result<(Response, Option<BlocksReply>), Refusal> {
+        if bytes.len() > MESSAGE_BYTES_MAX {
+            return Err(Refusal::new(Code::TooLarge, format!("a message of {} bytes", bytes.len())));
+        }
+        let request =
+            Request::decode(bytes).map_err(|e| Refusal::malformed(format!("decode request: {e}")))?;
+        let role = self.admit(&request)?;
         let replica = match role {
             Role::Registry => self.registry.as_ref(),
             Role::Cdc => self.cdc.as_ref(),

@@ -1,6 +1,6 @@
-//! Bytes of every message, kept: `docs/formats/golden/messages.txt` has one line for each, with all of its fields set, and
-//! one for each of what it can be. What an earlier build wrote is read and written again as the same bytes, so that no
-//! field is lost, renumbered or given another type.
+//! The schema, kept, and bytes of every message. `docs/formats/golden/schema.txt` has a line for each field and each value of
+//! an enum: name, number and type stay as they are. `messages.txt` has one line for each message, with all of its fields set,
+//! and one for each of what it can be: what an earlier build wrote is read and written again as the same bytes.
 //!
 //! A new field or message adds lines (`UPDATE_VECTORS=1`); no line is ever changed or removed.
 
@@ -68,9 +68,14 @@ impl Messages {
 
     fn put(&self, field: &FieldDescriptorProto, depth: usize, bytes: &mut Vec<u8>) {
         let number = field.number() as u32;
+        // More than 32 bits where they fit: a narrower type would lose some.
+        let large = match field.r#type() {
+            Type::Uint64 => u64::from(number) + (300 << 32),
+            _ => u64::from(number) + 300,
+        };
         let values: &[u64] = match field.label() {
-            Label::Repeated => &[u64::from(number) + 300, 1],
-            _ => &[u64::from(number) + 300],
+            Label::Repeated => &[large, 1],
+            Label::Optional | Label::Required => &[large],
         };
         match field.r#type() {
             Type::Uint64 => match values {
@@ -119,8 +124,59 @@ fn choices(message: &DescriptorProto) -> Vec<&str> {
     of_one.map(|field| field.name()).collect()
 }
 
+/// A line for each field and each value of an enum.
+fn schema() -> Vec<String> {
+    let files = FileDescriptorSet::decode(DESCRIPTORS).expect("descriptors").file;
+    let mut lines = Vec::new();
+    for file in &files {
+        for message in &file.message_type {
+            for field in &message.field {
+                let kind = match field.r#type() {
+                    Type::Message | Type::Enum => field.type_name()[1..].to_owned(),
+                    kind => format!("{kind:?}").to_lowercase(),
+                };
+                let repeated = if field.label() == Label::Repeated { "repeated " } else { "" };
+                let name = format!("{}.{}.{}", file.package(), message.name(), field.name());
+                lines.push(format!("{name} = {} {repeated}{kind}", field.number()));
+            }
+        }
+        for of in &file.enum_type {
+            for value in &of.value {
+                lines.push(format!("{}.{}.{} = {}", file.package(), of.name(), value.name(), value.number()));
+            }
+        }
+    }
+    lines
+}
+
+/// The kept text of a golden file, with what is new added when `UPDATE_VECTORS` is set; else nothing may be new.
+fn kept(name: &str, now: &[String]) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/formats/golden").join(name);
+    let mut kept = std::fs::read_to_string(&path).unwrap_or_default();
+    let missing: Vec<&String> = now.iter().filter(|now| !kept.lines().any(|line| line == **now)).collect();
+    if std::env::var_os("UPDATE_VECTORS").is_some() {
+        missing.iter().for_each(|line| drop(writeln!(kept, "{line}")));
+        std::fs::write(&path, &kept).expect("writes");
+    } else {
+        let names: Vec<&str> = missing.iter().filter_map(|line| line.split(' ').next()).collect();
+        assert!(
+            names.is_empty(),
+            "{name} lacks {names:?}: if all that is new is meant, UPDATE_VECTORS=1 adds it"
+        );
+    }
+    kept
+}
+
+#[test]
+fn fields_and_values_keep_their_numbers_and_types() {
+    let now = schema();
+    let kept = kept("schema.txt", &now);
+    let lost: Vec<&str> = kept.lines().filter(|line| !now.iter().any(|now| now == line)).collect();
+    assert!(lost.is_empty(), "these have another number or type, or are gone: {lost:#?}");
+}
+
 /// A line for each message and each of its choices.
-fn now() -> Vec<(String, String)> {
+fn now() -> Vec<String> {
     let messages = Messages::load();
     let mut lines = Vec::new();
     for (name, message) in &messages.0 {
@@ -132,7 +188,7 @@ fn now() -> Vec<(String, String)> {
                 hex
             });
             let called = chosen.map(|chosen| format!(".{chosen}")).unwrap_or_default();
-            lines.push((format!("{}{called}", &name[1..]), hex));
+            lines.push(format!("{}{called} {hex}", &name[1..]));
         }
     }
     lines
@@ -140,21 +196,7 @@ fn now() -> Vec<(String, String)> {
 
 #[test]
 fn every_message_is_read_and_written_as_its_kept_bytes() {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/formats/golden/messages.txt");
-    let mut kept = std::fs::read_to_string(&path).unwrap_or_default();
-    let missing: Vec<(String, String)> = now()
-        .into_iter()
-        .filter(|(name, hex)| !kept.lines().any(|line| line.split_once(' ') == Some((name, hex))))
-        .collect();
-    if std::env::var_os("UPDATE_VECTORS").is_some() {
-        for (name, hex) in &missing {
-            let _ = writeln!(kept, "{name} {hex}");
-        }
-        std::fs::write(&path, &kept).expect("writes");
-    } else {
-        let names: Vec<&String> = missing.iter().map(|(name, _)| name).collect();
-        assert!(names.is_empty(), "messages.txt lacks {names:?}: UPDATE_VECTORS=1 adds them");
-    }
+    let kept = kept("messages.txt", &now());
     for line in kept.lines() {
         let (name, hex) = line.split_once(' ').expect("a name and bytes");
         let bytes: Vec<u8> = (0..hex.len() / 2)

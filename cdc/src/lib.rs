@@ -119,9 +119,21 @@ impl Machine for Cdc {
     }
 
     fn read(view: &dyn View, request: &CdcRequest, _facts: &()) -> Result<CdcReply, Stop> {
-        let Some(Op::ListTransactions(_)) = request.op else {
-            return Err(Refusal::malformed("a request without an operation that this build knows").into());
-        };
+        match request.op {
+            Some(Op::ListTransactions(_)) => {}
+            Some(
+                Op::MakeDirectory(_)
+                | Op::RemoveDirectory(_)
+                | Op::RenameFile(_)
+                | Op::RenameDirectory(_)
+                | Op::ForgetFile(_)
+                | Op::ForgetDirectory(_)
+                | Op::UndeleteDirectory(_),
+            ) => return Err(Refusal::malformed("not a read").into()),
+            None => {
+                return Err(Refusal::malformed("a request without an operation that this build knows").into());
+            }
+        }
         let hidden = usize::from(mutants::is(Mutant::OldestNotListed));
         let transactions = live(view)?.into_iter().skip(hidden).map(|(id, row)| TransactionSummary {
             transaction: id,
@@ -357,6 +369,12 @@ fn finish(
     tx.delete(tables::TRANSACTION, &tables::key(id));
     let mut counters = counters(tx)?;
     broken_unless!(counters.live > 0, "transaction {id} ends, and none is in flight");
+    broken_unless!(
+        row.run_order <= counters.run_order,
+        "transaction {id} ran as number {}, and {} have run",
+        row.run_order,
+        counters.run_order
+    );
     counters.live -= 1;
     if counters.oldest == id {
         // What was deleted before the oldest is never looked at again.

@@ -171,7 +171,7 @@ impl Plan for MakeDirectory {
                 let (name, target) = (self.name.clone(), row.made);
                 Some(Op::InsertEdge(InsertEdge { dir: parent, name, target, replace: false }))
             }
-            _ => None,
+            State::Waiting | State::Walk | State::SetParent | State::Remove | State::Back => None,
         }
     }
 
@@ -228,7 +228,7 @@ impl Plan for RemoveDirectory {
                 Some(Op::OrphanDirectory(OrphanDirectory { dir: self.target, parent: self.parent }))
             }
             State::Remove => Some(OldEdge::from(self).end()),
-            _ => None,
+            State::Waiting | State::Walk | State::SetParent | State::Back => None,
         }
     }
 
@@ -280,7 +280,7 @@ impl Plan for RenameFile {
                 Some(Op::InsertEdge(InsertEdge { dir: self.new_parent, name, target, replace: true }))
             }
             State::Remove => Some(OldEdge::from(self).end()),
-            _ => None,
+            State::Waiting | State::Walk | State::SetParent | State::Back => None,
         }
     }
 
@@ -339,7 +339,7 @@ impl Plan for RenameDirectory {
             }
             State::SetParent => Some(Op::SetParent(SetParent { dir: target, parent })),
             State::Remove => Some(OldEdge::from(self).end()),
-            _ => None,
+            State::Waiting | State::Walk | State::Back => None,
         }
     }
 
@@ -388,7 +388,7 @@ impl Plan for ForgetFile {
                 Some(Op::DropPastEdge(DropPastEdge { dir, name, target, ended_at, policy }))
             }
             State::Remove => Some(Op::RemoveFileInode(RemoveFileInode { id: target })),
-            _ => None,
+            State::Waiting | State::Walk | State::Insert | State::SetParent | State::Back => None,
         }
     }
 
@@ -471,7 +471,7 @@ impl Plan for UndeleteDirectory {
                 Some(Op::InsertEdge(InsertEdge { dir: parent, name, target, replace: false }))
             }
             State::SetParent => Some(Op::AdoptDirectory(AdoptDirectory { dir: target, parent })),
-            _ => None,
+            State::Waiting | State::Walk | State::Remove | State::Back => None,
         }
     }
 

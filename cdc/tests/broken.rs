@@ -162,3 +162,11 @@ fn a_transaction_runs_once() {
     coordinator.refused().expect("ends");
     assert_eq!(coordinator.row::<TransactionRow>(tables::TRANSACTION, &tables::key(2)).step, 0);
 }
+
+#[test]
+fn nobody_ran_later_than_all() {
+    let mut coordinator = Coordinator::running();
+    let counters: CountersRow = coordinator.row(tables::COUNTERS, &[]);
+    coordinator.set(tables::COUNTERS, &[], &CountersRow { run_order: 0, ..counters });
+    says(coordinator.refused(), "ran as number 1, and 0 have run");
+}

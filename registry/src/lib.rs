@@ -89,7 +89,14 @@ impl Machine for Registry {
                 let chain = chain.ok_or_else(|| Stop::refuse(Code::NotFound, "no such log"))?;
                 Ok(RegistryReply { chain: Some(chain), ..RegistryReply::default() })
             }
-            _ => Err(Refusal::malformed("a request without an operation that this build knows").into()),
+            Some(
+                Op::RegisterServices(_)
+                | Op::PlaceShard(_)
+                | Op::PlaceCdc(_)
+                | Op::SwapChain(_)
+                | Op::SetServiceFlags(_),
+            ) => Err(Refusal::malformed("not a read").into()),
+            None => Err(Refusal::malformed("a request without an operation that this build knows").into()),
         }
     }
 

@@ -140,7 +140,12 @@ pub(crate) fn append(
     let size = extended(&row, row.size, length)?;
     let extent = ExtentRow { length, source: Some(source) };
     tx.put_row(tables::EXTENT, &tables::extent_key(id, row.size), &extent);
-    broken_unless!(size - row.size == length, "content {id} grows from {} to {size} by {length}", row.size);
+    broken_unless!(
+        (row.size == 0) == (row.extents == 0),
+        "content {id} has {} bytes in {} extents",
+        row.size,
+        row.extents
+    );
     row.size = size;
     row.extents += 1;
     put_transient(tx, time, id, row);

@@ -65,7 +65,10 @@ fn extent_of(tx: &mut Tx<'_>, content: u64, offset: u64, span: u64) -> Result<(E
     match extent {
         Some(extent) => match extent.source {
             Some(Source::Span(range)) if range.span_id == span => Ok((extent, range.offset)),
-            _ => Err(Stop::refuse(Code::Stale, format!("content {id} has another span at {offset} now"))),
+            Some(Source::Span(_) | Source::Hole(_) | Source::Inline(_)) => {
+                Err(Stop::refuse(Code::Stale, format!("content {id} has another span at {offset} now")))
+            }
+            None => Err(extent::unknown_source(content)),
         },
         None => {
             Err(Stop::refuse(Code::NotFound, format!("content {id} has no extent that begins at {offset}")))

@@ -79,7 +79,10 @@ pub(crate) fn part(source: Option<Source>, from: u64, length: u64) -> Result<Sou
             Ok(Source::Span(SpanRange { span_id: range.span_id, offset: range.offset + from as u32 }))
         }
         Some(Source::Hole(_)) => Ok(Source::Hole(true)),
-        _ => Err(StoreError::Broken("an extent that is shorter than its length".into())),
+        Some(Source::Inline(_)) => {
+            Err(StoreError::Broken("an extent that is shorter than its length".into()))
+        }
+        None => Err(StoreError::Broken("an extent of a source that this build does not know".into())),
     }
 }
 
@@ -90,7 +93,7 @@ pub(crate) fn goes_on(extent: &ExtentRow, next: &Source) -> bool {
             range.span_id == next.span_id && u64::from(range.offset) + extent.length == u64::from(next.offset)
         }
         (Some(Source::Hole(_)), Source::Hole(_)) => true,
-        _ => false,
+        (Some(Source::Span(_) | Source::Hole(_) | Source::Inline(_)) | None, _) => false,
     }
 }
 

@@ -29,20 +29,57 @@ use crate::{
 };
 
 pub(crate) fn read(view: &dyn View, request: &ShardRequest, pages: &Pages) -> Result<Reply, Stop> {
-    match &request.op {
-        Some(Op::Lookup(op)) => lookup(view, op),
-        Some(Op::Stat(op)) => stat(view, op),
-        Some(Op::ReadDir(op)) => read_dir(view, op, pages),
-        Some(Op::Layout(op)) => layout(view, op, pages),
-        Some(Op::History(op)) if op.with_present => whole_history(view, op, pages),
-        Some(Op::History(op)) => history(view, op, pages),
-        Some(Op::ContentHistory(op)) => visit::content_history(view, op, pages),
-        Some(Op::VisitInodes(op)) => visit::inodes(view, op, pages),
-        Some(Op::VisitTransients(op)) => visit::transients(view, op, pages),
-        Some(Op::VisitPastContents(op)) => visit::past_contents(view, op, pages),
-        Some(Op::VisitDeadSpans(op)) => visit::dead_spans(view, op, pages),
-        Some(Op::VisitBlocks(op)) => visit::blocks(view, op, pages),
-        _ => Err(Refusal::malformed("a request without an operation that this build knows").into()),
+    let unknown = || Refusal::malformed("a request without an operation that this build knows");
+    match request.op.as_ref().ok_or_else(unknown)? {
+        Op::Lookup(op) => lookup(view, op),
+        Op::Stat(op) => stat(view, op),
+        Op::ReadDir(op) => read_dir(view, op, pages),
+        Op::Layout(op) => layout(view, op, pages),
+        Op::History(op) if op.with_present => whole_history(view, op, pages),
+        Op::History(op) => history(view, op, pages),
+        Op::ContentHistory(op) => visit::content_history(view, op, pages),
+        Op::VisitInodes(op) => visit::inodes(view, op, pages),
+        Op::VisitTransients(op) => visit::transients(view, op, pages),
+        Op::VisitPastContents(op) => visit::past_contents(view, op, pages),
+        Op::VisitDeadSpans(op) => visit::dead_spans(view, op, pages),
+        Op::VisitBlocks(op) => visit::blocks(view, op, pages),
+        // Changes and steps do not come here.
+        Op::CreateFile(_)
+        | Op::CreateSymlink(_)
+        | Op::StartContent(_)
+        | Op::InitiateSpan(_)
+        | Op::CertifySpan(_)
+        | Op::AddInline(_)
+        | Op::AddHole(_)
+        | Op::LinkFile(_)
+        | Op::RenameInDirectory(_)
+        | Op::Unlink(_)
+        | Op::SetAttributes(_)
+        | Op::Undelete(_)
+        | Op::SetPolicy(_)
+        | Op::ShareRange(_)
+        | Op::PublishContent(_)
+        | Op::RestoreContent(_)
+        | Op::ScrapContent(_)
+        | Op::SwapBlocks(_)
+        | Op::SwapSpans(_)
+        | Op::MoveSpan(_)
+        | Op::ForgetEdge(_)
+        | Op::ForgetContent(_)
+        | Op::CollectContent(_)
+        | Op::RemoveSpan(_)
+        | Op::CreateDirectoryInode(_)
+        | Op::InsertEdge(_)
+        | Op::LockEdge(_)
+        | Op::UnlockEdge(_)
+        | Op::RemoveLockedEdge(_)
+        | Op::SetParent(_)
+        | Op::OrphanDirectory(_)
+        | Op::RemoveDirectoryInode(_)
+        | Op::DropPastEdge(_)
+        | Op::RemoveFileInode(_)
+        | Op::AdoptDirectory(_)
+        | Op::ForgetDirectoryInode(_) => Err(Refusal::malformed("not a read").into()),
     }
 }
 

@@ -11,8 +11,8 @@ use clutch_proto::{
         AddHole, CertifySpan, CertifySpanEntry, CollectContent, ContentRow, CreateFile, EdgeReply, EdgeRow,
         ExtentRow, Genesis, InitiateSpan, InitiateSpanEntry, InodeRow, Layout, PastContentRow,
         PublishContent, RemoveSpan, RemoveSpanEntry, RestoreContent, ServicesChanged, ShardEntry,
-        ShardRequest, StartContent, StartContentEntry, Unlink, shard_entry::Body, shard_reply::Reply,
-        shard_request::Op,
+        ShardRequest, StartContent, StartContentEntry, SwapSpans, Unlink, shard_entry::Body,
+        shard_reply::Reply, shard_request::Op,
     },
     state::{Entry, entry::Kind},
     types::{BlockService, Span, SpanShape},
@@ -212,6 +212,14 @@ fn an_unknown_source_is_no_hole() {
     let row: ContentRow = replica.row(tables::CONTENT, &key);
     replica.set(tables::CONTENT, &key, &ContentRow { deadline: 0, ..row });
     replica.breaks(Op::CollectContent(CollectContent { content: draft }), WORDS);
+
+    // One whose span is to be exchanged for another's.
+    let mut replica = Replica::new();
+    let file = replica.edge("f").target;
+    let content = ContentId(replica.content_of(file).1);
+    replica.set(tables::EXTENT, &tables::extent_key(content, 0), &unknown);
+    let swap = SwapSpans { content_a: content.0, content_b: content.0, ..SwapSpans::default() };
+    replica.breaks(Op::SwapSpans(swap), WORDS);
 }
 
 /// An entry that holds a read, nothing, or a request that lacks what a producer adds: no build wrote it.
@@ -220,4 +228,15 @@ fn entries_that_nobody_writes_stop_the_replica() {
     Replica::new().breaks(Op::Layout(Layout::default()), "it holds a read");
     Replica::new().breaks(Op::StartContent(StartContent { dir: ROOT }), "lacks what a producer adds");
     Replica::new().breaks(Body::Request(ShardRequest { op: None }), "no operation that this build knows");
+}
+
+#[test]
+fn bytes_lie_in_extents() {
+    let mut replica = Replica::new();
+    let draft = replica.content(ROOT);
+    let key = tables::content_key(ContentId(draft));
+    let row: ContentRow = replica.row(tables::CONTENT, &key);
+    replica.set(tables::CONTENT, &key, &ContentRow { size: 5, ..row });
+    let hole = AddHole { content: draft, cookie: COOKIE, offset: 5, length: 4 };
+    replica.breaks(Op::AddHole(hole), "has 5 bytes in 0 extents");
 }

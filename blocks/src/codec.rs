@@ -114,6 +114,7 @@ impl Codec {
             encoder.add_original_shard(cell).map_err(library)?;
         }
         let encoded = encoder.encode().map_err(library)?;
+        assert_eq!(encoded.recovery_iter().count(), self.parity, "a cell for each parity block");
         parity
             .iter_mut()
             .zip(encoded.recovery_iter())
@@ -150,7 +151,9 @@ impl Codec {
             return Ok(cells[0].to_vec());
         }
         let indices: Vec<usize> = from.iter().map(|(i, _)| *i).collect();
+        assert!(indices.is_sorted_by(|a, b| a < b), "blocks in rising order, each once: {indices:?}");
         let matrix = self.coefficients_of(&indices)?;
+        assert_eq!(matrix.len(), cells.len(), "a row for each block at hand");
         let log = &get_exp_log().log;
         let engine = DefaultEngine::new();
         let mut sum = vec![0u8; size];

@@ -298,6 +298,7 @@ impl BlockStore {
             }
             let mut head = header.to_vec();
             head.extend_from_slice(table);
+            assert!(head.len() as u64 <= at, "header and table end before the data begin");
             head.resize(at as usize, 0);
             file.write_at(&head, 0)?;
             file.write_at(data, at)?;

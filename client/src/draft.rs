@@ -271,12 +271,14 @@ impl Client {
         }
         let mut draft = self.start_draft(file.id).await?;
         let written = async {
+            let mut end = offset;
             let kept = offset.min(before.size);
             self.append_shared(&mut draft, before.content, 0, kept).await?;
             self.append_hole(&mut draft, offset - kept).await?;
             let mut chunk = first;
             loop {
                 let length = chunk.len();
+                end += length as u64;
                 self.append(&mut draft, chunk, &policy).await?;
                 if length < policy.span_bytes() {
                     break;
@@ -287,6 +289,8 @@ impl Client {
                 let from = draft.size;
                 self.append_shared(&mut draft, before.content, from, before.size - from).await?;
             }
+            let whole = if truncate { end } else { end.max(before.size) };
+            assert_eq!(draft.size, whole, "what is written and what is kept make up the file");
             Ok(())
         };
         let written = written.await;
@@ -310,7 +314,9 @@ impl Client {
         let mut draft = self.start_draft(file.id).await?;
         let written = async {
             self.append_shared(&mut draft, before.content, 0, size.min(before.size)).await?;
-            self.append_hole(&mut draft, size.saturating_sub(before.size)).await
+            self.append_hole(&mut draft, size.saturating_sub(before.size)).await?;
+            assert_eq!(draft.size, size, "what is kept and what is added make up the file");
+            Ok(())
         };
         let written = written.await;
         self.give_up(&draft, &written).await;

@@ -156,6 +156,7 @@ impl Client {
                     None => out.resize(out.len() + count as usize, 0),
                 }
                 at += count;
+                assert_eq!(out.len() as u64, at - offset, "as many bytes as were asked for so far");
             }
             if page.next_offset == 0 || at >= end || content == 0 || at == before {
                 return Ok((content, out));
@@ -407,6 +408,7 @@ impl Client {
             out.extend_from_slice(&cells[row * cell + inside..row * cell + inside + piece]);
             at += piece;
         }
+        assert_eq!(out.len(), count, "the whole range");
         Ok(out.into())
     }
 

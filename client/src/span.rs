@@ -23,9 +23,28 @@ pub(crate) struct Encoded {
     pub(crate) blocks: Vec<Bytes>,
 }
 
+impl Encoded {
+    /// It is as its shape says, before anybody is asked to store it.
+    fn check(&self) {
+        let (shape, blocks) = (&self.shape, self.blocks.len());
+        assert_eq!(blocks, shape.blocks() as usize, "a block for each of {shape:?}");
+        assert_eq!(
+            self.cell_crcs.len(),
+            blocks * shape.stripes as usize,
+            "a checksum for each cell of {shape:?}"
+        );
+        let block_bytes = shape.block_bytes() as usize;
+        assert!(self.blocks.iter().all(|block| block.len() == block_bytes), "blocks of {block_bytes} bytes");
+    }
+}
+
 /// Cuts bytes into cells, computes parity and checksums.
 pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Result<Encoded, CodecError> {
     let size = data.len();
+    assert!(
+        size as u64 <= u64::from(shape.stripe_bytes()) * u64::from(shape.stripes),
+        "{size} bytes in {shape:?}"
+    );
     data.resize(shape.stripe_bytes() as usize * shape.stripes as usize, 0);
     let data = Bytes::from(data);
     let cell = shape.cell_size as usize;
@@ -59,7 +78,9 @@ pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Resu
         };
         span_crc = crc::concat(span_crc, of_cell, bytes.len() as u64);
     }
-    Ok(Encoded { shape, size: size as u32, crc: span_crc, cell_crcs, blocks })
+    let encoded = Encoded { shape, size: size as u32, crc: span_crc, cell_crcs, blocks };
+    encoded.check();
+    Ok(encoded)
 }
 
 /// The same data blocks with another number of parity blocks.
@@ -82,7 +103,9 @@ pub(crate) fn with_parity(
     }
     blocks.extend(parity.into_iter().map(Bytes::from));
     let cell_crcs = blocks.iter().flat_map(|block| block.chunks(cell).map(crc::of)).collect();
-    Ok(Encoded { shape: SpanShape { parity_blocks, ..shape }, size, crc, cell_crcs, blocks })
+    let encoded = Encoded { shape: SpanShape { parity_blocks, ..shape }, size, crc, cell_crcs, blocks };
+    encoded.check();
+    Ok(encoded)
 }
 
 /// Cells of consecutive stripes of one block.
@@ -97,7 +120,9 @@ pub(crate) fn recover(
     let cell = shape.cell_size as usize;
     let have: Vec<usize> = (0..blocks.len()).filter(|i| blocks[*i].is_some()).collect();
     let from: Vec<(usize, Cells)> = have.iter().filter_map(|i| Some((*i, blocks[*i].clone()?))).collect();
-    let stripes = from.first().map_or(0, |(_, cells)| cells.len() / cell);
+    let bytes = from.first().map_or(0, |(_, cells)| cells.len());
+    assert!(from.iter().all(|(_, cells)| cells.len() == bytes), "the same stripes of every block");
+    let stripes = bytes / cell;
     for (lost, block) in blocks.iter_mut().enumerate().take(shape.data_blocks as usize) {
         if block.is_some() {
             continue;

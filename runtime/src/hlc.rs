@@ -165,6 +165,7 @@ impl HybridClock {
             pace.room -= step;
             time = expected - step;
         }
+        assert!(time >= pace.time, "time goes on: {time} after {}", pace.time);
         pace.time = time;
         pace.wall_ahead = i64::try_from(i128::from(wall) - i128::from(time)).unwrap_or(i64::MAX);
         time
@@ -252,7 +253,9 @@ impl HybridClock {
             .highest
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |h| Some(now.max(h.saturating_add(1))))
             .unwrap_or_else(|h| h);
-        Time(now.max(before.saturating_add(1)))
+        let stamp = Time(now.max(before.saturating_add(1)));
+        assert!(stamp.0 > before || before == u64::MAX, "a stamp is above all that was seen");
+        stamp
     }
 
     /// The highest time seen.

@@ -112,6 +112,7 @@ impl Retention {
         let Plan { take, base } = plan(&checkpoints, status.applied_position, now, self.keep);
         // First what gives room: without any no checkpoint can be taken.
         if let Some(base) = base {
+            assert!(checkpoints.contains_key(&base), "what is kept begins with a checkpoint");
             if status.log_first <= base {
                 self.ask(id, Op::TrimLog(TrimLog { upto: base })).await.context("trim the log")?;
             }

@@ -326,6 +326,18 @@ pub(crate) struct Mark {
     pub(crate) first: u64,
 }
 
+impl Mark {
+    /// The next mark: behind this one, or as far.
+    pub(crate) fn moved_on(self, step: u64, segment: u64, offset: u64) -> Mark {
+        assert!(step > 0, "every mark has a number of its own");
+        assert!(
+            (self.segment, self.offset) <= (segment, offset),
+            "the mark only moves on: {self:?}, then {offset} of {segment}"
+        );
+        Mark { sequence: self.sequence + step, segment, offset, first: self.first }
+    }
+}
+
 /// Where a mark has its place: two take turns, so that one that is torn leaves the one before.
 pub(crate) fn mark_offset(mark: Mark) -> u64 {
     mark.sequence % 2 * MARK_SLOT_STRIDE

@@ -131,6 +131,7 @@ fn scan(
             span.1 = record.position;
         }
         scanned.begun = true;
+        assert!(reader.offset() > scanned.end, "every record takes some bytes");
         scanned.end = reader.offset();
     }
     scanned.segment.bytes = scanned.end;
@@ -244,6 +245,14 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
         make_durable(disk, dir, mark)?;
     }
     segments.push(scanned.segment);
+    assert!(
+        segments.iter().map(|segment| segment.number).eq(numbers.iter().copied()),
+        "every segment, in order"
+    );
+    assert!(
+        (mark.segment, mark.offset) <= (last, scanned.end),
+        "nothing behind the end was synced: {mark:?}"
+    );
     Ok(Recovered { groups: continuity.into_groups(), segments, current: Some((last, scanned.end)), mark })
 }
 

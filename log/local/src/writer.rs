@@ -348,12 +348,7 @@ impl Writer {
         // Until the next sync one slot is written again and again; the other keeps the mark that is durable, for a crash
         // may tear what was written.
         let step = if self.mark_unsynced { 2 } else { 1 };
-        let before = self.mark;
-        assert!(
-            (before.segment, before.offset) <= (segment, offset),
-            "the mark only moves on: {before:?}, then {offset} of {segment}"
-        );
-        self.mark = Mark { sequence: before.sequence + step, segment, offset, first: before.first };
+        self.mark = self.mark.moved_on(step, segment, offset);
         let mark = self.mark;
         write_slot(self.mark_file()?, mark)?;
         self.mark_unsynced = true;
@@ -396,11 +391,9 @@ impl Writer {
         }
         for Staged { group, record, answer } in staged {
             let (position, epoch) = (record.batch.position, record.batch.epoch);
-            let before = *group.last.borrow();
-            assert_eq!(position, before.next(), "{}: what is published follows what was", group.id);
             {
                 let mut state = group.state.lock();
-                assert!(epoch <= state.epoch, "{}: {epoch:?} has not begun", group.id);
+                check_follows(&group, (position, epoch), state.epoch);
                 state.tail_bytes += weight(&record.batch);
                 state.tail.push_back(record);
                 while state.tail_bytes > self.shared.options.tail_bytes_max && state.tail.len() > 1 {
@@ -433,7 +426,12 @@ impl Writer {
             };
             let Some(number) = removable else { return Ok(Ok(())) };
             // First it is said that it was trimmed: a file that is missing without that is a loss.
-            assert!(self.mark.first <= number, "segment {number} was trimmed before");
+            // One that could not be removed was said to be trimmed, and is there still.
+            assert!(
+                self.mark.first <= number + 1,
+                "{number} lies before {}, which was trimmed",
+                self.mark.first
+            );
             self.mark.first = number + 1;
             self.write_mark(self.mark.segment, self.mark.offset)?;
             self.sync_mark()?;
@@ -463,6 +461,13 @@ fn write_slot(file: &dyn File, mark: Mark) -> Result<(), String> {
     file.write_at(&encode_mark(mark), mark_offset(mark)).map_err(|e| e.to_string())
 }
 
+/// What readers are shown lies without a hole behind what they were shown, in a reign that has begun.
+fn check_follows(group: &Group, (position, epoch): (Position, Epoch), begun: Epoch) {
+    let before = *group.last.borrow();
+    assert_eq!(position, before.next(), "{}: what is published follows what was", group.id);
+    assert!(epoch <= begun, "{}: {epoch:?} has not begun", group.id);
+}
+
 fn weight(batch: &Batch) -> usize {
     64 + batch.entries.iter().map(|e| e.len() + 32).sum::<usize>()
 }
@@ -483,4 +488,41 @@ fn stage(
     };
     encode_record(bytes, kind, group.id, position, epoch, &entries);
     Staged { group, record: TailRecord { kind, batch: Batch { position, epoch, entries } }, answer }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::watch;
+
+    use super::*;
+
+    fn group() -> Group {
+        Group { id: LogId::CDC, state: parking_lot::Mutex::default(), last: watch::Sender::new(Position(4)) }
+    }
+
+    #[test]
+    fn what_follows_is_published() {
+        check_follows(&group(), (Position(5), Epoch(2)), Epoch(2));
+        let mark = Mark { sequence: 3, segment: 1, offset: 10, first: 1 };
+        assert_eq!(mark.moved_on(2, 2, 0), Mark { sequence: 5, segment: 2, offset: 0, first: 1 });
+    }
+
+    #[test]
+    #[should_panic(expected = "follows what was")]
+    fn a_hole_is_not_published() {
+        check_follows(&group(), (Position(6), Epoch(2)), Epoch(2));
+    }
+
+    #[test]
+    #[should_panic(expected = "has not begun")]
+    fn a_reign_to_come_is_not_published() {
+        check_follows(&group(), (Position(5), Epoch(3)), Epoch(2));
+    }
+
+    #[test]
+    #[should_panic(expected = "only moves on")]
+    fn the_mark_does_not_go_back() {
+        let mark = Mark { sequence: 3, segment: 2, offset: 10, first: 1 };
+        mark.moved_on(1, 2, 9);
+    }
 }

@@ -103,6 +103,7 @@ impl State {
         if pending.vanishes {
             return;
         }
+        assert_eq!(pending.epoch, self.epoch, "what was proposed in an earlier reign is gone with it");
         self.records.push((pending.epoch, Some(pending.entries)));
         if let Some(decided) = pending.decided {
             // The proposer may be gone.

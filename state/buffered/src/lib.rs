@@ -128,6 +128,9 @@ impl BufferedStore {
         let rows = pending.rows.iter().map(|(key, value)| (key.clone(), value.clone())).collect();
         match self.below.write(rows) {
             Ok(()) => {
+                let bytes =
+                    pending.rows.iter().map(|(key, value)| key.len() + value.as_ref().map_or(0, Bytes::len));
+                assert!(bytes.sum::<usize>() <= pending.bytes, "no more waits than was reckoned");
                 pending.rows.clear();
                 pending.bytes = 0;
                 Ok(())

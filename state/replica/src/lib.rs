@@ -219,7 +219,10 @@ impl<M: Machine> Replica<M> {
     }
 
     fn apply(&mut self, batch: &Batch) -> Result<(), Fault> {
+        let before = self.applier.position();
+        assert!(batch.position > before, "{}: {} was applied already", self.config.name, batch.position);
         let applied = self.applier.apply(batch)?;
+        assert_eq!(applied.outcomes.len(), batch.entries.len(), "an outcome for each entry");
         if !mutants::is(Mutant::TimeGoesBack) {
             self.config.clock.advance(applied.time);
         }
@@ -259,6 +262,7 @@ impl<M: Machine> Replica<M> {
         if self.leading.is_some() {
             self.config.runtime.note("replica: leads again without having stopped");
         }
+        assert!(self.leading.is_none_or(|before| before < epoch), "{}: reigns only go on", self.config.name);
         self.leading = Some(epoch);
         if self.applier.time() == Time(0) {
             self.propose_genesis();
@@ -350,6 +354,8 @@ impl<M: Machine> Replica<M> {
     }
 
     fn propose_batch(&mut self, batch: Vec<Bytes>, waiters: Vec<Waiter>) {
+        assert_eq!(batch.len(), waiters.len(), "one who waits for each entry");
+        assert!(batch.len() <= BATCH_ENTRIES_MAX, "{} entries in one record", batch.len());
         let proposed = match self.leading {
             Some(epoch) => {
                 if batch.len() > 1 {

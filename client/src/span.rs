@@ -41,10 +41,7 @@ impl Encoded {
 /// Cuts bytes into cells, computes parity and checksums.
 pub(crate) fn encode(codec: &Codec, shape: SpanShape, mut data: Vec<u8>) -> Result<Encoded, CodecError> {
     let size = data.len();
-    assert!(
-        size as u64 <= u64::from(shape.stripe_bytes()) * u64::from(shape.stripes),
-        "{size} bytes in {shape:?}"
-    );
+    assert!(size as u64 <= shape.stripe_bytes() * u64::from(shape.stripes), "{size} bytes in {shape:?}");
     data.resize(shape.stripe_bytes() as usize * shape.stripes as usize, 0);
     let data = Bytes::from(data);
     let cell = shape.cell_size as usize;

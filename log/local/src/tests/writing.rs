@@ -242,3 +242,33 @@ fn what_does_not_follow_is_named_with_its_file_and_its_positions() {
     assert_eq!(file, eighth);
     assert_eq!((follow().last(cdc), follow().last(LogId::shard(5))), (Some(Position(9)), None));
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_segment_that_cannot_be_removed_is_removed_later() {
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let dir = dir.path().join("log");
+    let runtime = clutch_runtime::production::runtime();
+    let engine = LocalEngine::open(&runtime, dir.clone(), small()).expect("opens");
+    let log = engine.log(LogId::CDC).await.expect("opens a log");
+    for _ in 0..200 {
+        // Bytes that are not packed into fewer.
+        let bytes: Vec<u8> = (0..125).flat_map(|_| runtime.random.u64().to_le_bytes()).collect();
+        let commit = log.propose(Epoch(1), vec![bytes.into()]).expect("is taken");
+        assert!(matches!(commit.await, Outcome::Committed(_)));
+    }
+    // Something else lies under its name, which no file's removal removes.
+    let first = dir.join(format::segment_name(1));
+    std::fs::remove_file(&first).expect("removed");
+    std::fs::create_dir_all(first.join("in the way")).expect("made");
+    let upto = log.bounds().last;
+    for _ in 0..3 {
+        let trimmed = log.trim(upto).await;
+        assert!(matches!(&trimmed, Err(LogFault::Storage(_))), "{trimmed:?}");
+    }
+    let commit = log.propose(Epoch(1), vec![Bytes::from_static(b"goes on")]).expect("is taken");
+    assert!(matches!(commit.await, Outcome::Committed(_)));
+    std::fs::remove_dir_all(&first).expect("removed");
+    std::fs::write(&first, b"").expect("written");
+    log.trim(upto).await.expect("is trimmed");
+    assert!(!first.exists() && log.bounds().first > Position(100));
+}

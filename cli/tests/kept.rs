@@ -6,12 +6,11 @@
 
 mod support;
 
-use std::{fmt::Write as _, path::Path, process::Command};
+use std::{fmt::Write as _, os::unix::fs::PermissionsExt as _, path::Path, process::Command};
 
+use clutch_server::cluster_file::LAYOUT;
 use support::{CLUTCH, Cluster, noise};
 
-/// The layout that this build writes.
-const LAYOUT: &str = "layout3";
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/formats/golden/directories");
 
 fn tar(arguments: &[&str]) {
@@ -22,7 +21,7 @@ fn text(path: &Path) -> &str {
     path.to_str().expect("text")
 }
 
-/// Position and hash of every log, replayed from its beginning.
+/// Position and hash of every log, replayed from its beginning or its oldest checkpoint.
 fn replayed(dir: &Path) -> String {
     let arguments = ["log", "replay", "--all", "--json", "--dir", text(dir)];
     let output = Command::new(CLUTCH).args(arguments).output().expect("runs");
@@ -35,6 +34,10 @@ fn replayed(dir: &Path) -> String {
     })
 }
 
+fn mode(path: &Path) -> u32 {
+    path.metadata().expect("is there").permissions().mode() & 0o7777
+}
+
 /// What every path below a directory holds.
 fn listed(dir: &Path, below: &Path, lines: &mut Vec<String>) {
     for entry in std::fs::read_dir(dir).expect("reads") {
@@ -43,11 +46,12 @@ fn listed(dir: &Path, below: &Path, lines: &mut Vec<String>) {
         if path.is_symlink() {
             lines.push(format!("link {name} {}", text(&std::fs::read_link(&path).expect("a link"))));
         } else if path.is_dir() {
-            lines.push(format!("directory {name}"));
+            lines.push(format!("directory {name} {:o}", mode(&path)));
             listed(&path, below, lines);
         } else {
             let bytes = std::fs::read(&path).expect("reads");
-            lines.push(format!("file {name} {} {:08x}", bytes.len(), crc32fast::hash(&bytes)));
+            let crc = crc32fast::hash(&bytes);
+            lines.push(format!("file {name} {:o} {} {crc:08x}", mode(&path), bytes.len()));
         }
     }
 }
@@ -83,7 +87,7 @@ fn check(archive: &Path, kept: &str, seconds_later: u64) {
         assert_eq!(kept, now, "{name}");
     }
     assert_eq!(kept.lines().count(), now.lines().count(), "{name}");
-    cluster.fsck();
+    cluster.ok(&["fsck", "--rescan"]);
     cluster.ok(&["log", "replay", "--all", "--verify"]);
     let (more, back) = (work.path().join("more"), work.path().join("back"));
     std::fs::write(&more, noise(9_000, 7)).expect("written");
@@ -91,6 +95,10 @@ fn check(archive: &Path, kept: &str, seconds_later: u64) {
     cluster.ok(&["fs", "get", "/tree/more", text(&back)]);
     assert_eq!(std::fs::read(back).ok(), std::fs::read(more).ok(), "{name}");
     assert!(cluster.stop(), "{name}");
+}
+
+fn named() -> String {
+    format!("layout{LAYOUT}")
 }
 
 /// A cluster with something of everything, killed.
@@ -101,8 +109,9 @@ fn make(scratch: &Path) -> String {
         std::fs::write(tree.join(format!("a/{len}")), noise(len, number as u64 + 1)).expect("written");
     }
     std::os::unix::fs::symlink("../255", tree.join("a/b/link")).expect("made");
-    let dir = scratch.join(LAYOUT);
-    let mut cluster = Cluster::start(&dir, &["--shards", "2", "--disks", "3", "--policy", "1+1"]);
+    let dir = scratch.join(named());
+    let arguments = ["--shards", "2", "--disks", "3", "--policy", "1+1"];
+    let mut cluster = Cluster::start(&dir, &arguments);
     cluster.ok(&["fs", "put", "-r", text(&tree), "/tree"]);
     cluster.ok(&["fs", "policy", "set", "/tree", "--keep-versions", "3"]);
     cluster.ok(&["fs", "put", text(&tree.join("a/5000")), "/tree/replaced"]);
@@ -123,16 +132,19 @@ fn make(scratch: &Path) -> String {
 #[test]
 fn directories_of_earlier_builds_are_opened_replayed_and_served() {
     let scratch = tempfile::tempdir().expect("a directory");
-    let archive = Path::new(GOLDEN).join(format!("{LAYOUT}.tar.gz"));
+    let archive = Path::new(GOLDEN).join(named() + ".tar.gz");
     if std::env::var_os("KEEP_DIRECTORY").is_some() && !archive.exists() {
         let said = make(scratch.path());
         std::fs::create_dir_all(GOLDEN).expect("made");
-        tar(&["-czf", text(&archive), "-C", text(scratch.path()), LAYOUT]);
+        tar(&["-czf", text(&archive), "-C", text(scratch.path()), &named()]);
         std::fs::write(archive.with_extension("").with_extension("txt"), said).expect("written");
     }
     let archives = std::fs::read_dir(GOLDEN).expect("the kept directories").map(|e| e.expect("reads").path());
     let archives: Vec<_> = archives.filter(|path| path.extension().is_some_and(|e| e == "gz")).collect();
-    assert!(archives.contains(&archive), "no directory of {LAYOUT} is kept: KEEP_DIRECTORY=1 makes one");
+    assert!(
+        archives.contains(&archive),
+        "no directory of layout {LAYOUT} is kept: KEEP_DIRECTORY=1 makes one"
+    );
     for archive in archives {
         let kept = std::fs::read_to_string(archive.with_extension("").with_extension("txt"));
         let kept = kept.expect("what is in it");
@@ -140,4 +152,27 @@ fn directories_of_earlier_builds_are_opened_replayed_and_served() {
             check(&archive, &kept, years * 365 * 86_400);
         }
     }
+}
+
+#[test]
+fn a_layout_to_come_is_refused_before_anything_is_written() {
+    let work = tempfile::tempdir().expect("a directory");
+    let archive = Path::new(GOLDEN).join(named() + ".tar.gz");
+    tar(&["-xzf", text(&archive), "-C", text(work.path())]);
+    let dir = work.path().join(named());
+    let file = dir.join("cluster.json");
+    let mut facts: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(&file).expect("reads")).expect("JSON");
+    facts["layout"] = (LAYOUT + 1).into();
+    std::fs::write(&file, facts.to_string()).expect("written");
+    let before = std::fs::read(dir.join("log/synced")).expect("reads");
+    let output = Command::new(CLUTCH)
+        .args(["up", "--listen", "127.0.0.1:0", "--dir", text(&dir)])
+        .output()
+        .expect("runs");
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let words = format!("layout {} is not known to this build, which knows {LAYOUT}", LAYOUT + 1);
+    assert!(!output.status.success() && said.contains(&words), "{said}");
+    assert_eq!(std::fs::read(dir.join("log/synced")).expect("reads"), before);
+    assert!(!dir.join("reserve").exists());
 }

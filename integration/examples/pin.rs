@@ -58,7 +58,7 @@ fn main() -> Result<()> {
     let mut pins = pins::load()?;
     let (reached, violations) = reach(&|at| pins[at as usize].script.clone(), pins.len() as u64);
     ensure!(violations == 0, "there are violations: mend what they show first; the pins stay as they are");
-    let states: BTreeSet<String> = coverage::states().into_iter().collect();
+    let states: BTreeSet<String> = coverage::states().into_iter().chain(coverage::operations()).collect();
     let mut left = states.clone();
     let mut lost: BTreeMap<String, usize> = BTreeMap::new();
     for (at, pin) in pins.iter_mut().enumerate() {

@@ -59,7 +59,10 @@ fn every_operation_is_done_by_a_pinned_script() {
         .into_iter()
         .filter(|operation| !runs().values().any(|run| run.coverage.contains(operation)))
         .collect();
-    assert!(missing.is_empty(), "no pinned script does {missing:?}");
+    assert!(
+        missing.is_empty(),
+        "no pinned script does {missing:?}: let a script's operation do it, and renew the pins (`--example pin`)"
+    );
 }
 
 /// No bug by itself: a change of timing moves what scripts reach.

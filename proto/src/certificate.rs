@@ -180,7 +180,9 @@ impl Claims {
         // Those who sign have clocks that follow what they hear, as far ahead as that is believed.
         if self.time > now.plus_ms(skew_ms_max + CLOCK_AHEAD_MS_MAX) {
             // Its time comes: whoever asks again is served.
-            return Err(Refusal::new(Code::ClockAhead, "signed in the future; synchronise the clocks"));
+            let text =
+                "the certificate's signer is ahead of this service; synchronise the clocks of the servers";
+            return Err(Refusal::new(Code::ClockAhead, text));
         }
         if operation != Operation::Erase && self.expiry > self.time.plus_ms(CERTIFICATE_LIFETIME_MS) {
             return Err(Refusal::new(Code::BadCertificate, "good for longer than a certificate may be"));
@@ -311,7 +313,7 @@ mod tests {
         let earliest = write.time.0 - (skew_ms + CLOCK_AHEAD_MS_MAX) * MS;
         assert_eq!(check(&write, earliest), None);
         let (code, detail) = check(&write, earliest - 1).expect("is refused");
-        assert!(code == Code::ClockAhead && detail.contains("future"), "{detail}");
+        assert!(code == Code::ClockAhead && detail.contains("signer"), "{detail}");
         // Good for as long as one may be.
         let lifetime = CERTIFICATE_LIFETIME_MS * MS;
         for (operation, longer, is_good) in [

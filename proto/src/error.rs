@@ -128,7 +128,27 @@ impl Code {
             Code::Stale => 116,
             Code::Permission => 1,
             Code::Unsupported => 95,
-            _ => 5,
+            Code::Malformed
+            | Code::WrongShard
+            | Code::NotLeader
+            | Code::StaleIncarnation
+            | Code::ClockAhead
+            | Code::NotReady
+            | Code::WrongCluster
+            | Code::WrongService
+            | Code::OutcomeUnknown
+            | Code::ExpiredUnknown
+            | Code::ReplicaFault
+            | Code::Diverged
+            | Code::Acknowledged
+            | Code::BadCertificate
+            | Code::CertificateExpired
+            | Code::BadProof
+            | Code::CrcMismatch
+            | Code::BlockNotFound
+            | Code::BlockCorrupt
+            | Code::DiskFault
+            | Code::Unreachable => 5,
         }
     }
 

@@ -110,6 +110,8 @@ pub fn transactions(evidence: &Evidence) -> BTreeMap<u64, TransactionRow> {
 
 /// What clients were told is in flight must be what the log says, up to where it stood.
 fn check_listings(evidence: &Evidence) -> Vec<Violation> {
+    let wrong = |what: String| Violation::new("transactions", what);
+    let mut violations = Vec::new();
     let mut listings: Vec<(u64, BTreeSet<u64>)> = Vec::new();
     for record in evidence.records.iter().filter(|record| record.call.role == Role::Cdc) {
         let Ok(CdcRequest { op: Some(Op::ListTransactions(_)) }) =
@@ -118,28 +120,30 @@ fn check_listings(evidence: &Evidence) -> Vec<Violation> {
             continue;
         };
         let Some(Ok(bytes)) = record.ended.as_ref().map(|ended| &ended.result) else { continue };
-        let reply = CdcReply::decode(bytes.clone()).unwrap_or_default();
-        let listed = reply.transactions.iter().map(|t| t.transaction).collect();
+        let listed = match CdcReply::decode(bytes.clone()) {
+            Ok(reply) => reply.transactions.iter().map(|t| t.transaction).collect(),
+            Err(error) => {
+                violations.push(wrong(format!("a listing cannot be read: {error}")));
+                continue;
+            }
+        };
         listings.push((record.ended.as_ref().map_or(0, |ended| ended.at.position), listed));
     }
     listings.sort();
-    let mut violations = Vec::new();
     let store = std::sync::Arc::new(MemoryStore::new());
     let Ok(mut applier) = Applier::<Cdc>::open(store.clone()) else { return violations };
     let mut batches = evidence.logs.get(&LogId::CDC).into_iter().flatten().peekable();
     for (position, listed) in listings {
         while let Some((_, batch)) = batches.next_if(|(at, _)| at.0 <= position) {
-            if applier.apply(batch).is_err() {
+            if let Err(fault) = applier.apply(batch) {
+                violations.push(wrong(format!("the log cannot be replayed: {fault}")));
                 return violations;
             }
         }
         let live = rows::<TransactionRow>(&store, tables::TRANSACTION).into_iter();
         let live: BTreeSet<u64> = live.filter_map(|(key, _)| tables::parse(&key).ok()).collect();
         if live != listed {
-            violations.push(Violation::new(
-                "transactions",
-                format!("listed at {position}: {listed:?}, and the log says {live:?}"),
-            ));
+            violations.push(wrong(format!("listed at {position}: {listed:?}, and the log says {live:?}")));
         }
     }
     violations

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what a build needs and this machine lacks: a C++ compiler and libclang (for RocksDB), with `--tests` also valgrind
-# (to count instructions) and strace (to record what a power cut would leave), and checks for the Rust toolchain. Changes nothing where all is there.
+# (to count instructions) and strace (to record what a power cut would leave), and checks for the Rust toolchain and, with `--tests`, for
+# room. Changes nothing where all is there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -29,10 +30,12 @@ if ! command -v cargo >/dev/null; then
 fi
 # A node takes no blocks while its disk is nearly full: better said here than by a test in the middle.
 if [ "${1:-}" = --tests ]; then
-  for place in "${TMPDIR:-/tmp}" .; do
+  build=target/.
+  [ -e "$build" ] || build=.
+  for place in "${TMPDIR:-/tmp}" "$build"; do
     free=$(df --output=avail --block-size=1G "$place" | tail -n 1)
     if [ "$free" -lt 8 ]; then
-      echo "setup: the tests need 8 GB of room in $place, $free GB are there: make room, or set TMPDIR to another disk" >&2
+      echo "setup: the tests need 8 GiB of room in $place, $free GiB are there: make room, or set TMPDIR to another disk" >&2
       exit 1
     fi
   done

@@ -36,6 +36,16 @@ pub mod tables {
     /// Role, number → `Chain`.
     pub const CHAIN: Table = Table(19);
 
+    /// Key of a service.
+    pub fn service_key(service: u64) -> [u8; 8] {
+        service.to_be_bytes()
+    }
+
+    /// Key of a shard.
+    pub fn shard_key(shard: u32) -> [u8; 4] {
+        shard.to_be_bytes()
+    }
+
     /// Key of a chain.
     pub fn chain_key(role: u32, number: u64) -> [u8; 12] {
         let mut key = [0; 12];
@@ -163,7 +173,7 @@ fn apply_request(tx: &mut Tx<'_>, time: Time, request: RegistryRequest) -> Resul
     match op {
         Op::RegisterServices(op) => register(tx, time, op.services),
         Op::SetServiceFlags(op) => {
-            let key = op.service_id.to_be_bytes();
+            let key = tables::service_key(op.service_id);
             let mut service: BlockService = tx.get_row(tables::SERVICE, &key)?.ok_or_else(|| {
                 Stop::refuse(Code::NotFound, format!("block service {:x} is not known", op.service_id))
             })?;
@@ -220,7 +230,7 @@ fn register(tx: &mut Tx<'_>, time: Time, services: Vec<BlockService>) -> Result<
                 "a block service needs an id, an address and a failure domain",
             ));
         }
-        let key = service.service_id.to_be_bytes();
+        let key = tables::service_key(service.service_id);
         let known: Option<BlockService> = tx.get_row(tables::SERVICE, &key)?;
         service.seen_at = time.0;
         match known {
@@ -271,7 +281,7 @@ fn place(tx: &mut Tx<'_>, placement: &ShardPlacement) -> Result<(), Stop> {
         );
         return Err(Stop::refuse(Code::InvalidArgument, text));
     }
-    let key = placement.shard.to_be_bytes();
+    let key = tables::shard_key(placement.shard);
     let known: Option<ShardPlacement> = tx.get_row(tables::SHARD, &key)?;
     check_epoch("the shard", known.map_or(0, |known| known.epoch), placement.epoch)?;
     tx.put_row(tables::SHARD, &key, placement);

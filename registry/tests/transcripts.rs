@@ -97,6 +97,16 @@ fn every_operation_does_what_its_transcript_says() {
     }
 }
 
+/// Their bytes are in the transcript; a listing of either table comes in the order of its numbers.
+#[test]
+fn keys_of_services_and_shards_sort_as_their_numbers() {
+    let numbers = [0, 1, 255, 256, 1 << 31];
+    assert!(numbers.map(tables::shard_key).is_sorted() && tables::shard_key(0x0102) == [0, 0, 1, 2]);
+    let numbers = [0, 1, 255, 256, u64::MAX];
+    assert!(numbers.map(tables::service_key).is_sorted());
+    assert_eq!(tables::service_key(0x0102), [0, 0, 0, 0, 0, 0, 1, 2]);
+}
+
 #[test]
 fn keys_of_chains_have_their_bytes_and_sort_as_their_numbers() {
     assert_eq!(tables::chain_key(3, 0x0102), [0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 1, 2]);

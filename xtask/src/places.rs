@@ -25,10 +25,14 @@ struct Place {
     what: &'static str,
     /// Files or directories.
     within: &'static [&'static str],
-    /// What stands there: `{Op}` is the operation's message, `{op}` its field. Without either it stands there once for all.
+    /// What stands there, or `|` what else: `{Op}` is the operation's message, `{op}` its field. Without either it stands there once for all.
     words: &'static str,
     asked_by: AskedBy,
 }
+
+/// No more places than these, and no fewer that somebody asks for.
+const PLACES_MAX: usize = 20;
+const ASKED_MIN: usize = 15;
 
 const PROTO: &str = "proto/clutch/shard/v1/shard.proto";
 const PINNED: AskedBy =
@@ -47,7 +51,7 @@ const PLACES: &[Place] = &[
         AskedBy::Test("proto/tests/vectors.rs", "every_message_is_read_and_written_as_its_kept_bytes"),
     ),
     place("the shard's match of all operations", &["shard/src/lib.rs"], "Op::{Op}(", AskedBy::Compiler),
-    place("what it does", &["shard/src"], "{Op}", AskedBy::Compiler),
+    place("what it does", &["shard/src"], "op: &{Op}|op: {Op}|{Op}Entry", AskedBy::Compiler),
     place("what it does, in words that are compared", &["shard/testdata"], "{Op}", TRANSCRIPTS),
     place("the entry of its transcript", &["shard/tests/transcripts.rs"], "{Op}", TRANSCRIPTS),
     place("the oracle's match", &["integration/src/oracle"], "Op::{Op}(", AskedBy::Compiler),
@@ -85,9 +89,21 @@ fn text(path: &Path) -> Result<String> {
     let entries = fs::read_dir(path).with_context(|| format!("read {}", path.display()))?;
     let mut paths = entries.map(|entry| Ok(entry?.path())).collect::<Result<Vec<PathBuf>>>()?;
     paths.sort();
-    let is_text =
-        |path: &&PathBuf| path.is_dir() || path.extension().is_some_and(|e| e == "rs" || e == "txt");
+    let is_text = |path: &&PathBuf| {
+        let is_test = path.file_stem().is_some_and(|name| name == "tests");
+        !is_test && (path.is_dir() || path.extension().is_some_and(|e| e == "rs" || e == "txt"))
+    };
     paths.iter().filter(is_text).map(|path| text(path)).collect()
+}
+
+/// Whether the words stand in a text, and not as part of longer ones.
+fn has(text: &str, words: &str) -> bool {
+    let is_of_word = |c: char| c.is_alphanumeric() || c == '_';
+    let goes_on = words.ends_with(is_of_word);
+    text.match_indices(words).any(|(at, _)| {
+        let behind = &text[at + words.len()..];
+        !text[..at].ends_with(is_of_word) && !(goes_on && behind.starts_with(is_of_word))
+    })
 }
 
 /// `SetPolicy` as `set_policy`.
@@ -110,7 +126,7 @@ pub(crate) fn check(operations: &BTreeSet<String>) -> Result<()> {
         let texts = within.iter().map(|path| text(Path::new(path))).collect::<Result<String>>()?;
         for operation in operations {
             let words = words.replace("{Op}", operation).replace("{op}", &snake(operation));
-            if !texts.contains(&words) {
+            if !words.split('|').any(|words| has(&texts, words)) {
                 wrong.push(format!("{operation}: {what} is missing: {words:?} in {}", within.join(", ")));
             }
         }
@@ -129,6 +145,26 @@ pub(crate) fn check(operations: &BTreeSet<String>) -> Result<()> {
         println!("  {:2} {what} ({}): {by}", number + 1, within.join(", "));
     }
     ensure!(wrong.is_empty(), "operations are not known wherever they must be:\n  {}", wrong.join("\n  "));
+    ensure!(PLACES.len() <= PLACES_MAX && asked >= ASKED_MIN, "{} places, {asked} asked for", PLACES.len());
     println!("operations: {} places, {asked} of them asked for", PLACES.len());
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_whole_and_tests_do_not_count() {
+        assert!(has("Op::History(op)", "History(") && !has("Op::ContentHistory(op)", "History("));
+        assert!(has("op: &Stat,", "op: &Stat") && !has("op: &Status,", "op: &Stat"));
+        assert_eq!(snake("SetPolicy"), "set_policy");
+        let dir = std::env::temp_dir().join(format!("places-{}", std::process::id()));
+        fs::create_dir_all(dir.join("src")).expect("made");
+        for (name, words) in [("src/lib.rs", "one "), ("src/tests.rs", "two "), ("src/more.txt", "three ")] {
+            fs::write(dir.join(name), words).expect("written");
+        }
+        assert_eq!(text(&dir).expect("reads"), "one three ");
+        fs::remove_dir_all(&dir).expect("removed");
+    }
 }

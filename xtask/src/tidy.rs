@@ -18,6 +18,9 @@ const FUNCTION_LINES_MAX: usize = 70;
 const SUBJECT_COLUMNS_MAX: usize = 72;
 /// Commits whose subjects are looked at.
 const COMMITS: &str = "20";
+/// What was golden at this commit stays as it is.
+const FROZEN: &str = "aede1dc9bfb3";
+const GOLDEN: &str = "docs/formats/golden";
 const RATCHET: &str = "xtask/long_functions.txt";
 const RATCHET_HEADER: &str = "\
 # Functions of more than 70 lines, by their file and name: none may grow, and none may come.
@@ -84,6 +87,7 @@ pub(crate) fn run(write: bool) -> Result<()> {
     }
     wrong.extend(compare(&long, &std::fs::read_to_string(RATCHET).context(RATCHET)?));
     wrong.extend(subjects()?);
+    wrong.extend(golden()?);
     let known: BTreeSet<&str> = files.iter().map(String::as_str).collect();
     for file in files.iter().filter(|file| file.ends_with(".md")) {
         wrong.extend(named(file, &std::fs::read_to_string(file)?, &known)?);
@@ -96,6 +100,35 @@ pub(crate) fn run(write: bool) -> Result<()> {
     ensure!(wrong.is_empty(), "not tidy:\n  {}", wrong.join("\n  "));
     println!("tidy: {} files, {} functions of more than {FUNCTION_LINES_MAX} lines", files.len(), long.len());
     Ok(())
+}
+
+/// Golden files are only added, and their texts only grow.
+fn golden() -> Result<Vec<String>> {
+    let git = |arguments: &[&str]| {
+        let output = Command::new("git").args(arguments).args([FROZEN, "--", GOLDEN]).output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        Ok::<_, anyhow::Error>(output.status.success().then_some(text))
+    };
+    let Some(changed) = git(&["diff", "--no-renames", "--diff-filter=d", "--numstat"])? else {
+        println!("tidy: commit {FROZEN} is not in this clone, so golden files were not compared");
+        return Ok(Vec::new());
+    };
+    let mut wrong = Vec::new();
+    let added = git(&["diff", "--no-renames", "--diff-filter=A", "--name-only"])?.unwrap_or_default();
+    let added: BTreeSet<&str> = added.lines().collect();
+    for line in changed.lines() {
+        let fields: Vec<&str> = line.split('\t').collect();
+        // Lines that went, or `-` for what is no text.
+        if let [_, gone, file] = fields[..]
+            && gone != "0"
+            && !added.contains(file)
+        {
+            wrong.push(format!("{file} is golden and was changed; add another beside it"));
+        }
+    }
+    let gone = git(&["diff", "--no-renames", "--diff-filter=D", "--name-only"])?.unwrap_or_default();
+    wrong.extend(gone.lines().map(|file| format!("{file} is golden and was removed")));
+    Ok(wrong)
 }
 
 fn tracked() -> Result<Vec<String>> {

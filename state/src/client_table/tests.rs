@@ -195,3 +195,12 @@ fn a_client_has_at_most_so_many_outcomes_that_it_has_not_acknowledged() {
     assert!(matches!(admit(tag(most, 0)), Ok(Known::Done(_))), "what is known is told all the same");
     assert_eq!(admit(tag(most + 1, 1)), Ok(Known::New));
 }
+
+#[test]
+fn keys_of_minutes_have_their_bytes_and_sort_by_them() {
+    assert_eq!(index_key(0x0102, 3), [0, 0, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 0, 0, 0, 3]);
+    let numbers = [0, 1, 255, 256, u64::MAX];
+    let keys: Vec<_> =
+        numbers.iter().flat_map(|minute| numbers.map(|client| index_key(*minute, client))).collect();
+    assert!(keys.is_sorted());
+}

@@ -102,7 +102,8 @@ fn has(text: &str, words: &str) -> bool {
     let goes_on = words.ends_with(is_of_word);
     text.match_indices(words).any(|(at, _)| {
         let behind = &text[at + words.len()..];
-        !text[..at].ends_with(is_of_word) && !(goes_on && behind.starts_with(is_of_word))
+        let is_part = text[..at].ends_with(is_of_word) || goes_on && behind.starts_with(is_of_word);
+        !is_part
     })
 }
 

@@ -118,9 +118,9 @@ fn golden() -> Result<Vec<String>> {
     let added: BTreeSet<&str> = added.lines().collect();
     for line in changed.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
-        // Lines that went, or `-` for what is no text.
+        // Texts of many lines may grow. For what is no text, numbers of lines are `-`.
         if let [_, gone, file] = fields[..]
-            && gone != "0"
+            && !(gone == "0" && file.ends_with(".txt"))
             && !added.contains(file)
         {
             wrong.push(format!("{file} is golden and was changed; add another beside it"));

@@ -87,9 +87,7 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
             for (_, length, source) in extents {
                 match source {
                     Source::Inline(bytes) => stored.extend_from_slice(bytes),
-                    Source::Hole => stored.resize(stored.len() + *length as usize, 0),
-                    // Files with spans are read instead.
-                    Source::Span(..) => {}
+                    Source::Hole | Source::Span(..) => stored.resize(stored.len() + *length as usize, 0),
                 }
             }
             if stored != *expected {

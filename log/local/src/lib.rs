@@ -159,6 +159,7 @@ impl LocalEngine {
     /// are missing; [`LogFault::Storage`] when a file is missing or cannot be read.
     pub fn open(runtime: &Runtime, dir: PathBuf, options: Options) -> Result<LocalEngine, LogFault> {
         let recovered = recovery::recover(&*runtime.disk, &dir, options.cluster)?;
+        recovered.check();
         let (commands, receiver) = mpsc::channel(4096);
         let groups = recovered.groups.into_iter().map(|(id, state)| {
             let last = Position(state.next.0 - 1);

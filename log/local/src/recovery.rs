@@ -59,6 +59,21 @@ pub(crate) fn read_mark(disk: &dyn Disk, dir: &Path) -> Result<Option<Mark>, Log
     Ok(best)
 }
 
+impl Recovered {
+    /// What was found is whole, before anything is written behind it.
+    pub(crate) fn check(&self) {
+        let numbers: Vec<u64> = self.segments.iter().map(|segment| segment.number).collect();
+        assert!(
+            numbers.windows(2).all(|pair| pair[0] + 1 == pair[1]),
+            "segments without a hole: {numbers:?}"
+        );
+        let end = self.current.unwrap_or((u64::MAX, 0));
+        let mark = (self.mark.segment, self.mark.offset);
+        assert!(mark <= end, "nothing behind the end {end:?} was synced: {mark:?}");
+        assert!(self.groups.values().all(|group| group.next > Position(0)), "positions begin with 1");
+    }
+}
+
 /// What one segment holds.
 struct Scanned {
     segment: Segment,
@@ -245,14 +260,6 @@ pub(crate) fn recover(disk: &dyn Disk, dir: &Path, cluster: u64) -> Result<Recov
         make_durable(disk, dir, mark)?;
     }
     segments.push(scanned.segment);
-    assert!(
-        segments.iter().map(|segment| segment.number).eq(numbers.iter().copied()),
-        "every segment, in order"
-    );
-    assert!(
-        (mark.segment, mark.offset) <= (last, scanned.end),
-        "nothing behind the end was synced: {mark:?}"
-    );
     Ok(Recovered { groups: continuity.into_groups(), segments, current: Some((last, scanned.end)), mark })
 }
 

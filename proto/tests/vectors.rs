@@ -155,7 +155,9 @@ fn kept(name: &str, now: &[String]) -> String {
     let mut kept = std::fs::read_to_string(&path).unwrap_or_default();
     let missing: Vec<&String> = now.iter().filter(|now| !kept.lines().any(|line| line == **now)).collect();
     if std::env::var_os("UPDATE_VECTORS").is_some() {
-        missing.iter().for_each(|line| drop(writeln!(kept, "{line}")));
+        for line in &missing {
+            let _ = writeln!(kept, "{line}");
+        }
         std::fs::write(&path, &kept).expect("writes");
     } else {
         let names: Vec<&str> = missing.iter().filter_map(|line| line.split(' ').next()).collect();

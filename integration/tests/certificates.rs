@@ -157,7 +157,7 @@ fn a_service_does_only_what_was_granted_to_it_and_now() {
                 (
                     Claims { time: now.plus_ms(HOUR_MS), expiry: now.plus_ms(HOUR_MS + 1), ..good }
                         .sign(&key),
-                    Code::BadCertificate,
+                    Code::ClockAhead,
                 ),
                 (good.proof(Operation::Written, now).sign(&key), Code::BadCertificate),
                 (good.proof(Operation::Erased, now).sign(&key), Code::BadCertificate),

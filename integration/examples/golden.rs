@@ -19,9 +19,9 @@ fn main() -> anyhow::Result<()> {
     std::fs::create_dir_all(&dir)?;
     let hashes = dir.join("hashes.txt");
     let text = if hashes.exists() { std::fs::read_to_string(&hashes)? } else { String::new() };
-    let kept = text.lines().find_map(|l| l.strip_prefix("# refusals: ")).unwrap_or("");
-    let mut names: BTreeSet<String> = kept.split_whitespace().map(str::to_owned).collect();
-    let mut text = text.lines().filter(|l| !l.starts_with('#')).collect::<Vec<_>>().join("\n");
+    let kept = text.lines().filter_map(|l| l.strip_prefix("# refusals: ")).flat_map(str::split_whitespace);
+    let kept: BTreeSet<String> = kept.map(str::to_owned).collect();
+    let mut text = text.trim_end().to_owned();
     let mut candidates = Vec::new();
     for seed in first..first + count {
         let report = run(&generate(seed, Profile::Mixed));
@@ -48,9 +48,12 @@ fn main() -> anyhow::Result<()> {
         write!(text, "\n\n{name}-{seed}.lz4\n{}", lines.trim())?;
         println!("seed {seed}: {} bytes", file.len());
     }
-    names.extend(all.iter().map(|code| format!("{code:?}")));
-    let names: Vec<String> = names.into_iter().collect();
-    let text = format!("# refusals: {}\n\n{}\n", names.join(" "), text.trim());
-    std::fs::write(hashes, text)?;
+    let names = all.iter().map(|code| format!("{code:?}")).filter(|name| !kept.contains(name));
+    let names: Vec<String> = names.collect();
+    if !names.is_empty() {
+        // Behind the others: what is kept is not written anew.
+        write!(text, "\n\n# refusals: {}", names.join(" "))?;
+    }
+    std::fs::write(hashes, text.trim_start().to_owned() + "\n")?;
     Ok(())
 }

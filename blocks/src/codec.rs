@@ -136,7 +136,7 @@ impl Codec {
         Ok(size)
     }
 
-    /// Computes block `lost`'s cell from the cells of D other blocks, given with their indices in rising order.
+    /// Computes block `lost`'s cell from the cells of D other blocks, given with their indices, in any order.
     pub fn recover(&self, lost: usize, from: &[(usize, impl AsRef<[u8]>)]) -> Result<Vec<u8>, CodecError> {
         if from.len() < self.data {
             return Err(CodecError::TooFew { left: from.len(), needed: self.data });
@@ -151,7 +151,10 @@ impl Codec {
             return Ok(cells[0].to_vec());
         }
         let indices: Vec<usize> = from.iter().map(|(i, _)| *i).collect();
-        assert!(indices.is_sorted_by(|a, b| a < b), "blocks in rising order, each once: {indices:?}");
+        assert!(
+            (1..indices.len()).all(|i| !indices[..i].contains(&indices[i])),
+            "each block once: {indices:?}"
+        );
         let matrix = self.coefficients_of(&indices)?;
         assert_eq!(matrix.len(), cells.len(), "a row for each block at hand");
         let log = &get_exp_log().log;
@@ -247,8 +250,11 @@ mod tests {
     fn check_loss(codec: &Codec, blocks: &[Vec<u8>], lost: &[usize]) {
         let left: Vec<(usize, &Vec<u8>)> =
             blocks.iter().enumerate().filter(|(i, _)| !lost.contains(i)).collect();
+        // In whatever order they came: who reads asks services that he trusts first.
+        let backwards: Vec<_> = left.iter().rev().copied().collect();
         for lost in lost {
             assert_eq!(&codec.recover(*lost, &left).expect("enough is left"), &blocks[*lost]);
+            assert_eq!(&codec.recover(*lost, &backwards).expect("enough is left"), &blocks[*lost]);
         }
     }
 

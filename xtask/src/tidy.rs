@@ -114,7 +114,8 @@ fn golden() -> Result<Vec<String>> {
         return Ok(Vec::new());
     };
     let mut wrong = Vec::new();
-    let added = git(&["diff", "--no-renames", "--diff-filter=A", "--name-only"])?.unwrap_or_default();
+    let added =
+        git(&["diff", "--no-renames", "--diff-filter=A", "--name-only"])?.context("git diff failed")?;
     let added: BTreeSet<&str> = added.lines().collect();
     for line in changed.lines() {
         let fields: Vec<&str> = line.split('\t').collect();
@@ -126,7 +127,8 @@ fn golden() -> Result<Vec<String>> {
             wrong.push(format!("{file} is golden and was changed; add another beside it"));
         }
     }
-    let gone = git(&["diff", "--no-renames", "--diff-filter=D", "--name-only"])?.unwrap_or_default();
+    let gone =
+        git(&["diff", "--no-renames", "--diff-filter=D", "--name-only"])?.context("git diff failed")?;
     wrong.extend(gone.lines().map(|file| format!("{file} is golden and was removed")));
     Ok(wrong)
 }

@@ -172,7 +172,7 @@ pub fn compare(kept: &Path, text: &str) {
         std::fs::write(kept, text).expect("writes");
     }
     let name = kept.display();
-    let kept = std::fs::read_to_string(kept).unwrap_or_default();
+    let kept = std::fs::read_to_string(kept).expect("a kept transcript; UPDATE_TRANSCRIPTS=1 writes it");
     for (number, (kept, now)) in kept.lines().zip(text.lines()).enumerate() {
         assert_eq!(kept, now, "line {} of {name}", number + 1);
     }

@@ -10,6 +10,7 @@ pub mod cdc_driver;
 pub mod clock_file;
 pub mod cluster_file;
 pub mod handler;
+mod keeper;
 pub mod keys;
 pub mod node;
 #[cfg(feature = "rocks")]

@@ -17,17 +17,11 @@ use clutch_cdc::Cdc;
 use clutch_client::{Client, ClientOptions};
 use clutch_log::{Bounds, LogId};
 use clutch_proto::{
-    Refusal, ServiceId, Time, cdc,
+    ServiceId, Time, cdc,
     mutants::{self, Mutant},
-    registry::{
-        self, GetChain, Map, PlaceCdc, PlaceShard, RegisterServices, Segment, SpanPolicy, SwapChain,
-        registry_entry, registry_request::Op,
-    },
-    rules,
-    session::Role,
-    shard,
+    registry::{self, SpanPolicy, registry_entry},
+    rules, shard,
     state::Entry,
-    types,
 };
 use clutch_registry::Registry;
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
@@ -41,21 +35,16 @@ use tokio::sync::mpsc;
 use crate::{
     cdc_driver,
     cluster_file::ClusterFile,
-    handler::{INCARNATION, NodeHandler, ProcessUsage, SharedHandler, node_faults},
+    handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
+    keeper::Keeper,
     room::Room,
-    services,
     stores::{LogProvider, StoreProvider, log_name},
 };
 
 /// Bytes of a span of the default policy.
 pub const SPAN_BYTES: u32 = 8 << 20;
-/// How often a node compares what it knows with the registry.
-const REFRESH: Duration = Duration::from_secs(2);
 /// How often a node looks at the room for its logs and states.
 const LOOK_AT_ROOM: Duration = Duration::from_millis(250);
-/// Free space is reported when it has moved by this part of the capacity, or of what was reported where that is less: at the
-/// edge, a little decides.
-const SPACE_STEP: u64 = 32;
 
 /// Which roles a node has.
 #[derive(Clone, Debug, Default)]
@@ -563,272 +552,5 @@ impl Starter<'_> {
         let handle = Replica::start(applier, replica);
         self.started.lock().push(handle.clone());
         Ok((handle, receiver))
-    }
-}
-
-/// Keeps registry and node in step: what is here is registered there, what is known there is logged here.
-struct Keeper {
-    client: Client,
-    address: String,
-    roles: Roles,
-    shard_count: u32,
-    engine: String,
-    /// In which epoch each log here is led, by its name.
-    epochs: BTreeMap<String, u64>,
-    clock: Arc<HybridClock>,
-    blocks: BTreeMap<u64, Arc<BlockService>>,
-    shards: BTreeMap<u32, ReplicaHandle>,
-    facts: Arc<SharedFacts<ShardFacts>>,
-    /// The services' version that was logged in every shard here.
-    logged_version: u64,
-    /// Capacity and free space as they were registered.
-    reported: BTreeMap<u64, (u64, u64)>,
-    /// Disks that hung when they were looked at last.
-    hanging: BTreeSet<u64>,
-}
-
-/// Of every disk, in the order of their ids.
-type Spaces = Vec<std::io::Result<(u64, u64)>>;
-
-/// Whether capacity or free space of a disk have moved enough to be told: by a step of the capacity, or of what is left when that
-/// is little; and whenever there is none, or some again. On some file systems both move with every write of others.
-fn is_news(told: (u64, u64), found: (u64, u64)) -> bool {
-    let step = found.0.min(told.1.max(found.1).saturating_mul(4)) / SPACE_STEP;
-    told.1.abs_diff(found.1) > step
-        || told.0.abs_diff(found.0) > found.0 / SPACE_STEP
-        || (told.1 == 0) != (found.1 == 0)
-}
-
-impl Keeper {
-    /// The first round before it returns, the others as a task.
-    async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
-        self.round().await?;
-        self.place().await?;
-        let runtime = self.client.runtime().clone();
-        runtime.spawn("keeper", async move {
-            let clock = self.client.runtime().clock.clone();
-            while !stopping.load(Ordering::Relaxed) {
-                clock.sleep(REFRESH).await;
-                if let Err(error) = self.round().await {
-                    tracing::warn!(%error, "compare with the registry");
-                }
-            }
-        });
-        Ok(())
-    }
-
-    /// Capacity and free space of every disk; says which began to hang, and which answer again.
-    async fn look_at_disks(&mut self) -> Spaces {
-        let early = mutants::is(Mutant::HangingSeenEarly).then(|| self.those_that_hang());
-        let spaces =
-            futures_util::future::join_all(self.blocks.values().map(|service| service.space())).await;
-        let hanging = early.unwrap_or_else(|| self.those_that_hang());
-        for id in hanging.difference(&self.hanging) {
-            tracing::error!(service = %format!("{id:016x}"), "a disk does not answer; it gets no new blocks until it does");
-        }
-        for id in self.hanging.difference(&hanging) {
-            tracing::warn!(service = %format!("{id:016x}"), "the disk answers again");
-        }
-        self.hanging = hanging;
-        spaces
-    }
-
-    fn those_that_hang(&self) -> BTreeSet<u64> {
-        self.blocks.iter().filter(|(_, service)| service.hangs()).map(|(id, _)| *id).collect()
-    }
-
-    /// Compares with the registry: it learns of this node's disks, and the shards here of all.
-    async fn round(&mut self) -> Result<()> {
-        // Also while the registry does not answer: what becomes of disks is said.
-        let spaces = self.look_at_disks().await;
-        let mut map = self.client.refresh_map().await?;
-        if self.shards.is_empty() && self.epochs.is_empty() {
-            // A node without logs learns the time from those who have some.
-            self.clock.hear(self.client.seen_time());
-        }
-        if self.register_services(&map, spaces).await? {
-            map = self.client.refresh_map().await?;
-        }
-        self.log_services(&map).await
-    }
-
-    /// Tells the registry what is new of this node's disks, and what it has otherwise: a report of an earlier process here may
-    /// have come late and been taken for the newest. True when there was something to tell.
-    async fn register_services(&mut self, map: &Map, spaces: Spaces) -> Result<bool> {
-        let rows = map.services.iter().filter(|row| self.blocks.contains_key(&row.service_id));
-        let rows: BTreeMap<u64, &types::BlockService> = rows.map(|row| (row.service_id, row)).collect();
-        let mut services = Vec::new();
-        let mut reported = Vec::new();
-        for (id, space) in self.blocks.keys().zip(spaces) {
-            // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
-            if space.is_err() && self.hanging.len() * 2 > self.blocks.len() {
-                continue;
-            }
-            // A disk that cannot be asked, or hangs, takes no new blocks until it answers.
-            let (capacity_bytes, available_bytes) = space.unwrap_or_default();
-            let told = self.reported.get(id);
-            let moved = told.is_none_or(|told| {
-                is_news(*told, (capacity_bytes, available_bytes)) && !mutants::is(Mutant::SpaceReportedOnce)
-            });
-            let failure_domain = format!("{}/{id:x}", self.address);
-            let is_known = rows.get(id).is_some_and(|row| {
-                (&row.address, &row.failure_domain) == (&self.address, &failure_domain)
-                    && Some(&(row.capacity_bytes, row.available_bytes)) == told
-            });
-            let is_believed = mutants::is(Mutant::LateReportStays) || mutants::is(Mutant::ReportedBeforeTold);
-            if moved || !is_known && !is_believed {
-                if !moved {
-                    self.client.runtime().note("node: the registry has another report of a disk");
-                }
-                reported.push((*id, (capacity_bytes, available_bytes)));
-                services.push(types::BlockService {
-                    service_id: *id,
-                    address: self.address.clone(),
-                    failure_domain,
-                    capacity_bytes,
-                    available_bytes,
-                    ..types::BlockService::default()
-                });
-            }
-        }
-        if mutants::is(Mutant::ReportedBeforeTold) {
-            self.reported.extend(reported.iter().copied());
-        }
-        let is_told = !services.is_empty();
-        if is_told {
-            self.client.registry(Op::RegisterServices(RegisterServices { services })).await?;
-        }
-        self.reported.extend(reported);
-        Ok(is_told)
-    }
-
-    /// Takes the registry's list of services over: for placement at once, into the shards' logs if it is new.
-    async fn log_services(&mut self, map: &Map) -> Result<()> {
-        if self.shards.is_empty() {
-            return Ok(());
-        }
-        let services = Arc::new(map.services.clone());
-        self.facts.update(|facts| ShardFacts { services, ..facts.clone() });
-        if map.services_version == self.logged_version {
-            return Ok(());
-        }
-        let parts = services::in_parts(&map.services, services::PART_BYTES).into_iter().map(|services| {
-            let changed =
-                shard::ServicesChanged { version: map.services_version, services: services.to_vec() };
-            let body = shard::shard_entry::Body::ServicesChanged(changed);
-            Bytes::from(shard::ShardEntry { tag: None, body: Some(body) }.encode_to_vec())
-        });
-        let parts: Vec<Bytes> = parts.collect();
-        for (number, shard) in &self.shards {
-            for part in &parts {
-                self.propose_until_it_is_taken(shard, part)
-                    .await
-                    .with_context(|| format!("tell shard {number} of the block services"))?;
-            }
-        }
-        self.logged_version = map.services_version;
-        Ok(())
-    }
-
-    async fn propose_until_it_is_taken(&self, shard: &ReplicaHandle, entry: &Bytes) -> Result<(), Refusal> {
-        let clock = self.client.runtime().clock.clone();
-        let start = clock.monotonic();
-        loop {
-            match shard.propose(entry.clone()).await.result {
-                Ok(_) => return Ok(()),
-                Err(refusal)
-                    if refusal.is_retryable() && clock.monotonic() - start < Duration::from_secs(30) =>
-                {
-                    clock.sleep(Duration::from_millis(20)).await;
-                }
-                Err(refusal) => return Err(refusal),
-            }
-        }
-    }
-
-    /// Tells the registry where this node's roles are, unless it knows.
-    async fn place(&mut self) -> Result<()> {
-        let map = self.client.refresh_map().await?;
-        for number in &self.roles.shards {
-            let (slot_first, slot_last) = clutch_registry::slots(*number, self.shard_count);
-            let placement = types::ShardPlacement {
-                shard: *number,
-                slot_first,
-                slot_last,
-                address: self.address.clone(),
-                epoch: self.epoch(LogId::shard(*number)),
-            };
-            self.begin_chain(Role::Shard, u64::from(*number)).await?;
-            if !map.shards.contains(&placement) {
-                self.tell(Op::PlaceShard(PlaceShard { placement: Some(placement) })).await?;
-            }
-        }
-        if self.roles.cdc {
-            self.begin_chain(Role::Cdc, 0).await?;
-            let op = PlaceCdc { address: self.address.clone(), epoch: self.epoch(LogId::CDC) };
-            self.tell(Op::PlaceCdc(op)).await?;
-        }
-        Ok(())
-    }
-
-    fn epoch(&self, id: LogId) -> u64 {
-        self.epochs.get(&log_name(id)).copied().unwrap_or(0)
-    }
-
-    /// Tells the registry where something is led; that a newer leader was first is no failure.
-    async fn tell(&self, op: Op) -> Result<()> {
-        match self.client.registry(op).await {
-            Err(error) if error.code() == Some(types::Code::Stale) => {
-                self.client.runtime().note("node: a newer leader was placed first");
-                tracing::warn!(%error, "this node's leadership is over before it was known");
-                Ok(())
-            }
-            told => Ok(told.map(drop)?),
-        }
-    }
-
-    async fn begin_chain(&self, role: Role, number: u64) -> Result<()> {
-        let role = role as u32;
-        match self.client.registry(Op::GetChain(GetChain { role, number })).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_not_found() => {
-                let append = Segment {
-                    base_position: 0,
-                    engine: self.engine.clone(),
-                    parameters: String::new(),
-                    incarnation: INCARNATION,
-                };
-                let swap = SwapChain { role, number, expect_incarnation: 0, append: Some(append) };
-                self.client.registry(Op::SwapChain(swap)).await?;
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_disk_is_told_again_when_it_has_moved_and_not_for_every_write() {
-        const GIB: u64 = 1 << 30;
-        let full = 64 * GIB;
-        for (told, found, is_told) in [
-            ((full, 32 * GIB), (full, 32 * GIB - 4096), false),
-            ((full, 32 * GIB), (full, 29 * GIB), true),
-            // What is left of little counts more.
-            ((full, 32 << 20), (full, 20 << 20), true),
-            ((full, 1), (full, 0), true),
-            ((full, 0), (full, 1), true),
-            ((full, 0), (0, 0), true),
-            ((0, 0), (full, 0), true),
-            // A file system that shares a pool has another size with every write of the others.
-            ((full, 32 * GIB), (full - GIB, 32 * GIB), false),
-            ((full, 32 * GIB), (full + 3 * GIB, 32 * GIB), true),
-        ] {
-            assert_eq!(is_news(told, found), is_told, "{told:?}, then {found:?}");
-        }
     }
 }

@@ -33,7 +33,7 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(engine) = LocalEngine::open(&runtime, "log".into(), Options::default()) {
         world.run(NodeId(1), std::time::Duration::from_secs(10), async move {
             if let Ok(log) = engine.log(LogId::CDC).await {
-                let mut events = log.events(log.bounds().first);
+                let mut events = log.events(log.status().bounds.first);
                 for _ in 0..50 {
                     match runtime.timeout(std::time::Duration::from_secs(1), events.next()).await {
                         Some(Ok(_)) => {}

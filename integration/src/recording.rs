@@ -1,12 +1,12 @@
 //! Writes down what every log delivers to its replicas, and notices when two deliveries disagree.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, Epoch, Event, Events, Log, LogFault, LogId, Position, ReadLevel, Rejected,
-    SnapshotRef,
+    Batch, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Position, Rejected,
+    SnapshotRef, Status,
 };
 use parking_lot::Mutex;
 
@@ -85,8 +85,8 @@ impl Log for RecordedLog {
         })
     }
 
-    async fn read_barrier(&self, level: ReadLevel) -> Result<Position, LogFault> {
-        self.log.read_barrier(level).await
+    async fn read_barrier(&self, patience: Duration) -> Result<Position, LogFault> {
+        self.log.read_barrier(patience).await
     }
 
     async fn seal(&self) -> Result<Position, LogFault> {
@@ -101,12 +101,20 @@ impl Log for RecordedLog {
         self.log.snapshot_ready(snapshot).await;
     }
 
-    async fn transfer_leader(&self, to: u64) -> Result<(), LogFault> {
+    async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {
         self.log.transfer_leader(to).await
     }
 
-    fn bounds(&self) -> Bounds {
-        self.log.bounds()
+    fn resign(&self) {
+        self.log.resign();
+    }
+
+    async fn reconfigure(&self, expect: ConfigId, members: Vec<Member>) -> Result<ConfigId, LogFault> {
+        self.log.reconfigure(expect, members).await
+    }
+
+    fn status(&self) -> Status {
+        self.log.status()
     }
 }
 

@@ -145,7 +145,7 @@ impl LogProvider for SimLogProvider {
     fn bounds(&self, id: LogId) -> Bounds {
         match &self.local {
             Some(engine) => LogProvider::bounds(engine, id),
-            None => self.logs.log(&self.runtime, id, u64::from(self.node.0)).bounds(),
+            None => self.logs.log(&self.runtime, id, u64::from(self.node.0)).status().bounds,
         }
     }
 

@@ -155,7 +155,7 @@ async fn append(runtime: Runtime, numbers: Range<u64>) -> Result<u64, LogFault> 
     let log = engine.log(LogId::CDC).await?;
     let mut events = log.events(Position(1));
     let epoch = loop {
-        if let Event::Leader { epoch, is_self: true } = events.next().await? {
+        if let Event::Leader { epoch, is_self: true, .. } = events.next().await? {
             break epoch;
         }
     };

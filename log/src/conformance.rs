@@ -8,7 +8,7 @@ use bytes::Bytes;
 use clutch_proto::limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX};
 use clutch_runtime::Runtime;
 
-use crate::{Batch, Epoch, Event, Events, Log, LogFault, Outcome, Position, ReadLevel, Rejected};
+use crate::{Batch, ConfigId, Epoch, Event, Events, Log, LogFault, Outcome, Position, Refused, Rejected};
 
 /// How the suite handles an engine.
 #[async_trait]
@@ -24,6 +24,8 @@ pub trait Harness: Send + Sync {
     async fn change_leader(&self);
     /// Stops every node and starts it again from what is durable. False where the engine keeps nothing.
     async fn restart(&self) -> bool;
+    /// Whether members that do not lead answer barriers, too.
+    fn any_member_answers(&self) -> bool;
     /// Makes the next proposal's outcome unknown; `committed` says whether it takes effect. False where the
     /// engine cannot be made to.
     async fn make_next_unknown(&self, committed: bool) -> bool;
@@ -66,6 +68,7 @@ impl Reader {
                         batch.position,
                         self.last
                     );
+                    assert!(batch.epoch >= self.epoch, "{:?} after {:?} was told", batch.epoch, self.epoch);
                     self.last = batch.position;
                     self.seen.push(batch.clone());
                 }
@@ -73,8 +76,16 @@ impl Reader {
                     assert!(*to > self.last, "a gap moves on: {to} after {}", self.last);
                     self.last = *to;
                 }
-                Event::Leader { epoch, is_self } => {
+                Event::Leader { epoch, leader, is_self } => {
                     assert!(*epoch >= self.epoch, "epochs never go back");
+                    let is_end = self.leads && !is_self;
+                    assert!(!is_end || *epoch == self.epoch, "{:?} ends under {epoch:?}", self.epoch);
+                    assert!(
+                        !(self.leads && *is_self),
+                        "the end of {:?} was not told before {epoch:?}",
+                        self.epoch
+                    );
+                    assert!(!is_self || leader.is_some(), "who leads knows its own id");
                     (self.epoch, self.leads) = (*epoch, *is_self);
                 }
                 Event::Restore(snapshot) => self.last = snapshot.position,
@@ -104,18 +115,18 @@ impl Reader {
 async fn committed(harness: &dyn Harness, text: &str) -> Position {
     for _ in 0..1500 {
         let log = harness.leader().await;
-        let mut reader = Reader::new(&log, &harness.runtime(), log.bounds().last.next());
+        let mut reader = Reader::new(&log, &harness.runtime(), log.status().bounds.last.next());
         let epoch = reader.until_leading().await;
         match log.propose(epoch, vec![entry(text)]) {
             Ok(commit) => match commit.await {
                 Outcome::Committed(position) => return position,
                 // Elections happen when a machine is busy; the same text may then be in the log twice.
-                Outcome::Unknown | Outcome::NoRoom => {
+                Outcome::Unknown | Outcome::Refused(Refused::NoRoom | Refused::NotLeader { .. }) => {
                     harness.runtime().clock.sleep(Duration::from_millis(20)).await
                 }
                 Outcome::Sealed => panic!("nobody has sealed the log"),
             },
-            Err(Rejected::NotLeader(_) | Rejected::Overloaded) => {
+            Err(Rejected::NotLeader { .. } | Rejected::Overloaded) => {
                 harness.runtime().clock.sleep(Duration::from_millis(20)).await;
             }
             Err(other) => panic!("rejected: {other}"),
@@ -130,6 +141,9 @@ pub async fn core(harness: &dyn Harness) {
     wrong_sizes_and_epochs_are_rejected(harness).await;
     a_read_barrier_covers_what_was_acknowledged(harness).await;
     an_old_epoch_is_fenced_after_a_leader_change(harness).await;
+    status_agrees_with_what_was_told(harness).await;
+    a_reader_is_told_of_the_end_of_a_reign(harness).await;
+    // Last, because an engine may go on for a while with a leader that is cut off.
     unknown_means_maybe_once(harness).await;
 }
 
@@ -137,6 +151,7 @@ pub async fn core(harness: &dyn Harness) {
 pub async fn full(harness: &dyn Harness) {
     core(harness).await;
     a_restart_keeps_what_was_acknowledged(harness).await;
+    who_resigns_leads_no_more(harness).await;
     trimming_is_a_request(harness).await;
     sealing_ends_the_log(harness).await;
 }
@@ -144,7 +159,7 @@ pub async fn full(harness: &dyn Harness) {
 async fn proposals_appear_once_in_order_everywhere(harness: &dyn Harness) {
     let runtime = harness.runtime();
     let log = harness.leader().await;
-    let mut reader = Reader::new(&log, &runtime, log.bounds().last.next());
+    let mut reader = Reader::new(&log, &runtime, log.status().bounds.last.next());
     let epoch = reader.until_leading().await;
     let batches: Vec<Vec<Bytes>> =
         (0..50).map(|i| (0..1 + i % 3).map(|j| entry(&format!("batch {i} entry {j}"))).collect()).collect();
@@ -174,7 +189,7 @@ async fn proposals_appear_once_in_order_everywhere(harness: &dyn Harness) {
 
 async fn wrong_sizes_and_epochs_are_rejected(harness: &dyn Harness) {
     let log = harness.leader().await;
-    let mut reader = Reader::new(&log, &harness.runtime(), log.bounds().last.next());
+    let mut reader = Reader::new(&log, &harness.runtime(), log.status().bounds.last.next());
     let epoch = reader.until_leading().await;
     let rejected = |epoch, batch| log.propose(epoch, batch).err();
     assert!(matches!(rejected(epoch, vec![]), Some(Rejected::Size { .. })));
@@ -183,7 +198,7 @@ async fn wrong_sizes_and_epochs_are_rejected(harness: &dyn Harness) {
         rejected(epoch, vec![Bytes::from(vec![0; BATCH_BYTES_MAX + 1])]),
         Some(Rejected::Size { .. })
     ));
-    assert!(matches!(rejected(Epoch(epoch.0 + 1000), vec![entry("x")]), Some(Rejected::NotLeader(_))));
+    assert!(matches!(rejected(Epoch(epoch.0 + 1000), vec![entry("x")]), Some(Rejected::NotLeader { .. })));
     let largest =
         log.propose(epoch, vec![Bytes::from(vec![7; BATCH_BYTES_MAX])]).expect("the largest batch").await;
     assert!(matches!(largest, Outcome::Committed(_)), "{largest:?}");
@@ -192,21 +207,25 @@ async fn wrong_sizes_and_epochs_are_rejected(harness: &dyn Harness) {
 async fn a_read_barrier_covers_what_was_acknowledged(harness: &dyn Harness) {
     let position = committed(harness, "before the barrier").await;
     let log = harness.leader().await;
-    let barrier = log.read_barrier(ReadLevel::Linearizable).await.expect("the leader answers");
+    let barrier = log.read_barrier(PATIENCE).await.expect("the leader answers");
     assert!(barrier >= position, "barrier {barrier} below {position}");
-    let lease = log.read_barrier(ReadLevel::Lease).await.expect("the leader answers");
-    assert!(lease >= position, "lease barrier {lease} below {position}");
-    let asked = Position(position.0.saturating_sub(1));
-    let at_least = log.read_barrier(ReadLevel::AtLeast(asked)).await.expect("answers");
-    assert!(at_least >= asked);
-    log.read_barrier(ReadLevel::Local).await.expect("always answers");
+    for log in harness.all().await {
+        match log.read_barrier(PATIENCE).await {
+            Ok(barrier) => {
+                assert!(barrier >= position, "another member's barrier {barrier} below {position}")
+            }
+            // An engine may leave it to the asker to go to the leader.
+            Err(LogFault::NotLeader { .. }) if !harness.any_member_answers() => {}
+            Err(other) => panic!("a calm log answers a barrier, but: {other}"),
+        }
+    }
 }
 
 async fn an_old_epoch_is_fenced_after_a_leader_change(harness: &dyn Harness) {
     let runtime = harness.runtime();
     let before = committed(harness, "before the change").await;
     let old = harness.leader().await;
-    let mut reader = Reader::new(&old, &runtime, old.bounds().last.next());
+    let mut reader = Reader::new(&old, &runtime, old.status().bounds.last.next());
     let old_epoch = reader.until_leading().await;
     harness.change_leader().await;
     let after = committed(harness, "after the change").await;
@@ -217,13 +236,16 @@ async fn an_old_epoch_is_fenced_after_a_leader_change(harness: &dyn Harness) {
     assert!(epoch > old_epoch, "a new reign has a greater epoch: {epoch:?} after {old_epoch:?}");
     assert!(reader.last > before, "leadership comes after what the earlier reign committed");
     match old.propose(old_epoch, vec![entry("from the grave")]) {
-        Err(Rejected::NotLeader(_) | Rejected::Stopped(_)) => {}
+        Err(Rejected::NotLeader { .. } | Rejected::Stopped(_)) => {}
         Err(other) => panic!("rejected for another reason: {other}"),
         // An engine that learns of the change late may take it, but must never commit it.
         Ok(commit) => {
             let outcome = runtime.timeout(PATIENCE, commit).await;
             assert!(
-                matches!(outcome, None | Some(Outcome::Unknown)),
+                matches!(
+                    outcome,
+                    None | Some(Outcome::Unknown | Outcome::Refused(Refused::NotLeader { .. }))
+                ),
                 "a fenced proposal committed: {outcome:?}"
             );
         }
@@ -241,7 +263,7 @@ async fn unknown_means_maybe_once(harness: &dyn Harness) {
         }
         let runtime = harness.runtime();
         let log = harness.leader().await;
-        let start = log.bounds().last.next();
+        let start = log.status().bounds.last.next();
         let mut reader = Reader::new(&log, &runtime, start);
         let epoch = reader.until_leading().await;
         let text = format!("unknown, takes effect: {takes_effect}");
@@ -257,13 +279,64 @@ async fn unknown_means_maybe_once(harness: &dyn Harness) {
     }
 }
 
+async fn status_agrees_with_what_was_told(harness: &dyn Harness) {
+    let position = committed(harness, "before the status").await;
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &harness.runtime(), position);
+    let epoch = reader.until_leading().await;
+    let status = log.status();
+    assert!(status.is_self && status.epoch == epoch, "led in {epoch:?}, and: {status:?}");
+    assert!(status.bounds.last >= position && status.bounds.first <= position, "{position} in {status:?}");
+    let leader = status.leader.expect("it leads itself");
+    let member = status.members.iter().find(|p| p.member.node == leader);
+    assert!(member.is_some_and(|p| p.member.voter), "node {leader} is a voter of {:?}", status.members);
+    assert_eq!((status.sealed, status.fault), (None, None));
+    // Who expects another configuration changes nothing; who cannot change any says so.
+    let members: Vec<_> = status.members.iter().map(|p| p.member).collect();
+    let refused = log.reconfigure(ConfigId(status.config.0 + 1000), members).await;
+    assert!(
+        matches!(refused, Err(LogFault::Unsupported(_))),
+        "no engine changes members yet, and: {refused:?}"
+    );
+    assert_eq!(log.status().config, status.config);
+}
+
+async fn a_reader_is_told_of_the_end_of_a_reign(harness: &dyn Harness) {
+    let runtime = harness.runtime();
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &runtime, log.status().bounds.last.next());
+    let epoch = reader.until_leading().await;
+    harness.change_leader().await;
+    // Also where the same node leads again: `Reader` refuses a beginning without an end before it.
+    let ended =
+        |_: &Reader, e: &Event| matches!(e, Event::Leader { epoch: of, is_self: false, .. } if *of == epoch);
+    reader.until("the end of the reign", ended).await;
+    committed(harness, "under another").await;
+}
+
+async fn who_resigns_leads_no_more(harness: &dyn Harness) {
+    let log = harness.leader().await;
+    let mut reader = Reader::new(&log, &harness.runtime(), log.status().bounds.last.next());
+    let epoch = reader.until_leading().await;
+    log.resign();
+    reader.until("the end of the reign", |_, e| matches!(e, Event::Leader { is_self: false, .. })).await;
+    assert!(!log.status().is_self || log.status().epoch > epoch, "resigned, and: {:?}", log.status());
+    let rejected = log.propose(epoch, vec![entry("after the end")]).err();
+    assert!(matches!(rejected, Some(Rejected::NotLeader { .. })), "{rejected:?}");
+    harness.change_leader().await;
+    // It is nobody's reign: nothing happens.
+    log.resign();
+    committed(harness, "after one has resigned").await;
+}
+
 async fn a_restart_keeps_what_was_acknowledged(harness: &dyn Harness) {
     let mut positions = Vec::new();
     for i in 0..10 {
         positions.push((committed(harness, &format!("kept {i}")).await, entry(&format!("kept {i}"))));
     }
     let log = harness.leader().await;
-    let old_epoch = Reader::new(&log, &harness.runtime(), log.bounds().last.next()).until_leading().await;
+    let old_epoch =
+        Reader::new(&log, &harness.runtime(), log.status().bounds.last.next()).until_leading().await;
     drop(log);
     if !harness.restart().await {
         return;
@@ -282,7 +355,7 @@ async fn trimming_is_a_request(harness: &dyn Harness) {
     let log = harness.leader().await;
     let last = committed(harness, "before the trim").await;
     log.trim(last).await.expect("a request is taken");
-    let bounds = log.bounds();
+    let bounds = log.status().bounds;
     assert!(bounds.last >= last);
     if bounds.first.0 > 1 {
         let mut events = log.events(Position(1));
@@ -296,13 +369,13 @@ async fn sealing_ends_the_log(harness: &dyn Harness) {
     let runtime = harness.runtime();
     let last = committed(harness, "the last").await;
     let log = harness.leader().await;
-    let mut reader = Reader::new(&log, &runtime, log.bounds().last.next());
+    let mut reader = Reader::new(&log, &runtime, log.status().bounds.last.next());
     let epoch = reader.until_leading().await;
     let tail = log.seal().await.expect("seals");
     assert!(tail >= last);
     assert_eq!(log.seal().await.expect("seals again"), tail);
     let refused = log.propose(epoch, vec![entry("too late")]).err();
-    assert!(matches!(refused, Some(Rejected::Sealed | Rejected::NotLeader(_))), "{refused:?}");
+    assert!(matches!(refused, Some(Rejected::Sealed | Rejected::NotLeader { .. })), "{refused:?}");
     let mut reader = Reader::new(&log, &runtime, last);
     reader.until("the seal", |_, e| matches!(e, Event::Sealed { .. })).await;
     if harness.restart().await {

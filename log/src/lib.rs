@@ -7,7 +7,9 @@
 //! Invariants every engine keeps ([`conformance`] checks them):
 //! * [`Rejected`] means certainly no effect; [`Outcome::Unknown`] means the batch may appear later, or never.
 //! * Every reader sees the same batches at the same positions, in order, each once.
-//! * [`Event::Leader`] comes after everything committed in earlier epochs.
+//! * A reign's beginning ([`Event::Leader`]) comes after everything committed in earlier epochs; its end is told as soon as
+//!   it is known, and always before another begins.
+//! * [`Outcome::Refused`] and [`Outcome::Sealed`] mean certainly no effect, as [`Rejected`] does; they are only known later.
 //! * What was committed is durable: it is there after a restart of every node.
 
 pub mod conformance;
@@ -16,11 +18,12 @@ use std::{
     future::Future,
     pin::Pin,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
-pub use clutch_proto::log::{Batch, Epoch, LogId, Position};
+pub use clutch_proto::log::{Batch, Epoch, LogId, NodeId, Position};
 use tokio::sync::oneshot;
 
 /// A snapshot by reference: state up to `position` lies at `location`, which the store can open.
@@ -44,10 +47,13 @@ pub enum Event {
     },
     /// The state must be replaced by the snapshot; batches follow from after it.
     Restore(SnapshotRef),
-    /// A reign began, and everything of earlier reigns has been delivered.
+    /// Who leads has changed. When a reign begins, everything of earlier reigns has been delivered. When this node's own ends,
+    /// that is told with its epoch and `is_self: false` before any other begins.
     Leader {
         /// The reign.
         epoch: Epoch,
+        /// The node that leads, as far as this one knows.
+        leader: Option<NodeId>,
         /// Whether this node leads.
         is_self: bool,
     },
@@ -62,8 +68,13 @@ pub enum Event {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Rejected {
     /// Another epoch leads, or none.
-    #[error("epoch {0:?} does not lead")]
-    NotLeader(Epoch),
+    #[error("epoch {} does not lead{}", .epoch.0, hinted(*.hint))]
+    NotLeader {
+        /// The epoch that was proposed in.
+        epoch: Epoch,
+        /// Who leads, as far as this node knows.
+        hint: Option<NodeId>,
+    },
     /// The log was sealed.
     #[error("the log is sealed")]
     Sealed,
@@ -92,8 +103,20 @@ pub enum Outcome {
     Unknown,
     /// The log was sealed before it: certainly no effect.
     Sealed,
-    /// There was no room for it on the disk: certainly no effect, and the same batch may be taken when there is.
+    /// It was turned down after it had been taken: certainly no effect.
+    Refused(Refused),
+}
+
+/// Why a batch was turned down after it had been taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Refused {
+    /// There was no room for it on the disk; the same batch may be taken when there is.
     NoRoom,
+    /// The node had ceased to lead before it could write the batch.
+    NotLeader {
+        /// Who leads, as far as this node knows.
+        hint: Option<NodeId>,
+    },
 }
 
 /// Resolves when the fate of a batch is known.
@@ -113,19 +136,6 @@ impl Future for Commit {
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
         Pin::new(&mut self.0).poll(context).map(|decided| decided.unwrap_or(Outcome::Unknown))
     }
-}
-
-/// How fresh a read must be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ReadLevel {
-    /// Whatever this replica has.
-    Local,
-    /// At least this position.
-    AtLeast(Position),
-    /// Everything that was acknowledged before the read began.
-    Linearizable,
-    /// The same as long as clocks drift less than the engine's lease allows; cheaper where a quorum is asked.
-    Lease,
 }
 
 /// Names a configuration of members; grows with each change.
@@ -165,8 +175,22 @@ pub enum LogFault {
     #[error("{0}")]
     Unsupported(String),
     /// This node does not lead, so it cannot answer.
-    #[error("not the leader")]
-    NotLeader,
+    #[error("not the leader{}", hinted(*.hint))]
+    NotLeader {
+        /// Who leads, as far as this node knows.
+        hint: Option<NodeId>,
+    },
+    /// Too few members answered in time; nothing is known of what others have acknowledged.
+    #[error("no quorum of the log answered within {} ms", .waited.as_millis())]
+    NoQuorum {
+        /// How long was waited.
+        waited: Duration,
+    },
+}
+
+/// ": node 3 does", where that is known.
+fn hinted(hint: Option<NodeId>) -> String {
+    hint.map_or_else(String::new, |node| format!(": node {node} does"))
 }
 
 /// What a log holds now.
@@ -178,15 +202,58 @@ pub struct Bounds {
     pub last: Position,
 }
 
-/// A replicated, append-only log, as one node sees it.
+/// A node that keeps a log.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Member {
+    /// Its id.
+    pub node: NodeId,
+    /// Whether it votes; others are told everything and asked nothing.
+    pub voter: bool,
+}
+
+/// How far a member has come, as the node sees it that was asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Progress {
+    /// Who.
+    pub member: Member,
+    /// The last position that it is known to have; `None` where only a leader would know.
+    pub matched: Option<Position>,
+}
+
+/// How a log stands, as one node sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Status {
+    /// The newest reign that the node knows of.
+    pub epoch: Epoch,
+    /// Who leads in it, as far as the node knows.
+    pub leader: Option<NodeId>,
+    /// Whether that is the node itself.
+    pub is_self: bool,
+    /// What can be read.
+    pub bounds: Bounds,
+    /// Where the log was sealed.
+    pub sealed: Option<Position>,
+    /// Names the present members.
+    pub config: ConfigId,
+    /// The present members.
+    pub members: Vec<Progress>,
+    /// Bytes that wait to be written.
+    pub queued_bytes: u64,
+    /// Why the engine stopped.
+    pub fault: Option<String>,
+}
+
+/// A replicated, append-only log, as one node sees it. No method has a body here: what wraps a log must pass on all of them.
 #[async_trait]
 pub trait Log: Send + Sync {
     /// Appends a batch if `epoch` still leads. Does not wait; batches of one proposer keep their order.
     fn propose(&self, epoch: Epoch, batch: Vec<Bytes>) -> Result<Commit, Rejected>;
     /// Everything after the position before `from`, and then what comes.
     fn events(&self, from: Position) -> Box<dyn Events>;
-    /// The position that a read of this level must have applied.
-    async fn read_barrier(&self, level: ReadLevel) -> Result<Position, LogFault>;
+    /// The position that a read must have applied to see everything that was acknowledged before it began. Any member may be
+    /// asked; one that has to ask others and hears nothing gives up after `patience`. A read that is content with less, some
+    /// position or whatever is here, needs no barrier.
+    async fn read_barrier(&self, patience: Duration) -> Result<Position, LogFault>;
     /// Ends the log for good and returns its last position. Idempotent.
     async fn seal(&self) -> Result<Position, LogFault>;
     /// Allows the engine to forget everything up to `upto`; floors of the engine are kept.
@@ -194,13 +261,14 @@ pub trait Log: Send + Sync {
     /// The replica has a snapshot that others may be restored from.
     async fn snapshot_ready(&self, snapshot: SnapshotRef);
     /// Hands leadership to another node; engines with one node refuse.
-    async fn transfer_leader(&self, to: u64) -> Result<(), LogFault>;
+    async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault>;
+    /// Gives up a reign of this node, if there is one, and stands for no other before the log is opened again, whoever may
+    /// lead: for a replica that can do nothing any more.
+    fn resign(&self);
     /// Changes the members if the present configuration is `expect`; engines with one node refuse.
-    async fn reconfigure(&self, _expect: ConfigId, _members: Vec<u64>) -> Result<ConfigId, LogFault> {
-        Err(LogFault::Unsupported("this engine's members are fixed".into()))
-    }
-    /// What the log holds now.
-    fn bounds(&self) -> Bounds;
+    async fn reconfigure(&self, expect: ConfigId, members: Vec<Member>) -> Result<ConfigId, LogFault>;
+    /// How the log stands, without waiting.
+    fn status(&self) -> Status;
 }
 
 /// A reader's place in a log.

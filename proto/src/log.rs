@@ -25,6 +25,9 @@ impl fmt::Display for Position {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Epoch(pub u64);
 
+/// Names a node of a cluster; never given to another.
+pub type NodeId = u64;
+
 /// Names a log within a cluster: role and number as in a session's request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct LogId {

@@ -186,7 +186,7 @@ impl Rewind {
             let entry = Entry { stamp: line.remains.time, kind: Some(Kind::Body(body.clone().into())) };
             let mut events = log.events(kept(&line.remains).position.next());
             let epoch = loop {
-                if let Event::Leader { epoch, is_self: true } = events.next().await? {
+                if let Event::Leader { epoch, is_self: true, .. } = events.next().await? {
                     break epoch;
                 }
             };

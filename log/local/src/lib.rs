@@ -24,13 +24,14 @@ use std::{
         Arc,
         atomic::{AtomicUsize, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, Epoch, Event, Events, Log, LogFault, LogId, Outcome, Position, ReadLevel,
-    Rejected, SnapshotRef, check_batch,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Outcome,
+    Position, Progress, Rejected, SnapshotRef, Status, check_batch,
 };
 use clutch_runtime::{Disk, Runtime};
 use parking_lot::Mutex;
@@ -54,6 +55,8 @@ pub struct Options {
     pub commands_max: usize,
     /// The cluster that the segments belong to; segments of another are refused.
     pub cluster: u64,
+    /// The node that writes, for those who ask who leads.
+    pub node: NodeId,
 }
 
 impl Default for Options {
@@ -64,6 +67,7 @@ impl Default for Options {
             queued_bytes_max: 64 << 20,
             commands_max: 1024,
             cluster: 0,
+            node: 1,
         }
     }
 }
@@ -114,6 +118,8 @@ struct Group {
 struct GroupState {
     epoch: Epoch,
     epoch_position: Position,
+    /// The reign that was given up; none follows before the log is opened again.
+    resigned: Epoch,
     /// The position that the writer gives out next.
     next: Position,
     sealed: Option<Position>,
@@ -267,8 +273,8 @@ impl Log for LocalLog {
             if state.sealed.is_some() {
                 return Err(Rejected::Sealed);
             }
-            if state.epoch != epoch || self.epoch != epoch {
-                return Err(Rejected::NotLeader(epoch));
+            if state.epoch != epoch || self.epoch != epoch || state.resigned == epoch {
+                return Err(Rejected::NotLeader { epoch, hint: self.leader(&state) });
             }
         }
         if self.handle.shared.queued_bytes.load(Ordering::Relaxed) + bytes
@@ -296,29 +302,19 @@ impl Log for LocalLog {
             group: self.group.clone(),
             last: self.group.last.subscribe(),
             next: from.max(Position(1)),
-            leader_told: Epoch(0),
+            told: (Epoch(0), false),
             own_epoch: self.epoch,
             sealed_told: false,
             disk: None,
-            queued: None,
         })
     }
 
-    async fn read_barrier(&self, level: ReadLevel) -> Result<Position, LogFault> {
-        match level {
-            ReadLevel::AtLeast(position) => {
-                let mut last = self.group.last.subscribe();
-                loop {
-                    let reached = *last.borrow_and_update();
-                    if reached >= position {
-                        return Ok(reached);
-                    }
-                    if self.handle.shared.failed.lock().is_some() || last.changed().await.is_err() {
-                        return Err(self.handle.shared.stopped());
-                    }
-                }
-            }
-            ReadLevel::Local | ReadLevel::Linearizable | ReadLevel::Lease => Ok(*self.group.last.borrow()),
+    async fn read_barrier(&self, _patience: Duration) -> Result<Position, LogFault> {
+        // There is nobody to be asked: what is durable here is all that can have been acknowledged.
+        let has_failed = self.handle.shared.failed.lock().is_some();
+        match has_failed {
+            true => Err(self.handle.shared.stopped()),
+            false => Ok(*self.group.last.borrow()),
         }
     }
 
@@ -340,14 +336,54 @@ impl Log for LocalLog {
 
     async fn snapshot_ready(&self, _snapshot: SnapshotRef) {}
 
-    async fn transfer_leader(&self, _to: u64) -> Result<(), LogFault> {
+    async fn transfer_leader(&self, _to: NodeId) -> Result<(), LogFault> {
         Err(LogFault::Unsupported(
             "the local engine has one node; there is nobody to hand leadership to".into(),
         ))
     }
 
-    fn bounds(&self) -> Bounds {
-        Bounds { first: self.handle.shared.first_position(self.group.id), last: *self.group.last.borrow() }
+    fn resign(&self) {
+        {
+            let mut state = self.group.state.lock();
+            if state.epoch != self.epoch {
+                return;
+            }
+            state.resigned = self.epoch;
+        }
+        // Wakes the readers: the position is the same.
+        self.group.last.send_modify(|_| {});
+    }
+
+    async fn reconfigure(&self, _expect: ConfigId, _members: Vec<Member>) -> Result<ConfigId, LogFault> {
+        Err(LogFault::Unsupported("the local engine has one node; its members are fixed".into()))
+    }
+
+    fn status(&self) -> Status {
+        let shared = &self.handle.shared;
+        let bounds = Bounds { first: shared.first_position(self.group.id), last: *self.group.last.borrow() };
+        let (epoch, leader, sealed) = {
+            let state = self.group.state.lock();
+            (state.epoch, self.leader(&state), state.sealed)
+        };
+        let member = Member { node: shared.options.node, voter: true };
+        Status {
+            epoch,
+            leader,
+            is_self: leader.is_some() && epoch == self.epoch,
+            bounds,
+            sealed,
+            config: ConfigId::default(),
+            members: vec![Progress { member, matched: Some(bounds.last) }],
+            queued_bytes: shared.queued_bytes.load(Ordering::Relaxed) as u64,
+            fault: shared.failed.lock().clone(),
+        }
+    }
+}
+
+impl LocalLog {
+    /// This node, through whichever handle, unless the reign was given up.
+    fn leader(&self, state: &GroupState) -> Option<NodeId> {
+        (state.resigned != state.epoch).then_some(self.handle.shared.options.node)
     }
 }
 
@@ -357,22 +393,18 @@ struct LocalEvents {
     group: Arc<Group>,
     last: watch::Receiver<Position>,
     next: Position,
-    leader_told: Epoch,
+    /// The reign that was told last, and whether it was said to be this handle's.
+    told: (Epoch, bool),
     own_epoch: Epoch,
     sealed_told: bool,
     disk: Option<reader::GroupReader>,
-    /// Follows on the event that was told last.
-    queued: Option<Event>,
 }
 
 impl LocalEvents {
     /// What follows without waiting; `None` at the end of the log.
     fn ready(&mut self) -> Result<Option<Event>, LogFault> {
-        if let Some(event) = self.queued.take() {
-            return Ok(Some(event));
-        }
         let durable = *self.last.borrow_and_update();
-        let (record, epoch, epoch_position, sealed) = {
+        let (record, epoch, epoch_position, resigned, sealed) = {
             let state = self.group.state.lock();
             // The tail has no holes, so the place of a position in it is known.
             let found = state.tail.front().filter(|f| f.batch.position <= self.next).and_then(|f| {
@@ -381,13 +413,20 @@ impl LocalEvents {
                     .get((self.next.0 - f.batch.position.0) as usize)
                     .filter(|r| r.batch.position <= durable)
             });
-            (found.cloned(), state.epoch, state.epoch_position, state.sealed)
+            (found.cloned(), state.epoch, state.epoch_position, state.resigned, state.sealed)
         };
+        let (told, led) = self.told;
+        if led && (told < epoch || resigned == told) {
+            self.told = (told, false);
+            return Ok(Some(Event::Leader { epoch: told, leader: None, is_self: false }));
+        }
+        if told < epoch && self.next > epoch_position && durable >= epoch_position {
+            let is_self = epoch == self.own_epoch && resigned != epoch;
+            self.told = (epoch, is_self);
+            let leader = (resigned != epoch).then_some(self.shared.options.node);
+            return Ok(Some(Event::Leader { epoch, leader, is_self }));
+        }
         if self.next > durable {
-            if self.leader_told < epoch && self.next > epoch_position && durable >= epoch_position {
-                self.leader_told = epoch;
-                return Ok(Some(Event::Leader { epoch, is_self: epoch == self.own_epoch }));
-            }
             return Ok(match sealed {
                 Some(tail) if !self.sealed_told && durable >= tail => {
                     self.sealed_told = true;
@@ -418,11 +457,6 @@ impl LocalEvents {
         self.next = position.next();
         Ok(Some(match record.kind {
             RecordKind::Batch => Event::Committed(record.batch),
-            RecordKind::Epoch if record.batch.epoch == epoch => {
-                self.leader_told = epoch;
-                self.queued = Some(Event::Leader { epoch, is_self: epoch == self.own_epoch });
-                Event::Gap { to: position }
-            }
             RecordKind::Epoch | RecordKind::Seal | RecordKind::Groups => Event::Gap { to: position },
         }))
     }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Batch, Epoch, LogFault, LogId, Outcome, Position};
+use clutch_log::{Batch, Epoch, LogFault, LogId, Outcome, Position, Refused};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::File;
 use tokio::sync::{mpsc, oneshot};
@@ -136,6 +136,20 @@ impl Writer {
         }
     }
 
+    /// Why a batch that waited is not written; `None` where it is.
+    fn refusal(&self, group: &Group, epoch: Epoch, is_full: bool) -> Option<Outcome> {
+        let state = group.state.lock();
+        if state.sealed.is_some() {
+            return Some(Outcome::Sealed);
+        }
+        if is_full {
+            return Some(Outcome::Refused(Refused::NoRoom));
+        }
+        // The epoch may have ended while it waited; whoever began the next is of this node, too.
+        let hint = Some(self.shared.options.node);
+        (state.epoch != epoch).then_some(Outcome::Refused(Refused::NotLeader { hint }))
+    }
+
     fn write(&mut self, commands: &mut Vec<Command>) -> Result<(), String> {
         // Before anything gets a position: what there is no room for is certainly not in the log.
         let needed: usize = commands.iter().map(Command::bytes_max).sum();
@@ -151,26 +165,14 @@ impl Writer {
             match command {
                 Command::Append { group, epoch, entries, bytes: size, decided } => {
                     released += size;
-                    let (sealed, current) = {
-                        let state = group.state.lock();
-                        (state.sealed.is_some(), state.epoch)
-                    };
-                    if sealed {
+                    let refused = self.refusal(&group, epoch, room.is_err());
+                    if let Some(refused) = refused {
                         // The caller may be gone.
-                        let _ = decided.send(Outcome::Sealed);
-                    } else if room.is_err() {
-                        let _ = decided.send(Outcome::NoRoom);
-                    } else if current == epoch {
-                        staged.push(stage(
-                            &mut bytes,
-                            group,
-                            RecordKind::Batch,
-                            epoch,
-                            entries,
-                            Answer::Append(decided),
-                        ));
+                        let _ = decided.send(refused);
+                        continue;
                     }
-                    // Else the epoch ended while it waited; its dropped sender answers unknown.
+                    let answer = Answer::Append(decided);
+                    staged.push(stage(&mut bytes, group, RecordKind::Batch, epoch, entries, answer));
                 }
                 Command::BeginEpoch { group, done } => {
                     let sealed = group.state.lock().sealed.is_some();

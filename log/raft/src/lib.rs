@@ -15,12 +15,12 @@ use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, Epoch, Event, Events, Log, LogFault, Outcome, Position, ReadLevel, Rejected,
-    SnapshotRef, check_batch,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, Member, NodeId, Outcome, Position,
+    Progress, Refused, Rejected, SnapshotRef, Status, check_batch,
 };
 use openraft::{
-    Config, EmptyNode, EntryPayload, Raft, ReadPolicy, SnapshotPolicy, impls::ProgressResponder,
-    raft::ClientWriteResult,
+    Config, EmptyNode, EntryPayload, Raft, ReadPolicy, SnapshotPolicy, async_runtime::WatchReceiver as _,
+    error::ClientWriteError, impls::ProgressResponder, raft::ClientWriteResult,
 };
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
@@ -118,8 +118,10 @@ async fn submit(raft: Node, mut proposals: mpsc::UnboundedReceiver<Proposal>) {
         tokio::spawn(async move {
             let outcome = match tokio::time::timeout(PROPOSAL_PATIENCE, answer).await {
                 Ok(Ok(Ok(written))) => Outcome::Committed(Position(written.log_id.index)),
-                // Turned down after it was taken: certainly no effect, but a commit has no word for that. Discarded,
-                // dropped, silent: unknown.
+                Ok(Ok(Err(ClientWriteError::ForwardToLeader(to)))) => {
+                    Outcome::Refused(Refused::NotLeader { hint: to.leader_id })
+                }
+                // Discarded, dropped, silent.
                 _ => Outcome::Unknown,
             };
             if !lose_answer {
@@ -157,7 +159,7 @@ impl Log for RaftLog {
     fn propose(&self, epoch: Epoch, batch: Vec<Bytes>) -> Result<Commit, Rejected> {
         check_batch(&batch)?;
         if self.leading() != Some(epoch.0) {
-            return Err(Rejected::NotLeader(epoch));
+            return Err(Rejected::NotLeader { epoch, hint: self.hint() });
         }
         let (decided, commit) = Commit::pair();
         let lose_answer = std::mem::take(&mut *self.lose_next_answer.lock());
@@ -172,24 +174,15 @@ impl Log for RaftLog {
             log: self.log.clone(),
             delivered: self.delivered.clone(),
             next: from.0.max(1),
-            told: None,
+            told: (0, None),
         })
     }
 
-    async fn read_barrier(&self, level: ReadLevel) -> Result<Position, LogFault> {
-        match level {
-            ReadLevel::Local => Ok(Position(self.delivered.index())),
-            ReadLevel::AtLeast(position) => {
-                self.delivered.wait_for(position.0).await;
-                Ok(Position(self.delivered.index()))
-            }
-            ReadLevel::Linearizable | ReadLevel::Lease => {
-                let policy =
-                    if level == ReadLevel::Lease { ReadPolicy::LeaseRead } else { ReadPolicy::ReadIndex };
-                let read = self.raft.ensure_linearizable(policy).await;
-                read.map(|read| Position(read.index())).map_err(|_| LogFault::NotLeader)
-            }
-        }
+    async fn read_barrier(&self, patience: Duration) -> Result<Position, LogFault> {
+        let asked = tokio::time::timeout(patience, self.raft.ensure_linearizable(ReadPolicy::ReadIndex));
+        let read = asked.await.map_err(|_| LogFault::NoQuorum { waited: patience })?;
+        // The prototype does not ask the leader for a follower.
+        read.map(|read| Position(read.index())).map_err(|_| LogFault::NotLeader { hint: self.hint() })
     }
 
     async fn seal(&self) -> Result<Position, LogFault> {
@@ -202,12 +195,61 @@ impl Log for RaftLog {
 
     async fn snapshot_ready(&self, _snapshot: SnapshotRef) {}
 
-    async fn transfer_leader(&self, to: u64) -> Result<(), LogFault> {
+    async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {
         self.raft.trigger().transfer_leader(to).await.map_err(|e| LogFault::Storage(e.to_string()))
     }
 
-    fn bounds(&self) -> Bounds {
-        Bounds { first: Position(1), last: Position(self.delivered.index()) }
+    fn resign(&self) {
+        // openraft knows no other way down than a successor.
+        let other =
+            self.members().into_iter().find(|p| p.member.voter && p.member.node != *self.raft.node_id());
+        if let (Some(other), true) = (other, self.leading().is_some()) {
+            let raft = self.raft.clone();
+            // One that cannot be told has no reign to give up.
+            tokio::spawn(async move { drop(raft.trigger().transfer_leader(other.member.node).await) });
+        }
+    }
+
+    async fn reconfigure(&self, _expect: ConfigId, _members: Vec<Member>) -> Result<ConfigId, LogFault> {
+        Err(LogFault::Unsupported("the prototype's members are fixed".into()))
+    }
+
+    fn status(&self) -> Status {
+        let (last, term) = self.delivered.last();
+        Status {
+            epoch: Epoch(term),
+            leader: self.hint(),
+            is_self: self.leading() == Some(term),
+            bounds: Bounds { first: Position(1), last: Position(last) },
+            sealed: None,
+            config: ConfigId::default(),
+            members: self.members(),
+            queued_bytes: 0,
+            fault: None,
+        }
+    }
+}
+
+impl RaftLog {
+    /// Who leads, as far as this node knows.
+    fn hint(&self) -> Option<NodeId> {
+        self.raft.metrics().borrow_watched().current_leader
+    }
+
+    fn members(&self) -> Vec<Progress> {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        let membership = metrics.membership_config.membership();
+        let voters: BTreeSet<NodeId> = membership.voter_ids().collect();
+        let matched = |node| {
+            let known = metrics.replication.as_ref()?.get(node)?.as_ref();
+            known.map(|log_id| Position(log_id.index))
+        };
+        let members = membership.nodes().map(|(node, _)| Progress {
+            member: Member { node: *node, voter: voters.contains(node) },
+            matched: matched(node),
+        });
+        members.collect()
     }
 }
 
@@ -216,13 +258,24 @@ struct RaftEvents {
     log: MemoryLog,
     delivered: Delivered,
     next: u64,
-    /// The reign and side that the reader was told last.
-    told: Option<(u64, bool)>,
+    /// The reign that the reader was told last, and who was said to lead in it.
+    told: (u64, Option<NodeId>),
 }
 
 impl RaftEvents {
     fn ready(&mut self) -> Option<Event> {
         let (last, last_term) = self.delivered.last();
+        let (term, leader) = {
+            let metrics = self.raft.metrics();
+            let metrics = metrics.borrow_watched();
+            (metrics.current_term, metrics.current_leader)
+        };
+        let me = *self.raft.node_id();
+        let (told, told_leader) = self.told;
+        if told_leader == Some(me) && (term, leader) != self.told {
+            self.told = (told, None);
+            return Some(Event::Leader { epoch: Epoch(told), leader: None, is_self: false });
+        }
         if self.next <= last {
             let entry = self.log.entry(self.next)?;
             let position = Position(self.next);
@@ -236,11 +289,11 @@ impl RaftEvents {
         }
         // Everything delivered was read. The term of the last entry is that of a leader whose own first entry is
         // committed, so all earlier reigns are behind the reader.
-        let is_self = self.raft.as_leader().is_ok_and(|leader| leader.term() == last_term);
-        let now = (last_term, is_self);
-        if last_term > 0 && self.told.is_none_or(|told| told < now) {
-            self.told = Some(now);
-            return Some(Event::Leader { epoch: Epoch(last_term), is_self });
+        // Who leads in a later term is told when that term's first record is.
+        let leader = leader.filter(|_| term == last_term);
+        if last_term > 0 && (last_term, leader) != self.told && told <= last_term {
+            self.told = (last_term, leader);
+            return Some(Event::Leader { epoch: Epoch(last_term), leader, is_self: leader == Some(me) });
         }
         None
     }

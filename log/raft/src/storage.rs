@@ -115,10 +115,6 @@ pub(crate) struct Delivered {
 }
 
 impl Delivered {
-    pub(crate) fn index(&self) -> u64 {
-        *self.index.borrow()
-    }
-
     /// Index and term of the last entry.
     pub(crate) fn last(&self) -> (u64, u64) {
         self.inner.lock().last.map_or((0, 0), |last| (last.index, last.leader_id.term))

@@ -90,6 +90,10 @@ impl Harness for RaftHarness {
         false
     }
 
+    fn any_member_answers(&self) -> bool {
+        false
+    }
+
     async fn make_next_unknown(&self, committed: bool) -> bool {
         let leader = self.find_leader(None).await;
         if committed {

@@ -13,8 +13,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, Epoch, Event, Events, Log, LogFault, LogId, Outcome, Position, ReadLevel,
-    Rejected, SnapshotRef, check_batch,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Outcome,
+    Position, Progress, Rejected, SnapshotRef, Status, check_batch,
 };
 use clutch_runtime::Runtime;
 use parking_lot::Mutex;
@@ -61,7 +61,8 @@ struct State {
     /// The record at index i has position i + 1; `None` is a record of the engine.
     records: Vec<(Epoch, Option<Vec<Bytes>>)>,
     epoch: Epoch,
-    leader: u64,
+    /// Nobody before the first election, and after a leader has gone without a successor.
+    leader: Option<NodeId>,
     epoch_position: Position,
     pending: std::collections::VecDeque<Pending>,
     sealed: Option<Position>,
@@ -69,8 +70,8 @@ struct State {
     faults: Faults,
     next_unknown: Option<bool>,
     /// Nodes that hear nothing of the others and do not know it.
-    deaf: BTreeSet<u64>,
-    restore: BTreeMap<u64, SnapshotRef>,
+    deaf: BTreeSet<NodeId>,
+    restore: BTreeMap<NodeId, SnapshotRef>,
 }
 
 struct Pending {
@@ -85,9 +86,9 @@ impl State {
         Position(self.records.len() as u64)
     }
 
-    fn begin_epoch(&mut self, leader: u64) {
+    fn begin_epoch(&mut self, leader: NodeId) {
         self.epoch = Epoch(self.epoch.0 + 1);
-        self.leader = leader;
+        self.leader = Some(leader);
         self.records.push((self.epoch, None));
         self.epoch_position = self.tail();
     }
@@ -127,13 +128,13 @@ impl SimLogs {
     }
 
     /// A node's handle of a log. Does not make it leader.
-    pub fn log(&self, runtime: &Runtime, id: LogId, node: u64) -> Arc<dyn Log> {
+    pub fn log(&self, runtime: &Runtime, id: LogId, node: NodeId) -> Arc<dyn Log> {
         Arc::new(SimLog { runtime: runtime.clone(), group: self.group(id), node })
     }
 
     /// Makes a node the leader in a new epoch. `keep` of the waiting proposals commit first; their proposers and
     /// all others waiting never learn what happened.
-    pub fn elect(&self, id: LogId, node: u64, keep: usize) {
+    pub fn elect(&self, id: LogId, node: NodeId, keep: usize) {
         let group = self.group(id);
         {
             let mut state = group.state.lock();
@@ -151,6 +152,13 @@ impl SimLogs {
         group.changed.send_modify(|c| *c += 1);
     }
 
+    /// Ends the present reign before another begins. What waits is decided by the next election.
+    pub fn depose(&self, id: LogId) {
+        let group = self.group(id);
+        group.state.lock().leader = None;
+        group.changed.send_modify(|c| *c += 1);
+    }
+
     /// Sets the faults of a log.
     pub fn set_faults(&self, id: LogId, faults: Faults) {
         self.group(id).state.lock().faults = faults;
@@ -163,7 +171,7 @@ impl SimLogs {
 
     /// Cuts a node's handle off the others, or joins it again. While it is deaf nothing reaches it, what it proposes
     /// is lost with an unknown outcome, and its barriers are not answered: it may still think that it leads.
-    pub fn set_deaf(&self, id: LogId, node: u64, deaf: bool) {
+    pub fn set_deaf(&self, id: LogId, node: NodeId, deaf: bool) {
         let group = self.group(id);
         {
             let mut state = group.state.lock();
@@ -177,7 +185,7 @@ impl SimLogs {
     }
 
     /// A node's readers get this snapshot in mid-stream.
-    pub fn restore(&self, id: LogId, node: u64, snapshot: SnapshotRef) {
+    pub fn restore(&self, id: LogId, node: NodeId, snapshot: SnapshotRef) {
         let group = self.group(id);
         group.state.lock().restore.insert(node, snapshot);
         group.changed.send_modify(|c| *c += 1);
@@ -187,7 +195,7 @@ impl SimLogs {
 struct SimLog {
     runtime: Runtime,
     group: Arc<Group>,
-    node: u64,
+    node: NodeId,
 }
 
 #[async_trait]
@@ -202,8 +210,8 @@ impl Log for SimLog {
         if state.sealed.is_some() {
             return Err(Rejected::Sealed);
         }
-        if state.epoch != epoch || state.leader != self.node {
-            return Err(Rejected::NotLeader(epoch));
+        if state.epoch != epoch || state.leader != Some(self.node) {
+            return Err(Rejected::NotLeader { epoch, hint: state.leader });
         }
         let (decided, commit) = Commit::pair();
         let mut pending = Pending { epoch, entries: batch, decided: Some(decided), vanishes: false };
@@ -231,7 +239,7 @@ impl Log for SimLog {
             runtime.clock.sleep(delay).await;
             {
                 let mut state = group.state.lock();
-                if state.epoch == epoch {
+                if state.epoch == epoch && state.leader.is_some() {
                     state.commit_next();
                 }
             }
@@ -246,29 +254,28 @@ impl Log for SimLog {
             node: self.node,
             changed: self.group.changed.subscribe(),
             next: from.max(Position(1)),
-            told: Epoch(0),
+            told: (Epoch(0), None),
             sealed_told: false,
         })
     }
 
-    async fn read_barrier(&self, level: ReadLevel) -> Result<Position, LogFault> {
-        let mut changed = self.group.changed.subscribe();
-        loop {
-            {
-                let state = self.group.state.lock();
-                match level {
-                    ReadLevel::Linearizable | ReadLevel::Lease if state.deaf.contains(&self.node) => {}
-                    ReadLevel::Local => return Ok(state.tail()),
-                    ReadLevel::Linearizable | ReadLevel::Lease if state.leader == self.node => {
+    async fn read_barrier(&self, patience: Duration) -> Result<Position, LogFault> {
+        let waited = self.runtime.timeout(patience, async {
+            let mut changed = self.group.changed.subscribe();
+            loop {
+                {
+                    let state = self.group.state.lock();
+                    // Whoever leads answers for all, whichever member asks.
+                    if !state.deaf.contains(&self.node)
+                        && state.leader.is_some_and(|leader| !state.deaf.contains(&leader))
+                    {
                         return Ok(state.tail());
                     }
-                    ReadLevel::Linearizable | ReadLevel::Lease => return Err(LogFault::NotLeader),
-                    ReadLevel::AtLeast(position) if state.tail() >= position => return Ok(state.tail()),
-                    ReadLevel::AtLeast(_) => {}
                 }
+                changed.changed().await.map_err(|_| LogFault::Storage("the simulated log is gone".into()))?;
             }
-            changed.changed().await.map_err(|_| LogFault::Storage("the simulated log is gone".into()))?;
-        }
+        });
+        waited.await.unwrap_or(Err(LogFault::NoQuorum { waited: patience }))
     }
 
     async fn seal(&self) -> Result<Position, LogFault> {
@@ -297,11 +304,11 @@ impl Log for SimLog {
 
     async fn snapshot_ready(&self, _snapshot: SnapshotRef) {}
 
-    async fn transfer_leader(&self, to: u64) -> Result<(), LogFault> {
+    async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {
         {
             let mut state = self.group.state.lock();
-            if state.leader != self.node {
-                return Err(LogFault::NotLeader);
+            if state.leader != Some(self.node) {
+                return Err(LogFault::NotLeader { hint: state.leader });
             }
             if state.sealed.is_some() {
                 return Ok(());
@@ -315,18 +322,46 @@ impl Log for SimLog {
         Ok(())
     }
 
-    fn bounds(&self) -> Bounds {
+    fn resign(&self) {
+        {
+            let mut state = self.group.state.lock();
+            if state.leader != Some(self.node) {
+                return;
+            }
+            state.leader = None;
+        }
+        self.group.changed.send_modify(|c| *c += 1);
+    }
+
+    async fn reconfigure(&self, _expect: ConfigId, _members: Vec<Member>) -> Result<ConfigId, LogFault> {
+        Err(LogFault::Unsupported("every node of the simulation is a member".into()))
+    }
+
+    fn status(&self) -> Status {
         let state = self.group.state.lock();
-        Bounds { first: state.floor.next(), last: state.tail() }
+        let bounds = Bounds { first: state.floor.next(), last: state.tail() };
+        let member = Member { node: self.node, voter: true };
+        Status {
+            epoch: state.epoch,
+            leader: state.leader,
+            is_self: state.leader == Some(self.node),
+            bounds,
+            sealed: state.sealed,
+            config: ConfigId::default(),
+            members: vec![Progress { member, matched: Some(bounds.last) }],
+            queued_bytes: state.pending.iter().flat_map(|p| &p.entries).map(|e| e.len() as u64).sum(),
+            fault: None,
+        }
     }
 }
 
 struct SimEvents {
     group: Arc<Group>,
-    node: u64,
+    node: NodeId,
     changed: watch::Receiver<u64>,
     next: Position,
-    told: Epoch,
+    /// The reign that was told last, and who was said to lead in it.
+    told: (Epoch, Option<NodeId>),
     sealed_told: bool,
 }
 
@@ -344,9 +379,16 @@ impl SimEvents {
         if self.next <= state.floor {
             return Err(LogFault::Trimmed { asked: self.next, first: state.floor.next() });
         }
-        if self.told < state.epoch && self.next > state.epoch_position {
-            self.told = state.epoch;
-            return Ok(Some(Event::Leader { epoch: state.epoch, is_self: state.leader == self.node }));
+        let (told, leader) = self.told;
+        if leader == Some(self.node) && (told < state.epoch || state.leader != leader) {
+            self.told = (told, None);
+            return Ok(Some(Event::Leader { epoch: told, leader: None, is_self: false }));
+        }
+        let begins = told < state.epoch && self.next > state.epoch_position;
+        if begins || told == state.epoch && leader != state.leader {
+            self.told = (state.epoch, state.leader);
+            let is_self = state.leader == Some(self.node);
+            return Ok(Some(Event::Leader { epoch: state.epoch, leader: state.leader, is_self }));
         }
         if let Some((epoch, record)) = state.records.get(self.next.0 as usize - 1) {
             let position = self.next;
@@ -420,6 +462,10 @@ mod tests {
 
         async fn restart(&self) -> bool {
             self.change_leader().await;
+            true
+        }
+
+        fn any_member_answers(&self) -> bool {
             true
         }
 

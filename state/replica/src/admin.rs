@@ -81,7 +81,7 @@ impl<M: Machine> Replica<M> {
                     let log = self.config.log.clone();
                     runtime.spawn("trim", async move {
                         let trimmed = log.trim(upto).await.map_err(fault).map(|()| AdminReply {
-                            log: Some(LogReply { first: log.bounds().first.0, ..LogReply::default() }),
+                            log: Some(LogReply { first: log.status().bounds.first.0, ..LogReply::default() }),
                             ..AdminReply::default()
                         });
                         let _ = reply.send(trimmed);
@@ -116,7 +116,7 @@ impl<M: Machine> Replica<M> {
     }
 
     fn status(&self) -> AdminResult {
-        let bounds = self.config.log.bounds();
+        let bounds = self.config.log.status().bounds;
         let checks = self.applier.checks();
         let status = StatusReply {
             name: self.config.name.clone(),
@@ -250,7 +250,7 @@ fn page(view: &dyn View, after: &[u8], until: &[u8], limit: usize) -> Result<(Ve
 
 /// Batches from `from` on, without waiting at the end.
 async fn read_log(log: &dyn Log, from: Position, limit: usize) -> AdminResult {
-    let bounds = log.bounds();
+    let bounds = log.status().bounds;
     let mut reply = LogReply { batches: Vec::new(), next: from.0, first: bounds.first.0 };
     let mut events = log.events(from);
     let mut bytes = 0;

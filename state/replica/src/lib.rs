@@ -18,7 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Batch, Commit, Epoch, Event, Log, Outcome, Position, ReadLevel, Rejected};
+use clutch_log::{Batch, Commit, Epoch, Event, Log, Outcome, Position, Refused, Rejected};
 use clutch_proto::{
     Refusal, Time,
     limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX, INBOX_REQUESTS_MAX},
@@ -56,6 +56,8 @@ const PIPELINE_MAX: usize = 2;
 /// The state is flushed at least every so many bytes of log, which bounds the replay after a crash.
 const FLUSH_BYTES: u64 = 256 << 20;
 const TICK: Duration = Duration::from_millis(250);
+/// How long reads wait for a quorum before they are sent elsewhere.
+const BARRIER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a change is told that the log had no room for.
 const NO_ROOM: &str =
@@ -116,6 +118,8 @@ pub struct Replica<M: Machine> {
     config: ReplicaConfig<M>,
     applier: Applier<M>,
     leading: Option<Epoch>,
+    /// The last reign of this replica.
+    led: Epoch,
     fault: Arc<OnceLock<String>>,
     in_flight: FuturesUnordered<BoxFuture<(u64, Outcome)>>,
     fates: Fates<Waiter, Ended<M>>,
@@ -142,6 +146,7 @@ impl<M: Machine> Replica<M> {
             config,
             applier,
             leading: None,
+            led: Epoch(0),
             fault: fault.clone(),
             in_flight: FuturesUnordered::new(),
             fates: Fates::new(),
@@ -211,7 +216,7 @@ impl<M: Machine> Replica<M> {
                 ))
                 .into());
             }
-            Event::Leader { epoch, is_self: true } => self.begin_leading(epoch)?,
+            Event::Leader { epoch, is_self: true, .. } => self.begin_leading(epoch)?,
             Event::Leader { is_self: false, .. } | Event::Sealed { .. } => self.end_leading(),
         }
         self.serve_waiting_reads();
@@ -259,11 +264,14 @@ impl<M: Machine> Replica<M> {
     }
 
     fn begin_leading(&mut self, epoch: Epoch) -> Result<(), Fault> {
-        if self.leading.is_some() {
-            self.config.runtime.note("replica: leads again without having stopped");
-        }
-        assert!(self.leading.is_none_or(|before| before < epoch), "{}: reigns only go on", self.config.name);
-        self.leading = Some(epoch);
+        assert!(
+            self.leading.is_none(),
+            "{}: a reign ends before {epoch:?} begins, but {:?}",
+            self.config.name,
+            self.leading
+        );
+        assert!(self.led < epoch, "{}: {epoch:?} after {:?}", self.config.name, self.led);
+        (self.leading, self.led) = (Some(epoch), epoch);
         if self.applier.time() == Time(0) {
             self.propose_genesis();
         }
@@ -310,6 +318,8 @@ impl<M: Machine> Replica<M> {
         self.config.runtime.note("replica: stops on a fault");
         tracing::error!(replica = %self.config.name, %fault, "the replica stops");
         self.end_leading();
+        // Another member may be able to do what this one cannot.
+        self.config.log.resign();
         // The first one is the reason; what comes after follows from it.
         let _ = self.fault.set(fault);
         for waiter in self.fates.abandon() {
@@ -366,13 +376,13 @@ impl<M: Machine> Replica<M> {
                 }
                 self.config.log.propose(epoch, batch)
             }
-            None => Err(Rejected::NotLeader(Epoch(0))),
+            None => Err(Rejected::NotLeader { epoch: Epoch(0), hint: self.config.log.status().leader }),
         };
         match proposed {
             Ok(commit) => self.watch(commit, waiters),
             Err(rejected) => {
                 let code = match rejected {
-                    Rejected::NotLeader(_) | Rejected::Sealed => Code::NotLeader,
+                    Rejected::NotLeader { .. } | Rejected::Sealed => Code::NotLeader,
                     Rejected::Overloaded => Code::Overloaded,
                     Rejected::Size { .. } => Code::TooLarge,
                     Rejected::Stopped(_) => Code::ReplicaFault,
@@ -400,15 +410,19 @@ impl<M: Machine> Replica<M> {
                 }
                 return;
             }
-            Outcome::NoRoom => (Code::NoSpace, NO_ROOM),
+            Outcome::Refused(Refused::NoRoom) => (Code::NoSpace, NO_ROOM),
+            Outcome::Refused(Refused::NotLeader { .. }) => {
+                (Code::NotLeader, "leadership moved before the request could be written")
+            }
             Outcome::Sealed => (Code::NotLeader, "the log was sealed"),
             Outcome::Unknown => {
                 (Code::OutcomeUnknown, "the log does not say whether the request was committed")
             }
         };
         self.config.runtime.note(match outcome {
-            Outcome::NoRoom => "replica: a proposal found no room",
-            _ => "replica: the outcome of a proposal is unknown",
+            Outcome::Refused(Refused::NoRoom) => "replica: a proposal found no room",
+            Outcome::Refused(_) | Outcome::Sealed => "replica: a proposal is refused after it was taken",
+            Outcome::Committed(_) | Outcome::Unknown => "replica: the outcome of a proposal is unknown",
         });
         for waiter in self.fates.lost(id) {
             if let Waiter::Caller { reply, .. } = waiter {
@@ -515,8 +529,7 @@ impl<M: Machine> Replica<M> {
             self.passed(Ok(Position(0)), reads);
         } else if !reads.is_empty() {
             let log = self.config.log.clone();
-            self.barriers
-                .push(Box::pin(async move { (log.read_barrier(ReadLevel::Linearizable).await, reads) }));
+            self.barriers.push(Box::pin(async move { (log.read_barrier(BARRIER_PATIENCE).await, reads) }));
         }
         stop
     }

@@ -57,7 +57,7 @@ fn what_an_engine_says_of_its_logs_is_so_also_when_it_has_been_trimmed() {
         let engine = LocalEngine::open(&runtime, DIR.into(), options_of_first).expect("opens");
         let log = engine.log(LogId::CDC).await.expect("opens");
         append(&log, Epoch(1), 0..30).await;
-        assert_eq!((log.bounds().first, log.bounds().last), (Position(1), Position(31)));
+        assert_eq!((log.status().bounds.first, log.status().bounds.last), (Position(1), Position(31)));
         let refused = log.transfer_leader(1).await;
         assert!(matches!(refused, Err(LogFault::Unsupported(_))), "{refused:?}");
     });
@@ -71,7 +71,7 @@ fn what_an_engine_says_of_its_logs_is_so_also_when_it_has_been_trimmed() {
         look(&engine, 1, 42);
         let before = engine.bytes();
         log.trim(Position(20)).await.expect("trims");
-        let first = log.bounds().first;
+        let first = log.status().bounds.first;
         assert!(first > Position(10) && first <= Position(21), "{first}");
         look(&engine, first.0, 42);
         assert!(engine.bytes() + 10_000 < before, "{} of {before} bytes are left", engine.bytes());
@@ -95,7 +95,7 @@ fn only_so_many_bytes_wait_and_only_those_of_the_present_reign() {
                 [(&older, Epoch(1)), (&older, Epoch(2)), (&log, Epoch(1)), (&log, Epoch(3))]
             {
                 let refused = handle.propose(epoch, batch(7)).map(drop);
-                assert_eq!(refused, Err(Rejected::NotLeader(epoch)));
+                assert_eq!(refused, Err(Rejected::NotLeader { epoch, hint: Some(1) }));
             }
             // Nothing of what is refused counts.
             for _ in 0..3 {
@@ -123,13 +123,16 @@ fn a_barrier_does_not_wait_for_an_engine_that_has_stopped() {
         let engine = LocalEngine::open(&runtime, DIR.into(), small()).expect("opens");
         let log = engine.log(LogId::CDC).await.expect("opens");
         append(&log, Epoch(1), 0..2).await;
-        assert_eq!(log.read_barrier(ReadLevel::AtLeast(Position(3))).await.expect("is there"), Position(3));
+        let patience = Duration::from_secs(30);
+        assert_eq!(log.read_barrier(patience).await.expect("leads"), Position(3));
         disk.fail_writes_after(0);
         let lost = log.propose(Epoch(1), batch(9)).expect("leads");
         assert_eq!(lost.await, Outcome::Unknown);
         // Long after whoever waited was told: nothing changes any more.
         runtime.clock.sleep(Duration::from_secs(1)).await;
-        let refused = log.read_barrier(ReadLevel::AtLeast(Position(4))).await;
+        let before = runtime.clock.monotonic();
+        let refused = log.read_barrier(patience).await;
+        assert_eq!(runtime.clock.monotonic(), before, "it waits for nothing");
         assert!(matches!(refused, Err(LogFault::Storage(_))), "{refused:?}");
     });
 }

@@ -63,6 +63,10 @@ impl Harness for LocalHarness {
         true
     }
 
+    fn any_member_answers(&self) -> bool {
+        true
+    }
+
     async fn make_next_unknown(&self, _committed: bool) -> bool {
         false
     }
@@ -108,7 +112,7 @@ fn append_many_until(
     world.run(NODE, limit, async move {
         let engine = LocalEngine::open(&runtime, "log".into(), small()).expect("opens");
         let log = engine.log(LogId::CDC).await.expect("opens");
-        let mut events = log.events(log.bounds().last);
+        let mut events = log.events(log.status().bounds.last);
         let epoch = loop {
             if let Event::Leader { epoch, .. } = events.next().await.expect("events") {
                 break epoch;
@@ -263,7 +267,7 @@ fn a_failed_sync_stops_the_engine() {
         let commit = log.propose(Epoch(1), vec![Bytes::from_static(b"never synced")]).expect("leads");
         assert_eq!(commit.await, Outcome::Unknown);
         assert!(matches!(log.propose(Epoch(1), vec![Bytes::from_static(b"x")]), Err(Rejected::Stopped(_))));
-        let mut events = log.events(log.bounds().last.next());
+        let mut events = log.events(log.status().bounds.last.next());
         loop {
             match events.next().await {
                 Ok(Event::Committed(batch)) => panic!("committed after a failed sync: {batch:?}"),

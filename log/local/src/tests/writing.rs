@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use clutch_log::Refused;
 use clutch_runtime::simulated::DiskFaults;
 
 use super::{
@@ -73,7 +74,7 @@ fn without_room_it_says_so_and_goes_on_when_there_is_some() {
         let engine = LocalEngine::open(&runtime, DIR.into(), options()).expect("opens");
         let log = engine.log(LogId::CDC).await.expect("opens");
         append(&log, Epoch(1), 0..7).await;
-        let last = log.bounds().last;
+        let last = log.status().bounds.last;
         disk.set_faults(DiskFaults { full: true, ..DiskFaults::default() });
         // What was set aside in the open segment is used up first.
         let mut taken = 0;
@@ -83,7 +84,7 @@ fn without_room_it_says_so_and_goes_on_when_there_is_some() {
                     taken += 1;
                     assert_eq!(position.0, last.0 + taken);
                 }
-                Outcome::NoRoom => break,
+                Outcome::Refused(Refused::NoRoom) => break,
                 other => panic!("on a full disk: {other:?}"),
             }
         }
@@ -103,7 +104,7 @@ fn without_room_it_says_so_and_goes_on_when_there_is_some() {
         log.trim(Position(4)).await.expect("trims");
         disk.set_faults(DiskFaults::default());
         append(&log, Epoch(1), 0..20).await;
-        assert_eq!(log.bounds().last.0, last.0 + taken + 20);
+        assert_eq!(log.status().bounds.last.0, last.0 + taken + 20);
     });
     world.crash(NODE);
     let recovered = recovery::recover(&*world.disk(NODE), Path::new(DIR), 0).expect("recovers");
@@ -121,6 +122,7 @@ fn memory_keeps_the_newest_records_up_to_a_limit_and_always_one() {
             let log = engine.log(LogId::CDC).await.expect("opens");
             append(&log, Epoch(1), 0..12).await;
             let group = engine.handle.shared.groups.lock()[&LogId::CDC].clone();
+            let last = log.status().bounds.last;
             let state = group.state.lock();
             // 64 bytes for each, and 32 for each of its two entries.
             let weight =
@@ -128,7 +130,7 @@ fn memory_keeps_the_newest_records_up_to_a_limit_and_always_one() {
             let weights: Vec<usize> = state.tail.iter().map(weight).collect();
             assert_eq!((weights.len(), weights.iter().sum::<usize>()), (kept, state.tail_bytes));
             assert!(weights.iter().all(|weight| *weight == 1034), "{weights:?}");
-            assert_eq!(state.tail.back().expect("one").batch.position, log.bounds().last);
+            assert_eq!(state.tail.back().expect("one").batch.position, last);
         });
     }
 }
@@ -260,7 +262,7 @@ async fn a_segment_that_cannot_be_removed_is_removed_later() {
     let first = dir.join(format::segment_name(1));
     std::fs::remove_file(&first).expect("removed");
     std::fs::create_dir_all(first.join("in the way")).expect("made");
-    let upto = log.bounds().last;
+    let upto = log.status().bounds.last;
     for _ in 0..3 {
         let trimmed = log.trim(upto).await;
         assert!(matches!(&trimmed, Err(LogFault::Storage(_))), "{trimmed:?}");
@@ -270,5 +272,5 @@ async fn a_segment_that_cannot_be_removed_is_removed_later() {
     std::fs::remove_dir_all(&first).expect("removed");
     std::fs::write(&first, b"").expect("written");
     log.trim(upto).await.expect("is trimmed");
-    assert!(!first.exists() && log.bounds().first > Position(100));
+    assert!(!first.exists() && log.status().bounds.first > Position(100));
 }

@@ -3,6 +3,13 @@
 //! The records live in the [`SimLogs`] value, outside the nodes: they are what a quorum has made durable. A
 //! proposal commits after a drawn delay; a leader change in between decides for each waiting proposal, in order,
 //! whether it still commits, and its proposer never learns. Time and draws come from the runtime alone.
+//!
+//! Who opens a log with [`SimLogs::log`] does not lead before [`SimLogs::elect`] says so. Who joins one with [`SimLogs::join`]
+//! is a member like those of a real group: the members hear of each other, elect one of themselves when the leader is not
+//! heard of any more, commit only while most of them are there, and those that do not lead learn of everything later.
+
+mod changes;
+mod members;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -14,11 +21,14 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
     Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Outcome,
-    Position, Progress, Rejected, SnapshotRef, Status, check_batch,
+    Position, Progress, Refused, Rejected, SnapshotRef, Status, check_batch,
 };
 use clutch_runtime::Runtime;
 use parking_lot::Mutex;
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
+
+use changes::Changes;
+use members::Members;
 
 /// What can go wrong, and how slow a commit is.
 #[derive(Clone, Debug)]
@@ -52,8 +62,7 @@ pub struct SimLogs {
 
 struct Group {
     state: Mutex<State>,
-    /// Counts changes; readers wait on it.
-    changed: watch::Sender<u64>,
+    changed: Changes,
 }
 
 #[derive(Default)]
@@ -71,7 +80,10 @@ struct State {
     next_unknown: Option<bool>,
     /// Nodes that hear nothing of the others and do not know it.
     deaf: BTreeSet<NodeId>,
+    /// Nodes that have resigned and not opened the log again.
+    resigned: BTreeSet<NodeId>,
     restore: BTreeMap<NodeId, SnapshotRef>,
+    members: Members,
 }
 
 struct Pending {
@@ -91,6 +103,32 @@ impl State {
         self.leader = Some(leader);
         self.records.push((self.epoch, None));
         self.epoch_position = self.tail();
+    }
+
+    fn elect(&mut self, node: NodeId, keep: usize) {
+        let keep = keep.min(self.pending.len());
+        for pending in self.pending.iter_mut().take(keep) {
+            pending.decided = None;
+        }
+        for _ in 0..keep {
+            self.commit_next();
+        }
+        // What is lost for certain: a leader that hears of its successor may know that, or not.
+        let hears = self.leader.is_some_and(|leader| !self.deaf.contains(&leader));
+        for (index, pending) in self.pending.drain(..).enumerate() {
+            if let Some(decided) = pending.decided.filter(|_| hears && index % 2 == 0) {
+                // The proposer may be gone.
+                let _ = decided.send(Outcome::Refused(Refused::NotLeader { hint: Some(node) }));
+            }
+        }
+        if self.sealed.is_none() {
+            self.begin_epoch(node);
+        }
+    }
+
+    /// Whether what the leader says counts: it is there, and so are most of the members, as far as there are any.
+    fn is_led(&self, now: Duration) -> bool {
+        self.leader.is_some_and(|leader| !self.deaf.contains(&leader) && self.members.is_led_by(leader, now))
     }
 
     fn commit_next(&mut self) {
@@ -123,7 +161,7 @@ impl SimLogs {
         let mut groups = self.groups.lock();
         groups
             .entry(id)
-            .or_insert_with(|| Arc::new(Group { state: Mutex::default(), changed: watch::Sender::new(0) }))
+            .or_insert_with(|| Arc::new(Group { state: Mutex::default(), changed: Changes::default() }))
             .clone()
     }
 
@@ -132,31 +170,24 @@ impl SimLogs {
         Arc::new(SimLog { runtime: runtime.clone(), group: self.group(id), node })
     }
 
+    /// The leader of a log, as whoever sees everything knows it.
+    pub fn leader(&self, id: LogId) -> Option<NodeId> {
+        self.group(id).state.lock().leader
+    }
+
     /// Makes a node the leader in a new epoch. `keep` of the waiting proposals commit first; their proposers and
     /// all others waiting never learn what happened.
     pub fn elect(&self, id: LogId, node: NodeId, keep: usize) {
         let group = self.group(id);
-        {
-            let mut state = group.state.lock();
-            for pending in &mut state.pending {
-                pending.decided = None;
-            }
-            for _ in 0..keep.min(state.pending.len()) {
-                state.commit_next();
-            }
-            state.pending.clear();
-            if state.sealed.is_none() {
-                state.begin_epoch(node);
-            }
-        }
-        group.changed.send_modify(|c| *c += 1);
+        group.state.lock().elect(node, keep);
+        group.changed.tell();
     }
 
     /// Ends the present reign before another begins. What waits is decided by the next election.
     pub fn depose(&self, id: LogId) {
         let group = self.group(id);
         group.state.lock().leader = None;
-        group.changed.send_modify(|c| *c += 1);
+        group.changed.tell();
     }
 
     /// Sets the faults of a log.
@@ -181,14 +212,14 @@ impl SimLogs {
                 state.deaf.remove(&node);
             }
         }
-        group.changed.send_modify(|c| *c += 1);
+        group.changed.tell();
     }
 
     /// A node's readers get this snapshot in mid-stream.
     pub fn restore(&self, id: LogId, node: NodeId, snapshot: SnapshotRef) {
         let group = self.group(id);
         group.state.lock().restore.insert(node, snapshot);
-        group.changed.send_modify(|c| *c += 1);
+        group.changed.tell();
     }
 }
 
@@ -237,22 +268,34 @@ impl Log for SimLog {
         let (runtime, group) = (self.runtime.clone(), self.group.clone());
         self.runtime.spawn("commit", async move {
             runtime.clock.sleep(delay).await;
-            {
-                let mut state = group.state.lock();
-                if state.epoch == epoch && state.leader.is_some() {
-                    state.commit_next();
+            loop {
+                {
+                    let mut state = group.state.lock();
+                    if state.epoch != epoch || state.leader.is_none() {
+                        break;
+                    }
+                    if state.is_led(runtime.clock.monotonic()) {
+                        state.commit_next();
+                        break;
+                    }
                 }
+                // Most of the members are not there: it waits for them, or for another leader.
+                runtime.note("log: a proposal waits for a quorum");
+                runtime.clock.sleep(members::BEAT).await;
             }
-            group.changed.send_modify(|c| *c += 1);
+            group.changed.tell();
         });
         Ok(commit)
     }
 
     fn events(&self, from: Position) -> Box<dyn Events> {
         Box::new(SimEvents {
+            runtime: self.runtime.clone(),
             group: self.group.clone(),
             node: self.node,
-            changed: self.group.changed.subscribe(),
+            seen: 0,
+            visible: Position(0),
+            due: None,
             next: from.max(Position(1)),
             told: (Epoch(0), None),
             sealed_told: false,
@@ -261,26 +304,28 @@ impl Log for SimLog {
 
     async fn read_barrier(&self, patience: Duration) -> Result<Position, LogFault> {
         let waited = self.runtime.timeout(patience, async {
-            let mut changed = self.group.changed.subscribe();
             loop {
+                let seen = self.group.changed.count();
                 {
                     let state = self.group.state.lock();
                     // Whoever leads answers for all, whichever member asks.
-                    if !state.deaf.contains(&self.node)
-                        && state.leader.is_some_and(|leader| !state.deaf.contains(&leader))
-                    {
-                        return Ok(state.tail());
+                    if !state.deaf.contains(&self.node) && state.is_led(self.runtime.clock.monotonic()) {
+                        return state.tail();
                     }
                 }
-                changed.changed().await.map_err(|_| LogFault::Storage("the simulated log is gone".into()))?;
+                // Who is there changes with time alone.
+                let _ = self.runtime.timeout(members::BEAT, self.group.changed.after(seen)).await;
             }
         });
-        waited.await.unwrap_or(Err(LogFault::NoQuorum { waited: patience }))
+        waited.await.ok_or(LogFault::NoQuorum { waited: patience })
     }
 
     async fn seal(&self) -> Result<Position, LogFault> {
         let tail = {
             let mut state = self.group.state.lock();
+            if state.deaf.contains(&self.node) {
+                return Err(LogFault::NoQuorum { waited: Duration::ZERO });
+            }
             match state.sealed {
                 Some(tail) => tail,
                 None => {
@@ -292,7 +337,7 @@ impl Log for SimLog {
                 }
             }
         };
-        self.group.changed.send_modify(|c| *c += 1);
+        self.group.changed.tell();
         Ok(tail)
     }
 
@@ -310,6 +355,9 @@ impl Log for SimLog {
             if state.leader != Some(self.node) {
                 return Err(LogFault::NotLeader { hint: state.leader });
             }
+            if !state.is_led(self.runtime.clock.monotonic()) {
+                return Err(LogFault::NoQuorum { waited: Duration::ZERO });
+            }
             if state.sealed.is_some() {
                 return Ok(());
             }
@@ -318,37 +366,47 @@ impl Log for SimLog {
             }
             state.begin_epoch(to);
         }
-        self.group.changed.send_modify(|c| *c += 1);
+        self.group.changed.tell();
         Ok(())
     }
 
     fn resign(&self) {
         {
             let mut state = self.group.state.lock();
-            if state.leader != Some(self.node) {
+            state.resigned.insert(self.node);
+            // The others do not hear of it from who is cut off.
+            if state.leader != Some(self.node) || state.deaf.contains(&self.node) {
                 return;
             }
             state.leader = None;
         }
-        self.group.changed.send_modify(|c| *c += 1);
+        self.group.changed.tell();
     }
 
     async fn reconfigure(&self, _expect: ConfigId, _members: Vec<Member>) -> Result<ConfigId, LogFault> {
-        Err(LogFault::Unsupported("every node of the simulation is a member".into()))
+        Err(LogFault::Unsupported("the members of a simulated log are fixed".into()))
     }
 
     fn status(&self) -> Status {
         let state = self.group.state.lock();
         let bounds = Bounds { first: state.floor.next(), last: state.tail() };
-        let member = Member { node: self.node, voter: true };
+        let mut nodes = state.members.nodes();
+        nodes.extend(state.leader);
+        nodes.insert(self.node);
+        let members = nodes.into_iter().map(|node| {
+            let matched = (node == self.node).then_some(bounds.last);
+            Progress { member: Member { node, voter: true }, matched }
+        });
+        // Who is cut off knows no other leader.
+        let is_known = !state.deaf.contains(&self.node) || state.leader == Some(self.node);
         Status {
             epoch: state.epoch,
-            leader: state.leader,
+            leader: state.leader.filter(|_| is_known),
             is_self: state.leader == Some(self.node),
             bounds,
             sealed: state.sealed,
             config: ConfigId::default(),
-            members: vec![Progress { member, matched: Some(bounds.last) }],
+            members: members.collect(),
             queued_bytes: state.pending.iter().flat_map(|p| &p.entries).map(|e| e.len() as u64).sum(),
             fault: None,
         }
@@ -356,9 +414,15 @@ impl Log for SimLog {
 }
 
 struct SimEvents {
+    runtime: Runtime,
     group: Arc<Group>,
     node: NodeId,
-    changed: watch::Receiver<u64>,
+    /// How many changes there were at the last look.
+    seen: u64,
+    /// Up to where a follower knows the log.
+    visible: Position,
+    /// Up to where it will know it, and when.
+    due: Option<(Position, Duration)>,
     next: Position,
     /// The reign that was told last, and who was said to lead in it.
     told: (Epoch, Option<NodeId>),
@@ -367,7 +431,7 @@ struct SimEvents {
 
 impl SimEvents {
     fn ready(&mut self) -> Result<Option<Event>, LogFault> {
-        self.changed.borrow_and_update();
+        self.seen = self.group.changed.count();
         let mut state = self.group.state.lock();
         if state.deaf.contains(&self.node) {
             return Ok(None);
@@ -392,6 +456,16 @@ impl SimEvents {
         }
         if let Some((epoch, record)) = state.records.get(self.next.0 as usize - 1) {
             let position = self.next;
+            if state.leader != Some(self.node) && position > self.visible && state.members.has_any() {
+                let now = self.runtime.clock.monotonic();
+                let upto = state.tail();
+                let (upto, due) =
+                    *self.due.get_or_insert_with(|| (upto, now + members::lateness(&self.runtime)));
+                if due > now {
+                    return Ok(None);
+                }
+                (self.visible, self.due) = (upto, None);
+            }
             self.next = position.next();
             return Ok(Some(match record {
                 Some(entries) => {
@@ -417,74 +491,16 @@ impl Events for SimEvents {
             if let Some(event) = self.ready()? {
                 return Ok(event);
             }
-            self.changed
-                .changed()
-                .await
-                .map_err(|_| LogFault::Storage("the simulated log is gone".into()))?;
+            let changed = self.group.changed.after(self.seen);
+            let now = self.runtime.clock.monotonic();
+            match self.due.filter(|(_, due)| *due > now) {
+                // Dropping this loses nothing: when it is due is kept.
+                Some((_, due)) => self.runtime.timeout(due - now, changed).await.unwrap_or_default(),
+                None => changed.await,
+            }
         }
     }
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicU64, Ordering};
-
-    use clutch_log::conformance::{self, Harness};
-    use clutch_runtime::simulated::{NodeId, World};
-
-    use super::*;
-
-    struct SimHarness {
-        runtime: Runtime,
-        logs: SimLogs,
-        leader: AtomicU64,
-    }
-
-    #[async_trait]
-    impl Harness for SimHarness {
-        fn runtime(&self) -> Runtime {
-            self.runtime.clone()
-        }
-
-        async fn leader(&self) -> Arc<dyn Log> {
-            self.logs.log(&self.runtime, LogId::CDC, self.leader.load(Ordering::Relaxed))
-        }
-
-        async fn all(&self) -> Vec<Arc<dyn Log>> {
-            (1..=3).map(|n| self.logs.log(&self.runtime, LogId::CDC, n)).collect()
-        }
-
-        async fn change_leader(&self) {
-            let next = self.leader.load(Ordering::Relaxed) % 3 + 1;
-            self.leader.store(next, Ordering::Relaxed);
-            self.logs.elect(LogId::CDC, next, self.runtime.random.below(3) as usize);
-        }
-
-        async fn restart(&self) -> bool {
-            self.change_leader().await;
-            true
-        }
-
-        fn any_member_answers(&self) -> bool {
-            true
-        }
-
-        async fn make_next_unknown(&self, committed: bool) -> bool {
-            self.logs.make_next_unknown(LogId::CDC, committed);
-            true
-        }
-    }
-
-    #[test]
-    fn conforms() {
-        for seed in 0..20 {
-            let world = World::new(seed);
-            let logs = SimLogs::new();
-            logs.elect(LogId::CDC, 1, 0);
-            let harness = SimHarness { runtime: world.node(NodeId(0)), logs, leader: AtomicU64::new(1) };
-            let done = world
-                .run(NodeId(0), Duration::from_secs(600), async move { conformance::full(&harness).await });
-            assert!(done.is_some(), "seed {seed} got stuck");
-        }
-    }
-}
+mod tests;

@@ -30,6 +30,7 @@ use prost::Message as _;
 use crate::{
     caches::{EdgeCache, PolicyCache},
     error::ClientError,
+    registries::Registries,
     verdict::{Asked, Attempt},
 };
 
@@ -109,7 +110,7 @@ pub struct Client {
 pub(crate) struct Inner {
     pub(crate) runtime: Runtime,
     pub(crate) options: ClientOptions,
-    registry: Endpoint,
+    registries: Registries,
     clock: HybridClock,
     id: u64,
     map: Mutex<Option<Arc<Map>>>,
@@ -180,8 +181,8 @@ enum Service {
 }
 
 impl Client {
-    /// A client that finds its cluster through a registry. Does not connect yet.
-    pub fn new(runtime: Runtime, registry: Endpoint, options: ClientOptions) -> Client {
+    /// A client that finds its cluster through a registry, one address or those of all its members. Does not connect yet.
+    pub fn new(runtime: Runtime, registry: impl Into<Registries>, options: ClientOptions) -> Client {
         // Small ids are the cluster's own.
         let id = runtime.random.u64() | 1 << 32;
         let edges = EdgeCache::new(options.cache_entries_max, options.cache_lifetime);
@@ -191,7 +192,7 @@ impl Client {
             inner: Arc::new(Inner {
                 runtime,
                 options,
-                registry,
+                registries: registry.into(),
                 clock,
                 id,
                 map: Mutex::new(None),
@@ -209,14 +210,14 @@ impl Client {
     /// Another client of the same cluster, with an id, caches and sessions of its own.
     pub fn sibling(&self) -> Client {
         let runtime = self.inner.runtime.separate();
-        Client::new(runtime, self.inner.registry.clone(), self.inner.options.clone())
+        Client::new(runtime, self.inner.registries.clone(), self.inner.options.clone())
     }
 
     /// The same client with other patience; ids, caches and sessions are its own.
     pub fn with_patience(&self, patience: Duration) -> Client {
         let patience = patience.min(self.inner.options.patience);
         let options = ClientOptions { patience, ..self.inner.options.clone() };
-        Client::new(self.inner.runtime.clone(), self.inner.registry.clone(), options)
+        Client::new(self.inner.runtime.clone(), self.inner.registries.clone(), options)
     }
 
     /// How many spans this client wrote with less parity than their policy says, because disks are missing.
@@ -297,7 +298,11 @@ impl Client {
         };
         let (placement, what) = match service {
             Service::Registry => {
-                return Ok(Target { endpoint: self.inner.registry.clone(), role: Role::Registry, number: 0 });
+                return Ok(Target {
+                    endpoint: self.inner.registries.current(),
+                    role: Role::Registry,
+                    number: 0,
+                });
             }
             Service::Cdc => {
                 let map = Box::pin(self.map()).await?;
@@ -429,6 +434,8 @@ impl Client {
         loop {
             let target = Box::pin(self.target(service)).await;
             let was_sent = target.is_ok();
+            let registry =
+                target.as_ref().ok().filter(|t| t.role == Role::Registry).map(|t| t.endpoint.clone());
             let (result, answered_at) = match target {
                 Ok(target) => {
                     let body = Body::Encoded(body.clone());
@@ -453,6 +460,9 @@ impl Client {
             }
             if verdict.look_again {
                 *lock(&self.inner.map) = None;
+                if let Some(asked) = registry {
+                    self.inner.registries.turn_from(&asked);
+                }
             }
             if verdict.renew
                 && let Some(tag) = &mut tag
@@ -542,6 +552,20 @@ impl Client {
             _ => Service::Shard(number),
         };
         let answer = self.ask(service, request.encode_to_vec().into(), None, true).await?;
+        AdminReply::decode(answer).map_err(|_| ClientError::unexpected("an admin reply"))
+    }
+
+    /// As [`Client::admin`], of the replica at that address, whether it leads or follows.
+    pub async fn admin_at(
+        &self,
+        address: Endpoint,
+        role: Role,
+        number: u32,
+        request: AdminRequest,
+    ) -> Result<AdminReply, ClientError> {
+        let target = Target { endpoint: address, role, number: u64::from(number) };
+        let body = Body::Encoded(request.encode_to_vec().into());
+        let answer = self.attempt(&target, Lane::Metadata, None, body, 0, true).await.0?;
         AdminReply::decode(answer).map_err(|_| ClientError::unexpected("an admin reply"))
     }
 

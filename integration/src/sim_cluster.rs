@@ -434,7 +434,7 @@ impl SimCluster {
     /// A client that keeps what it has looked up for a second, as real ones do.
     pub fn keeping_client(&self) -> Client {
         let registry = format!("node{}", REGISTRY.0);
-        Client::new(self.world.node(CLIENT), registry.as_str().into(), ClientOptions::default())
+        Client::new(self.world.node(CLIENT), registry.as_str(), ClientOptions::default())
     }
 
     /// A client on a node, perhaps watched.
@@ -447,7 +447,7 @@ impl SimCluster {
             observer,
             ..ClientOptions::default()
         };
-        Client::new(self.world.node(node), format!("node{}", REGISTRY.0).as_str().into(), options)
+        Client::new(self.world.node(node), format!("node{}", REGISTRY.0).as_str(), options)
     }
 
     fn wait_ready(&self) -> bool {

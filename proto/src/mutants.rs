@@ -165,12 +165,19 @@ pub enum Mutant {
     OldestNotListed,
     /// A block service looks at the time that its client says. A real bug once.
     DisksMindClients,
+    /// The registry is told where a log is led when its node starts, and not when that changes.
+    PlacedOnce,
+    /// A replica goes on as if its reign had not ended.
+    EndOfReignLost,
+    /// A client asks the first of the registry's members alone.
+    FirstRegistryOnly,
 }
 
 impl Mutant {
-    /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`.
+    /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
+    /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 80] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 83] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -254,6 +261,9 @@ impl Mutant {
         (Mutant::RenewedOfPresent, &["slow reader"]),
         (Mutant::OldestNotListed, &["transactions"]),
         (Mutant::DisksMindClients, &["led ahead"]),
+        (Mutant::PlacedOnce, &["replicas", "convergence"]),
+        (Mutant::EndOfReignLost, &["replicas", "panic"]),
+        (Mutant::FirstRegistryOnly, &["replicas", "convergence"]),
     ];
 }
 

@@ -9,18 +9,15 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::Result;
 use bytes::Bytes;
 use clutch_blocks::BlockService;
 use clutch_client::Client;
-use clutch_log::LogId;
+use clutch_log::{Epoch, LogId};
 use clutch_proto::{
     Refusal,
     mutants::{self, Mutant},
-    registry::{
-        GetChain, Map, PlaceCdc, PlaceShard, RegisterServices, Segment, SwapChain, registry_request::Op,
-    },
-    session::Role,
+    registry::{Map, RegisterServices, registry_request::Op},
     shard, types,
 };
 use clutch_runtime::HybridClock;
@@ -28,10 +25,14 @@ use clutch_shard::ShardFacts;
 use clutch_state_replica::{ReplicaHandle, SharedFacts};
 use prost::Message as _;
 
-use crate::{handler::INCARNATION, node::Roles, services, stores::log_name};
+use crate::{node::Roles, placer::Reigns, services};
 
 /// How often a node compares what it knows with the registry.
 const REFRESH: Duration = Duration::from_secs(2);
+/// Pause before a shard is told again.
+const PROPOSE_AGAIN: Duration = Duration::from_millis(20);
+/// How long a shard may take to log what it is told, retries included, before the others are looked after.
+const PROPOSE_PATIENCE: Duration = Duration::from_secs(10);
 /// Free space is reported when it has moved by this part of the capacity, or of what was reported where that is less: at the
 /// edge, a little decides.
 const SPACE_STEP: u64 = 32;
@@ -41,16 +42,14 @@ pub(crate) struct Keeper {
     pub(crate) client: Client,
     pub(crate) address: String,
     pub(crate) roles: Roles,
-    pub(crate) shard_count: u32,
-    pub(crate) engine: String,
-    /// In which epoch each log here is led, by its name.
-    pub(crate) epochs: BTreeMap<String, u64>,
+    /// Which logs are led here.
+    pub(crate) reigns: Arc<Reigns>,
     pub(crate) clock: Arc<HybridClock>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) facts: Arc<SharedFacts<ShardFacts>>,
-    /// The services' version that was logged in every shard here.
-    pub(crate) logged_version: u64,
+    /// The services' version that was logged in each shard that is led here, and in which reign.
+    pub(crate) logged_versions: BTreeMap<u32, (Epoch, u64)>,
     /// Capacity and free space as they were registered.
     pub(crate) reported: BTreeMap<u64, (u64, u64)>,
     /// Disks that hung when they were looked at last.
@@ -73,7 +72,6 @@ impl Keeper {
     /// The first round before it returns, the others as a task.
     pub(crate) async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
         self.round().await?;
-        self.place().await?;
         let runtime = self.client.runtime().clone();
         runtime.spawn("keeper", async move {
             let clock = self.client.runtime().clock.clone();
@@ -111,15 +109,20 @@ impl Keeper {
     async fn round(&mut self) -> Result<()> {
         // Also while the registry does not answer: what becomes of disks is said.
         let spaces = self.look_at_disks().await;
+        // Before the map is asked for: what is logged in a reign is of a map of that reign, so none that is older than what an
+        // earlier leader has logged.
+        let mut reigns = self.reigns.all();
         let mut map = self.client.refresh_map().await?;
-        if self.shards.is_empty() && self.epochs.is_empty() {
+        let has_logs = self.roles.registry || self.roles.cdc || !self.roles.shards.is_empty();
+        if !has_logs {
             // A node without logs learns the time from those who have some.
             self.clock.hear(self.client.seen_time());
         }
         if self.register_services(&map, spaces).await? {
+            reigns = self.reigns.all();
             map = self.client.refresh_map().await?;
         }
-        self.log_services(&map).await
+        self.log_services(&map, &reigns).await
     }
 
     /// Tells the registry what is new of this node's disks, and what it has otherwise: a report of an earlier process here may
@@ -173,13 +176,21 @@ impl Keeper {
     }
 
     /// Takes the registry's list of services over: for placement at once, into the shards' logs if it is new.
-    async fn log_services(&mut self, map: &Map) -> Result<()> {
+    async fn log_services(&mut self, map: &Map, reigns: &BTreeMap<LogId, Epoch>) -> Result<()> {
         if self.shards.is_empty() {
             return Ok(());
         }
         let services = Arc::new(map.services.clone());
         self.facts.update(|facts| ShardFacts { services, ..facts.clone() });
-        if map.services_version == self.logged_version {
+        let news: Vec<(u32, Epoch)> = self
+            .shards
+            .keys()
+            .filter_map(|number| reigns.get(&LogId::shard(*number)).map(|epoch| (*number, *epoch)))
+            .filter(|(number, epoch)| {
+                self.logged_versions.get(number) != Some(&(*epoch, map.services_version))
+            })
+            .collect();
+        if news.is_empty() {
             return Ok(());
         }
         let parts = services::in_parts(&map.services, services::PART_BYTES).into_iter().map(|services| {
@@ -189,91 +200,44 @@ impl Keeper {
             Bytes::from(shard::ShardEntry { tag: None, body: Some(body) }.encode_to_vec())
         });
         let parts: Vec<Bytes> = parts.collect();
-        for (number, shard) in &self.shards {
-            for part in &parts {
-                self.propose_until_it_is_taken(shard, part)
-                    .await
-                    .with_context(|| format!("tell shard {number} of the block services"))?;
-            }
-        }
-        self.logged_version = map.services_version;
-        Ok(())
-    }
-
-    async fn propose_until_it_is_taken(&self, shard: &ReplicaHandle, entry: &Bytes) -> Result<(), Refusal> {
-        let clock = self.client.runtime().clock.clone();
-        let start = clock.monotonic();
-        loop {
-            match shard.propose(entry.clone()).await.result {
-                Ok(_) => return Ok(()),
-                Err(refusal)
-                    if refusal.is_retryable() && clock.monotonic() - start < Duration::from_secs(30) =>
-                {
-                    clock.sleep(Duration::from_millis(20)).await;
-                }
-                Err(refusal) => return Err(refusal),
-            }
-        }
-    }
-
-    /// Tells the registry where this node's roles are, unless it knows.
-    async fn place(&mut self) -> Result<()> {
-        let map = self.client.refresh_map().await?;
-        for number in &self.roles.shards {
-            let (slot_first, slot_last) = clutch_registry::slots(*number, self.shard_count);
-            let placement = types::ShardPlacement {
-                shard: *number,
-                slot_first,
-                slot_last,
-                address: self.address.clone(),
-                epoch: self.epoch(LogId::shard(*number)),
+        let mut failed = None;
+        for (number, epoch) in news {
+            let Some(shard) = self.shards.get(&number) else { continue };
+            let runtime = self.client.runtime();
+            let told = runtime.timeout(PROPOSE_PATIENCE, self.tell_services(shard, epoch, &parts)).await;
+            let told = match told {
+                Some(Ok(false)) => continue,
+                Some(Ok(true)) => Ok(self.logged_versions.insert(number, (epoch, map.services_version))),
+                Some(Err(refusal)) => Err(anyhow::Error::from(refusal)),
+                None => Err(anyhow::anyhow!("no answer within {} s", PROPOSE_PATIENCE.as_secs())),
             };
-            self.begin_chain(Role::Shard, u64::from(*number)).await?;
-            if !map.shards.contains(&placement) {
-                self.tell(Op::PlaceShard(PlaceShard { placement: Some(placement) })).await?;
+            // The others are told all the same.
+            if let Err(error) = told {
+                failed = Some(error.context(format!("tell shard {number} of the block services")));
             }
         }
-        if self.roles.cdc {
-            self.begin_chain(Role::Cdc, 0).await?;
-            let op = PlaceCdc { address: self.address.clone(), epoch: self.epoch(LogId::CDC) };
-            self.tell(Op::PlaceCdc(op)).await?;
-        }
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
-    fn epoch(&self, id: LogId) -> u64 {
-        self.epochs.get(&log_name(id)).copied().unwrap_or(0)
-    }
-
-    /// Tells the registry where something is led; that a newer leader was first is no failure.
-    async fn tell(&self, op: Op) -> Result<()> {
-        match self.client.registry(op).await {
-            Err(error) if error.code() == Some(types::Code::Stale) => {
-                self.client.runtime().note("node: a newer leader was placed first");
-                tracing::warn!(%error, "this node's leadership is over before it was known");
-                Ok(())
+    /// False when the reign is over: then it is for the next leader to tell.
+    async fn tell_services(
+        &self,
+        shard: &ReplicaHandle,
+        reign: Epoch,
+        parts: &[Bytes],
+    ) -> Result<bool, Refusal> {
+        let clock = self.client.runtime().clock.clone();
+        for part in parts {
+            loop {
+                match shard.propose_in(reign, part.clone()).await.result {
+                    Ok(_) => break,
+                    Err(refusal) if refusal.code == types::Code::NotLeader => return Ok(false),
+                    Err(refusal) if refusal.is_retryable() => clock.sleep(PROPOSE_AGAIN).await,
+                    Err(refusal) => return Err(refusal),
+                }
             }
-            told => Ok(told.map(drop)?),
         }
-    }
-
-    async fn begin_chain(&self, role: Role, number: u64) -> Result<()> {
-        let role = role as u32;
-        match self.client.registry(Op::GetChain(GetChain { role, number })).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_not_found() => {
-                let append = Segment {
-                    base_position: 0,
-                    engine: self.engine.clone(),
-                    parameters: String::new(),
-                    incarnation: INCARNATION,
-                };
-                let swap = SwapChain { role, number, expect_incarnation: 0, append: Some(append) };
-                self.client.registry(Op::SwapChain(swap)).await?;
-                Ok(())
-            }
-            Err(error) => Err(error.into()),
-        }
+        Ok(true)
     }
 }
 

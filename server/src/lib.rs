@@ -13,6 +13,7 @@ pub mod handler;
 mod keeper;
 pub mod keys;
 pub mod node;
+mod placer;
 #[cfg(feature = "rocks")]
 pub mod replay;
 #[cfg(feature = "rocks")]

@@ -14,8 +14,8 @@ use anyhow::{Context as _, Result, ensure};
 use bytes::Bytes;
 use clutch_blocks::{BlockService, BlockStore};
 use clutch_cdc::Cdc;
-use clutch_client::{Client, ClientOptions};
-use clutch_log::{Bounds, LogId};
+use clutch_client::{Client, ClientOptions, Registries};
+use clutch_log::{Bounds, Log, LogId};
 use clutch_proto::{
     ServiceId, Time, cdc,
     mutants::{self, Mutant},
@@ -37,6 +37,7 @@ use crate::{
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
     keeper::Keeper,
+    placer::{Placer, Placing, Reigns},
     room::Room,
     stores::{LogProvider, StoreProvider, log_name},
 };
@@ -68,8 +69,8 @@ pub struct NodeConfig {
     pub listen: Endpoint,
     /// What others reach it by; the address that was bound when `None`.
     pub advertise: Option<String>,
-    /// Where the registry is; this node itself when `None`.
-    pub registry: Option<Endpoint>,
+    /// Where the registry's members are; this node itself when `None`.
+    pub registry: Option<Registries>,
     /// The cluster.
     pub cluster: ClusterFile,
     /// Its roles.
@@ -115,7 +116,8 @@ pub struct Node {
 }
 
 impl Node {
-    /// Starts all roles and returns when the registry knows them. When that fails, nothing of the node runs any more.
+    /// Starts all roles and returns when each log is led here, and the registry knows that, or is followed. When that fails,
+    /// nothing of the node runs any more.
     ///
     /// # Errors
     /// Also when a state turns out to be damaged while its log is replayed; starting again builds it anew.
@@ -124,7 +126,7 @@ impl Node {
         let node = Node::start_all(config, &notices, &started).await;
         if node.is_err() {
             let started = std::mem::take(&mut *started.lock());
-            for replica in started {
+            for (replica, _) in started {
                 replica.stop().await;
             }
         }
@@ -134,7 +136,7 @@ impl Node {
     async fn start_all(
         config: NodeConfig,
         notices: &Mutex<Vec<String>>,
-        started: &Mutex<Vec<ReplicaHandle>>,
+        started: &Mutex<Vec<Replicating>>,
     ) -> Result<Node> {
         let runtime = config.runtime.clone();
         let cluster = config.cluster.cluster_id()?;
@@ -144,8 +146,10 @@ impl Node {
             true => HybridClock::new(runtime.clock.clone()),
             false => HybridClock::following(runtime.clock.clone()),
         });
+        let (reigns, heard) = Reigns::new();
         let starter = Starter {
             config: &config,
+            reigns: reigns.clone(),
             cluster,
             clock: clock.clone(),
             activity: Arc::new(AtomicU64::new(0)),
@@ -224,12 +228,7 @@ impl Node {
             blocks.insert(*service, Arc::new(service_of_disk));
         }
 
-        let replicas: Vec<ReplicaHandle> = registry
-            .iter()
-            .chain(shards.values())
-            .chain(cdc.iter().map(|(handle, _)| handle))
-            .cloned()
-            .collect();
+        let replicas = started.lock().clone();
         let ready = Arc::new(AtomicBool::new(false));
         let handler = Arc::new(NodeHandler {
             cluster,
@@ -246,43 +245,37 @@ impl Node {
         });
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
-        let registry_endpoint = config.registry.clone().unwrap_or_else(|| address.as_str().into());
-        let options = ClientOptions {
-            cache_lifetime: Duration::ZERO,
-            system_key: Some(config.system_key),
-            ..ClientOptions::default()
-        };
-        let client = Client::new(runtime.clone(), registry_endpoint, options);
+        let client = own_client(&runtime, config.registry.clone(), &address, config.system_key);
         if let Some((handle, events)) = cdc {
             runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
         }
-        let mut epochs = BTreeMap::new();
-        for replica in &replicas {
-            let (name, epoch) = caught_up(&runtime, replica).await?;
-            epochs.insert(name, epoch);
+        for (replica, log) in &replicas {
+            caught_up(&runtime, replica, &**log).await?;
         }
         let stopping = Arc::new(AtomicBool::new(false));
         watch_room(&runtime, config.room.clone(), stopping.clone());
+        let placed =
+            Placing { address: address.clone(), shard_count: config.cluster.shards, engine: config.engine };
+        let placer = Placer::new(client.clone(), placed, reigns.clone(), heard);
         let keeper = Keeper {
             client: client.clone(),
             address,
             roles: config.roles.clone(),
-            shard_count: config.cluster.shards,
-            engine: config.engine.clone(),
-            epochs,
+            reigns,
             clock: clock.clone(),
             blocks: blocks.clone(),
             shards,
             facts,
-            logged_version: 0,
+            logged_versions: BTreeMap::new(),
             reported: BTreeMap::new(),
             hanging: BTreeSet::new(),
         };
         keeper.run(stopping.clone()).await?;
+        placer.run(stopping.clone()).await?;
         ready.store(true, Ordering::Release);
         Ok(Node {
             listening,
-            replicas,
+            replicas: replicas.into_iter().map(|(handle, _)| handle).collect(),
             stopping,
             client,
             notices: Vec::new(),
@@ -333,6 +326,25 @@ impl Node {
     }
 }
 
+/// The client by which a node asks the others, and itself.
+fn own_client(
+    runtime: &Runtime,
+    registry: Option<Registries>,
+    address: &str,
+    system_key: [u8; 32],
+) -> Client {
+    let registries = registry.unwrap_or_else(|| address.into());
+    let options = ClientOptions::default();
+    let options = ClientOptions {
+        cache_lifetime: Duration::ZERO,
+        // One that is silent keeps nobody from asking the next.
+        attempt: if registries.are_several() { Duration::from_secs(1) } else { options.attempt },
+        system_key: Some(system_key),
+        ..options
+    };
+    Client::new(runtime.clone(), registries, options)
+}
+
 /// Looks at the room for logs and states again and again.
 fn watch_room(runtime: &Runtime, room: Arc<Room>, stopping: Arc<AtomicBool>) {
     let clock = runtime.clock.clone();
@@ -370,20 +382,34 @@ fn clock_notice(start: Start) -> Option<String> {
     Some(notice)
 }
 
-/// Waits until a replica has applied its log and leads, however long that takes. Returns its name and epoch.
-async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle) -> Result<(String, u64)> {
+/// Waits until a replica has applied its log and leads, or follows whoever does, however long that takes.
+async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle, log: &dyn Log) -> Result<()> {
     use clutch_proto::admin::{AdminRequest, Status, admin_request};
     let mut last_told = runtime.clock.monotonic();
+    // What was committed when a leader was first known: not what has come since, which may come faster than it is applied.
+    let mut followed = None;
     loop {
         let reply = replica.admin(AdminRequest { op: Some(admin_request::Op::Status(Status {})) }).await?;
         let status = reply.status.context("an answer without a status")?;
         ensure!(status.fault.is_empty(), "{}: {}", status.name, status.fault);
         if status.leading {
-            return Ok((status.name, status.epoch));
+            return Ok(());
+        }
+        let seen = log.status();
+        if seen.leader.is_some() && !seen.is_self {
+            let target = *followed.get_or_insert(seen.bounds.last.0);
+            if status.applied_position >= target {
+                runtime.note("node: starts as a follower");
+                return Ok(());
+            }
         }
         if runtime.clock.monotonic() - last_told > Duration::from_secs(5) {
             last_told = runtime.clock.monotonic();
-            tracing::warn!(replica = %status.name, applied = status.applied_position, of = status.log_last, "replays its log");
+            let (replica, applied, of) = (&status.name, status.applied_position, status.log_last);
+            match applied < of {
+                true => tracing::warn!(%replica, applied, of, "replays its log"),
+                false => tracing::warn!(%replica, applied, "waits for a leader of its log"),
+            }
         }
         runtime.clock.sleep(Duration::from_millis(5)).await;
     }
@@ -420,14 +446,19 @@ fn shard_genesis(cluster: &ClusterFile, number: u32) -> Result<Bytes> {
 
 struct Starter<'a> {
     config: &'a NodeConfig,
+    /// Where the reigns of all replicas are told.
+    reigns: Arc<Reigns>,
     cluster: u64,
     clock: Arc<HybridClock>,
     activity: Arc<AtomicU64>,
     /// What an operator should know of this start.
     notices: &'a Mutex<Vec<String>>,
     /// Replicas that run, so that they are stopped when the start fails.
-    started: &'a Mutex<Vec<ReplicaHandle>>,
+    started: &'a Mutex<Vec<Replicating>>,
 }
+
+/// A replica and its log.
+type Replicating = (ReplicaHandle, Arc<dyn Log>);
 
 type Started<M> = (ReplicaHandle, mpsc::UnboundedReceiver<LeaderEvent<<M as Machine>::Effect>>);
 
@@ -534,10 +565,14 @@ impl Starter<'_> {
             runtime: self.config.runtime.clone(),
             clock: self.clock.clone(),
             activity: self.activity.clone(),
-            log,
+            log: log.clone(),
             facts,
             genesis,
             leader_events,
+            on_reign: {
+                let reigns = self.reigns.clone();
+                Arc::new(move |epoch| reigns.tell(id, epoch))
+            },
             checkpoints: self.config.stores.checkpoints(id),
             open_checkpoint: self.config.stores.open_checkpoint(),
             shortage: {
@@ -550,7 +585,7 @@ impl Starter<'_> {
             },
         };
         let handle = Replica::start(applier, replica);
-        self.started.lock().push(handle.clone());
+        self.started.lock().push((handle.clone(), log));
         Ok((handle, receiver))
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use clutch_log::Position;
+use clutch_log::{Epoch, Position};
 use clutch_proto::{
     Refusal, Time,
     admin::{AdminReply, AdminRequest},
@@ -33,7 +33,7 @@ pub(crate) type Reply = oneshot::Sender<Answer>;
 
 pub(crate) enum Input {
     Request { body: Bytes, tag: Option<ClientTag>, reply: Reply },
-    Entry { body: Bytes, reply: Reply },
+    Entry { body: Bytes, reign: Option<Epoch>, reply: Reply },
     Admin { request: AdminRequest, reply: oneshot::Sender<Result<AdminReply, Refusal>> },
     Stop { done: oneshot::Sender<()> },
 }
@@ -42,6 +42,8 @@ pub(crate) enum Input {
 #[derive(Clone)]
 pub struct ReplicaHandle {
     pub(crate) sender: mpsc::Sender<Input>,
+    /// A lane of its own: who looks after a replica is heard whatever else waits.
+    pub(crate) admin: mpsc::Sender<Input>,
     pub(crate) fault: Arc<OnceLock<String>>,
 }
 
@@ -67,7 +69,13 @@ impl ReplicaHandle {
     /// Proposes an entry of the shell's own.
     pub async fn propose(&self, body: Bytes) -> Answer {
         let (reply, answer) = oneshot::channel();
-        self.exchange(Input::Entry { body, reply }, answer).await
+        self.exchange(Input::Entry { body, reign: None, reply }, answer).await
+    }
+
+    /// As [`ReplicaHandle::propose`], if this replica leads in that reign: what it says was true in it.
+    pub async fn propose_in(&self, reign: Epoch, body: Bytes) -> Answer {
+        let (reply, answer) = oneshot::channel();
+        self.exchange(Input::Entry { body, reign: Some(reign), reply }, answer).await
     }
 
     async fn exchange(&self, input: Input, answer: oneshot::Receiver<Answer>) -> Answer {
@@ -89,14 +97,14 @@ impl ReplicaHandle {
     pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, Refusal> {
         let gone = || Refusal::new(Code::NotReady, "the replica is not running");
         let (reply, answer) = oneshot::channel();
-        self.sender.send(Input::Admin { request, reply }).await.map_err(|_| gone())?;
+        self.admin.send(Input::Admin { request, reply }).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 
     /// Flushes the state and ends the replica.
     pub async fn stop(&self) {
         let (done, stopped) = oneshot::channel();
-        if self.sender.send(Input::Stop { done }).await.is_ok() {
+        if self.admin.send(Input::Stop { done }).await.is_ok() {
             // A replica that ended by itself has nothing left to stop.
             let _ = stopped.await;
         }

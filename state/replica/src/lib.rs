@@ -53,6 +53,8 @@ use reads::{Barrier, PendingRead};
 
 /// Log records of one replica that may be in flight.
 const PIPELINE_MAX: usize = 2;
+/// Requests of those who look after a replica that may wait.
+const ADMIN_REQUESTS_MAX: usize = 64;
 /// The state is flushed at least every so many bytes of log, which bounds the replay after a crash.
 const FLUSH_BYTES: u64 = 256 << 20;
 const TICK: Duration = Duration::from_millis(250);
@@ -91,6 +93,8 @@ pub struct ReplicaConfig<M: Machine> {
     pub genesis: Bytes,
     /// Where the leader's actions go.
     pub leader_events: mpsc::UnboundedSender<LeaderEvent<M::Effect>>,
+    /// Told when a reign of this replica begins, and `None` when it ends.
+    pub on_reign: OnReign,
     /// Where checkpoints are kept; `None` where the store cannot make any.
     pub checkpoints: Option<PathBuf>,
     /// Why there is hardly room for log and state, while that is so: only what gives space back is taken then.
@@ -100,6 +104,9 @@ pub struct ReplicaConfig<M: Machine> {
     /// Opens a checkpoint for reading.
     pub open_checkpoint: OpenCheckpoint,
 }
+
+/// Hears of reigns; must not wait.
+pub type OnReign = Arc<dyn Fn(Option<Epoch>) + Send + Sync>;
 
 /// Opens the checkpoint in a directory.
 pub type OpenCheckpoint = Arc<dyn Fn(&std::path::Path) -> Result<Arc<dyn View>, StoreError> + Send + Sync>;
@@ -139,6 +146,7 @@ impl<M: Machine> Replica<M> {
     /// Starts a replica on a thread of its own.
     pub fn start(applier: Applier<M>, config: ReplicaConfig<M>) -> ReplicaHandle {
         let (sender, receiver) = mpsc::channel(INBOX_REQUESTS_MAX);
+        let (admin, admin_receiver) = mpsc::channel(ADMIN_REQUESTS_MAX);
         let runtime = config.runtime.clone();
         let name = config.name.clone();
         let fault = Arc::new(OnceLock::new());
@@ -159,11 +167,11 @@ impl<M: Machine> Replica<M> {
             ticks_since_check: 0,
             snapshots: admin::Snapshots::default(),
         };
-        runtime.spawner.spawn_owner(name, Box::pin(replica.run(receiver)));
-        ReplicaHandle { sender, fault }
+        runtime.spawner.spawn_owner(name, Box::pin(replica.run(receiver, admin_receiver)));
+        ReplicaHandle { sender, admin, fault }
     }
 
-    async fn run(mut self, mut inbox: mpsc::Receiver<Input>) {
+    async fn run(mut self, mut inbox: mpsc::Receiver<Input>, mut admin: mpsc::Receiver<Input>) {
         let mut events = self.config.log.events(self.applier.position().next());
         let clock = self.config.runtime.clock.clone();
         let mut tick = clock.sleep(TICK);
@@ -184,10 +192,8 @@ impl<M: Machine> Replica<M> {
                     Err(fault) => self.stop_on(fault.to_string()),
                 },
                 Some((barrier, reads)) = self.barriers.next(), if !self.barriers.is_empty() => self.passed(barrier, reads),
-                count = inbox.recv_many(&mut inputs, BATCH_ENTRIES_MAX), if self.in_flight.len() < PIPELINE_MAX => {
-                    if count == 0 {
-                        return;
-                    }
+                Some(input) = admin.recv() => {
+                    inputs.push(input);
                     if let Some(stopped) = self.accept(&mut inputs) {
                         let flushed = self.applier.store().flush();
                         if let Err(error) = flushed {
@@ -200,8 +206,21 @@ impl<M: Machine> Replica<M> {
                         return;
                     }
                 }
+                count = inbox.recv_many(&mut inputs, BATCH_ENTRIES_MAX), if self.takes_requests() => {
+                    if count == 0 {
+                        return;
+                    }
+                    // Only the other lane stops a replica.
+                    let stopped = self.accept(&mut inputs);
+                    assert!(stopped.is_none(), "{}: a stop among requests", self.config.name);
+                }
             }
         }
+    }
+
+    /// Whether requests are looked at: while the pipeline is full they wait for a place in it, but not where nobody will make any.
+    fn takes_requests(&self) -> bool {
+        self.in_flight.len() < PIPELINE_MAX || self.leading.is_none()
     }
 
     /// Takes one event of the log.
@@ -217,6 +236,7 @@ impl<M: Machine> Replica<M> {
                 .into());
             }
             Event::Leader { epoch, is_self: true, .. } => self.begin_leading(epoch)?,
+            Event::Leader { is_self: false, .. } if mutants::is(Mutant::EndOfReignLost) => {}
             Event::Leader { is_self: false, .. } | Event::Sealed { .. } => self.end_leading(),
         }
         self.serve_waiting_reads();
@@ -272,6 +292,7 @@ impl<M: Machine> Replica<M> {
         );
         assert!(self.led < epoch, "{}: {epoch:?} after {:?}", self.config.name, self.led);
         (self.leading, self.led) = (Some(epoch), epoch);
+        (self.config.on_reign)(Some(epoch));
         if self.applier.time() == Time(0) {
             self.propose_genesis();
         }
@@ -295,6 +316,7 @@ impl<M: Machine> Replica<M> {
                 self.config.runtime.note("replica: loses leadership with transactions pending");
             }
             let _ = self.config.leader_events.send(LeaderEvent::Ended);
+            (self.config.on_reign)(None);
         }
         let unknown =
             || Refusal::new(Code::OutcomeUnknown, "leadership moved while the request was in flight");
@@ -514,7 +536,12 @@ impl<M: Machine> Replica<M> {
                     Some(refusal) => drop(reply.send(Answer::refused(refusal))),
                     None => self.accept_request(body, tag, reply, &mut entries, &mut reads),
                 },
-                Input::Entry { body, reply } => match self.unready() {
+                Input::Entry { reign: Some(reign), reply, .. } if self.leading != Some(reign) => {
+                    self.config.runtime.note("replica: an entry of another reign is refused");
+                    let text = format!("{reign:?} of {} is over", self.config.name);
+                    drop(reply.send(Answer::refused(Refusal::new(Code::NotLeader, text))));
+                }
+                Input::Entry { body, reply, .. } => match self.unready() {
                     Some(refusal) => drop(reply.send(Answer::refused(refusal))),
                     None => {
                         entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag: None, reply }))

@@ -268,7 +268,7 @@ impl Cluster {
                 }
             }
         });
-        let client = Client::new(production::runtime(), address.as_str().into(), ClientOptions::default());
+        let client = Client::new(production::runtime(), address.as_str(), ClientOptions::default());
         Ok(Cluster { process, client })
     }
 

@@ -4,6 +4,8 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
+use clutch_integration::script::REPLICAS_MAX;
+
 use crate::remote::RemotePath;
 
 /// Clutch: a distributed filesystem whose metadata is a set of replicated logs.
@@ -195,6 +197,9 @@ pub(crate) struct FuzzArgs {
     /// What the scripts are like.
     #[arg(long, value_enum, default_value_t = FuzzProfile::Mixed, conflicts_with_all = ["trace", "script"])]
     pub(crate) profile: FuzzProfile,
+    /// Members of each log: with more than one they elect a leader, and faults strike leaders and followers.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(REPLICAS_MAX)), conflicts_with = "script")]
+    pub(crate) replicas: u32,
     /// Threads, each with worlds of its own; one world never uses more than one.
     #[arg(long, value_name = "N", value_parser = parse_threads, conflicts_with = "script")]
     pub(crate) jobs: Option<usize>,

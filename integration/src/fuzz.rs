@@ -10,7 +10,7 @@ use parking_lot::Mutex;
 
 use crate::{
     coverage,
-    generate::{Profile, generate, strike},
+    generate::{Profile, generate_replicated, strike},
     run::{Report, run},
     script::{Fault, Script},
 };
@@ -26,6 +26,8 @@ pub struct Options {
     pub time: Option<Duration>,
     /// What the scripts are like.
     pub profile: Profile,
+    /// Members of each log; more than one with the engine `sim` alone.
+    pub replicas: u32,
     /// Operations that came from elsewhere, each seed under its own faults; instead of generated ones.
     pub trace: Option<Script>,
     /// Threads, each with worlds of its own.
@@ -39,9 +41,12 @@ pub struct Options {
 impl Options {
     fn script(&self, seed: u64) -> Script {
         match &self.trace {
-            None => generate(seed, self.profile),
+            None => generate_replicated(seed, self.profile, self.replicas),
             Some(trace) => {
                 let mut script = trace.clone();
+                if self.replicas > 1 {
+                    script.replicate(self.replicas);
+                }
                 strike(&mut script, seed);
                 script
             }

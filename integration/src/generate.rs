@@ -103,7 +103,16 @@ const DIRECTORIES_MAX: usize = 40;
 
 /// Draws a script.
 pub fn generate(seed: u64, profile: Profile) -> Script {
-    Generator::new(seed, profile).script()
+    generate_replicated(seed, profile, 1)
+}
+
+/// The same for logs of so many members, which only the engine `sim` can have.
+pub fn generate_replicated(seed: u64, profile: Profile, replicas: u32) -> Script {
+    let mut generator = Generator::new(seed, profile);
+    if replicas > 1 {
+        (generator.cluster.engine, generator.cluster.replicas) = (Engine::Sim, replicas);
+    }
+    generator.script()
 }
 
 /// Adds faults to operations that came from elsewhere.
@@ -118,6 +127,22 @@ pub fn strike(script: &mut Script, seed: u64) {
     script.seed = seed;
     script.events.extend(faults);
     script.events.sort_by_key(|e| e.at);
+}
+
+fn draw_cluster(rng: &mut ChaCha8Rng, seed: u64, data_blocks: u32, parity_blocks: u32) -> ClusterConfig {
+    ClusterConfig {
+        shards: *[1, 2, 2, 4].choose(rng).expect("some"),
+        disks: data_blocks + parity_blocks + rng.random_range(1..3),
+        data_blocks,
+        parity_blocks,
+        engine: if rng.random_ratio(3, 5) { Engine::Sim } else { Engine::Local },
+        flush_permille: *[0, 5, 50, 300].choose(rng).expect("some"),
+        // From the seed alone: it moves no other draw. Every third cluster has small pages.
+        page: if seed.is_multiple_of(3) { 2 + (seed / 3 % 4) as u32 } else { 0 },
+        // And in every fifth one many names have one hash.
+        collide: seed % 5 == 4,
+        replicas: 1,
+    }
 }
 
 struct Generator {
@@ -146,18 +171,7 @@ impl Generator {
         let mut rng = ChaCha8Rng::seed_from_u64(seed ^ 0x5eed);
         let (data_blocks, parity_blocks) =
             *[(2, 1), (1, 1), (2, 2), (4, 2), (1, 2)].choose(&mut rng).expect("some");
-        let cluster = ClusterConfig {
-            shards: *[1, 2, 2, 4].choose(&mut rng).expect("some"),
-            disks: data_blocks + parity_blocks + rng.random_range(1..3),
-            data_blocks,
-            parity_blocks,
-            engine: if rng.random_ratio(3, 5) { Engine::Sim } else { Engine::Local },
-            flush_permille: *[0, 5, 50, 300].choose(&mut rng).expect("some"),
-            // From the seed alone: it moves no other draw. Every third cluster has small pages.
-            page: if seed.is_multiple_of(3) { 2 + (seed / 3 % 4) as u32 } else { 0 },
-            // And in every fifth one many names have one hash.
-            collide: seed % 5 == 4,
-        };
+        let cluster = draw_cluster(&mut rng, seed, data_blocks, parity_blocks);
         let mut weights = [0; Kind::ALL.len()];
         for ((kind, most), weight) in Kind::ALL.into_iter().zip(&mut weights) {
             assert_eq!(Kind::ALL[kind as usize].0, kind, "the table is in the order of the kinds");
@@ -703,6 +717,27 @@ impl Generator {
         events
     }
 
+    fn crash(&mut self, lasting: Duration) -> Fault {
+        match self.party() {
+            // Three of five, by what was drawn already, so that no other draw moves.
+            party @ (Party::Registry | Party::Cdc | Party::Shard(_)) if lasting.as_micros() % 5 < 3 => {
+                Fault::Lose(party, lasting)
+            }
+            party => Fault::Crash(party, lasting),
+        }
+    }
+
+    fn stall(&mut self) -> Option<Fault> {
+        // Longer than a grant, or than a client's patience, and mostly not.
+        let ms = *[20u64, 300, 700, 3_000, 40_000].choose(&mut self.rng)?;
+        let (server, after) = (self.server(), self.rng.random_range(0..12));
+        // From the seed alone, so that no other draw moves.
+        Some(match self.seed % 4 {
+            3 => Fault::Hang(server, after, Duration::from_millis(ms)),
+            _ => Fault::Stall(server, after, Duration::from_millis(ms)),
+        })
+    }
+
     fn fault(&mut self, kind: &str) -> Option<Fault> {
         let lasting = self.lasting();
         let bad = self.bad_disks.choose(&mut self.rng).copied();
@@ -715,18 +750,9 @@ impl Generator {
             "oneway" => Fault::OneWay(self.party(), self.server(), lasting),
             "isolate" => Fault::Isolate(self.party(), lasting),
             "clog" => Fault::Clog(self.party(), self.party(), lasting),
-            "crash" => Fault::Crash(self.party(), lasting),
+            "crash" => self.crash(lasting),
             "kill" => Fault::Kill(self.server(), lasting),
-            "stall" => {
-                // Longer than a grant, or than a client's patience, and mostly not.
-                let ms = *[20u64, 300, 700, 3_000, 40_000].choose(&mut self.rng)?;
-                let (server, after) = (self.server(), self.rng.random_range(0..12));
-                // From the seed alone, so that no other draw moves.
-                match self.seed % 4 {
-                    3 => Fault::Hang(server, after, Duration::from_millis(ms)),
-                    _ => Fault::Stall(server, after, Duration::from_millis(ms)),
-                }
-            }
+            "stall" => self.stall()?,
             "powercut" => {
                 let party = match self.cluster.engine {
                     Engine::Local => self.server(),

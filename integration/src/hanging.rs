@@ -31,6 +31,7 @@ fn cluster() -> Result<SimCluster, String> {
         flush_permille: 0,
         page: 0,
         collide: false,
+        replicas: 1,
     };
     SimCluster::start_with(5, config).ok_or_else(|| "the cluster does not come up".into())
 }

@@ -43,6 +43,8 @@ struct Runner {
     paused: BTreeSet<NodeId>,
     /// Nodes that lost their roles and still run.
     zombies: BTreeSet<NodeId>,
+    /// Members of logs that are cut off from the others, and by how many faults.
+    deaf: BTreeMap<(LogId, NodeId), u32>,
     /// Nodes whose power will go, and for how long.
     armed: BTreeMap<NodeId, Duration>,
     blocked: BTreeMap<(NodeId, NodeId), u32>,
@@ -108,6 +110,7 @@ impl Runner {
             down: BTreeSet::new(),
             paused: BTreeSet::new(),
             zombies: BTreeSet::new(),
+            deaf: BTreeMap::new(),
             armed: BTreeMap::new(),
             blocked: BTreeMap::new(),
             unmounted: BTreeMap::new(),
@@ -232,8 +235,15 @@ impl Runner {
         self.timeline.push((self.now(), what));
     }
 
+    /// The node that a fault of a log strikes: its leader every other time, else any member.
+    fn struck(&self, log: LogId) -> Option<NodeId> {
+        let members = self.cluster.members(log);
+        let draw = (self.now().as_micros() / 7) as usize % (2 * members.len()).max(1);
+        members.get(draw).copied().or_else(|| self.cluster.home(log))
+    }
+
     fn node(&self, party: Party) -> NodeId {
-        let home = |log| self.cluster.home(log).unwrap_or(NodeId(0));
+        let home = |log| self.struck(log).unwrap_or(NodeId(0));
         match party {
             Party::Registry => home(LogId::REGISTRY),
             Party::Cdc => home(LogId::CDC),

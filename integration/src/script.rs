@@ -125,6 +125,8 @@ pub enum Fault {
     Crash(Party, Duration),
     /// The party's process dies and its machine goes on: what it wrote is still there, synced or not.
     Kill(Party, Duration),
+    /// The node stops, its states are gone, and it starts again after a while, with its log or with that of the others.
+    Lose(Party, Duration),
     /// After so many operations one on the node's disk takes a while; everybody waits for it.
     Stall(Party, u32, Duration),
     /// The node's power goes after so many operations on its disk; it starts again after a while.
@@ -165,7 +167,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind, for reports.
-    pub const KINDS: [&'static str; 27] = [
+    pub const KINDS: [&'static str; 28] = [
         "loss",
         "duplicate",
         "delay",
@@ -193,6 +195,7 @@ impl Fault {
         "kill",
         "stall",
         "hang",
+        "lose",
     ];
 
     /// Its kind.
@@ -225,6 +228,7 @@ impl Fault {
             Fault::Kill(..) => "kill",
             Fault::Stall(..) => "stall",
             Fault::Hang(..) => "hang",
+            Fault::Lose(..) => "lose",
         }
     }
 }
@@ -336,6 +340,7 @@ impl fmt::Display for Fault {
             Fault::Isolate(a, d)
             | Fault::Crash(a, d)
             | Fault::Kill(a, d)
+            | Fault::Lose(a, d)
             | Fault::Pause(a, d)
             | Fault::Slow(a, d)
             | Fault::Move(a, d)
@@ -372,7 +377,7 @@ impl fmt::Display for Script {
         writeln!(f, "seed {}", self.seed)?;
         writeln!(
             f,
-            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}",
+            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}{}",
             c.shards,
             c.disks,
             c.data_blocks,
@@ -381,7 +386,9 @@ impl fmt::Display for Script {
             c.flush_permille,
             c.page,
             if c.collide { "colliding" } else { "plain" },
-            self.clients
+            self.clients,
+            // One is not said: stored scripts stay as they are.
+            if c.replicas == 1 { String::new() } else { format!(" replicas={}", c.replicas) }
         )?;
         self.events.iter().try_for_each(|event| writeln!(f, "{event}"))
     }
@@ -545,6 +552,10 @@ impl<'a> Words<'a> {
                 Fault::PowerCut(self.party()?, self.number("a number of disk operations")?, self.time()?)
             }
             "kill" => Fault::Kill(self.party()?, self.time()?),
+            "lose" => match self.party()? {
+                party @ (Party::Registry | Party::Cdc | Party::Shard(_)) => Fault::Lose(party, self.time()?),
+                other => return Err(format!("{other} has no states; registry, cdc and shards have")),
+            },
             "stall" => Fault::Stall(self.party()?, self.number("a number of disk operations")?, self.time()?),
             "hang" => Fault::Hang(self.party()?, self.number("a number of disk operations")?, self.time()?),
             "pause" => Fault::Pause(self.party()?, self.time()?),
@@ -600,15 +611,23 @@ pub fn default_cluster() -> ClusterConfig {
         flush_permille: 20,
         page: 0,
         collide: false,
+        replicas: 1,
     }
 }
 
 /// Kinds of forged certificates and proofs.
 pub const FORGERIES: u32 = 11;
+/// Members that a log may have.
+pub const REPLICAS_MAX: u32 = 7;
 /// Clients and threads of a client that a script may have.
 const LANES_MAX: u32 = 64;
 
 impl Script {
+    /// Gives each log so many members, as only the engine `sim` can.
+    pub fn replicate(&mut self, replicas: u32) {
+        (self.cluster.engine, self.cluster.replicas) = (Engine::Sim, replicas);
+    }
+
     fn cluster_line(&mut self, words: Words<'_>) -> Result<(), String> {
         for word in words.0 {
             let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
@@ -619,6 +638,7 @@ impl Script {
                 "flush" => self.cluster.flush_permille = number()?,
                 "page" => self.cluster.page = number()?,
                 "clients" => self.clients = number()?,
+                "replicas" => self.cluster.replicas = number()?,
                 "policy" => {
                     let parts =
                         value.split_once('+').and_then(|(d, p)| Some((d.parse().ok()?, p.parse().ok()?)));
@@ -641,7 +661,7 @@ impl Script {
                 }
                 _ => {
                     return Err(format!(
-                        "{key:?} is not known; shards, disks, policy, engine, flush, page, names, clients are"
+                        "{key:?} is not known; shards, disks, policy, engine, flush, page, names, clients, replicas are"
                     ));
                 }
             }
@@ -675,6 +695,12 @@ impl Script {
         let blocks = c.data_blocks.saturating_add(c.parity_blocks);
         if !c.shards.is_power_of_two() || c.shards > 16 {
             return Err("shards: 1, 2, 4, 8 or 16".into());
+        }
+        if c.replicas == 0 || c.replicas > REPLICAS_MAX {
+            return Err(format!("replicas: 1 to {REPLICAS_MAX}"));
+        }
+        if c.replicas > 1 && c.engine == Engine::Local {
+            return Err("replicas: the engine local has one; write engine=sim".into());
         }
         if c.data_blocks == 0 || c.data_blocks > DATA_BLOCKS_MAX || c.parity_blocks > PARITY_BLOCKS_MAX {
             return Err(format!(
@@ -728,6 +754,7 @@ impl Fault {
             Fault::Isolate(a, _)
             | Fault::Crash(a, _)
             | Fault::Kill(a, _)
+            | Fault::Lose(a, _)
             | Fault::Stall(a, ..)
             | Fault::Hang(a, ..)
             | Fault::PowerCut(a, ..)

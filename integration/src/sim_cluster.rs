@@ -9,13 +9,13 @@ use std::{
 
 use async_trait::async_trait;
 use clutch_blocks::label::Label;
-use clutch_client::{Client, ClientOptions, Observer};
+use clutch_client::{Client, ClientOptions, Observer, Registries};
 use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
 use clutch_log_sim::SimLogs;
 use clutch_proto::{ServiceId, Time, certificate::Key};
 use clutch_runtime::{
-    Runtime,
+    Endpoint, Runtime,
     simulated::{NodeId, World},
 };
 use clutch_server::{
@@ -40,6 +40,8 @@ pub const CLIENT: NodeId = NodeId(500);
 const SIM_START: u64 = clutch_runtime::simulated::START_NS;
 /// Nodes from here on take over roles of others.
 const SPARE: u32 = 1000;
+/// The nodes of the further members of logs are so far from those of the first ones.
+const MEMBERS: u32 = 10_000;
 
 /// Short, so that grants and contents expire within a script.
 pub const LIFETIMES: Lifetimes = Lifetimes { grant_ms: 400, transient_ms: 4000 };
@@ -49,6 +51,16 @@ pub const CLOCK_SKEW_MS_MAX: u64 = 450;
 /// The first node of a shard.
 pub fn shard_node(number: u32) -> NodeId {
     NodeId(10 + number)
+}
+
+/// The node of a log's member, by the node of the first.
+fn member_node(first: NodeId, member: u32) -> NodeId {
+    NodeId(first.0 + member * MEMBERS)
+}
+
+/// Where a node listens.
+pub fn endpoint(node: NodeId) -> Endpoint {
+    format!("node{}", node.0).as_str().into()
 }
 
 /// The node of a disk.
@@ -89,6 +101,8 @@ pub struct ClusterConfig {
     pub page: u32,
     /// Whether names of scripts stand for such that have one hash.
     pub collide: bool,
+    /// Members of each log, each on a node of its own, that elect their leader; 1 for a log that whoever opens it leads.
+    pub replicas: u32,
 }
 
 impl ClusterConfig {
@@ -112,7 +126,8 @@ pub struct SimCluster {
     config: ClusterConfig,
     cluster: ClusterFile,
     images: SimImages,
-    homes: Mutex<BTreeMap<LogId, NodeId>>,
+    /// The nodes of each log's members.
+    homes: Mutex<BTreeMap<LogId, Vec<NodeId>>>,
     spares: Mutex<u32>,
     /// Nodes whose start failed; whoever drives the world starts them again.
     failed: Arc<Mutex<Vec<NodeId>>>,
@@ -120,8 +135,19 @@ pub struct SimCluster {
     spoiled: Mutex<BTreeSet<u32>>,
 }
 
+/// The logs on a node's disk; `None` when they cannot be opened.
+fn open_local(runtime: &Runtime, recording: &Recording, node: NodeId) -> Option<LocalEngine> {
+    let opened = LocalEngine::open(runtime, "log".into(), clutch_log_local::Options::default());
+    // A crash may tear what was never acknowledged; damage to what was is a loss.
+    if let Err(error @ LogFault::Corrupt { .. }) = &opened {
+        recording.violation(format!("node {} cannot open its logs: {error}", node.0));
+    }
+    opened.ok()
+}
+
 struct SimLogProvider {
     logs: SimLogs,
+    replicas: u32,
     local: Option<LocalEngine>,
     recording: Arc<Recording>,
     runtime: Runtime,
@@ -133,6 +159,9 @@ impl LogProvider for SimLogProvider {
     async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
         let log = match &self.local {
             Some(engine) => engine.log(id).await?,
+            None if self.replicas > 1 => {
+                self.logs.join(&self.runtime, id, u64::from(self.node.0), self.replicas as usize)
+            }
             None => {
                 // Whoever opens a log leads it; how much of what waited still commits is drawn.
                 self.logs.elect(id, u64::from(self.node.0), self.runtime.random.below(3) as usize);
@@ -213,6 +242,7 @@ impl SimCluster {
             flush_permille: 0,
             page: 0,
             collide: false,
+            replicas: 1,
         };
         SimCluster::start_with(seed, config).expect("the cluster comes up")
     }
@@ -228,8 +258,9 @@ impl SimCluster {
             config.parity_blocks,
         )
         .expect("within the limits");
-        let mut homes = BTreeMap::from([(LogId::REGISTRY, REGISTRY), (LogId::CDC, CDC)]);
-        homes.extend((0..config.shards).map(|n| (LogId::shard(n), shard_node(n))));
+        let members = |first| (0..config.replicas).map(|member| member_node(first, member)).collect();
+        let mut homes = BTreeMap::from([(LogId::REGISTRY, members(REGISTRY)), (LogId::CDC, members(CDC))]);
+        homes.extend((0..config.shards).map(|n| (LogId::shard(n), members(shard_node(n)))));
         let images = SimImages::new(config.flush_permille);
         let this = SimCluster {
             world,
@@ -259,16 +290,29 @@ impl SimCluster {
 
     /// All nodes that have a role now.
     pub fn nodes(&self) -> Vec<NodeId> {
-        let mut nodes: Vec<NodeId> = self.homes.lock().values().copied().collect();
+        let mut nodes: Vec<NodeId> = self.homes.lock().values().flatten().copied().collect();
         nodes.extend((0..self.config.disks).map(disk_node));
         nodes.sort_unstable();
         nodes.dedup();
         nodes
     }
 
-    /// The node that has a log's replica.
+    /// The node that leads a log, or has its only replica.
     pub fn home(&self, log: LogId) -> Option<NodeId> {
-        self.homes.lock().get(&log).copied()
+        let members = self.members(log);
+        let leads = |node: &&NodeId| self.logs.leader(log) == Some(u64::from(node.0));
+        members.iter().find(leads).or(members.first()).copied()
+    }
+
+    /// The nodes of a log's members.
+    pub fn members(&self, log: LogId) -> Vec<NodeId> {
+        self.homes.lock().get(&log).cloned().unwrap_or_default()
+    }
+
+    /// Where the registry's members are.
+    fn registries(&self) -> Registries {
+        let all = self.members(LogId::REGISTRY).into_iter().map(endpoint).collect();
+        Registries::new(all).expect("a log has a member")
     }
 
     /// All logs.
@@ -288,7 +332,7 @@ impl SimCluster {
 
     fn roles(&self, node: NodeId) -> Roles {
         let homes = self.homes.lock();
-        let is_home = |log: LogId| homes.get(&log) == Some(&node);
+        let is_home = |log: LogId| homes.get(&log).is_some_and(|members| members.contains(&node));
         let mut roles =
             Roles { registry: is_home(LogId::REGISTRY), cdc: is_home(LogId::CDC), ..Roles::default() };
         roles.shards = (0..self.config.shards).filter(|n| is_home(LogId::shard(*n))).collect();
@@ -329,34 +373,33 @@ impl SimCluster {
         let (cluster, roles, failed) = (self.cluster.clone(), self.roles(node), self.failed.clone());
         let stores = SimStores { images: self.images.clone(), runtime: runtime.clone(), node };
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
+        let (replicas, registries) = (self.config.replicas, self.registries());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let pages = self.config.pages();
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
-            let local = match engine {
-                Engine::Local if has_logs => {
-                    match LocalEngine::open(&runtime, "log".into(), clutch_log_local::Options::default()) {
-                        Ok(local) => Some(local),
-                        Err(error) => {
-                            // A crash may tear what was never acknowledged; damage to what was is a loss.
-                            if matches!(error, LogFault::Corrupt { .. }) {
-                                recording.violation(format!("node {} cannot open its logs: {error}", node.0));
-                            }
-                            failed.lock().push(node);
-                            return;
-                        }
-                    }
-                }
-                _ => None,
+            let local = match engine == Engine::Local && has_logs {
+                true => match open_local(&runtime, &recording, node) {
+                    Some(local) => Some(local),
+                    None => return failed.lock().push(node),
+                },
+                false => None,
             };
             let config = NodeConfig {
-                listen: format!("node{}", node.0).as_str().into(),
+                listen: endpoint(node),
                 advertise: None,
-                registry: Some(format!("node{}", REGISTRY.0).as_str().into()),
+                registry: Some(registries),
                 cluster,
                 roles,
-                logs: Arc::new(SimLogProvider { logs, local, recording, runtime: runtime.clone(), node }),
+                logs: Arc::new(SimLogProvider {
+                    logs,
+                    replicas,
+                    local,
+                    recording,
+                    runtime: runtime.clone(),
+                    node,
+                }),
                 stores: Arc::new(stores),
                 engine: "sim".into(),
                 keyring,
@@ -394,6 +437,15 @@ impl SimCluster {
         std::mem::take(&mut self.failed.lock())
     }
 
+    /// Removes all states of a node that is down.
+    pub fn lose_states(&self, node: NodeId) {
+        for log in self.log_ids() {
+            if self.members(log).contains(&node) {
+                self.images.forget(node, log);
+            }
+        }
+    }
+
     /// Takes note that a disk is made to lose or change what it holds.
     pub fn spoil(&self, disk: u32) {
         self.spoiled.lock().insert(disk);
@@ -421,9 +473,9 @@ impl SimCluster {
             *spares += 1;
             NodeId(SPARE + *spares)
         };
-        let old = self.homes.lock().insert(log, new)?;
+        let old = self.homes.lock().insert(log, vec![new])?;
         self.boot(new);
-        Some((old, new))
+        Some((*old.first()?, new))
     }
 
     /// A client on its own node.
@@ -433,8 +485,7 @@ impl SimCluster {
 
     /// A client that keeps what it has looked up for a second, as real ones do.
     pub fn keeping_client(&self) -> Client {
-        let registry = format!("node{}", REGISTRY.0);
-        Client::new(self.world.node(CLIENT), registry.as_str(), ClientOptions::default())
+        Client::new(self.world.node(CLIENT), self.registries(), ClientOptions::default())
     }
 
     /// A client on a node, perhaps watched.
@@ -447,7 +498,7 @@ impl SimCluster {
             observer,
             ..ClientOptions::default()
         };
-        Client::new(self.world.node(node), format!("node{}", REGISTRY.0).as_str(), options)
+        Client::new(self.world.node(node), self.registries(), options)
     }
 
     fn wait_ready(&self) -> bool {

@@ -40,6 +40,7 @@ fn read(page: u32, spans_before: usize) -> Result<(), String> {
         flush_permille: 0,
         page,
         collide: false,
+        replicas: 1,
     };
     let cluster = Arc::new(SimCluster::start_with(5, config).ok_or("the cluster does not come up")?);
     let (reader, other) = (cluster.client(), cluster.client_on(OTHER, None));

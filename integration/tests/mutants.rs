@@ -3,7 +3,7 @@
 
 use clutch_integration::{
     batches,
-    generate::{Profile, generate},
+    generate::{Profile, generate_replicated},
     hanging, led_ahead, names,
     run::run,
     slow_reader, steps,
@@ -36,10 +36,10 @@ fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str)
         return find_apart(mutant, checker);
     }
     mutants::plant(Some(mutant));
-    let mut others = std::collections::BTreeSet::new();
-    let mut found = None;
+    let replicas = if checkers.first() == Some(&"replicas") { 3 } else { 1 };
+    let (mut others, mut found) = (std::collections::BTreeSet::new(), None);
     for seed in 1..=SEEDS_MAX {
-        let report = run(&generate(seed, Profile::Mixed));
+        let report = run(&generate_replicated(seed, Profile::Mixed, replicas));
         found = report.violations.iter().find(|v| checkers.contains(&v.checker)).map(|v| (seed, v.checker));
         if found.is_some() {
             break;

@@ -114,6 +114,7 @@ fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
         seeds,
         time,
         profile: profile(args.profile).0,
+        replicas: args.replicas,
         trace,
         jobs: args.jobs.unwrap_or(1),
         // A single seed is run to see a failure again: it may be one of determinism.
@@ -198,6 +199,10 @@ fn report_failure(args: &FuzzArgs, failure: &Failure) -> Result<serde_json::Valu
         (Some(given), _) => format!("clutch fuzz --script {}", given.display()),
         (None, Some(trace)) => format!("clutch fuzz --seed {} --trace {}", failure.seed, trace.display()),
         (None, None) => format!("clutch fuzz --seed {} --profile {}", failure.seed, profile(args.profile).1),
+    };
+    let command = match args.replicas {
+        1 => command,
+        replicas => format!("{command} --replicas {replicas}"),
     };
     let stored: Option<PathBuf> = match &args.script {
         Some(_) => None,

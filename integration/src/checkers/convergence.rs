@@ -1,4 +1,4 @@
-//! After the faults everything comes to rest within bounded virtual time: every replica leads and is well, no
+//! After the faults everything comes to rest within bounded virtual time: every log is led and every replica well, no
 //! transaction is in flight, and requests are answered.
 
 use std::time::Duration;
@@ -10,17 +10,24 @@ use clutch_proto::{
     cdc::{ListTransactions, cdc_request},
     session::Role,
 };
+use clutch_runtime::Endpoint;
 
 use super::Violation;
 
 /// How long the CDC may take to finish what is in flight.
 const REST_MAX: Duration = Duration::from_secs(120);
 
+/// How long the members of one log may take to elect a leader and to follow it.
+const MEMBERS_REST_MAX: Duration = Duration::from_secs(20);
+
 /// How a replica stands.
 pub type Statuses = Vec<(LogId, StatusReply)>;
 
-/// Waits until nothing is in flight; what is wrong if that does not happen, and how the replicas stand.
-pub async fn at_rest(client: &Client) -> (Vec<Violation>, Statuses) {
+/// Where all members of each log are.
+pub type Members = Vec<(LogId, Vec<Endpoint>)>;
+
+/// Waits until nothing is in flight; what is wrong if that does not happen, and how the replicas stand, followers as well.
+pub async fn at_rest(client: &Client, members: Members) -> (Vec<Violation>, Statuses) {
     let clock = client.runtime().clock.clone();
     let begin = clock.monotonic();
     let wrong = |what: String| (vec![Violation::new("convergence", what)], Vec::new());
@@ -51,6 +58,14 @@ pub async fn at_rest(client: &Client) -> (Vec<Violation>, Statuses) {
     all.extend(map.shards.iter().map(|s| (LogId::shard(s.shard), Role::Shard, s.shard)));
     let (mut violations, mut statuses) = (Vec::new(), Vec::new());
     for (id, role, number) in all {
+        let members = members.iter().find(|(of, _)| *of == id).map_or(&[][..], |(_, all)| all);
+        if members.len() > 1 {
+            match all_at_rest(client, members, role, number).await {
+                Ok(all) => statuses.extend(all.into_iter().map(|status| (id, status))),
+                Err(what) => violations.push(Violation::new("convergence", format!("{id}: {what}"))),
+            }
+            continue;
+        }
         let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
         match client.admin(role, number, request).await.map(|reply| reply.status) {
             Ok(Some(status)) => {
@@ -68,4 +83,41 @@ pub async fn at_rest(client: &Client) -> (Vec<Violation>, Statuses) {
         }
     }
     (violations, statuses)
+}
+
+/// Waits until one of a log's members leads and the others have applied what it has; how all stand then.
+async fn all_at_rest(
+    client: &Client,
+    members: &[Endpoint],
+    role: Role,
+    number: u32,
+) -> Result<Vec<StatusReply>, String> {
+    let clock = client.runtime().clock.clone();
+    let begin = clock.monotonic();
+    let mut left = String::new();
+    while clock.monotonic() - begin <= MEMBERS_REST_MAX {
+        let mut all = Vec::new();
+        for member in members {
+            let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
+            match client.admin_at(member.clone(), role, number, request).await {
+                Ok(reply) => all.push(reply.status.unwrap_or_default()),
+                Err(error) => left = format!("{member} does not answer: {error}"),
+            }
+        }
+        if let Some(fault) = all.iter().find(|status| !status.fault.is_empty()) {
+            return Err(format!("{}: {}", fault.name, fault.fault));
+        }
+        let leaders: Vec<&StatusReply> = all.iter().filter(|status| status.leading).collect();
+        let at: Vec<u64> = all.iter().map(|status| status.applied_position).collect();
+        match leaders[..] {
+            [leader] if all.len() == members.len() && at.iter().all(|at| *at >= leader.applied_position) => {
+                return Ok(all);
+            }
+            [_] if all.len() == members.len() => left = format!("its members are at {at:?}"),
+            [_] => {}
+            _ => left = format!("{} of its members lead", leaders.len()),
+        }
+        clock.sleep(Duration::from_millis(100)).await;
+    }
+    Err(left)
 }

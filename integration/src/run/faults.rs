@@ -26,7 +26,7 @@ pub(super) enum End {
     SlowPause(NodeId, Duration),
     Stop(NodeId),
     Hear(LogId, NodeId),
-    HealDisk(Party),
+    HealDisk(NodeId, Party),
     SetClock(NodeId),
     SetRight(NodeId),
     Mount(u32),
@@ -52,6 +52,62 @@ impl Runner {
         *self.blocked.entry((from, to)).or_default() += 1;
         self.cluster.world.set_blocked(from, to, true);
         self.end_after(lasting, End::Unblock(from, to));
+    }
+
+    /// Stops a node, unless it is down, and starts it again after a while.
+    fn stop(&mut self, how: &Fault, node: NodeId, lasting: Duration) {
+        if self.down.contains(&node) {
+            return;
+        }
+        match how {
+            Fault::Kill(..) => {
+                self.cluster.world.note("world: a process dies and its machine goes on");
+                self.kill(node);
+            }
+            Fault::Lose(..) => {
+                self.crash(node);
+                self.cluster.lose_states(node);
+            }
+            _ => self.crash(node),
+        }
+        self.end_after(lasting, End::Boot(node));
+    }
+
+    fn isolate(&mut self, lonely: NodeId, lasting: Duration) {
+        let others: Vec<NodeId> =
+            self.cluster.nodes().into_iter().chain(self.clients()).filter(|n| *n != lonely).collect();
+        for other in others {
+            self.block(lonely, other, lasting);
+            self.block(other, lonely, lasting);
+        }
+        if self.cluster.config().replicas > 1 {
+            for log in self.cluster.log_ids() {
+                if self.cluster.members(log).contains(&lonely) {
+                    self.deafen(log, lonely, lasting);
+                }
+            }
+        }
+    }
+
+    fn move_leader(&mut self, party: Party, lasting: Duration) {
+        let Some(log) = log_of(party) else { return };
+        if self.cluster.config().replicas > 1 {
+            // The others elect another, and the old leader hears of it late.
+            let leader = self.cluster.home(log).unwrap_or(NodeId(0));
+            self.deafen(log, leader, lasting / 2);
+        } else if let Some((old, _)) = self.cluster.move_log(log) {
+            // For the first half of the time the old leader hears nothing of the new one.
+            self.zombies.insert(old);
+            self.deafen(log, old, lasting / 2);
+            self.end_after(lasting, End::Stop(old));
+        }
+    }
+
+    /// Cuts a member of a log off from the others.
+    fn deafen(&mut self, log: LogId, node: NodeId, lasting: Duration) {
+        self.cluster.logs.set_deaf(log, u64::from(node.0), true);
+        *self.deaf.entry((log, node)).or_default() += 1;
+        self.end_after(lasting, End::Hear(log, node));
     }
 
     pub(super) fn clients(&self) -> Vec<NodeId> {
@@ -80,34 +136,14 @@ impl Runner {
                 let (a, b) = (node(self, a), node(self, b));
                 self.block(a, b, *d);
             }
-            Fault::Isolate(party, d) => {
-                let lonely = node(self, party);
-                let others: Vec<NodeId> =
-                    self.cluster.nodes().into_iter().chain(self.clients()).filter(|n| *n != lonely).collect();
-                for other in others {
-                    self.block(lonely, other, *d);
-                    self.block(other, lonely, *d);
-                }
-            }
+            Fault::Isolate(party, d) => self.isolate(node(self, party), *d),
             Fault::Clog(a, b, d) => {
                 let (a, b) = (node(self, a), node(self, b));
                 self.cluster.world.set_clogged(a, b, true);
                 self.end_after(*d, End::Unclog(a, b));
             }
-            Fault::Crash(party, d) => {
-                let node = node(self, party);
-                if !self.down.contains(&node) {
-                    self.crash(node);
-                    self.end_after(*d, End::Boot(node));
-                }
-            }
-            Fault::Kill(party, d) => {
-                let node = node(self, party);
-                if !self.down.contains(&node) {
-                    self.cluster.world.note("world: a process dies and its machine goes on");
-                    self.kill(node);
-                    self.end_after(*d, End::Boot(node));
-                }
+            Fault::Crash(party, d) | Fault::Kill(party, d) | Fault::Lose(party, d) => {
+                self.stop(&fault, node(self, party), *d);
             }
             Fault::Stall(party, operations, d) => {
                 self.cluster.world.disk(node(self, party)).stall_after(u64::from(*operations), *d);
@@ -134,18 +170,7 @@ impl Runner {
                 let until = self.now() + *d;
                 self.end(End::SlowPause(node, until));
             }
-            Fault::Move(party, d) => {
-                let log = log_of(*party);
-                if let Some((old, _)) = log.and_then(|log| self.cluster.move_log(log)) {
-                    // For the first half of the time the old leader hears nothing of the new one.
-                    self.zombies.insert(old);
-                    if let Some(log) = log {
-                        self.cluster.logs.set_deaf(log, u64::from(old.0), true);
-                        self.end_after(*d / 2, End::Hear(log, old));
-                    }
-                    self.end_after(*d, End::Stop(old));
-                }
-            }
+            Fault::Move(party, d) => self.move_leader(*party, *d),
             Fault::UnknownCommitted(party) | Fault::UnknownLost(party) => {
                 if let Some(log) = log_of(*party) {
                     self.cluster.logs.make_next_unknown(log, matches!(fault, Fault::UnknownCommitted(_)));
@@ -172,13 +197,15 @@ impl Runner {
                     write_error_permille: *permille,
                     full: false,
                 };
-                self.cluster.world.disk(node(self, party)).set_faults(faults);
-                self.end_after(*d, End::HealDisk(*party));
+                let node = node(self, party);
+                self.cluster.world.disk(node).set_faults(faults);
+                self.end_after(*d, End::HealDisk(node, *party));
             }
             Fault::Full(party, d) => {
                 let faults = DiskFaults { full: true, ..DiskFaults::default() };
-                self.cluster.world.disk(node(self, party)).set_faults(faults);
-                self.end_after(*d, End::HealDisk(*party));
+                let node = node(self, party);
+                self.cluster.world.disk(node).set_faults(faults);
+                self.end_after(*d, End::HealDisk(node, *party));
             }
             Fault::Step(party, seconds, d) => {
                 let node = node(self, party);
@@ -214,7 +241,10 @@ impl Runner {
         let is_up = |party: &Party| !self.down.contains(&self.node(*party));
         match fault {
             Fault::Partition(a, b, _) | Fault::OneWay(a, b, _) | Fault::Clog(a, b, _) => a != b,
-            Fault::Crash(party, _) | Fault::Kill(party, _) | Fault::PowerCut(party, ..) => is_up(party),
+            Fault::Crash(party, _)
+            | Fault::Kill(party, _)
+            | Fault::Lose(party, _)
+            | Fault::PowerCut(party, ..) => is_up(party),
             Fault::Pause(party, _) | Fault::Slow(party, _) => {
                 is_up(party) && !self.paused.contains(&self.node(*party))
             }
@@ -296,9 +326,14 @@ impl Runner {
                 }
             }
             End::SetClock(node) => self.cluster.world.set_drift_ppm(node, 0),
-            End::Hear(log, node) => self.cluster.logs.set_deaf(log, u64::from(node.0), false),
-            End::HealDisk(party) => {
-                let node = self.node(party);
+            End::Hear(log, node) => {
+                let count = self.deaf.entry((log, node)).or_default();
+                *count = count.saturating_sub(1);
+                if *count == 0 {
+                    self.cluster.logs.set_deaf(log, u64::from(node.0), false);
+                }
+            }
+            End::HealDisk(node, party) => {
                 self.cluster.world.disk(node).set_faults(DiskFaults::default());
                 if !matches!(party, Party::Disk(_)) && !self.down.contains(&node) {
                     // A log that met a failed write has stopped for good: its operator starts the node again.

@@ -12,7 +12,7 @@ use parking_lot::Mutex;
 use super::{Runner, Timed, client_node};
 use crate::{
     checkers::{self, Violation},
-    sim_cluster::{CLIENT, Engine, disk_node},
+    sim_cluster::{CLIENT, Engine, disk_node, endpoint},
 };
 
 /// Virtual time within which everything must have come to rest after the faults.
@@ -55,6 +55,9 @@ impl Runner {
         }
         for node in std::mem::take(&mut self.zombies) {
             world.crash(node);
+        }
+        for (log, node) in std::mem::take(&mut self.deaf).into_keys() {
+            self.cluster.logs.set_deaf(log, u64::from(node.0), false);
         }
         let unmounted: Vec<u32> = self.unmounted.keys().copied().collect();
         for disk in unmounted {
@@ -145,8 +148,10 @@ impl Runner {
         let done = Arc::new(Mutex::new(None));
         let slot = done.clone();
         let runtime = self.cluster.world.node(CLIENT);
+        let of = |id| (id, self.cluster.members(id).into_iter().map(endpoint).collect());
+        let members = self.cluster.log_ids().into_iter().map(of).collect();
         runtime.spawn("converge", async move {
-            let result = checkers::convergence::at_rest(&client).await;
+            let result = checkers::convergence::at_rest(&client, members).await;
             *slot.lock() = Some(result);
         });
         let end = self.now() + CONVERGENCE_MAX;

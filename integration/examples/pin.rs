@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Result, ensure};
 use clutch_integration::{
     coverage,
-    generate::{Profile, generate},
+    generate::{Profile, generate_replicated},
     pins::{self, Pin},
     run::run,
     script::Script,
@@ -51,6 +51,11 @@ fn reach(scripts: &(dyn Fn(u64) -> Script + Sync), count: u64) -> (BTreeMap<u64,
     (found.into_inner().expect("no thread panics"), violations.into_inner())
 }
 
+/// Every third one has logs of several members.
+fn fresh_script(seed: u64) -> Script {
+    generate_replicated(seed, Profile::Mixed, if seed.is_multiple_of(3) { 3 } else { 1 })
+}
+
 fn main() -> Result<()> {
     let number =
         |n: usize, default: u64| std::env::args().nth(n).and_then(|a| a.parse().ok()).unwrap_or(default);
@@ -75,7 +80,7 @@ fn main() -> Result<()> {
     }
     eprintln!("{} states need a new script", left.len());
     if !left.is_empty() {
-        let (fresh, violations) = reach(&|at| generate(first + at, Profile::Mixed), count);
+        let (fresh, violations) = reach(&|at| fresh_script(first + at), count);
         ensure!(
             violations == 0,
             "there are violations: mend what they show first; the pins stay as they are"
@@ -83,7 +88,7 @@ fn main() -> Result<()> {
         let lengths: BTreeMap<u64, usize> = fresh
             .iter()
             .filter(|(_, states)| !states.is_disjoint(&left))
-            .map(|(at, _)| (*at, generate(first + at, Profile::Mixed).to_string().len()))
+            .map(|(at, _)| (*at, fresh_script(first + at).to_string().len()))
             .collect();
         // The most new states for a byte.
         let worth = |at: u64, left: &BTreeSet<String>| {
@@ -98,7 +103,7 @@ fn main() -> Result<()> {
             let reaches: BTreeSet<String> = left.intersection(&fresh[&best]).cloned().collect();
             left.retain(|state| !reaches.contains(state));
             let seed = first + best;
-            let script = generate(seed, Profile::Mixed);
+            let script = fresh_script(seed);
             // The seed may have made another script once, which stays.
             let is_free = |name: &String| pins.iter().all(|pin| pin.name != *name);
             let names = (0..).map(|n| match n {

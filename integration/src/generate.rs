@@ -717,13 +717,13 @@ impl Generator {
         events
     }
 
-    fn crash(&mut self, lasting: Duration) -> Fault {
-        match self.party() {
+    fn kill(&mut self, lasting: Duration) -> Fault {
+        match self.server() {
             // Three of five, by what was drawn already, so that no other draw moves.
             party @ (Party::Registry | Party::Cdc | Party::Shard(_)) if lasting.as_micros() % 5 < 3 => {
                 Fault::Lose(party, lasting)
             }
-            party => Fault::Crash(party, lasting),
+            party => Fault::Kill(party, lasting),
         }
     }
 
@@ -750,8 +750,8 @@ impl Generator {
             "oneway" => Fault::OneWay(self.party(), self.server(), lasting),
             "isolate" => Fault::Isolate(self.party(), lasting),
             "clog" => Fault::Clog(self.party(), self.party(), lasting),
-            "crash" => self.crash(lasting),
-            "kill" => Fault::Kill(self.server(), lasting),
+            "crash" => Fault::Crash(self.party(), lasting),
+            "kill" => self.kill(lasting),
             "stall" => self.stall()?,
             "powercut" => {
                 let party = match self.cluster.engine {

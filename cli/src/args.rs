@@ -197,7 +197,8 @@ pub(crate) struct FuzzArgs {
     /// What the scripts are like.
     #[arg(long, value_enum, default_value_t = FuzzProfile::Mixed, conflicts_with_all = ["trace", "script"])]
     pub(crate) profile: FuzzProfile,
-    /// Members of each log: with more than one they elect a leader, and faults strike leaders and followers.
+    /// Members of each log, 1 to 7: with more than one they elect a leader, faults strike leaders and followers, and all logs are
+    /// kept by the engine `sim`.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(REPLICAS_MAX)), conflicts_with = "script")]
     pub(crate) replicas: u32,
     /// Threads, each with worlds of its own; one world never uses more than one.

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use clutch_integration::{
     fuzz::{self, Failure, Options, Summary},
-    generate::{Profile, generate},
+    generate::{Profile, generate_replicated},
     script::Script,
     shrink::shrink,
 };
@@ -40,7 +40,7 @@ fn read_script(path: &Path) -> Result<Script> {
 pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
     let begin = Instant::now();
     if let (true, Some(seed)) = (args.print, args.seed) {
-        output::line(generate(seed, profile(args.profile).0))?;
+        output::line(generate_replicated(seed, profile(args.profile).0, args.replicas))?;
         return Ok(ExitCode::SUCCESS);
     }
     ensure!(!args.print, "--print needs --seed");
@@ -63,6 +63,7 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
             "failures": failures,
             "seeds": summary.seeds,
             "first_seed": args.script.is_none().then(|| first_seed_of(args)),
+            "replicas": args.script.is_none().then_some(args.replicas),
             "trace_hash": format!("{:016x}", summary.trace_hash),
             "coverage": summary.coverage,
             "seconds": begin.elapsed().as_secs_f64(),

@@ -250,7 +250,7 @@ impl Mutant {
         (Mutant::CachedMarkBelieved, &["steps"]),
         (Mutant::LabelLookedAtOnce, &["steps"]),
         (Mutant::SegmentGoesOnUnmarked, &["steps"]),
-        (Mutant::FollowerStaysAhead, &["registry"]),
+        (Mutant::FollowerStaysAhead, &["units", "hlc::tests::planted_bugs_are_found"]),
         (Mutant::UnknownOverwritten, &["units", "commands::fs::failures::tests::planted_bugs_are_found"]),
         (Mutant::PartialRoundClears, &["units", "fsck::tests::planted_bugs_are_found"]),
         (Mutant::ReportedBeforeTold, &["registry"]),
@@ -262,7 +262,7 @@ impl Mutant {
         (Mutant::OldestNotListed, &["transactions"]),
         (Mutant::DisksMindClients, &["led ahead"]),
         (Mutant::PlacedOnce, &["replicas", "convergence"]),
-        (Mutant::EndOfReignLost, &["replicas", "panic"]),
+        (Mutant::EndOfReignLost, &["replicas", "convergence", "panic"]),
         (Mutant::FirstRegistryOnly, &["replicas", "convergence"]),
     ];
 }

@@ -391,6 +391,27 @@ mod tests {
         }
     }
 
+    /// How far ahead a follower is, in nanoseconds, twenty seconds after whom it followed was half a second ahead for a moment.
+    fn still_ahead() -> u64 {
+        let hands = Arc::new(Hands::default());
+        hands.pass(1_000_000);
+        let clock = HybridClock::following(hands.clone());
+        clock.hear(Time(1_000_500 * 1_000_000));
+        for second in 1..=20 {
+            hands.pass(1000);
+            clock.hear(Time((1_000_000 + second * 1000) * 1_000_000));
+        }
+        clock.now().0 - 1_020_000 * 1_000_000
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::FollowerStaysAhead));
+        let (is_planted, is_right) = (mutants::planted().is_some(), still_ahead() < 1_000_000);
+        mutants::plant(None);
+        assert_ne!(is_planted, is_right);
+    }
+
     #[test]
     fn a_follower_comes_back_with_whom_it_followed() {
         let hands = Arc::new(Hands::default());

@@ -99,8 +99,9 @@ async fn all_at_rest(
         let mut all = Vec::new();
         for member in members {
             let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
-            match client.admin_at(member.clone(), role, number, request).await {
-                Ok(reply) => all.push(reply.status.unwrap_or_default()),
+            match client.admin_at(member.clone(), role, number, request).await.map(|reply| reply.status) {
+                Ok(Some(status)) => all.push(status),
+                Ok(None) => return Err(format!("{member} gives no status")),
                 Err(error) => left = format!("{member} does not answer: {error}"),
             }
         }

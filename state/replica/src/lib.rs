@@ -398,7 +398,7 @@ impl<M: Machine> Replica<M> {
                 }
                 self.config.log.propose(epoch, batch)
             }
-            None => Err(Rejected::NotLeader { epoch: Epoch(0), hint: self.config.log.status().leader }),
+            None => Err(Rejected::NotLeader { epoch: Epoch(0), hint: None }),
         };
         match proposed {
             Ok(commit) => self.watch(commit, waiters),

@@ -19,7 +19,7 @@ use clutch_runtime::{
     simulated::{NodeId, World},
 };
 use clutch_server::{
-    ClusterFile, Node, NodeConfig, Roles,
+    ClusterFile, Node, NodeConfig, Peers, Roles,
     room::Room,
     stores::{IsHome, LogProvider, Rebuilt, StoreProvider},
 };
@@ -315,6 +315,13 @@ impl SimCluster {
         Registries::new(all).expect("a log has a member")
     }
 
+    /// Where all members of all logs are; none where each log has one.
+    fn peers(&self) -> Peers {
+        let nodes = self.homes.lock().values().filter(|all| all.len() > 1).flatten().copied().collect();
+        let nodes: BTreeSet<NodeId> = nodes;
+        nodes.into_iter().map(|node| (u64::from(node.0), endpoint(node))).collect()
+    }
+
     /// All logs.
     pub fn log_ids(&self) -> Vec<LogId> {
         self.homes.lock().keys().copied().collect()
@@ -373,7 +380,7 @@ impl SimCluster {
         let (cluster, roles, failed) = (self.cluster.clone(), self.roles(node), self.failed.clone());
         let stores = SimStores { images: self.images.clone(), runtime: runtime.clone(), node };
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
-        let (replicas, registries) = (self.config.replicas, self.registries());
+        let (replicas, registries, peers) = (self.config.replicas, self.registries(), self.peers());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let pages = self.config.pages();
         let boot_runtime = runtime.clone();
@@ -390,6 +397,7 @@ impl SimCluster {
                 listen: endpoint(node),
                 advertise: None,
                 registry: Some(registries),
+                peers,
                 cluster,
                 roles,
                 logs: Arc::new(SimLogProvider {

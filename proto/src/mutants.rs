@@ -171,13 +171,21 @@ pub enum Mutant {
     EndOfReignLost,
     /// A client asks the first of the registry's members alone.
     FirstRegistryOnly,
+    /// A follower answers a read without having asked how much there is.
+    FollowerReadsAtOnce,
+    /// A member answers a read of a position that it has not applied.
+    PositionIgnored,
+    /// A client forgets that a transaction changed shards whose positions it does not know.
+    TransactionsUnseen,
+    /// A map that was read earlier and comes later replaces a newer one.
+    OlderMapStored,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 83] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 87] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -264,6 +272,10 @@ impl Mutant {
         (Mutant::PlacedOnce, &["replicas", "convergence"]),
         (Mutant::EndOfReignLost, &["replicas", "convergence", "panic"]),
         (Mutant::FirstRegistryOnly, &["replicas", "convergence"]),
+        (Mutant::FollowerReadsAtOnce, &["replicas", "linearizability", "linearizability by search"]),
+        (Mutant::PositionIgnored, &["replicas", "session"]),
+        (Mutant::TransactionsUnseen, &["replicas", "session"]),
+        (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
     ];
 }
 

@@ -58,6 +58,13 @@ pub mod tables {
 /// The registry's machine.
 pub struct Registry;
 
+/// What the node knows that answers, and no log holds.
+#[derive(Clone, Debug, Default)]
+pub struct RegistryFacts {
+    /// Where the registry's members are; none where it has one.
+    pub members: Vec<String>,
+}
+
 /// The registry causes nothing outside itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum NoEffect {}
@@ -68,7 +75,7 @@ impl Machine for Registry {
     type Reply = RegistryReply;
     type Entry = RegistryEntry;
     type Effect = NoEffect;
-    type Facts = ();
+    type Facts = RegistryFacts;
 
     fn check_home(view: &dyn View, cluster: u64, _number: u32) -> Result<(), StoreError> {
         let row: Option<ClusterRow> = get_row(view, tables::CLUSTER, &[])?;
@@ -88,10 +95,15 @@ impl Machine for Registry {
         request.op.as_ref().is_some_and(|op| operation::of_registry(op) == Class::Release)
     }
 
-    fn read(view: &dyn View, request: &RegistryRequest, _facts: &()) -> Result<RegistryReply, Stop> {
+    fn read(
+        view: &dyn View,
+        request: &RegistryRequest,
+        facts: &RegistryFacts,
+    ) -> Result<RegistryReply, Stop> {
         match &request.op {
             Some(Op::GetMap(op)) => {
-                Ok(RegistryReply { map: Some(map(view, op.services_version)?), ..RegistryReply::default() })
+                let map = Map { registry_members: facts.members.clone(), ..map(view, op.services_version)? };
+                Ok(RegistryReply { map: Some(map), ..RegistryReply::default() })
             }
             Some(Op::GetChain(op)) => {
                 let chain: Option<Chain> =
@@ -115,7 +127,7 @@ impl Machine for Registry {
         request: RegistryRequest,
         tag: Option<ClientTag>,
         _context: &mut ProduceContext<'_>,
-        _facts: &(),
+        _facts: &RegistryFacts,
     ) -> Result<RegistryEntry, Stop> {
         match &request.op {
             Some(Op::PlaceShard(op)) if op.placement.is_none() => {
@@ -192,7 +204,7 @@ fn apply_request(tx: &mut Tx<'_>, time: Time, request: RegistryRequest) -> Resul
         Op::PlaceCdc(op) => {
             let mut row = cluster(tx)?;
             check_epoch("the CDC", row.cdc_epoch, op.epoch)?;
-            (row.cdc_address, row.cdc_epoch) = (op.address, op.epoch);
+            (row.cdc_address, row.cdc_epoch, row.cdc_members) = (op.address, op.epoch, op.members);
             tx.put_row(tables::CLUSTER, &[], &row);
             Ok(RegistryReply::default())
         }
@@ -337,5 +349,7 @@ fn map(view: &dyn View, known_version: u64) -> Result<Map, Stop> {
         services_version: row.services_version,
         services,
         default_policy: row.default_policy,
+        cdc_members: row.cdc_members,
+        registry_members: Vec::new(),
     })
 }

@@ -10,7 +10,7 @@ use clutch_proto::{
     rules,
     types::{BlockService, ShardPlacement},
 };
-use clutch_registry::{Registry, tables};
+use clutch_registry::{Registry, RegistryFacts, tables};
 use clutch_state::Table;
 use clutch_state_transcript::{Shows, Transcript, compare, short, shown};
 
@@ -30,13 +30,14 @@ fn entry(transcript: &mut Transcript<Registry>, op: Op) {
 }
 
 fn read(transcript: &mut Transcript<Registry>, op: Op) {
-    transcript.read(&short(&op), &RegistryRequest { op: Some(op.clone()) }, &());
+    transcript.read(&short(&op), &RegistryRequest { op: Some(op.clone()) }, &RegistryFacts::default());
 }
 
 fn place(shard: u32, address: &str, epoch: u64) -> Op {
     let (slot_first, slot_last) = clutch_registry::slots(shard, 2);
     let address = address.into();
-    let placement = Some(ShardPlacement { shard, slot_first, slot_last, address, epoch });
+    let placement =
+        Some(ShardPlacement { shard, slot_first, slot_last, address, epoch, ..ShardPlacement::default() });
     Op::PlaceShard(PlaceShard { placement })
 }
 
@@ -74,7 +75,7 @@ fn said() -> String {
         entry(&mut t, place(shard, address, epoch));
     }
     for (address, epoch) in [("c:1", 5), ("d:1", 4)] {
-        entry(&mut t, Op::PlaceCdc(PlaceCdc { address: address.into(), epoch }));
+        entry(&mut t, Op::PlaceCdc(PlaceCdc { address: address.into(), epoch, ..PlaceCdc::default() }));
     }
     read(&mut t, Op::GetMap(GetMap::default()));
     t.title("chains are exchanged by who knows their newest incarnation");

@@ -10,6 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_blocks::BlockService;
+use clutch_log::Position;
 use clutch_proto::{
     Parts, Refusal, Time,
     admin::{AdminReply, AdminRequest},
@@ -18,14 +19,18 @@ use clutch_proto::{
     certificate::{SYSTEM_CLIENTS, is_system_mac},
     limits::{MESSAGE_BYTES_MAX, METADATA_REQUEST_BYTES_MAX},
     mutants::{self, Mutant},
-    session::{Request, Response, Role},
+    session::{self, Request, Response, Role},
     types::Code,
 };
 use clutch_runtime::{Answers, BoxFuture, Handled, Handler, Held, HybridClock};
-use clutch_state_replica::{Answer, ReplicaHandle};
+use clutch_state_replica::{Answer, Freshness, ReplicaHandle};
 use prost::Message as _;
 
-use crate::{room::Room, stores::LogProvider};
+use crate::{
+    room::Room,
+    routes::{Routes, log_of},
+    stores::LogProvider,
+};
 
 /// The roles of a node, as seen from the network.
 pub(crate) struct NodeHandler {
@@ -39,6 +44,7 @@ pub(crate) struct NodeHandler {
     pub(crate) process_usage: ProcessUsage,
     pub(crate) logs: Arc<dyn LogProvider>,
     pub(crate) room: Arc<Room>,
+    pub(crate) routes: Arc<Routes>,
     /// Everything has started.
     pub(crate) ready: Arc<AtomicBool>,
 }
@@ -180,13 +186,30 @@ impl NodeHandler {
             self.add_node(&mut reply);
             return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));
         }
-        let Answer { result, position, time } = replica.call(request.body, request.tag).await;
+        let freshness = freshness(&request)?;
+        let Answer { result, position, time } = replica.call_as(request.body, request.tag, freshness).await;
         let response = Response { time: time.0, position: position.0, ..Response::default() };
         let response = match result {
             Ok(body) => Response { body, ..response },
-            Err(refusal) => Response { error: Some(refusal.to_wire()), ..response },
+            Err(refusal) => {
+                let leader = match (refusal.code, log_of(role, request.number)) {
+                    (Code::NotLeader, Some(log)) => self.routes.leader(log),
+                    _ => String::new(),
+                };
+                Response { error: Some(refusal.to_wire()), leader, ..response }
+            }
         };
         Ok((response, None))
+    }
+}
+
+/// How much of its log a read must have seen.
+fn freshness(request: &Request) -> Result<Freshness, Refusal> {
+    match session::Freshness::try_from(request.freshness) {
+        Ok(session::Freshness::Leader) => Ok(Freshness::Leader),
+        Ok(session::Freshness::Member) => Ok(Freshness::Member),
+        Ok(session::Freshness::Position) => Ok(Freshness::Position(Position(request.at_least))),
+        Err(_) => Err(Refusal::malformed(format!("freshness {} is not known", request.freshness))),
     }
 }
 

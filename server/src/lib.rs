@@ -21,6 +21,7 @@ pub mod retention;
 #[cfg(feature = "rocks")]
 pub mod rewind;
 pub mod room;
+pub mod routes;
 mod services;
 pub mod stores;
 #[cfg(feature = "rocks")]
@@ -28,3 +29,4 @@ pub mod up;
 
 pub use cluster_file::ClusterFile;
 pub use node::{Node, NodeConfig, Roles};
+pub use routes::Peers;

@@ -23,7 +23,7 @@ use clutch_proto::{
     rules, shard,
     state::Entry,
 };
-use clutch_registry::Registry;
+use clutch_registry::{Registry, RegistryFacts};
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
 use clutch_shard::{Keyring, Lifetimes, Pages, Shard, ShardFacts};
 use clutch_state::{Applier, Fault, Machine, View, applier::batch_crc};
@@ -39,6 +39,7 @@ use crate::{
     keeper::Keeper,
     placer::{Placer, Placing, Reigns},
     room::Room,
+    routes::{Peers, Routes},
     stores::{LogProvider, StoreProvider, log_name},
 };
 
@@ -71,6 +72,8 @@ pub struct NodeConfig {
     pub advertise: Option<String>,
     /// Where the registry's members are; this node itself when `None`.
     pub registry: Option<Registries>,
+    /// Where the nodes are that logs have members on, this one among them; empty where every log has one member.
+    pub peers: Peers,
     /// The cluster.
     pub cluster: ClusterFile,
     /// Its roles.
@@ -126,7 +129,7 @@ impl Node {
         let node = Node::start_all(config, &notices, &started).await;
         if node.is_err() {
             let started = std::mem::take(&mut *started.lock());
-            for (replica, _) in started {
+            for (_, replica, _) in started {
                 replica.stop().await;
             }
         }
@@ -181,12 +184,11 @@ impl Node {
             let start = clock.begin(ended, (config.down)(since), config.accept_clock);
             notices.lock().extend(clock_notice(start));
         }
+        let registry_facts = Arc::new(SharedFacts::new(RegistryFacts::default()));
         let registry = match registry {
             Some(applier) => {
                 let genesis = registry_genesis(&config.cluster)?;
-                Some(
-                    starter.start(LogId::REGISTRY, applier, Arc::new(SharedFacts::new(())), genesis).await?.0,
-                )
+                Some(starter.start(LogId::REGISTRY, applier, registry_facts.clone(), genesis).await?.0)
             }
             None => None,
         };
@@ -198,19 +200,8 @@ impl Node {
         }
         let cdc = match cdc {
             Some(applier) => {
-                let genesis = cdc::Genesis { cluster, rules: rules::VERSION };
-                let body = Some(cdc::cdc_entry::Body::Genesis(genesis));
-                let entry = cdc::CdcEntry { tag: None, body };
-                Some(
-                    starter
-                        .start(
-                            LogId::CDC,
-                            applier,
-                            Arc::new(SharedFacts::new(())),
-                            entry.encode_to_vec().into(),
-                        )
-                        .await?,
-                )
+                let facts = Arc::new(SharedFacts::new(()));
+                Some(starter.start(LogId::CDC, applier, facts, cdc_genesis(cluster)).await?)
             }
             None => None,
         };
@@ -229,6 +220,10 @@ impl Node {
         }
 
         let replicas = started.lock().clone();
+        let logs = replicas.iter().map(|(id, _, log)| (*id, log.clone()));
+        let routes = Arc::new(Routes::new(config.peers.clone(), logs));
+        let members = routes.members(LogId::REGISTRY);
+        registry_facts.update(|_| RegistryFacts { members });
         let ready = Arc::new(AtomicBool::new(false));
         let handler = Arc::new(NodeHandler {
             cluster,
@@ -241,6 +236,7 @@ impl Node {
             process_usage: config.process_usage,
             logs: config.logs.clone(),
             room: config.room.clone(),
+            routes: routes.clone(),
             ready: ready.clone(),
         });
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
@@ -249,13 +245,17 @@ impl Node {
         if let Some((handle, events)) = cdc {
             runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
         }
-        for (replica, log) in &replicas {
+        for (_, replica, log) in &replicas {
             caught_up(&runtime, replica, &**log).await?;
         }
         let stopping = Arc::new(AtomicBool::new(false));
         watch_room(&runtime, config.room.clone(), stopping.clone());
-        let placed =
-            Placing { address: address.clone(), shard_count: config.cluster.shards, engine: config.engine };
+        let placed = Placing {
+            address: address.clone(),
+            shard_count: config.cluster.shards,
+            engine: config.engine,
+            routes,
+        };
         let placer = Placer::new(client.clone(), placed, reigns.clone(), heard);
         let keeper = Keeper {
             client: client.clone(),
@@ -275,7 +275,7 @@ impl Node {
         ready.store(true, Ordering::Release);
         Ok(Node {
             listening,
-            replicas: replicas.into_iter().map(|(handle, _)| handle).collect(),
+            replicas: replicas.into_iter().map(|(_, handle, _)| handle).collect(),
             stopping,
             client,
             notices: Vec::new(),
@@ -334,13 +334,10 @@ fn own_client(
     system_key: [u8; 32],
 ) -> Client {
     let registries = registry.unwrap_or_else(|| address.into());
-    let options = ClientOptions::default();
     let options = ClientOptions {
         cache_lifetime: Duration::ZERO,
-        // One that is silent keeps nobody from asking the next.
-        attempt: if registries.are_several() { Duration::from_secs(1) } else { options.attempt },
         system_key: Some(system_key),
-        ..options
+        ..ClientOptions::default()
     };
     Client::new(runtime.clone(), registries, options)
 }
@@ -430,6 +427,12 @@ fn registry_genesis(cluster: &ClusterFile) -> Result<Bytes> {
     Ok(entry.encode_to_vec().into())
 }
 
+fn cdc_genesis(cluster: u64) -> Bytes {
+    let genesis = cdc::Genesis { cluster, rules: rules::VERSION };
+    let entry = cdc::CdcEntry { tag: None, body: Some(cdc::cdc_entry::Body::Genesis(genesis)) };
+    entry.encode_to_vec().into()
+}
+
 fn shard_genesis(cluster: &ClusterFile, number: u32) -> Result<Bytes> {
     let (slot_first, slot_last) = clutch_registry::slots(number, cluster.shards);
     let genesis = shard::Genesis {
@@ -458,7 +461,7 @@ struct Starter<'a> {
 }
 
 /// A replica and its log.
-type Replicating = (ReplicaHandle, Arc<dyn Log>);
+type Replicating = (LogId, ReplicaHandle, Arc<dyn Log>);
 
 type Started<M> = (ReplicaHandle, mpsc::UnboundedReceiver<LeaderEvent<<M as Machine>::Effect>>);
 
@@ -585,7 +588,7 @@ impl Starter<'_> {
             },
         };
         let handle = Replica::start(applier, replica);
-        self.started.lock().push((handle.clone(), log));
+        self.started.lock().push((id, handle.clone(), log));
         Ok((handle, receiver))
     }
 }

@@ -21,7 +21,7 @@ use clutch_proto::{
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use crate::{handler::INCARNATION, stores::log_name};
+use crate::{handler::INCARNATION, routes::Routes, stores::log_name};
 
 /// Pause before the registry is told again what it did not hear.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -63,6 +63,8 @@ pub(crate) struct Placing {
     pub(crate) shard_count: u32,
     /// The name of the log engine.
     pub(crate) engine: String,
+    /// Where the other members are.
+    pub(crate) routes: Arc<Routes>,
 }
 
 /// Tells the registry of each reign until that is known, or over.
@@ -71,8 +73,8 @@ pub(crate) struct Placer {
     placing: Placing,
     reigns: Arc<Reigns>,
     heard: mpsc::UnboundedReceiver<()>,
-    /// What the registry knows of this node.
-    placed: BTreeMap<LogId, Epoch>,
+    /// What the registry knows of this node: the reign, and the members in it.
+    placed: BTreeMap<LogId, (Epoch, Vec<String>)>,
 }
 
 impl Placer {
@@ -119,25 +121,26 @@ impl Placer {
         let mut failed = None;
         let led = self.reigns.all().into_iter().filter(|(log, _)| *log != LogId::REGISTRY);
         for (log, epoch) in led {
-            if self.placed.get(&log) == Some(&epoch) {
+            let members = self.placing.routes.members(log);
+            if self.placed.get(&log).is_some_and(|placed| (placed.0, &placed.1) == (epoch, &members)) {
                 continue;
             }
-            match self.place_one(log, epoch).await {
-                Ok(()) => drop(self.placed.insert(log, epoch)),
+            match self.place_one(log, epoch, members.clone()).await {
+                Ok(()) => drop(self.placed.insert(log, (epoch, members))),
                 Err(error) => failed = Some(error),
             }
         }
         failed.map_or(Ok(()), Err)
     }
 
-    async fn place_one(&self, log: LogId, epoch: Epoch) -> Result<()> {
+    async fn place_one(&self, log: LogId, Epoch(epoch): Epoch, members: Vec<String>) -> Result<()> {
         let address = self.placing.address.clone();
         let (role, op) = if log == LogId::CDC {
-            (Role::Cdc, Op::PlaceCdc(PlaceCdc { address, epoch: epoch.0 }))
+            (Role::Cdc, Op::PlaceCdc(PlaceCdc { address, epoch, members }))
         } else {
             let (slot_first, slot_last) = clutch_registry::slots(log.number, self.placing.shard_count);
             let shard = log.number;
-            let placement = types::ShardPlacement { shard, slot_first, slot_last, address, epoch: epoch.0 };
+            let placement = types::ShardPlacement { shard, slot_first, slot_last, address, epoch, members };
             (Role::Shard, Op::PlaceShard(PlaceShard { placement: Some(placement) }))
         };
         let what = || format!("place {}", log_name(log));

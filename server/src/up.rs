@@ -30,6 +30,7 @@ use crate::{
     ClusterFile, Node, NodeConfig, Roles, clock_file, keys,
     retention::Retention,
     room::Room,
+    routes::Peers,
     stores::{RocksStores, StoreProvider},
 };
 
@@ -171,19 +172,7 @@ impl Up {
                 check_same(&cluster, &config)?;
                 (cluster, false)
             }
-            None => {
-                let (data, parity) = config.policy.unwrap_or((4, 2));
-                let cluster = ClusterFile::generate(
-                    &runtime,
-                    config.shards.unwrap_or(4),
-                    config.disks.unwrap_or(8),
-                    data,
-                    parity,
-                )?;
-                let disks = |n: usize| config.dir.join("blocks").join(n.to_string());
-                cluster.create(&runtime, &config.dir, &|cluster| label_disks(&runtime, cluster, disks))?;
-                (cluster, true)
-            }
+            None => (new_cluster(&runtime, &config)?, true),
         };
         check_files(cluster.shards)?;
         let services = cluster.service_ids()?;
@@ -233,6 +222,7 @@ impl Up {
             listen: config.listen,
             advertise: registered.clone(),
             registry: None,
+            peers: Peers::new(),
             cluster: cluster.clone(),
             roles,
             logs: Arc::new(engine),
@@ -296,6 +286,16 @@ impl Up {
         self.node.stop().await;
         clock_file::write(&self.runtime, &self.dir, clock.now());
     }
+}
+
+/// A cluster of its own in a new directory, with labelled disks.
+fn new_cluster(runtime: &Runtime, config: &UpConfig) -> Result<ClusterFile> {
+    let (data, parity) = config.policy.unwrap_or((4, 2));
+    let (shards, count) = (config.shards.unwrap_or(4), config.disks.unwrap_or(8));
+    let cluster = ClusterFile::generate(runtime, shards, count, data, parity)?;
+    let disks = |n: usize| config.dir.join("blocks").join(n.to_string());
+    cluster.create(runtime, &config.dir, &|cluster| label_disks(runtime, cluster, disks))?;
+    Ok(cluster)
 }
 
 /// What others reach the node by, where that is not what it listens on.

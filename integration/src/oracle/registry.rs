@@ -36,6 +36,8 @@ pub struct RegistryOracle {
     pub shards: BTreeMap<u32, ShardPlacement>,
     /// Where the CDC is led, and in which epoch.
     pub cdc: (String, u64),
+    /// Where the members of the CDC's log are.
+    pub cdc_members: Vec<String>,
     /// Segments of each log by role and number.
     pub chains: BTreeMap<(u32, u64), Vec<Segment>>,
     clients: Clients<()>,
@@ -113,6 +115,7 @@ impl RegistryOracle {
                     return Err(Code::Stale);
                 }
                 self.cdc = (op.address, op.epoch);
+                self.cdc_members = op.members;
             }
             Op::SwapChain(op) => self.swap_chain(op)?,
             // Reads are in no log.
@@ -146,6 +149,8 @@ impl RegistryOracle {
             services_version: self.services_version,
             services: if is_known { Vec::new() } else { self.services.values().cloned().collect() },
             default_policy: genesis.default_policy,
+            cdc_members: self.cdc_members.clone(),
+            registry_members: Vec::new(),
         })
     }
 }

@@ -31,8 +31,20 @@ impl Answer {
 
 pub(crate) type Reply = oneshot::Sender<Answer>;
 
+/// How much of the log a read must have seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Freshness {
+    /// All that was acknowledged before it; only a leader answers.
+    #[default]
+    Leader,
+    /// The same; any member answers.
+    Member,
+    /// This position and whatever else is applied; any member answers, without asking others.
+    Position(Position),
+}
+
 pub(crate) enum Input {
-    Request { body: Bytes, tag: Option<ClientTag>, reply: Reply },
+    Request { body: Bytes, tag: Option<ClientTag>, freshness: Freshness, reply: Reply },
     Entry { body: Bytes, reign: Option<Epoch>, reply: Reply },
     Admin { request: AdminRequest, reply: oneshot::Sender<Result<AdminReply, Refusal>> },
     Stop { done: oneshot::Sender<()> },
@@ -53,8 +65,13 @@ impl ReplicaHandle {
         self.fault.get().map(String::as_str)
     }
 
-    /// Asks the machine; every failure is an answer.
+    /// Asks the machine, as the leader of its log; every failure is an answer.
     pub async fn call(&self, body: Bytes, tag: Option<ClientTag>) -> Answer {
+        self.call_as(body, tag, Freshness::Leader).await
+    }
+
+    /// As [`ReplicaHandle::call`], where a read may be content with a follower; a change never is.
+    pub async fn call_as(&self, body: Bytes, tag: Option<ClientTag>, freshness: Freshness) -> Answer {
         if body.len() > METADATA_REQUEST_BYTES_MAX {
             let text = format!(
                 "a request of {} bytes; at most {METADATA_REQUEST_BYTES_MAX} are allowed",
@@ -63,7 +80,7 @@ impl ReplicaHandle {
             return Answer::refused(Refusal::new(Code::TooLarge, text));
         }
         let (reply, answer) = oneshot::channel();
-        self.exchange(Input::Request { body, tag, reply }, answer).await
+        self.exchange(Input::Request { body, tag, freshness, reply }, answer).await
     }
 
     /// Proposes an entry of the shell's own.

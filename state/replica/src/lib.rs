@@ -8,7 +8,7 @@
 //! served.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::BTreeMap,
     path::PathBuf,
     sync::{
         Arc, OnceLock,
@@ -47,9 +47,9 @@ mod upkeep;
 
 pub use facts::SharedFacts;
 use fates::{Answers, Fates};
-pub use handle::{Answer, ReplicaHandle};
+pub use handle::{Answer, Freshness, ReplicaHandle};
 use handle::{Input, Reply};
-use reads::{Barrier, PendingRead};
+use reads::{Barrier, PendingRead, Waiting};
 
 /// Log records of one replica that may be in flight.
 const PIPELINE_MAX: usize = 2;
@@ -133,8 +133,8 @@ pub struct Replica<M: Machine> {
     /// Callers whose entry was pending.
     deferred: BTreeMap<(u64, u64), Vec<Reply>>,
     barriers: FuturesUnordered<BoxFuture<Barrier<M>>>,
-    /// Reads whose barrier is known but not yet applied.
-    waiting_reads: VecDeque<(Position, Vec<PendingRead<M>>)>,
+    /// Reads of what is not applied yet.
+    waiting_reads: Waiting<M>,
     flushed_bytes: u64,
     ticks_since_flush: u64,
     batches_since_check: u64,
@@ -160,7 +160,7 @@ impl<M: Machine> Replica<M> {
             fates: Fates::new(),
             deferred: BTreeMap::new(),
             barriers: FuturesUnordered::new(),
-            waiting_reads: VecDeque::new(),
+            waiting_reads: Waiting::new(),
             flushed_bytes: 0,
             ticks_since_flush: 0,
             batches_since_check: 0,
@@ -352,8 +352,7 @@ impl<M: Machine> Replica<M> {
                 )));
             }
         }
-        let reads = std::mem::take(&mut self.waiting_reads).into_iter().flat_map(|(_, reads)| reads);
-        for read in reads {
+        for read in self.waiting_reads.take() {
             let _ = read
                 .reply
                 .send(Answer::refused(Refusal::new(Code::ReplicaFault, "the replica stopped on a fault")));
@@ -509,11 +508,13 @@ impl<M: Machine> Replica<M> {
         let _ = reply.send(Answer { result, position, time });
     }
 
-    fn unready(&self) -> Option<Refusal> {
+    /// Why a request cannot be looked at now.
+    fn unready(&self, freshness: Freshness) -> Option<Refusal> {
         if let Some(fault) = self.fault.get() {
             return Some(Refusal::new(Code::ReplicaFault, format!("{}: {fault}", self.config.name)));
         }
-        if self.leading.is_none() && !mutants::is(Mutant::ReadBeforeCatchUp) {
+        if freshness == Freshness::Leader && self.leading.is_none() && !mutants::is(Mutant::ReadBeforeCatchUp)
+        {
             return Some(Refusal::new(
                 Code::NotLeader,
                 format!("this node does not lead {}", self.config.name),
@@ -532,16 +533,16 @@ impl<M: Machine> Replica<M> {
         let mut stop = None;
         for input in inputs.drain(..) {
             match input {
-                Input::Request { body, tag, reply } => match self.unready() {
+                Input::Request { body, tag, freshness, reply } => match self.unready(freshness) {
                     Some(refusal) => drop(reply.send(Answer::refused(refusal))),
-                    None => self.accept_request(body, tag, reply, &mut entries, &mut reads),
+                    None => self.accept_request(body, tag, freshness, reply, &mut entries, &mut reads),
                 },
                 Input::Entry { reign: Some(reign), reply, .. } if self.leading != Some(reign) => {
                     self.config.runtime.note("replica: an entry of another reign is refused");
                     let text = format!("{reign:?} of {} is over", self.config.name);
                     drop(reply.send(Answer::refused(Refusal::new(Code::NotLeader, text))));
                 }
-                Input::Entry { body, reply, .. } => match self.unready() {
+                Input::Entry { body, reply, .. } => match self.unready(Freshness::Leader) {
                     Some(refusal) => drop(reply.send(Answer::refused(refusal))),
                     None => {
                         entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag: None, reply }))
@@ -552,11 +553,8 @@ impl<M: Machine> Replica<M> {
             }
         }
         self.propose(entries);
-        if mutants::is(Mutant::ReadBeforeCatchUp) {
-            self.passed(Ok(Position(0)), reads);
-        } else if !reads.is_empty() {
-            let log = self.config.log.clone();
-            self.barriers.push(Box::pin(async move { (log.read_barrier(BARRIER_PATIENCE).await, reads) }));
+        if !reads.is_empty() {
+            self.accept_reads(reads);
         }
         stop
     }
@@ -565,6 +563,7 @@ impl<M: Machine> Replica<M> {
         &mut self,
         body: Bytes,
         tag: Option<ClientTag>,
+        freshness: Freshness,
         reply: Reply,
         entries: &mut Vec<(Bytes, Waiter)>,
         reads: &mut Vec<PendingRead<M>>,
@@ -574,8 +573,11 @@ impl<M: Machine> Replica<M> {
             Err(refusal) => return drop(reply.send(Answer::refused(refusal))),
         };
         if M::is_read(&request) {
-            reads.push(PendingRead { request, reply });
+            reads.push(PendingRead { request, freshness, reply });
             return;
+        }
+        if let Some(refusal) = self.unready(Freshness::Leader) {
+            return drop(reply.send(Answer::refused(refusal)));
         }
         let store = self.applier.store().clone();
         if let Some(tag) = &tag {

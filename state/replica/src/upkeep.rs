@@ -23,6 +23,7 @@ impl<M: Machine> Replica<M> {
     /// What happens by time: checks and time marks. Nothing else waits for it.
     pub(crate) fn tick(&mut self) {
         self.snapshots.expire(self.config.runtime.clock.monotonic());
+        self.expire_reads();
         self.ticks_since_flush += 1;
         if self.fault.get().is_none() && self.flushed_bytes > 0 && self.ticks_since_flush >= FLUSH_TICKS {
             (self.flushed_bytes, self.ticks_since_flush) = (0, 0);

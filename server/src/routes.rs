@@ -1,0 +1,48 @@
+//! Where the members of the logs are that this node keeps, for those who ask the wrong one.
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use clutch_log::{Log, LogId, NodeId};
+use clutch_proto::session::Role;
+use clutch_runtime::Endpoint;
+
+/// Addresses of nodes that logs may have members on, this one among them; empty where every log has one member.
+pub type Peers = BTreeMap<NodeId, Endpoint>;
+
+/// The logs of a node, and where their members are.
+pub(crate) struct Routes {
+    peers: Peers,
+    logs: BTreeMap<LogId, Arc<dyn Log>>,
+}
+
+impl Routes {
+    pub(crate) fn new(peers: Peers, logs: impl Iterator<Item = (LogId, Arc<dyn Log>)>) -> Routes {
+        Routes { peers, logs: logs.collect() }
+    }
+
+    /// Where a log is led, as far as this node knows; empty when it does not.
+    pub(crate) fn leader(&self, log: LogId) -> String {
+        let leader = self.logs.get(&log).and_then(|log| log.status().leader);
+        leader.and_then(|node| self.peers.get(&node)).map(Endpoint::to_string).unwrap_or_default()
+    }
+
+    /// Where the members of a log are; none when this node is the only one.
+    pub(crate) fn members(&self, log: LogId) -> Vec<String> {
+        let members = self.logs.get(&log).map(|log| log.status().members).unwrap_or_default();
+        if members.len() < 2 {
+            return Vec::new();
+        }
+        let known = members.iter().filter_map(|progress| self.peers.get(&progress.member.node));
+        known.map(Endpoint::to_string).collect()
+    }
+}
+
+/// The log that a request is for; `None` where it is for none.
+pub(crate) fn log_of(role: Role, number: u64) -> Option<LogId> {
+    match role {
+        Role::Registry => Some(LogId::REGISTRY),
+        Role::Cdc => Some(LogId::CDC),
+        Role::Shard => u32::try_from(number).ok().map(LogId::shard),
+        Role::Blocks | Role::Unspecified => None,
+    }
+}

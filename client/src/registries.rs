@@ -1,54 +1,85 @@
 //! Where the registry may be: its members' addresses, and which of them is asked.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::Mutex;
 
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::Endpoint;
 
+use crate::rpc::lock;
+
+/// Addresses that are kept at most: of members that were, too.
+const ADDRESSES_MAX: usize = 64;
+
 /// The addresses of a registry, of which one leads at a time; at least one.
 #[derive(Debug)]
-pub struct Registries {
+pub struct Registries(Mutex<Known>);
+
+#[derive(Clone, Debug)]
+struct Known {
     all: Vec<Endpoint>,
-    /// Which one is asked: the next when the one before did not answer as a leader does.
-    now: AtomicUsize,
+    /// Which one is asked: another when the one before did not answer as a leader does.
+    now: usize,
 }
 
 impl Clone for Registries {
     fn clone(&self) -> Registries {
-        Registries { all: self.all.clone(), now: AtomicUsize::new(self.now.load(Ordering::Relaxed)) }
+        Registries(Mutex::new(lock(&self.0).clone()))
     }
 }
 
 impl Registries {
     /// The members' addresses, the most likely leader first; `None` when there is none.
     pub fn new(all: Vec<Endpoint>) -> Option<Registries> {
-        (!all.is_empty()).then(|| Registries { all, now: AtomicUsize::new(0) })
+        (!all.is_empty()).then(|| Registries(Mutex::new(Known { all, now: 0 })))
     }
 
-    /// Whether there is another to turn to.
-    pub fn are_several(&self) -> bool {
-        self.all.len() > 1
+    /// All that are known.
+    pub(crate) fn all(&self) -> Vec<Endpoint> {
+        lock(&self.0).all.clone()
     }
 
     /// Whom to ask.
     pub(crate) fn current(&self) -> Endpoint {
-        self.all[self.now.load(Ordering::Relaxed) % self.all.len()].clone()
+        let known = lock(&self.0);
+        known.all[known.now].clone()
     }
 
     /// The one that was asked does not lead, or says nothing: the next one is asked from now on, unless that is so already.
     pub(crate) fn turn_from(&self, asked: &Endpoint) {
-        let now = self.now.load(Ordering::Relaxed);
-        let is_asked = self.all[now % self.all.len()] == *asked;
-        if self.all.len() > 1 && is_asked && !mutants::is(Mutant::FirstRegistryOnly) {
-            // Another request may have turned first; then it has.
-            let _ = self.now.compare_exchange(now, now + 1, Ordering::Relaxed, Ordering::Relaxed);
+        let mut known = lock(&self.0);
+        // Another request may have turned first; then it has.
+        if known.all[known.now] == *asked && !mutants::is(Mutant::FirstRegistryOnly) {
+            known.now = (known.now + 1) % known.all.len();
         }
+    }
+
+    /// Members were named that are perhaps not known yet.
+    pub(crate) fn learn(&self, members: &[String]) {
+        let mut known = lock(&self.0);
+        for member in members {
+            let member = Endpoint::from(member.as_str());
+            if !known.all.contains(&member) && known.all.len() < ADDRESSES_MAX {
+                known.all.push(member);
+            }
+        }
+    }
+
+    /// A member was said to lead; false where that is who was asked, or nobody that can be remembered.
+    pub(crate) fn lead(&self, asked: &Endpoint, leader: &Endpoint) -> bool {
+        if mutants::is(Mutant::FirstRegistryOnly) || asked == leader {
+            return false;
+        }
+        self.learn(&[leader.to_string()]);
+        let mut known = lock(&self.0);
+        let Some(at) = known.all.iter().position(|one| one == leader) else { return false };
+        known.now = at;
+        true
     }
 }
 
 impl From<Endpoint> for Registries {
     fn from(one: Endpoint) -> Registries {
-        Registries { all: vec![one], now: AtomicUsize::new(0) }
+        Registries(Mutex::new(Known { all: vec![one], now: 0 }))
     }
 }
 
@@ -77,5 +108,13 @@ mod tests {
         alone.turn_from(&members[0]);
         assert_eq!(alone.current(), members[0]);
         assert!(Registries::new(Vec::new()).is_none());
+        // What the map says is learnt once, and who is said to lead is asked next.
+        let learnt = ["b".to_owned(), "d".to_owned()];
+        registries.learn(&learnt);
+        registries.learn(&learnt);
+        assert_eq!(registries.all().len(), 4);
+        assert!(registries.lead(&members[0], &"d".into()));
+        assert_eq!(registries.current(), "d".into());
+        assert!(!registries.lead(&"d".into(), &"d".into()), "it says so of itself");
     }
 }

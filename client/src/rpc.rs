@@ -20,7 +20,7 @@ use clutch_proto::{
     mutants::{self, Mutant},
     operation::{self, Class},
     registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
-    session::{Request, Response, Role},
+    session::{self, Request, Response, Role},
     shard::{ShardReply, ShardRequest, shard_reply::Reply, shard_request},
     types::{ClientTag, Code},
 };
@@ -31,6 +31,8 @@ use crate::{
     caches::{EdgeCache, PolicyCache},
     error::ClientError,
     registries::Registries,
+    routes::Routes,
+    seen::{Began, Seen},
     verdict::{Asked, Attempt},
 };
 
@@ -45,6 +47,34 @@ pub struct Call {
     pub body: Bytes,
     /// What makes a mutation happen once; `None` for reads.
     pub tag: Option<ClientTag>,
+    /// Who asks.
+    pub client: u64,
+    /// How much of the log a read must have seen.
+    pub freshness: Freshness,
+}
+
+/// How much of a log a read must have seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Freshness {
+    /// All that was acknowledged before it, as its leader knows.
+    #[default]
+    Leader,
+    /// The same, of any member.
+    Member,
+    /// This position and whatever else a member has applied.
+    Position(u64),
+}
+
+/// Whom reads are asked of, where a log has several members.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reads {
+    /// The leader: they see all that was acknowledged before.
+    #[default]
+    Leader,
+    /// Any member, which asks how much there is before it answers: they see the same.
+    Member,
+    /// Any member, which asks nobody: they see all that this client has done or seen, and may be behind what others have done.
+    Seen,
 }
 
 /// Where a log stood when a request was answered.
@@ -69,7 +99,7 @@ pub trait Observer: Send + Sync {
 pub struct ClientOptions {
     /// How long a request is retried, and any other wait lasts without getting on, before the outcome is reported as it is.
     pub patience: Duration,
-    /// How long one attempt may take.
+    /// How long one attempt may take; a second at most where there are others to ask.
     pub attempt: Duration,
     /// How long one block transfer may take before another block is used.
     pub block_attempt: Duration,
@@ -80,6 +110,8 @@ pub struct ClientOptions {
     /// MiB of files that are in memory at a time, on their way in or out, all of this client's transfers together. A span
     /// that takes more is alone.
     pub memory_mib_max: u32,
+    /// Whom reads are asked of.
+    pub reads: Reads,
     /// What proves that a request comes from the cluster itself; clients have none.
     pub system_key: Option<[u8; 32]>,
     /// Who watches requests to registry, CDC and shards.
@@ -95,6 +127,7 @@ impl Default for ClientOptions {
             cache_lifetime: Duration::from_secs(1),
             cache_entries_max: 16_384,
             memory_mib_max: 64,
+            reads: Reads::Leader,
             system_key: None,
             observer: None,
         }
@@ -113,7 +146,8 @@ pub(crate) struct Inner {
     registries: Registries,
     clock: HybridClock,
     id: u64,
-    map: Mutex<Option<Arc<Map>>>,
+    routes: Routes,
+    seen: Seen,
     tags: Mutex<Tags>,
     pub(crate) edges: EdgeCache,
     /// For the bytes of files that are on their way.
@@ -139,6 +173,13 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 /// An attempt gets this long, however little patience there is.
 const ATTEMPT_MIN: Duration = Duration::from_secs(1);
+/// One that is silent for so long keeps nobody from asking the next.
+const ATTEMPT_OF_SEVERAL: Duration = Duration::from_secs(1);
+/// Hints that are followed at once; between more of them there is a pause, for nodes may point at each other.
+const HINTS_AT_ONCE: u32 = 2;
+
+/// A log: role and number as in a request.
+pub(crate) type LogKey = (i32, u64);
 
 /// An answer that came and cannot be read: what was asked for has happened, if it changes anything.
 fn undecodable(error: impl std::fmt::Display, mutates: bool) -> ClientError {
@@ -163,12 +204,43 @@ struct Target {
     endpoint: Endpoint,
     role: Role,
     number: u64,
+    /// Where else it may go; none where there is one place.
+    members: Vec<Endpoint>,
+}
+
+impl Target {
+    fn log(&self) -> LogKey {
+        (self.role as i32, self.number)
+    }
+}
+
+/// How an attempt ended.
+struct Heard {
+    result: Result<Bytes, ClientError>,
+    at: AnsweredAt,
+    /// Who leads, where it was not who was asked.
+    leader: Option<Endpoint>,
+}
+
+impl Heard {
+    fn nothing(error: ClientError) -> Heard {
+        Heard { result: Err(error), at: AnsweredAt::default(), leader: None }
+    }
 }
 
 /// What a request carries. Blocks are large: they are encoded where they go.
 enum Body {
     Encoded(Bytes),
     Blocks(BlocksRequest),
+}
+
+/// How one attempt is made.
+#[derive(Clone, Copy)]
+struct How {
+    admin: bool,
+    freshness: Freshness,
+    /// What the answer may take besides what every answer does.
+    answer_bytes: usize,
 }
 
 /// Which service a request is for; turned into a [`Target`] by the map of the moment.
@@ -195,7 +267,8 @@ impl Client {
                 registries: registry.into(),
                 clock,
                 id,
-                map: Mutex::new(None),
+                routes: Routes::default(),
+                seen: Seen::default(),
                 tags: Mutex::default(),
                 edges,
                 memory,
@@ -276,19 +349,30 @@ impl Client {
 
     /// The cluster's map, from memory when it was read before.
     pub async fn map(&self) -> Result<Arc<Map>, ClientError> {
-        let known = lock(&self.inner.map).clone();
-        match known {
+        match self.inner.routes.map() {
             Some(map) => Ok(map),
-            None => self.refresh_map().await,
+            // What moved is who leads, mostly: the services are not sent again when they are known.
+            None => self.read_map(false).await,
         }
     }
 
-    /// Reads the cluster's map anew.
+    /// Reads the cluster's map anew, all of it.
     pub async fn refresh_map(&self) -> Result<Arc<Map>, ClientError> {
-        let reply = self.registry(registry_request::Op::GetMap(GetMap { services_version: 0 })).await?;
-        let map = Arc::new(reply.map.ok_or_else(|| ClientError::unexpected("a map"))?);
-        *lock(&self.inner.map) = Some(map.clone());
-        Ok(map)
+        self.read_map(true).await
+    }
+
+    async fn read_map(&self, mut is_whole: bool) -> Result<Arc<Map>, ClientError> {
+        loop {
+            let reading = self.inner.routes.begin_reading(is_whole);
+            let op = registry_request::Op::GetMap(GetMap { services_version: reading.services_version });
+            let (reply, at) = self.registry_at(op).await?;
+            let map = reply.map.ok_or_else(|| ClientError::unexpected("a map"))?;
+            self.inner.registries.learn(&map.registry_members);
+            match self.inner.routes.read(&reading, map, at.position) {
+                Some(map) => return Ok(map),
+                None => is_whole = true,
+            }
+        }
     }
 
     async fn target(&self, service: Service) -> Result<Target, ClientError> {
@@ -296,12 +380,20 @@ impl Client {
         let by_shard = |find: &dyn Fn(&clutch_proto::types::ShardPlacement) -> bool, map: &Map| {
             map.shards.iter().find(|s| find(s)).cloned()
         };
+        // Who was said to lead since the map was read is asked first.
+        let target = |role: Role, number: u64, address: &str, members: &[String]| Target {
+            endpoint: self.inner.routes.leader((role as i32, number)).unwrap_or_else(|| address.into()),
+            role,
+            number,
+            members: members.iter().map(|member| member.as_str().into()).collect(),
+        };
         let (placement, what) = match service {
             Service::Registry => {
                 return Ok(Target {
                     endpoint: self.inner.registries.current(),
                     role: Role::Registry,
                     number: 0,
+                    members: self.inner.registries.all(),
                 });
             }
             Service::Cdc => {
@@ -309,7 +401,7 @@ impl Client {
                 if map.cdc_address.is_empty() {
                     return Err(not_yet("the registry does not know the CDC yet".into()));
                 }
-                return Ok(Target { endpoint: map.cdc_address.as_str().into(), role: Role::Cdc, number: 0 });
+                return Ok(target(Role::Cdc, 0, &map.cdc_address, &map.cdc_members));
             }
             Service::Slot(slot) => {
                 let slot = u32::from(slot.0);
@@ -325,11 +417,7 @@ impl Client {
             }
         };
         let placement = placement.ok_or_else(|| not_yet(format!("the registry does not know {what}")))?;
-        Ok(Target {
-            endpoint: placement.address.as_str().into(),
-            role: Role::Shard,
-            number: u64::from(placement.shard),
-        })
+        Ok(target(Role::Shard, u64::from(placement.shard), &placement.address, &placement.members))
     }
 
     /// One attempt: an answer from the service, or why there is none. `Unknown` means that it may have acted.
@@ -339,15 +427,19 @@ impl Client {
         lane: Lane,
         tag: Option<ClientTag>,
         body: Body,
-        answer_bytes: usize,
-        admin: bool,
-    ) -> (Result<Bytes, ClientError>, AnsweredAt) {
-        let cluster = lock(&self.inner.map).as_ref().map_or(0, |m| m.cluster);
+        how: How,
+    ) -> Heard {
+        let cluster = self.inner.routes.cluster();
         let system_mac = match (&self.inner.options.system_key, &tag, &body) {
             (Some(key), Some(tag), Body::Encoded(body)) if tag.client < certificate::SYSTEM_CLIENTS => {
                 certificate::system_mac(key, tag, body)
             }
             _ => Bytes::new(),
+        };
+        let (freshness, at_least) = match how.freshness {
+            Freshness::Leader => (session::Freshness::Leader, 0),
+            Freshness::Member => (session::Freshness::Member, 0),
+            Freshness::Position(position) => (session::Freshness::Position, position),
         };
         let request = Request {
             system_mac,
@@ -357,8 +449,10 @@ impl Client {
             incarnation: 0,
             tag,
             body: Bytes::new(),
-            admin,
+            admin: how.admin,
             cluster,
+            freshness: freshness as i32,
+            at_least,
         };
         let request = match body {
             Body::Encoded(body) => Request { body, ..request }.encode_to_vec().into(),
@@ -368,28 +462,30 @@ impl Client {
         let timeout = if lane == Lane::Bulk { options.block_attempt } else { options.attempt };
         // No attempt outlasts patience; a moment is always given.
         let timeout = timeout.min(options.patience.max(ATTEMPT_MIN));
-        let call = self.inner.runtime.network.call(&target.endpoint, lane, request, answer_bytes, timeout);
-        let nowhere = AnsweredAt::default();
-        let answer = match call.await {
+        let timeout = if target.members.len() > 1 { timeout.min(ATTEMPT_OF_SEVERAL) } else { timeout };
+        let network = &self.inner.runtime.network;
+        let answer = match network.call(&target.endpoint, lane, request, how.answer_bytes, timeout).await {
             Ok(answer) => answer,
             Err(error) if error.certainly_no_effect() => {
-                return (Err(ClientError::Unreachable(error.to_string())), nowhere);
+                return Heard::nothing(ClientError::Unreachable(error.to_string()));
             }
-            Err(error) => return (Err(ClientError::Unknown(error.to_string())), nowhere),
+            Err(error) => return Heard::nothing(ClientError::Unknown(error.to_string())),
         };
         let response = match Response::decode(answer) {
             Ok(response) => response,
             Err(error) => {
                 let text = format!("decode answer of {}: {error}", target.endpoint);
-                return (Err(ClientError::Unknown(text)), nowhere);
+                return Heard::nothing(ClientError::Unknown(text));
             }
         };
         self.inner.clock.hear(Time(response.time));
         let at = AnsweredAt { position: response.position, time: response.time };
-        match response.error {
-            Some(error) => (Err(ClientError::Refused(Refusal::from_wire(error))), at),
-            None => (Ok(response.body), at),
-        }
+        let leader = (!response.leader.is_empty()).then(|| response.leader.as_str().into());
+        let result = match response.error {
+            Some(error) => Err(ClientError::Refused(Refusal::from_wire(error))),
+            None => Ok(response.body),
+        };
+        Heard { result, at, leader }
     }
 
     /// Asks until there is an answer that a retry cannot better, or patience ends.
@@ -399,8 +495,15 @@ impl Client {
         body: Bytes,
         tag: Option<&ClientTag>,
         admin: bool,
-    ) -> Result<Bytes, ClientError> {
+    ) -> Result<(Bytes, AnsweredAt), ClientError> {
         let mut at = AnsweredAt::default();
+        let began = self.inner.seen.begin();
+        let freshness = match (self.inner.options.reads, tag) {
+            (_, Some(_)) | (Reads::Leader, _) => Freshness::Leader,
+            _ if admin => Freshness::Leader,
+            (Reads::Member, _) => Freshness::Member,
+            (Reads::Seen, _) => self.freshness(service, began),
+        };
         let observer = self.inner.options.observer.as_ref().filter(|_| !admin);
         let id = observer.map_or(0, |observer| {
             let (role, slot) = match service {
@@ -409,13 +512,75 @@ impl Client {
                 Service::Slot(slot) => (Role::Shard, Some(slot)),
                 Service::Shard(_) => (Role::Shard, None),
             };
-            observer.began(&Call { role, slot, body: body.clone(), tag: tag.copied() })
+            let (body, tag, client) = (body.clone(), tag.copied(), self.inner.id);
+            observer.began(&Call { role, slot, body, tag, client, freshness })
         });
-        let result = self.ask_until(service, body, tag, admin, &mut at).await;
+        let how = How { admin, freshness, answer_bytes: 0 };
+        let result = self.ask_until(service, body, tag, how, began, &mut at).await;
         if let Some(observer) = observer {
             observer.ended(id, result.as_ref(), at);
         }
-        result
+        result.map(|answer| (answer, at))
+    }
+
+    /// How fresh a read of a shard must be to see all that this client has seen. Others are few, and see everything: where all
+    /// is, and what is in flight.
+    fn freshness(&self, service: Service, began: Began) -> Freshness {
+        let number = match (service, self.inner.routes.map()) {
+            (Service::Slot(Slot(slot)), Some(map)) => {
+                let slot = u32::from(slot);
+                let placed = map.shards.iter().find(|s| (s.slot_first..=s.slot_last).contains(&slot));
+                placed.map(|placement| placement.shard)
+            }
+            _ => None,
+        };
+        match number {
+            Some(shard) => self.inner.seen.freshness((Role::Shard as i32, u64::from(shard)), began),
+            None => Freshness::Member,
+        }
+    }
+
+    /// Which member a read goes to that need not go to the leader.
+    fn reader(&self, target: Target, how: How) -> Target {
+        if how.freshness == Freshness::Leader {
+            return target;
+        }
+        match self.inner.routes.reader(target.log(), self.inner.id, &target.members) {
+            Some(endpoint) => {
+                self.inner.runtime.note("client: any member is asked");
+                Target { endpoint, ..target }
+            }
+            None => target,
+        }
+    }
+
+    /// Whom a request is sent to next, after it failed where it was sent; true where that is known so well that it is sent at
+    /// once.
+    fn turn(&self, target: &Target, freshness: Freshness, leader: Option<&Endpoint>) -> bool {
+        let routes = &self.inner.routes;
+        if freshness != Freshness::Leader && target.members.len() > 1 {
+            routes.turn_reader(target.log());
+            return false;
+        }
+        if target.role == Role::Registry {
+            return match leader {
+                Some(leader) => self.inner.registries.lead(&target.endpoint, leader),
+                None => {
+                    self.inner.registries.turn_from(&target.endpoint);
+                    routes.doubt();
+                    false
+                }
+            };
+        }
+        match leader {
+            Some(leader) => routes.lead(target.log(), &target.endpoint, leader),
+            // When all have been asked, the registry may know of others.
+            None if !routes.turn_from(target.log(), &target.endpoint, &target.members) => {
+                routes.doubt();
+                false
+            }
+            None => false,
+        }
     }
 
     async fn ask_until(
@@ -423,7 +588,8 @@ impl Client {
         service: Service,
         body: Bytes,
         tag: Option<&ClientTag>,
-        admin: bool,
+        how: How,
+        began: Began,
         at: &mut AnsweredAt,
     ) -> Result<Bytes, ClientError> {
         let clock = &self.inner.runtime.clock;
@@ -431,20 +597,20 @@ impl Client {
         let mut backoff = Duration::from_millis(5);
         let mut asked = Asked::new(tag.is_some());
         let mut tag = tag.copied();
+        let mut hints = 0;
         loop {
-            let target = Box::pin(self.target(service)).await;
-            let was_sent = target.is_ok();
-            let registry =
-                target.as_ref().ok().filter(|t| t.role == Role::Registry).map(|t| t.endpoint.clone());
-            let (result, answered_at) = match target {
+            let target = Box::pin(self.target(service)).await.map(|target| self.reader(target, how));
+            let heard = match &target {
                 Ok(target) => {
                     let body = Body::Encoded(body.clone());
-                    self.attempt(&target, Lane::Metadata, tag, body, 0, admin).await
+                    let heard = self.attempt(target, Lane::Metadata, tag, body, how).await;
+                    self.inner.seen.answered(target.log(), began, how.freshness, heard.at.position);
+                    heard
                 }
-                Err(error) => (Err(error), AnsweredAt::default()),
+                Err(error) => Heard::nothing(error.clone()),
             };
-            *at = answered_at;
-            let error = match result {
+            *at = heard.at;
+            let error = match heard.result {
                 Ok(answer) => {
                     if asked.maybe_done && asked.is_tagged {
                         self.inner.runtime.note("client: an answer after an unknown attempt");
@@ -453,17 +619,15 @@ impl Client {
                 }
                 Err(error) => error,
             };
-            let is_logged = answered_at.position != 0;
+            let (was_sent, is_logged) = (target.is_ok(), heard.at.position != 0);
             let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged });
             if let Some(note) = verdict.note {
                 self.inner.runtime.note(note);
             }
-            if verdict.look_again {
-                *lock(&self.inner.map) = None;
-                if let Some(asked) = registry {
-                    self.inner.registries.turn_from(&asked);
-                }
-            }
+            let is_hinted = match &target {
+                Ok(target) if verdict.look_again => self.turn(target, how.freshness, heard.leader.as_ref()),
+                _ => false,
+            };
             if verdict.renew
                 && let Some(tag) = &mut tag
             {
@@ -480,20 +644,38 @@ impl Client {
                 }
                 return Err(told);
             }
-            let jitter =
-                Duration::from_micros(self.inner.runtime.random.below(backoff.as_micros() as u64 + 1));
-            clock.sleep(backoff / 2 + jitter / 2).await;
-            backoff = (backoff * 2).min(Duration::from_millis(500));
+            if is_hinted && hints < HINTS_AT_ONCE {
+                self.inner.runtime.note("client: a hint is followed");
+                hints += 1;
+                continue;
+            }
+            hints = 0;
+            backoff = self.back_off(backoff).await;
         }
+    }
+
+    /// Waits about that long, and says how long to wait the next time.
+    async fn back_off(&self, backoff: Duration) -> Duration {
+        let jitter = Duration::from_micros(self.inner.runtime.random.below(backoff.as_micros() as u64 + 1));
+        self.inner.runtime.clock.sleep(backoff / 2 + jitter / 2).await;
+        (backoff * 2).min(Duration::from_millis(500))
     }
 
     /// Asks the registry.
     pub async fn registry(&self, op: registry_request::Op) -> Result<RegistryReply, ClientError> {
+        Ok(self.registry_at(op).await?.0)
+    }
+
+    async fn registry_at(
+        &self,
+        op: registry_request::Op,
+    ) -> Result<(RegistryReply, AnsweredAt), ClientError> {
         let mutates = !operation::of_registry(&op).is_read();
         let body = Bytes::from(RegistryRequest { op: Some(op) }.encode_to_vec());
         let tag = if mutates { Some(self.tag().await?) } else { None };
-        let answer = self.ask(Service::Registry, body, tag.as_ref().map(|t| &t.tag), false).await?;
-        RegistryReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))
+        let (answer, at) = self.ask(Service::Registry, body, tag.as_ref().map(|t| &t.tag), false).await?;
+        let reply = RegistryReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))?;
+        Ok((reply, at))
     }
 
     /// Asks the CDC for a transaction, or what is in flight.
@@ -501,7 +683,11 @@ impl Client {
         let mutates = !operation::of_cdc(&op).is_read();
         let body = Bytes::from(CdcRequest { op: Some(op) }.encode_to_vec());
         let tag = if mutates { Some(self.tag().await?) } else { None };
-        let answer = self.ask(Service::Cdc, body, tag.as_ref().map(|t| &t.tag), false).await?;
+        let answered = self.ask(Service::Cdc, body, tag.as_ref().map(|t| &t.tag), false).await;
+        if mutates {
+            self.inner.seen.transaction();
+        }
+        let (answer, _) = answered?;
         CdcReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))
     }
 
@@ -534,7 +720,7 @@ impl Client {
         tag: Option<&ClientTag>,
     ) -> Result<Reply, ClientError> {
         let body = Bytes::from(ShardRequest { op: Some(op) }.encode_to_vec());
-        let answer = self.ask(Service::Slot(slot), body, tag, false).await?;
+        let (answer, _) = self.ask(Service::Slot(slot), body, tag, false).await?;
         let reply = ShardReply::decode(answer).map_err(|e| undecodable(e, tag.is_some()))?;
         reply.reply.ok_or_else(|| undecodable("a reply that this build does not know", tag.is_some()))
     }
@@ -551,7 +737,7 @@ impl Client {
             Role::Cdc => Service::Cdc,
             _ => Service::Shard(number),
         };
-        let answer = self.ask(service, request.encode_to_vec().into(), None, true).await?;
+        let (answer, _) = self.ask(service, request.encode_to_vec().into(), None, true).await?;
         AdminReply::decode(answer).map_err(|_| ClientError::unexpected("an admin reply"))
     }
 
@@ -563,9 +749,10 @@ impl Client {
         number: u32,
         request: AdminRequest,
     ) -> Result<AdminReply, ClientError> {
-        let target = Target { endpoint: address, role, number: u64::from(number) };
+        let target = Target { endpoint: address, role, number: u64::from(number), members: Vec::new() };
         let body = Body::Encoded(request.encode_to_vec().into());
-        let answer = self.attempt(&target, Lane::Metadata, None, body, 0, true).await.0?;
+        let how = How { admin: true, freshness: Freshness::Leader, answer_bytes: 0 };
+        let answer = self.attempt(&target, Lane::Metadata, None, body, how).await.result?;
         AdminReply::decode(answer).map_err(|_| ClientError::unexpected("an admin reply"))
     }
 
@@ -581,13 +768,15 @@ impl Client {
                 "no address is known for block service {service:016x}"
             )));
         }
-        let target = Target { endpoint: address.into(), role: Role::Blocks, number: service };
+        let (endpoint, members) = (address.into(), Vec::new());
+        let target = Target { endpoint, role: Role::Blocks, number: service, members };
         let answer_bytes = match &op {
             blocks_request::Op::Read(read) => read.length as usize,
             blocks_request::Op::Write(_) | blocks_request::Op::Check(_) | blocks_request::Op::Erase(_) => 0,
         };
         let body = Body::Blocks(BlocksRequest { op: Some(op) });
-        let answer = self.attempt(&target, Lane::Bulk, None, body, answer_bytes, false).await.0?;
+        let how = How { admin: false, freshness: Freshness::Leader, answer_bytes };
+        let answer = self.attempt(&target, Lane::Bulk, None, body, how).await.result?;
         BlocksReply::decode(answer).map_err(|_| ClientError::unexpected("a blocks reply"))
     }
 }

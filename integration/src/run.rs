@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use clutch_client::Reads;
 use clutch_log::LogId;
 use clutch_runtime::simulated::{NodeId, Unmounted};
 use parking_lot::Mutex;
@@ -149,8 +150,14 @@ impl Runner {
         let node = client_node(client);
         let runtime = self.cluster.world.node(node);
         let watcher = Arc::new(Watcher { history: self.history.clone(), runtime: runtime.clone() });
+        // Where logs have followers, two of three clients ask them.
+        let reads = match (self.cluster.config().replicas, client % 3) {
+            (1, _) | (_, 0) => Reads::Leader,
+            (_, 1) => Reads::Seen,
+            _ => Reads::Member,
+        };
         let worker = Worker {
-            client: self.cluster.client_on(node, Some(watcher)),
+            client: self.cluster.client_that_reads(node, Some(watcher), reads),
             history: self.history.clone(),
             cluster: self.cluster.cluster_id(),
             collide: self.cluster.config().collide,

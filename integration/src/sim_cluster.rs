@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use clutch_blocks::label::Label;
-use clutch_client::{Client, ClientOptions, Observer, Registries};
+use clutch_client::{Client, ClientOptions, Observer, Reads, Registries};
 use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
 use clutch_log_sim::SimLogs;
@@ -498,11 +498,22 @@ impl SimCluster {
 
     /// A client on a node, perhaps watched.
     pub fn client_on(&self, node: NodeId, observer: Option<Arc<dyn Observer>>) -> Client {
+        self.client_that_reads(node, observer, Reads::Leader)
+    }
+
+    /// A client that asks others than leaders, too.
+    pub fn client_that_reads(
+        &self,
+        node: NodeId,
+        observer: Option<Arc<dyn Observer>>,
+        reads: Reads,
+    ) -> Client {
         let options = ClientOptions {
             attempt: Duration::from_millis(500),
             block_attempt: Duration::from_millis(500),
             patience: Duration::from_secs(20),
             cache_lifetime: Duration::ZERO,
+            reads,
             observer,
             ..ClientOptions::default()
         };

@@ -9,6 +9,7 @@ pub mod log_time;
 pub mod outcomes;
 pub mod registry;
 pub mod search;
+pub mod session;
 pub mod state;
 pub mod state_hash;
 pub mod transactions;
@@ -104,6 +105,7 @@ pub fn check(
     violations.extend(outcomes::check(evidence));
     violations.extend(linearizability::check(evidence));
     violations.extend(search::check(evidence));
+    violations.extend(session::check(evidence));
     violations.extend(log_time::check(evidence));
     violations.extend(clock::check(evidence, cluster));
     violations.extend(transactions::check(evidence));

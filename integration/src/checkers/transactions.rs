@@ -19,7 +19,7 @@ use prost::Message as _;
 use super::{Evidence, Violation, state::rows};
 
 /// Bits of a step's number within a tag's sequence; part of the format of tags.
-const STEP_BITS: u32 = 24;
+pub(super) const STEP_BITS: u32 = 24;
 
 /// What a transaction's steps did in shards.
 #[derive(Debug, Default)]

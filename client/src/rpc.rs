@@ -112,6 +112,9 @@ pub struct ClientOptions {
     pub memory_mib_max: u32,
     /// Whom reads are asked of.
     pub reads: Reads,
+    /// The clock of the node that the client is part of, so that what it sends is above all that the node has seen, and what the
+    /// node logs is above all that it was answered; `None` for one of its own, which goes by what servers say.
+    pub clock: Option<Arc<HybridClock>>,
     /// What proves that a request comes from the cluster itself; clients have none.
     pub system_key: Option<[u8; 32]>,
     /// Who watches requests to registry, CDC and shards.
@@ -128,6 +131,7 @@ impl Default for ClientOptions {
             cache_entries_max: 16_384,
             memory_mib_max: 64,
             reads: Reads::Leader,
+            clock: None,
             system_key: None,
             observer: None,
         }
@@ -144,7 +148,7 @@ pub(crate) struct Inner {
     pub(crate) runtime: Runtime,
     pub(crate) options: ClientOptions,
     registries: Registries,
-    clock: HybridClock,
+    clock: Arc<HybridClock>,
     id: u64,
     routes: Routes,
     seen: Seen,
@@ -258,7 +262,8 @@ impl Client {
         // Small ids are the cluster's own.
         let id = runtime.random.u64() | 1 << 32;
         let edges = EdgeCache::new(options.cache_entries_max, options.cache_lifetime);
-        let clock = HybridClock::following(runtime.clock.clone());
+        let own = || Arc::new(HybridClock::following(runtime.clock.clone()));
+        let clock = options.clock.clone().unwrap_or_else(own);
         let memory = Budget::new(options.memory_mib_max.clamp(1, 4095) << 20);
         Client {
             inner: Arc::new(Inner {
@@ -441,6 +446,7 @@ impl Client {
             Freshness::Member => (session::Freshness::Member, 0),
             Freshness::Position(position) => (session::Freshness::Position, position),
         };
+        let is_change = tag.is_some();
         let request = Request {
             system_mac,
             role: target.role as i32,
@@ -478,7 +484,13 @@ impl Client {
                 return Heard::nothing(ClientError::Unknown(text));
             }
         };
-        self.inner.clock.hear(Time(response.time));
+        if let Err(refusal) = self.inner.clock.learn(Time(response.time)) {
+            self.inner.runtime.note("client: an answer is ahead of the node's clock");
+            // What the node logs of a change must come behind it: it is asked again until the clocks agree.
+            if is_change {
+                return Heard::nothing(ClientError::Unknown(format!("{}: {refusal}", target.endpoint)));
+            }
+        }
         let at = AnsweredAt { position: response.position, time: response.time };
         let leader = (!response.leader.is_empty()).then(|| response.leader.as_str().into());
         let result = match response.error {

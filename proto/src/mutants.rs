@@ -177,6 +177,8 @@ pub enum Mutant {
     PositionIgnored,
     /// A client forgets that a transaction changed shards whose positions it does not know.
     TransactionsUnseen,
+    /// What a node asks others is of a clock of its own, and what it is answered, too.
+    UnsharedClock,
     /// A map that was read earlier and comes later replaces a newer one.
     OlderMapStored,
 }
@@ -185,7 +187,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 87] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 88] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -275,6 +277,7 @@ impl Mutant {
         (Mutant::FollowerReadsAtOnce, &["replicas", "linearizability", "linearizability by search"]),
         (Mutant::PositionIgnored, &["replicas", "session"]),
         (Mutant::TransactionsUnseen, &["replicas", "session"]),
+        (Mutant::UnsharedClock, &["causality"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
     ];
 }

@@ -186,6 +186,20 @@ impl HybridClock {
         }
     }
 
+    /// Takes note of what an answer says, whichever kind of clock this is: one that follows others hears it, one that has a wall
+    /// clock of its own refuses what is too far ahead of it.
+    ///
+    /// # Errors
+    /// [`Code::ClockAhead`], of a clock with a wall clock of its own: the time is not taken over then.
+    pub fn learn(&self, time: Time) -> Result<(), Refusal> {
+        let follows_wall = self.pace.lock().follows_wall;
+        if follows_wall {
+            return self.observe(time);
+        }
+        self.hear(time);
+        Ok(())
+    }
+
     /// Takes over a time at which something was signed by who knows the cluster's time. It may be long ago.
     pub fn hear_signed(&self, time: Time) {
         self.raise(time);
@@ -429,6 +443,22 @@ mod tests {
         clock.hear(Time(1_000_000 * 1_000_000));
         hands.pass(60_000);
         assert!(clock.now().0 >= 1_080_000 * 1_000_000);
+    }
+
+    #[test]
+    fn an_answer_leads_who_follows_and_not_who_has_a_wall_clock() {
+        let hands = Arc::new(Hands(Mutex::new((100 * DAY_MS, 5))));
+        let answers = Time(101 * DAY_MS * 1_000_000);
+        let follower = HybridClock::following(hands.clone());
+        follower.learn(answers).expect("who knows says so");
+        assert_eq!(follower.now(), answers);
+        let own = HybridClock::new(hands.clone());
+        assert_eq!(own.learn(answers).map_err(|refusal| refusal.code), Err(Code::ClockAhead));
+        assert_eq!(ms(own.now()), 100 * DAY_MS, "it is not led a day ahead");
+        // What is a little ahead counts, so that what is stamped next comes behind it.
+        let little = Time((100 * DAY_MS + CLOCK_AHEAD_MS_MAX) * 1_000_000);
+        own.learn(little).expect("within what clocks may differ");
+        assert!(own.stamp() > little);
     }
 
     #[test]

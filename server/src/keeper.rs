@@ -20,12 +20,11 @@ use clutch_proto::{
     registry::{Map, RegisterServices, registry_request::Op},
     shard, types,
 };
-use clutch_runtime::HybridClock;
 use clutch_shard::ShardFacts;
 use clutch_state_replica::{ReplicaHandle, SharedFacts};
 use prost::Message as _;
 
-use crate::{node::Roles, placer::Reigns, services};
+use crate::{placer::Reigns, services};
 
 /// How often a node compares what it knows with the registry.
 const REFRESH: Duration = Duration::from_secs(2);
@@ -41,10 +40,8 @@ const SPACE_STEP: u64 = 32;
 pub(crate) struct Keeper {
     pub(crate) client: Client,
     pub(crate) address: String,
-    pub(crate) roles: Roles,
     /// Which logs are led here.
     pub(crate) reigns: Arc<Reigns>,
-    pub(crate) clock: Arc<HybridClock>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) facts: Arc<SharedFacts<ShardFacts>>,
@@ -113,11 +110,6 @@ impl Keeper {
         // earlier leader has logged.
         let mut reigns = self.reigns.all();
         let mut map = self.client.refresh_map().await?;
-        let has_logs = self.roles.registry || self.roles.cdc || !self.roles.shards.is_empty();
-        if !has_logs {
-            // A node without logs learns the time from those who have some.
-            self.clock.hear(self.client.seen_time());
-        }
         if self.register_services(&map, spaces).await? {
             reigns = self.reigns.all();
             map = self.client.refresh_map().await?;

@@ -241,7 +241,7 @@ impl Node {
         });
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
-        let client = own_client(&runtime, config.registry.clone(), &address, config.system_key);
+        let client = own_client(&runtime, config.registry.clone(), &address, config.system_key, &clock);
         if let Some((handle, events)) = cdc {
             runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
         }
@@ -260,9 +260,7 @@ impl Node {
         let keeper = Keeper {
             client: client.clone(),
             address,
-            roles: config.roles.clone(),
             reigns,
-            clock: clock.clone(),
             blocks: blocks.clone(),
             shards,
             facts,
@@ -332,11 +330,13 @@ fn own_client(
     registry: Option<Registries>,
     address: &str,
     system_key: [u8; 32],
+    clock: &Arc<HybridClock>,
 ) -> Client {
     let registries = registry.unwrap_or_else(|| address.into());
     let options = ClientOptions {
         cache_lifetime: Duration::ZERO,
         system_key: Some(system_key),
+        clock: (!mutants::is(Mutant::UnsharedClock)).then(|| clock.clone()),
         ..ClientOptions::default()
     };
     Client::new(runtime.clone(), registries, options)

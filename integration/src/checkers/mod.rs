@@ -1,5 +1,6 @@
 //! What must be true of every run, one file each.
 
+pub mod causality;
 pub mod clock;
 pub mod convergence;
 pub mod data;
@@ -108,6 +109,7 @@ pub fn check(
     violations.extend(session::check(evidence));
     violations.extend(log_time::check(evidence));
     violations.extend(clock::check(evidence, cluster));
+    violations.extend(causality::check(evidence));
     violations.extend(transactions::check(evidence));
     let (replayed, hashes) = state_hash::check(evidence, statuses);
     violations.extend(hashes);

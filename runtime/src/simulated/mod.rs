@@ -108,13 +108,21 @@ impl World {
         let shared = self.shared.clone();
         let disk = self.disk(node);
         Runtime {
-            clock: Arc::new(SimClock { shared: shared.clone(), node }),
+            clock: Arc::new(SimClock { shared: shared.clone(), node, ppm: self.monotonic_ppm(node) }),
             random: Arc::new(SimRandom { shared: shared.clone() }),
             spawner: Arc::new(SimSpawner { shared: shared.clone(), node }),
             notes: shared.notes.clone(),
             network: Arc::new(SimNetwork { shared, node }),
             disk,
         }
+    }
+
+    /// How much faster a node's monotonic clock runs than the virtual time, in parts per million: quartz is no better.
+    fn monotonic_ppm(&self, node: NodeId) -> i64 {
+        let mixed =
+            (self.seed ^ 0x6d6f_6e6f).wrapping_add(u64::from(node.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // The driver of the world is node 0.
+        if node.0 == 0 { 0 } else { (mixed >> 32) as i64 % (2 * DRIFT_PPM_MAX + 1) - DRIFT_PPM_MAX }
     }
 
     /// A node's disk, for tests that damage it.
@@ -332,6 +340,16 @@ impl Drop for World {
 struct SimClock {
     shared: Arc<Shared>,
     node: NodeId,
+    /// How much faster its monotonic clock runs than the virtual time.
+    ppm: i64,
+}
+
+/// By how much monotonic clocks are too fast or too slow at most, in parts per million.
+const DRIFT_PPM_MAX: i64 = 100;
+
+/// So many parts per million of a time.
+fn parts(ns: u64, ppm: i64) -> i64 {
+    i64::try_from(i128::from(ns) * i128::from(ppm) / 1_000_000).unwrap_or(i64::MAX)
 }
 
 impl Clock for SimClock {
@@ -348,7 +366,8 @@ impl Clock for SimClock {
     }
 
     fn monotonic(&self) -> Duration {
-        Duration::from_nanos(self.shared.executor.lock().now_ns())
+        let now = self.shared.executor.lock().now_ns();
+        Duration::from_nanos(now.saturating_add_signed(parts(now, self.ppm)))
     }
 
     fn steady(&self) -> Duration {
@@ -357,7 +376,11 @@ impl Clock for SimClock {
     }
 
     fn sleep(&self, duration: Duration) -> BoxFuture<()> {
-        Box::pin(executor::Sleep::new(self.shared.clone(), duration))
+        // Never less than was asked for by its own clock, which counts whole nanoseconds.
+        let rate = (1_000_000 + self.ppm).unsigned_abs();
+        let least = duration.as_nanos().saturating_mul(1_000_000).div_ceil(u128::from(rate));
+        let least = u64::try_from(least).unwrap_or(u64::MAX).saturating_add(u64::from(self.ppm != 0));
+        Box::pin(executor::Sleep::new(self.shared.clone(), Duration::from_nanos(least)))
     }
 }
 

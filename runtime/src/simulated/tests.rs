@@ -122,3 +122,27 @@ fn a_crashed_node_answers_nothing() {
     });
     assert!(result.expect("ends").expect_err("refused").certainly_no_effect());
 }
+
+#[test]
+fn monotonic_clocks_drift_and_nobody_wakes_early_by_his_own() {
+    let world = World::new(7);
+    let mut rates = std::collections::BTreeSet::new();
+    for node in 0..20 {
+        let (runtime, began) = (world.node(NodeId(node)), world.elapsed());
+        let slept = world.run(NodeId(node), Duration::from_secs(600), async move {
+            let begin = runtime.clock.monotonic();
+            for nanos in [1, 999, 1_000_003, 100_000_000_000] {
+                let before = runtime.clock.monotonic();
+                runtime.clock.sleep(Duration::from_nanos(nanos)).await;
+                assert!(runtime.clock.monotonic() - before >= Duration::from_nanos(nanos), "{nanos} ns");
+            }
+            runtime.clock.monotonic() - begin
+        });
+        let slept = slept.expect("it ends").as_nanos() as i64;
+        let ppm = (slept - (world.elapsed() - began).as_nanos() as i64) / 100_000;
+        assert!(ppm.abs() <= DRIFT_PPM_MAX + 1, "node {node}: {ppm}");
+        assert!(node != 0 || ppm == 0, "the driver's clock is the world's");
+        rates.insert(ppm);
+    }
+    assert!(rates.len() > 10, "{rates:?}");
+}

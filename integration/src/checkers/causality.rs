@@ -49,7 +49,8 @@ fn wrong(what: String) -> Violation {
     Violation::new("causality", what)
 }
 
-/// When the answer to each step was logged first, by transaction and step.
+/// When the answer to each step was logged last, by transaction and step: where a walk begins again, answers that were read
+/// ahead are thrown away, and their numbers are used again.
 fn answered(evidence: &Evidence) -> BTreeMap<(u64, u32), u64> {
     let mut answered = BTreeMap::new();
     let mut time = 0;
@@ -60,7 +61,7 @@ fn answered(evidence: &Evidence) -> BTreeMap<(u64, u32), u64> {
         let Ok(CdcEntry { body: Some(Body::StepDone(done)), .. }) = CdcEntry::decode(body) else { continue };
         let StepDone { transaction, step, earlier, .. } = done;
         for step in step..=step + earlier.len() as u32 {
-            answered.entry((transaction, step)).or_insert(time);
+            answered.insert((transaction, step), time);
         }
     }
     answered

@@ -477,13 +477,17 @@ impl Client {
             }
             Err(error) => return Heard::nothing(ClientError::Unknown(error.to_string())),
         };
-        let response = match Response::decode(answer) {
-            Ok(response) => response,
+        match Response::decode(answer) {
+            Ok(response) => self.heard(target, response, is_change),
             Err(error) => {
                 let text = format!("decode answer of {}: {error}", target.endpoint);
-                return Heard::nothing(ClientError::Unknown(text));
+                Heard::nothing(ClientError::Unknown(text))
             }
-        };
+        }
+    }
+
+    /// What an answer says.
+    fn heard(&self, target: &Target, response: Response, is_change: bool) -> Heard {
         if let Err(refusal) = self.inner.clock.learn(Time(response.time)) {
             self.inner.runtime.note("client: an answer is ahead of the node's clock");
             // What the node logs of a change must come behind it: it is asked again until the clocks agree.

@@ -4,6 +4,7 @@
 pub mod batches;
 pub mod checkers;
 pub mod coverage;
+pub mod diverged;
 pub mod fuzz;
 pub mod generate;
 pub mod golden_logs;

@@ -1,6 +1,10 @@
 //! Writes down what every log delivers to its replicas, and notices when two deliveries disagree.
 
-use std::{collections::BTreeMap, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use async_trait::async_trait;
 use bytes::Bytes;
@@ -8,7 +12,10 @@ use clutch_log::{
     Batch, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Position, Rejected,
     SnapshotRef, Status,
 };
+use clutch_proto::state::{Entry, entry::Kind};
+use clutch_runtime::simulated::NodeId as SimNode;
 use parking_lot::Mutex;
+use prost::Message as _;
 
 /// Batches by position.
 pub type Batches = BTreeMap<Position, Batch>;
@@ -18,12 +25,39 @@ pub type Batches = BTreeMap<Position, Batch>;
 pub struct Recording {
     logs: Mutex<BTreeMap<LogId, Batches>>,
     violations: Mutex<Vec<String>>,
+    /// Replicas that are given something else than the others, once.
+    altered: Mutex<BTreeSet<(LogId, NodeId)>>,
 }
 
 impl Recording {
-    /// A log whose deliveries are written down.
-    pub fn wrap(self: &Arc<Self>, id: LogId, log: Arc<dyn Log>) -> Arc<dyn Log> {
-        Arc::new(RecordedLog { id, log, recording: self.clone() })
+    /// A node's log whose deliveries are written down.
+    pub fn wrap(self: &Arc<Self>, id: LogId, node: SimNode, log: Arc<dyn Log>) -> Arc<dyn Log> {
+        let node = u64::from(node.0);
+        Arc::new(RecordedLog { id, node, log, recording: self.clone() })
+    }
+
+    /// The next entry that a node's replica of a log is given has another time than the others are given: its state is another
+    /// one from then on, and nobody says so.
+    pub fn alter(&self, id: LogId, node: SimNode) {
+        self.altered.lock().insert((id, u64::from(node.0)));
+    }
+
+    /// What a replica is given of a batch.
+    fn given(&self, id: LogId, node: NodeId, mut batch: Batch) -> Batch {
+        let is_altered = self.altered.lock().contains(&(id, node));
+        if !is_altered {
+            return batch;
+        }
+        for entry in &mut batch.entries {
+            if let Ok(read) = Entry::decode(entry.clone())
+                && matches!(read.kind, Some(Kind::Body(_)))
+            {
+                *entry = Entry { stamp: read.stamp + 1_000_000, ..read }.encode_to_vec().into();
+                self.altered.lock().remove(&(id, node));
+                break;
+            }
+        }
+        batch
     }
 
     /// Everything delivered of a log.
@@ -66,6 +100,7 @@ impl Recording {
 
 struct RecordedLog {
     id: LogId,
+    node: NodeId,
     log: Arc<dyn Log>,
     recording: Arc<Recording>,
 }
@@ -79,6 +114,7 @@ impl Log for RecordedLog {
     fn events(&self, from: Position) -> Box<dyn Events> {
         Box::new(RecordedEvents {
             id: self.id,
+            node: self.node,
             last: Position(from.0.saturating_sub(1)),
             events: self.log.events(from),
             recording: self.recording.clone(),
@@ -120,6 +156,7 @@ impl Log for RecordedLog {
 
 struct RecordedEvents {
     id: LogId,
+    node: NodeId,
     /// Up to where this reader has come.
     last: Position,
     events: Box<dyn Events>,
@@ -134,6 +171,7 @@ impl Events for RecordedEvents {
             Event::Committed(batch) => {
                 self.recording.delivered(self.id, batch);
                 self.last = batch.position;
+                return Ok(Event::Committed(self.recording.given(self.id, self.node, batch.clone())));
             }
             Event::Gap { to } => {
                 self.recording.skipped(self.id, self.last, *to);

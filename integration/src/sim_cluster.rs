@@ -147,7 +147,8 @@ fn open_local(runtime: &Runtime, recording: &Recording, node: NodeId) -> Option<
 
 struct SimLogProvider {
     logs: SimLogs,
-    replicas: u32,
+    /// Who is there of each log, where that is more than one.
+    members: BTreeMap<LogId, BTreeSet<u64>>,
     local: Option<LocalEngine>,
     recording: Arc<Recording>,
     runtime: Runtime,
@@ -159,8 +160,8 @@ impl LogProvider for SimLogProvider {
     async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
         let log = match &self.local {
             Some(engine) => engine.log(id).await?,
-            None if self.replicas > 1 => {
-                self.logs.join(&self.runtime, id, u64::from(self.node.0), self.replicas as usize)
+            None if let Some(members) = self.members.get(&id) => {
+                self.logs.join(&self.runtime, id, u64::from(self.node.0), members)
             }
             None => {
                 // Whoever opens a log leads it; how much of what waited still commits is drawn.
@@ -168,7 +169,7 @@ impl LogProvider for SimLogProvider {
                 self.logs.log(&self.runtime, id, u64::from(self.node.0))
             }
         };
-        Ok(self.recording.wrap(id, log))
+        Ok(self.recording.wrap(id, self.node, log))
     }
 
     fn bounds(&self, id: LogId) -> Bounds {
@@ -322,6 +323,13 @@ impl SimCluster {
         nodes.into_iter().map(|node| (u64::from(node.0), endpoint(node))).collect()
     }
 
+    /// The members of each log that has more than one.
+    fn voters(&self) -> BTreeMap<LogId, BTreeSet<u64>> {
+        let homes = self.homes.lock();
+        let several = homes.iter().filter(|(_, nodes)| nodes.len() > 1);
+        several.map(|(id, nodes)| (*id, nodes.iter().map(|node| u64::from(node.0)).collect())).collect()
+    }
+
     /// All logs.
     pub fn log_ids(&self) -> Vec<LogId> {
         self.homes.lock().keys().copied().collect()
@@ -380,7 +388,7 @@ impl SimCluster {
         let (cluster, roles, failed) = (self.cluster.clone(), self.roles(node), self.failed.clone());
         let stores = SimStores { images: self.images.clone(), runtime: runtime.clone(), node };
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
-        let (replicas, registries, peers) = (self.config.replicas, self.registries(), self.peers());
+        let (registries, peers, members) = (self.registries(), self.peers(), self.voters());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let pages = self.config.pages();
         let boot_runtime = runtime.clone();
@@ -402,7 +410,7 @@ impl SimCluster {
                 roles,
                 logs: Arc::new(SimLogProvider {
                     logs,
-                    replicas,
+                    members,
                     local,
                     recording,
                     runtime: runtime.clone(),

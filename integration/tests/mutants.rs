@@ -2,7 +2,7 @@
 //! enumeration of steps, the model of batches, and clusters in which one thing happens.
 
 use clutch_integration::{
-    batches,
+    batches, diverged,
     generate::{Profile, generate_replicated},
     hanging, led_ahead, names,
     run::run,
@@ -21,6 +21,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "hanging" => hanging::all(),
         "slow reader" => slow_reader::all(),
         "led ahead" => led_ahead::all(),
+        "diverged" => diverged::all(),
         _ if !batches::idle().is_empty() => batches::idle(),
         _ => (0..SEEDS_MAX).flat_map(batches::check).take(3).collect(),
     };
@@ -32,7 +33,10 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 }
 
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
-    if let [checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead")] = checkers {
+    if let [
+        checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"),
+    ] = checkers
+    {
         return find_apart(mutant, checker);
     }
     mutants::plant(Some(mutant));

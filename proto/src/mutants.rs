@@ -179,6 +179,8 @@ pub enum Mutant {
     TransactionsUnseen,
     /// What a node asks others is of a clock of its own, and what it is answered, too.
     UnsharedClock,
+    /// The leader logs its own hash as that of all members.
+    LeadersWord,
     /// A map that was read earlier and comes later replaces a newer one.
     OlderMapStored,
 }
@@ -187,7 +189,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 88] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 89] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -278,6 +280,7 @@ impl Mutant {
         (Mutant::PositionIgnored, &["replicas", "session"]),
         (Mutant::TransactionsUnseen, &["replicas", "session"]),
         (Mutant::UnsharedClock, &["causality"]),
+        (Mutant::LeadersWord, &["diverged"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
     ];
 }

@@ -12,6 +12,7 @@ pub mod cluster_file;
 pub mod handler;
 mod keeper;
 pub mod keys;
+mod members;
 pub mod node;
 mod placer;
 #[cfg(feature = "rocks")]

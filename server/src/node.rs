@@ -37,6 +37,7 @@ use crate::{
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
     keeper::Keeper,
+    members::Asker,
     placer::{Placer, Placing, Reigns},
     room::Room,
     routes::{Peers, Routes},
@@ -143,12 +144,7 @@ impl Node {
     ) -> Result<Node> {
         let runtime = config.runtime.clone();
         let cluster = config.cluster.cluster_id()?;
-        // Who has no logs goes by what those say who have.
-        let has_logs = config.roles.registry || config.roles.cdc || !config.roles.shards.is_empty();
-        let clock = Arc::new(match has_logs {
-            true => HybridClock::new(runtime.clock.clone()),
-            false => HybridClock::following(runtime.clock.clone()),
-        });
+        let clock = Arc::new(clock_of(&config));
         let (reigns, heard) = Reigns::new();
         let starter = Starter {
             config: &config,
@@ -158,6 +154,7 @@ impl Node {
             activity: Arc::new(AtomicU64::new(0)),
             notices,
             started,
+            asker: Asker::default(),
         };
         let facts = Arc::new(SharedFacts::new(ShardFacts {
             cluster,
@@ -242,6 +239,7 @@ impl Node {
         let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
         let client = own_client(&runtime, config.registry.clone(), &address, config.system_key, &clock);
+        starter.asker.begin(client.clone(), routes.clone());
         if let Some((handle, events)) = cdc {
             runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
         }
@@ -355,6 +353,15 @@ fn watch_room(runtime: &Runtime, room: Arc<Room>, stopping: Arc<AtomicBool>) {
     });
 }
 
+/// Who has no logs goes by what those say who have.
+fn clock_of(config: &NodeConfig) -> HybridClock {
+    let clock = config.runtime.clock.clone();
+    match config.roles.registry || config.roles.cdc || !config.roles.shards.is_empty() {
+        true => HybridClock::new(clock),
+        false => HybridClock::following(clock),
+    }
+}
+
 /// What an operator should know of the clock.
 fn clock_notice(start: Start) -> Option<String> {
     let notice = match start {
@@ -456,6 +463,8 @@ struct Starter<'a> {
     activity: Arc<AtomicU64>,
     /// What an operator should know of this start.
     notices: &'a Mutex<Vec<String>>,
+    /// By what members of logs are asked.
+    asker: Asker,
     /// Replicas that run, so that they are stopped when the start fails.
     started: &'a Mutex<Vec<Replicating>>,
 }
@@ -578,6 +587,7 @@ impl Starter<'_> {
             },
             checkpoints: self.config.stores.checkpoints(id),
             open_checkpoint: self.config.stores.open_checkpoint(),
+            ask_members: self.asker.of(id),
             shortage: {
                 let room = self.config.room.clone();
                 Arc::new(move || room.shortage())

@@ -26,6 +26,16 @@ impl Routes {
         leader.and_then(|node| self.peers.get(&node)).map(Endpoint::to_string).unwrap_or_default()
     }
 
+    /// The other members of a log, and where they are.
+    pub(crate) fn others(&self, log: LogId) -> Vec<(NodeId, Endpoint)> {
+        let Some(log) = self.logs.get(&log) else { return Vec::new() };
+        let status = log.status();
+        let others = status.members.into_iter().map(|progress| progress.member.node);
+        // Whoever asks leads.
+        let others = others.filter(|node| Some(*node) != status.leader);
+        others.filter_map(|node| Some((node, self.peers.get(&node)?.clone()))).collect()
+    }
+
     /// Where the members of a log are; none when this node is the only one.
     pub(crate) fn members(&self, log: LogId) -> Vec<String> {
         let members = self.logs.get(&log).map(|log| log.status().members).unwrap_or_default();

@@ -1,13 +1,16 @@
 //! Runs a machine over a store: one batch in, one atomic write and the outcomes out.
 
-use std::{collections::VecDeque, sync::Arc};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    sync::Arc,
+};
 
 use bytes::Bytes;
 use clutch_proto::{
     Refusal, Time,
     log::{Batch, Position},
     mutants::{self, Mutant},
-    state::{AppliedRow, ClientRow, Entry, OutcomeRow, entry::Kind},
+    state::{AppliedRow, ClientRow, Entry, OutcomeRow, Verdict, entry::Kind},
     types::{ClientTag, Code},
 };
 use prost::Message as _;
@@ -122,6 +125,8 @@ pub struct CheckCounts {
     pub compared: u64,
     /// The position asked for was not among the recent ones.
     pub not_compared: u64,
+    /// Most members did not have one and the same.
+    pub undecided: u64,
 }
 
 /// A machine's state and how far it has come.
@@ -270,13 +275,13 @@ impl<M: Machine> Applier<M> {
                         outcome => outcome?,
                     }
                 }
-                Some(Kind::Check(check)) => {
-                    let theirs = StateHash::from_bytes(&check.hash)
-                        .ok_or_else(|| undecodable("a check's hash".into()))?;
-                    self.check(Position(check.position), theirs)?;
+                Some(kind) => {
+                    self.compare(kind).map_err(|fault| match fault {
+                        Fault::Unknown(what) => undecodable(what),
+                        fault => fault,
+                    })?;
                     EntryOutcome::Internal
                 }
-                Some(Kind::TimeMark(_)) => EntryOutcome::Internal,
                 None => return Err(undecodable("it has no kind".into())),
             };
             outcomes.push((time, outcome));
@@ -364,6 +369,38 @@ impl<M: Machine> Applier<M> {
         Ok(outcome)
     }
 
+    /// Compares the state with what an entry says of it that nobody asked for.
+    fn compare(&mut self, kind: Kind) -> Result<(), Fault> {
+        match kind {
+            Kind::Check(check) => {
+                let theirs = StateHash::from_bytes(&check.hash);
+                let theirs = theirs.ok_or_else(|| Fault::Unknown("a check's hash".into()))?;
+                self.check(Position(check.position), theirs)
+            }
+            Kind::Verdict(verdict) => self.judge(&verdict),
+            Kind::TimeMark(_) | Kind::Body(_) => Ok(()),
+        }
+    }
+
+    /// Compares with what most members have, where most have the same. Their word counts, not that of who leads.
+    fn judge(&mut self, verdict: &Verdict) -> Result<(), Fault> {
+        let mut voices = BTreeMap::new();
+        for voice in &verdict.voices {
+            let hash = StateHash::from_bytes(&voice.hash);
+            let hash = hash.ok_or_else(|| Fault::Unknown("a verdict has a hash of another length".into()))?;
+            if voices.insert(voice.node, hash).is_some() {
+                return Err(Fault::Unknown(format!("node {} has two voices in a verdict", voice.node)));
+            }
+        }
+        match of_most(verdict.members, &voices) {
+            Some(hash) => self.check(Position(verdict.position), hash),
+            None => {
+                self.checks.undecided += 1;
+                Ok(())
+            }
+        }
+    }
+
     fn check(&mut self, position: Position, theirs: StateHash) -> Result<(), Fault> {
         match self.hash_at(position) {
             None => self.checks.not_compared += 1,
@@ -396,6 +433,16 @@ pub fn batch_crc(entries: &[Bytes]) -> u32 {
         hasher.update(entry);
     }
     hasher.finalize()
+}
+
+/// The hash that more than half of a log's members have; `None` where none has so many.
+fn of_most(members: u32, voices: &BTreeMap<u64, StateHash>) -> Option<StateHash> {
+    let mut counts: BTreeMap<[u8; 16], u32> = BTreeMap::new();
+    for hash in voices.values() {
+        *counts.entry(hash.to_bytes()).or_default() += 1;
+    }
+    let (hash, count) = counts.into_iter().max_by_key(|(_, count)| *count)?;
+    (count > members / 2).then(|| StateHash::from_bytes(&hash)).flatten()
 }
 
 /// What [`rescan`] found.

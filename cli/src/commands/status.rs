@@ -187,7 +187,7 @@ fn document(picture: &Picture) -> serde_json::Value {
                 "name": replica.name, "serving": replica.serves(), "epoch": s.epoch, "applied": s.applied_position,
                 "flushed": s.flushed_position, "time": output::nanoseconds(s.applied_time), "hash": hex(&s.hash),
                 "log_first": s.log_first, "log_last": s.log_last, "checks_compared": s.checks_compared,
-                "checks_not_compared": s.checks_not_compared, "checkpoints": s.checkpoints, "fault": s.fault,
+                "checks_not_compared": s.checks_not_compared, "checks_undecided": s.checks_undecided, "checkpoints": s.checkpoints, "fault": s.fault,
                 "process_cpu_us": s.process_cpu_us, "resident_bytes": s.resident_bytes,
             }),
             Err(error) => json!({ "name": replica.name, "serving": false, "fault": error.to_string() }),

@@ -24,8 +24,8 @@ const VERY_LATE_MS_MAX: u64 = 1_500;
 /// Who was heard of, and when; none where nobody joined.
 #[derive(Default)]
 pub(crate) struct Members {
-    /// As many as the group has, whether they are there or not.
-    count: usize,
+    /// All that the group has, whether they are there or not.
+    all: BTreeSet<NodeId>,
     heard: BTreeMap<NodeId, Duration>,
 }
 
@@ -36,21 +36,21 @@ impl Members {
 
     fn has_quorum(&self, now: Duration) -> bool {
         let there = self.heard.keys().filter(|node| self.is_there(**node, now)).count();
-        there > self.count / 2
+        there > self.all.len() / 2
     }
 
     /// Whether a leader's word counts: always where there are no members.
     pub(crate) fn is_led_by(&self, leader: NodeId, now: Duration) -> bool {
-        self.count == 0 || self.is_there(leader, now) && self.has_quorum(now)
+        self.all.is_empty() || self.is_there(leader, now) && self.has_quorum(now)
     }
 
     pub(crate) fn nodes(&self) -> BTreeSet<NodeId> {
-        self.heard.keys().copied().collect()
+        self.all.clone()
     }
 
     /// Whether there are members that hear of each other.
     pub(crate) fn has_any(&self) -> bool {
-        self.count > 0
+        !self.all.is_empty()
     }
 }
 
@@ -63,12 +63,13 @@ pub(crate) fn lateness(runtime: &Runtime) -> Duration {
 }
 
 impl SimLogs {
-    /// A node's handle of a log of which it is one of `count` members. It takes part until its node stops.
-    pub fn join(&self, runtime: &Runtime, id: LogId, node: NodeId, count: usize) -> Arc<dyn Log> {
+    /// A node's handle of a log of which it is one of `all` members. It takes part until its node stops.
+    pub fn join(&self, runtime: &Runtime, id: LogId, node: NodeId, all: &BTreeSet<NodeId>) -> Arc<dyn Log> {
+        assert!(all.contains(&node), "node {node} is none of {all:?}");
         let group = self.group(id);
         {
             let mut state = group.state.lock();
-            state.members.count = count;
+            state.members.all = all.clone();
             state.resigned.remove(&node);
             // Whoever starts again does not lead: what it had proposed is decided by the next election.
             if state.leader == Some(node) {

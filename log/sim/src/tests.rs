@@ -121,8 +121,11 @@ fn elected(seed: u64) -> (World, Elected) {
     let world = World::new(seed);
     let logs = SimLogs::new();
     let nodes = (1..=3).map(NodeId);
-    let members =
-        nodes.map(|node| (node, logs.join(&world.node(node), LogId::CDC, u64::from(node.0), 3))).collect();
+    let members = nodes
+        .map(|node| {
+            (node, logs.join(&world.node(node), LogId::CDC, u64::from(node.0), &BTreeSet::from([1, 2, 3])))
+        })
+        .collect();
     let harness = Elected { runtime: world.node(NodeId(0)), logs, members };
     (world, harness)
 }
@@ -155,7 +158,7 @@ fn who_resigned_is_not_elected_before_it_opens_the_log_again() {
             harness.members[2].1.resign();
             clock.sleep(Duration::from_secs(10)).await;
             assert_eq!(harness.logs.leader(LogId::CDC), None);
-            let _again = harness.logs.join(&rejoins, LogId::CDC, 1, 3);
+            let _again = harness.logs.join(&rejoins, LogId::CDC, 1, &BTreeSet::from([1, 2, 3]));
             assert_eq!(harness.leads(None).await, 1);
         });
         assert!(done.is_some(), "seed {seed} got stuck");

@@ -130,6 +130,7 @@ impl<M: Machine> Replica<M> {
             log_last: bounds.last.0,
             checks_compared: checks.compared,
             checks_not_compared: checks.not_compared,
+            checks_undecided: checks.undecided,
             fault: self.fault.get().cloned().unwrap_or_default(),
             checkpoints: self.checkpoints()?.iter().map(|p| p.0).collect(),
             ..StatusReply::default()

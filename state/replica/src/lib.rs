@@ -44,12 +44,15 @@ mod fates;
 mod handle;
 mod reads;
 mod upkeep;
+mod verdict;
 
 pub use facts::SharedFacts;
 use fates::{Answers, Fates};
 pub use handle::{Answer, Freshness, ReplicaHandle};
 use handle::{Input, Reply};
 use reads::{Barrier, PendingRead, Waiting};
+pub use verdict::AskMembers;
+use verdict::Poll;
 
 /// Log records of one replica that may be in flight.
 const PIPELINE_MAX: usize = 2;
@@ -103,6 +106,8 @@ pub struct ReplicaConfig<M: Machine> {
     pub on_damage: Arc<dyn Fn(&str) + Send + Sync>,
     /// Opens a checkpoint for reading.
     pub open_checkpoint: OpenCheckpoint,
+    /// Asks the other members of the log what they have.
+    pub ask_members: AskMembers,
 }
 
 /// Hears of reigns; must not wait.
@@ -133,6 +138,8 @@ pub struct Replica<M: Machine> {
     /// Callers whose entry was pending.
     deferred: BTreeMap<(u64, u64), Vec<Reply>>,
     barriers: FuturesUnordered<BoxFuture<Barrier<M>>>,
+    /// Members that are being asked.
+    polls: FuturesUnordered<BoxFuture<Poll>>,
     /// Reads of what is not applied yet.
     waiting_reads: Waiting<M>,
     flushed_bytes: u64,
@@ -160,6 +167,7 @@ impl<M: Machine> Replica<M> {
             fates: Fates::new(),
             deferred: BTreeMap::new(),
             barriers: FuturesUnordered::new(),
+            polls: FuturesUnordered::new(),
             waiting_reads: Waiting::new(),
             flushed_bytes: 0,
             ticks_since_flush: 0,
@@ -191,6 +199,7 @@ impl<M: Machine> Replica<M> {
                     },
                     Err(fault) => self.stop_on(fault.to_string()),
                 },
+                Some(poll) = self.polls.next(), if !self.polls.is_empty() => self.polled(poll),
                 Some((barrier, reads)) = self.barriers.next(), if !self.barriers.is_empty() => self.passed(barrier, reads),
                 Some(input) = admin.recv() => {
                     inputs.push(input);

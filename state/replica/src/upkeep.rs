@@ -2,11 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use bytes::Bytes;
-use clutch_proto::{
-    Time,
-    state::{Check, entry::Kind},
-};
+use clutch_proto::{Time, state::entry::Kind};
 use clutch_state::{StoreError, machine::Machine};
 
 use crate::{Replica, Waiter};
@@ -52,11 +48,7 @@ impl<M: Machine> Replica<M> {
         let due = self.batches_since_check >= CHECK_BATCHES || self.ticks_since_check >= CHECK_TICKS;
         if self.batches_since_check > 0 && due {
             (self.batches_since_check, self.ticks_since_check) = (0, 0);
-            let check = Check {
-                position: self.applier.position().0,
-                hash: Bytes::copy_from_slice(&self.applier.hash().to_bytes()),
-            };
-            self.propose(vec![(self.stamped(Kind::Check(check)), Waiter::Nobody)]);
+            self.compare_members();
         }
         let now = self.config.clock.now().0;
         let last = self.applier.time().0;

@@ -1,7 +1,7 @@
 //! Where an applier stands and what it says of it; entries and states that it refuses.
 
 use clutch_proto::log::Epoch;
-use clutch_proto::state::Check;
+use clutch_proto::state::{Check, Verdict, Voice};
 use prost::Message;
 
 use super::*;
@@ -187,12 +187,12 @@ fn checks_are_compared_where_the_hash_is_known_and_stop_what_differs() {
     let applied = applier.apply(&batch(3, vec![check(1, first), check(2, second), mark])).expect("is equal");
     assert!(applied.outcomes.iter().all(|(_, outcome)| *outcome == EntryOutcome::Internal));
     assert_eq!((applied.time, applier.hash()), (Time(500), second), "neither has a row");
-    assert_eq!(applier.checks(), CheckCounts { compared: 2, not_compared: 0 });
+    assert_eq!(applier.checks(), CheckCounts { compared: 2, ..CheckCounts::default() });
     // Of a position that lies ahead, or before the process.
     applier.apply(&batch(4, vec![check(50, first)])).expect("is not known");
     let mut applier = opened(&store);
     applier.apply(&batch(5, vec![check(2, first)])).expect("is not known any more");
-    assert_eq!(applier.checks(), CheckCounts { compared: 0, not_compared: 1 });
+    assert_eq!(applier.checks(), CheckCounts { not_compared: 1, ..CheckCounts::default() });
     let before = store.scan(ROWS, &[], &[], 9).expect("scans");
     let fault = applier.apply(&batch(6, vec![put(1, 7, 7), check(5, first)])).map(|a| a.position);
     let Err(Fault::Diverged { position, ours, theirs }) = fault else { panic!("{fault:?}") };
@@ -201,6 +201,51 @@ fn checks_are_compared_where_the_hash_is_known_and_stop_what_differs() {
     let odd = entry(0, Kind::Check(Check { position: 5, hash: vec![1; 15].into() }));
     let fault = opened(&store).apply(&batch(7, vec![odd])).map(|a| a.position);
     assert!(matches!(fault, Err(Fault::Entry { .. })), "{fault:?}");
+}
+
+#[test]
+fn what_most_members_have_decides() {
+    let store = Arc::new(MemoryStore::new());
+    let mut applier = opened(&store);
+    applier.apply(&batch(1, vec![put(1, 1, 9)])).expect("applies");
+    let (ours, other) = (applier.hash(), StateHash(7));
+    let verdict = |members: u32, hashes: &[StateHash]| {
+        let voice = |(node, hash): (u64, &StateHash)| Voice { node, hash: hash.to_bytes().to_vec().into() };
+        let voices = (1..).zip(hashes).map(voice).collect();
+        entry(0, Kind::Verdict(Verdict { position: 1, members, voices }))
+    };
+    // Members, what those have that answered, and whether this one may go on; `None` where it stops.
+    let table: &[(u32, &[StateHash], Option<CheckCounts>)] = &[
+        (3, &[ours, ours, other], Some(CheckCounts { compared: 1, ..CheckCounts::default() })),
+        (3, &[other, ours, ours], Some(CheckCounts { compared: 2, ..CheckCounts::default() })),
+        (3, &[ours, other], Some(CheckCounts { compared: 2, undecided: 1, ..CheckCounts::default() })),
+        (3, &[other], Some(CheckCounts { compared: 2, undecided: 2, ..CheckCounts::default() })),
+        (5, &[other, other, ours], Some(CheckCounts { compared: 2, undecided: 3, ..CheckCounts::default() })),
+        (
+            4,
+            &[other, other, ours, ours],
+            Some(CheckCounts { compared: 2, undecided: 4, ..CheckCounts::default() }),
+        ),
+        (3, &[], Some(CheckCounts { compared: 2, undecided: 5, ..CheckCounts::default() })),
+        (3, &[other, ours, other], None),
+        (1, &[other], None),
+    ];
+    for (position, (members, hashes, counts)) in (2..).zip(table) {
+        let applied = applier.apply(&batch(position, vec![verdict(*members, hashes)])).map(|a| a.position);
+        match counts {
+            Some(counts) => assert_eq!((applied.is_ok(), applier.checks()), (true, *counts), "{hashes:?}"),
+            None => assert!(matches!(applied, Err(Fault::Diverged { .. })), "{hashes:?}: {applied:?}"),
+        }
+    }
+    // Who speaks twice, or not in hashes, is not understood.
+    let twice =
+        Verdict { position: 1, members: 3, voices: vec![Voice { node: 1, hash: vec![0; 16].into() }; 2] };
+    let odd = Verdict { position: 1, members: 3, voices: vec![Voice { node: 1, hash: vec![0; 15].into() }] };
+    for verdict in [twice, odd] {
+        let fault =
+            opened(&store).apply(&batch(99, vec![entry(0, Kind::Verdict(verdict))])).map(|a| a.position);
+        assert!(matches!(fault, Err(Fault::Entry { .. })), "{fault:?}");
+    }
 }
 
 #[test]

@@ -648,8 +648,8 @@ impl Generator {
     fn faults(&mut self, length: Duration) -> Vec<Event> {
         let enabled: Vec<&str> = Fault::KINDS
             .into_iter()
-            // It comes in place of another, by the seed.
-            .filter(|kind| *kind != "hang")
+            // They come in place of others, by the seed.
+            .filter(|kind| *kind != "hang" && *kind != "trim")
             .filter(|_| self.rng.random_ratio(1, 2))
             .collect();
         let most = *[8, 25, 60].choose(&mut self.rng).expect("some");
@@ -711,10 +711,44 @@ impl Generator {
                         events.push(Event { at, action: Action::Strike(away) });
                     }
                 }
-                events.push(Event { at, action: Action::Strike(fault) });
+                events.extend(self.with_trims(fault, at));
             }
         }
         events
+    }
+
+    /// A fault, and what makes a member need what was trimmed, from what was drawn already: it loses its state behind a trim, or
+    /// hears nothing while there is one.
+    fn with_trims(&self, fault: Fault, at: Duration) -> Vec<Event> {
+        let count = self.cluster.replicas;
+        let event = |at: Duration, fault: Fault| Event { at, action: Action::Strike(fault) };
+        let (ms, us) = (Duration::from_millis, at.as_micros() as u32);
+        let mut events = match &fault {
+            Fault::Lose(party, _) if count > 1 => {
+                vec![event(at.saturating_sub(ms(30)), Fault::Trim(*party, us % count))]
+            }
+            Fault::Trim(party, member) if us.is_multiple_of(2) => vec![
+                event(at.saturating_sub(ms(400)), Fault::Isolate(*party, ms(900))),
+                event(at + ms(100), Fault::Trim(*party, (member + 1) % count)),
+            ],
+            Fault::Trim(party, _) => vec![event(at + ms(30), Fault::Lose(*party, ms(5)))],
+            _ => Vec::new(),
+        };
+        events.push(event(at, fault));
+        events
+    }
+
+    fn crash(&mut self, lasting: Duration) -> Fault {
+        let party = self.party();
+        // One of two, by what was drawn already.
+        match party {
+            Party::Registry | Party::Cdc | Party::Shard(_)
+                if self.cluster.replicas > 1 && lasting.as_micros().is_multiple_of(2) =>
+            {
+                Fault::Trim(party, (lasting.as_micros() / 2) as u32 % self.cluster.replicas)
+            }
+            party => Fault::Crash(party, lasting),
+        }
     }
 
     fn kill(&mut self, lasting: Duration) -> Fault {
@@ -750,7 +784,7 @@ impl Generator {
             "oneway" => Fault::OneWay(self.party(), self.server(), lasting),
             "isolate" => Fault::Isolate(self.party(), lasting),
             "clog" => Fault::Clog(self.party(), self.party(), lasting),
-            "crash" => Fault::Crash(self.party(), lasting),
+            "crash" => self.crash(lasting),
             "kill" => self.kill(lasting),
             "stall" => self.stall()?,
             "powercut" => {

@@ -10,7 +10,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
     Batch, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Position, Rejected,
-    SnapshotRef, Status,
+    Status,
 };
 use clutch_proto::state::{Entry, entry::Kind};
 use clutch_runtime::simulated::NodeId as SimNode;
@@ -133,10 +133,6 @@ impl Log for RecordedLog {
         self.log.trim(upto).await
     }
 
-    async fn snapshot_ready(&self, snapshot: SnapshotRef) {
-        self.log.snapshot_ready(snapshot).await;
-    }
-
     async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {
         self.log.transfer_leader(to).await
     }
@@ -172,6 +168,13 @@ impl Events for RecordedEvents {
                 self.recording.delivered(self.id, batch);
                 self.last = batch.position;
                 return Ok(Event::Committed(self.recording.given(self.id, self.node, batch.clone())));
+            }
+            Event::Restore(manifest) => {
+                if manifest.position <= self.last {
+                    let (at, last) = (manifest.position, self.last);
+                    self.recording.violation(format!("{}: restored at {at}, behind {last}", self.id));
+                }
+                self.last = manifest.position;
             }
             Event::Gap { to } => {
                 self.recording.skipped(self.id, self.last, *to);

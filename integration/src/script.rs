@@ -127,6 +127,8 @@ pub enum Fault {
     Kill(Party, Duration),
     /// The node stops, its states are gone, and it starts again after a while, with its log or with that of the others.
     Lose(Party, Duration),
+    /// A member of the log, counted from 0, takes a checkpoint, and the log is trimmed up to it.
+    Trim(Party, u32),
     /// After so many operations one on the node's disk takes a while; everybody waits for it.
     Stall(Party, u32, Duration),
     /// The node's power goes after so many operations on its disk; it starts again after a while.
@@ -167,7 +169,7 @@ pub enum Fault {
 
 impl Fault {
     /// Every kind, for reports.
-    pub const KINDS: [&'static str; 28] = [
+    pub const KINDS: [&'static str; 29] = [
         "loss",
         "duplicate",
         "delay",
@@ -196,7 +198,13 @@ impl Fault {
         "stall",
         "hang",
         "lose",
+        "trim",
     ];
+
+    /// Whether a kind is drawn only where logs have several members.
+    pub fn needs_members(kind: &str) -> bool {
+        kind == "trim"
+    }
 
     /// Its kind.
     pub fn kind(&self) -> &'static str {
@@ -229,6 +237,7 @@ impl Fault {
             Fault::Stall(..) => "stall",
             Fault::Hang(..) => "hang",
             Fault::Lose(..) => "lose",
+            Fault::Trim(..) => "trim",
         }
     }
 }
@@ -352,6 +361,7 @@ impl fmt::Display for Fault {
                 write!(f, "{kind} {a} {n} {}", seconds(*d))
             }
             Fault::UnknownCommitted(a) | Fault::UnknownLost(a) => write!(f, "{kind} {a}"),
+            Fault::Trim(a, member) => write!(f, "{kind} {a} {member}"),
             Fault::Skew(a, n) | Fault::Drift(a, n) => write!(f, "{kind} {a} {n}"),
             Fault::Suspend(d) => write!(f, "{kind} {}", seconds(*d)),
             Fault::Flip(disk, draw) => write!(f, "{kind} disk{disk} {draw}"),
@@ -556,6 +566,12 @@ impl<'a> Words<'a> {
                 party @ (Party::Registry | Party::Cdc | Party::Shard(_)) => Fault::Lose(party, self.time()?),
                 other => return Err(format!("{other} has no states; registry, cdc and shards have")),
             },
+            "trim" => match self.party()? {
+                party @ (Party::Registry | Party::Cdc | Party::Shard(_)) => {
+                    Fault::Trim(party, self.number("the number of a member, from 0")?)
+                }
+                other => return Err(format!("{other} has no log; registry, cdc and shards have")),
+            },
             "stall" => Fault::Stall(self.party()?, self.number("a number of disk operations")?, self.time()?),
             "hang" => Fault::Hang(self.party()?, self.number("a number of disk operations")?, self.time()?),
             "pause" => Fault::Pause(self.party()?, self.time()?),
@@ -755,6 +771,7 @@ impl Fault {
             | Fault::Crash(a, _)
             | Fault::Kill(a, _)
             | Fault::Lose(a, _)
+            | Fault::Trim(a, _)
             | Fault::Stall(a, ..)
             | Fault::Hang(a, ..)
             | Fault::PowerCut(a, ..)

@@ -10,10 +10,15 @@ use std::{
 use async_trait::async_trait;
 use clutch_blocks::label::Label;
 use clutch_client::{Client, ClientOptions, Observer, Reads, Registries};
-use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
+use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position, Snapshots};
 use clutch_log_local::LocalEngine;
 use clutch_log_sim::SimLogs;
-use clutch_proto::{ServiceId, Time, certificate::Key};
+use clutch_proto::{
+    ServiceId, Time,
+    admin::{AdminRequest, TakeCheckpoint, TrimLog, admin_request::Op},
+    certificate::Key,
+    session::Role,
+};
 use clutch_runtime::{
     Endpoint, Runtime,
     simulated::{NodeId, World},
@@ -28,12 +33,17 @@ use clutch_state::{Store, StoreError};
 use clutch_state_replica::OpenCheckpoint;
 use parking_lot::Mutex;
 
-use crate::{recording::Recording, sim_store::SimImages};
+use crate::{
+    recording::Recording,
+    sim_store::{self, SimImages},
+};
 
 /// The registry's node.
 pub const REGISTRY: NodeId = NodeId(1);
 /// The CDC's node.
 pub const CDC: NodeId = NodeId(2);
+/// Where the operator sits.
+const OPERATOR: NodeId = NodeId(499);
 /// The first client's node.
 pub const CLIENT: NodeId = NodeId(500);
 /// Nanoseconds since 1970 when a simulated world begins.
@@ -157,11 +167,11 @@ struct SimLogProvider {
 
 #[async_trait]
 impl LogProvider for SimLogProvider {
-    async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
+    async fn log(&self, id: LogId, snapshots: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault> {
         let log = match &self.local {
             Some(engine) => engine.log(id).await?,
             None if let Some(members) = self.members.get(&id) => {
-                self.logs.join(&self.runtime, id, u64::from(self.node.0), members)
+                self.logs.join(&self.runtime, id, u64::from(self.node.0), members, snapshots)
             }
             None => {
                 // Whoever opens a log leads it; how much of what waited still commits is drawn.
@@ -203,12 +213,13 @@ impl StoreProvider for SimStores {
         Ok(self.images.open(self.node, id, &self.runtime))
     }
 
-    fn checkpoints(&self, _id: LogId) -> Option<PathBuf> {
-        None
+    fn checkpoints(&self, id: LogId) -> Option<PathBuf> {
+        Some(sim_store::checkpoints_of(id))
     }
 
     fn open_checkpoint(&self) -> OpenCheckpoint {
-        Arc::new(|_| Err(StoreError::Engine("simulated stores have no checkpoints".into())))
+        let disk = self.runtime.disk.clone();
+        Arc::new(move |path| Ok(Arc::new(sim_store::read(&*disk, path)?)))
     }
 
     fn condemn(&self, id: LogId, why: &str) {
@@ -219,12 +230,17 @@ impl StoreProvider for SimStores {
         self.images.condemned(self.node, id)
     }
 
-    fn rebuild(&self, id: LogId, log: Bounds, _is_home: IsHome<'_>) -> Result<Rebuilt, StoreError> {
-        if log.first > Position(1) {
+    fn rebuild(&self, id: LogId, log: Bounds, is_home: IsHome<'_>) -> Result<Rebuilt, StoreError> {
+        let found = sim_store::newest(&*self.runtime.disk, id, log, is_home)?;
+        if found.is_none() && log.first > Position(1) {
             return Err(StoreError::Damaged(format!("the log of {id} begins at {}", log.first)));
         }
         self.images.forget(self.node, id);
-        Ok(Rebuilt::default())
+        let from_checkpoint = found.map(|(position, store)| {
+            self.images.put(self.node, id, store);
+            position.0
+        });
+        Ok(Rebuilt { from_checkpoint, set_aside: None })
     }
 }
 
@@ -460,6 +476,31 @@ impl SimCluster {
                 self.images.forget(node, log);
             }
         }
+        if self.config.engine == Engine::Sim {
+            // Checkpoints are all that is on it.
+            self.world.disk(node).wipe();
+        }
+    }
+
+    /// A member of a log takes a checkpoint, and what is before it is trimmed, as an operator does.
+    pub fn trim(&self, log: LogId, node: NodeId) {
+        let (role, number) = match log {
+            LogId::REGISTRY => (Role::Registry, 0),
+            LogId::CDC => (Role::Cdc, 0),
+            shard => (Role::Shard, shard.number),
+        };
+        let client = self.client_on(OPERATOR, None);
+        let runtime = client.runtime().clone();
+        runtime.spawn("trim", async move {
+            for op in [Op::TakeCheckpoint(TakeCheckpoint {}), Op::TrimLog(TrimLog { upto: u64::MAX })] {
+                let request = AdminRequest { op: Some(op) };
+                let done = client.admin_at(endpoint(node), role, number, request).await;
+                client.runtime().note(match done {
+                    Ok(_) => "world: an operator is obeyed",
+                    Err(_) => "world: an operator is not obeyed",
+                });
+            }
+        });
     }
 
     /// Takes note that a disk is made to lose or change what it holds.

@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    path::Path,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -13,11 +13,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::LogId;
-use clutch_runtime::{Runtime, simulated::NodeId};
+use clutch_log::{Bounds, LogId, Position};
+use clutch_runtime::{Disk, Runtime, simulated::NodeId};
+use clutch_server::stores::{IsHome, log_name};
 use clutch_state::{
-    MemoryStore, Store, StoreError, Table, View,
-    store::{Rows, WriteBatch},
+    MemoryStore, Store, StoreError, Table, View, applier,
+    store::{Key, Rows, WriteBatch},
 };
 use clutch_state_buffered::{BufferedStore, RowCache};
 use parking_lot::Mutex;
@@ -61,6 +62,11 @@ impl SimImages {
     pub fn forget(&self, node: NodeId, log: LogId) {
         self.images.lock().remove(&(node, log));
         self.condemned.lock().remove(&(node, log));
+    }
+
+    /// Puts a state in the place of the one that there is; it survives crashes.
+    pub fn put(&self, node: NodeId, log: LogId, store: MemoryStore) {
+        self.images.lock().insert((node, log), Arc::new(Mutex::new(Arc::new(store))));
     }
 
     /// The store of a replica as the last flush before a crash left it.
@@ -135,6 +141,91 @@ impl Store for SimStore {
     }
 
     fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
-        self.memory.checkpoint(to)
+        self.runtime.disk.replace(to, &encode(&self.memory)?).map_err(|e| failed("write", to, &e))
     }
+}
+
+fn failed(what: &str, path: &Path, error: &std::io::Error) -> StoreError {
+    let text = format!("{what} {}: {error}", path.display());
+    match error.kind() {
+        std::io::ErrorKind::StorageFull => StoreError::Full(text),
+        _ => StoreError::Engine(text),
+    }
+}
+
+/// Where a replica's checkpoints lie on its node's disk, each one file.
+pub fn checkpoints_of(id: LogId) -> PathBuf {
+    PathBuf::from("state").join(log_name(id)).join("checkpoints")
+}
+
+/// A checkpoint: of each row the lengths of key and value, and both; then a CRC-32 of all that.
+fn encode(store: &MemoryStore) -> Result<Vec<u8>, StoreError> {
+    let mut bytes = Vec::new();
+    for table in (0..=255).map(Table) {
+        for (key, value) in store.scan(table, &[], &[], usize::MAX)? {
+            let key = table.stored_key(&key);
+            bytes.extend_from_slice(&(key.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(&(value.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(&key);
+            bytes.extend_from_slice(&value);
+        }
+    }
+    bytes.extend_from_slice(&crc32fast::hash(&bytes).to_le_bytes());
+    Ok(bytes)
+}
+
+fn decode(bytes: &[u8]) -> Option<MemoryStore> {
+    let (mut rest, crc) = bytes.split_last_chunk::<4>()?;
+    if crc32fast::hash(rest) != u32::from_le_bytes(*crc) {
+        return None;
+    }
+    let mut rows = WriteBatch::new();
+    while !rest.is_empty() {
+        let (key, after) = rest.split_first_chunk::<4>()?;
+        let (value, after) = after.split_first_chunk::<4>()?;
+        let (key, after) = after.split_at_checked(u32::from_le_bytes(*key) as usize)?;
+        let (value, after) = after.split_at_checked(u32::from_le_bytes(*value) as usize)?;
+        rows.push((Key::from_slice(key), Some(Bytes::copy_from_slice(value))));
+        rest = after;
+    }
+    let store = MemoryStore::new();
+    store.write(rows).ok()?;
+    Some(store)
+}
+
+/// Opens a checkpoint.
+pub fn read(disk: &dyn Disk, path: &Path) -> Result<MemoryStore, StoreError> {
+    let bytes = disk.read(path).map_err(|e| failed("read", path, &e))?;
+    decode(&bytes).ok_or_else(|| StoreError::Damaged(format!("{} is damaged", path.display())))
+}
+
+/// The newest checkpoint that is whole and from which a log goes on.
+pub fn newest(
+    disk: &dyn Disk,
+    id: LogId,
+    log: Bounds,
+    is_home: IsHome<'_>,
+) -> Result<Option<(Position, MemoryStore)>, StoreError> {
+    let dir = checkpoints_of(id);
+    let names = disk.list(&dir).map_err(|e| failed("list", &dir, &e))?;
+    let mut positions: Vec<u64> = names.iter().filter_map(|name| name.parse().ok()).collect();
+    positions.sort_unstable();
+    for position in positions.into_iter().rev().map(Position) {
+        if position > log.last || position.next() < log.first {
+            continue;
+        }
+        let path = dir.join(format!("{:020}", position.0));
+        let store = read(disk, &path).and_then(|store| {
+            is_home(&store)?;
+            Ok((applier::rescan(&store)?, store))
+        });
+        match store {
+            Ok((rescan, store)) if rescan.differences.is_empty() && rescan.position <= position => {
+                return Ok(Some((position, store)));
+            }
+            Ok((rescan, _)) => tracing::debug!(differences = ?rescan.differences, "a checkpoint is damaged"),
+            Err(error) => tracing::debug!(%error, "a checkpoint cannot be read"),
+        }
+    }
+    Ok(None)
 }

@@ -13,6 +13,7 @@
 //! * What was committed is durable: it is there after a restart of every node.
 
 pub mod conformance;
+pub mod snapshot;
 
 use std::{
     future::Future,
@@ -24,16 +25,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 pub use clutch_proto::log::{Batch, Epoch, LogId, NodeId, Position};
+pub use snapshot::{Manifest, NoSnapshots, SnapshotFile, Snapshots};
 use tokio::sync::oneshot;
-
-/// A snapshot by reference: state up to `position` lies at `location`, which the store can open.
-#[derive(Clone, Debug, PartialEq)]
-pub struct SnapshotRef {
-    /// The last position that the snapshot contains.
-    pub position: Position,
-    /// A directory.
-    pub location: String,
-}
 
 /// What a log tells its replica, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -45,8 +38,9 @@ pub enum Event {
         /// The last position of the gap.
         to: Position,
     },
-    /// The state must be replaced by the snapshot; batches follow from after it.
-    Restore(SnapshotRef),
+    /// What comes next was trimmed: the state must be replaced by this snapshot, which was received whole. Batches follow from
+    /// after it; what became of proposals before it is not told any more.
+    Restore(Manifest),
     /// Who leads has changed. When a reign begins, everything of earlier reigns has been delivered. When this node's own ends,
     /// that is told with its epoch and `is_self: false` before any other begins.
     Leader {
@@ -258,8 +252,6 @@ pub trait Log: Send + Sync {
     async fn seal(&self) -> Result<Position, LogFault>;
     /// Allows the engine to forget everything up to `upto`; floors of the engine are kept.
     async fn trim(&self, upto: Position) -> Result<(), LogFault>;
-    /// The replica has a snapshot that others may be restored from.
-    async fn snapshot_ready(&self, snapshot: SnapshotRef);
     /// Hands leadership to another node; engines with one node refuse.
     async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault>;
     /// Gives up a reign of this node, if there is one, and stands for no other before the log is opened again, whoever may

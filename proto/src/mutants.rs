@@ -181,6 +181,10 @@ pub enum Mutant {
     UnsharedClock,
     /// The leader logs its own hash as that of all members.
     LeadersWord,
+    /// A snapshot is called by a position that its state has not come to.
+    SnapshotPastState,
+    /// A member offers the snapshot that it has, whatever is asked for.
+    OldSnapshotOffered,
     /// A map that was read earlier and comes later replaces a newer one.
     OlderMapStored,
 }
@@ -189,7 +193,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 89] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 91] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -281,6 +285,8 @@ impl Mutant {
         (Mutant::TransactionsUnseen, &["replicas", "session"]),
         (Mutant::UnsharedClock, &["causality"]),
         (Mutant::LeadersWord, &["diverged"]),
+        (Mutant::SnapshotPastState, &["replicas", "state hash", "convergence", "panic"]),
+        (Mutant::OldSnapshotOffered, &["replicas", "panic", "log"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
     ];
 }

@@ -24,6 +24,7 @@ pub mod rewind;
 pub mod room;
 pub mod routes;
 mod services;
+mod snapshots;
 pub mod stores;
 #[cfg(feature = "rocks")]
 pub mod up;

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use clutch_blocks::{BlockService, BlockStore};
 use clutch_cdc::Cdc;
 use clutch_client::{Client, ClientOptions, Registries};
-use clutch_log::{Bounds, Log, LogId};
+use clutch_log::{Bounds, Log, LogId, Position};
 use clutch_proto::{
     ServiceId, Time, cdc,
     mutants::{self, Mutant},
@@ -26,8 +26,8 @@ use clutch_proto::{
 use clutch_registry::{Registry, RegistryFacts};
 use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
 use clutch_shard::{Keyring, Lifetimes, Pages, Shard, ShardFacts};
-use clutch_state::{Applier, Fault, Machine, View, applier::batch_crc};
-use clutch_state_replica::{LeaderEvent, Replica, ReplicaConfig, ReplicaHandle, SharedFacts};
+use clutch_state::{Applier, Fault, Machine, StoreError, View, applier::batch_crc};
+use clutch_state_replica::{LeaderEvent, Replica, ReplicaConfig, ReplicaHandle, Restore, SharedFacts};
 use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -41,6 +41,7 @@ use crate::{
     placer::{Placer, Placing, Reigns},
     room::Room,
     routes::{Peers, Routes},
+    snapshots::ReplicaSnapshots,
     stores::{LogProvider, StoreProvider, log_name},
 };
 
@@ -483,7 +484,8 @@ impl Starter<'_> {
         let reason = match stores.condemned(id) {
             Some(why) => why,
             None => match self.open::<M>(id) {
-                Ok(applier) if applier.position().next() >= log.first => {
+                // What other members have is sent where the log does not go on from here.
+                Ok(applier) if applier.position().next() >= log.first || self.has_others() => {
                     self.compare(id, &applier, log)?;
                     return Ok(applier);
                 }
@@ -496,8 +498,9 @@ impl Starter<'_> {
             },
         };
         let is_home = |view: &dyn View| M::check_home(view, self.cluster, id.number);
+        let begins = if self.has_others() { Position(1) } else { log.first };
         let rebuilt = stores
-            .rebuild(id, log, &is_home)
+            .rebuild(id, Bounds { first: begins, ..log }, &is_home)
             .with_context(|| format!("build the state of {id} anew ({reason})"))?;
         let from = match rebuilt.from_checkpoint {
             Some(position) => format!("from the checkpoint at {position}"),
@@ -559,6 +562,24 @@ impl Starter<'_> {
         Ok(())
     }
 
+    /// Whether the logs here have members elsewhere.
+    fn has_others(&self) -> bool {
+        self.config.peers.len() > 1
+    }
+
+    /// Puts the state of a checkpoint in the place of the one that there is, and opens it.
+    fn restoring<M: Machine>(&self, id: LogId) -> Restore {
+        let (stores, cluster) = (self.config.stores.clone(), self.cluster);
+        Arc::new(move |position| {
+            let is_home = |view: &dyn View| M::check_home(view, cluster, id.number);
+            let rebuilt = stores.rebuild(id, Bounds { first: Position(1), last: position }, &is_home)?;
+            if rebuilt.from_checkpoint != Some(position.0) {
+                return Err(StoreError::Damaged(format!("the snapshot at {position} cannot be used")));
+            }
+            stores.store(id)
+        })
+    }
+
     async fn start<M: Machine>(
         &self,
         id: LogId,
@@ -570,7 +591,11 @@ impl Starter<'_> {
         if !mutants::is(Mutant::TimeGoesBack) {
             self.clock.advance(applier.time());
         }
-        let log = self.config.logs.log(id).await.with_context(|| format!("open the log of {name}"))?;
+        let (checkpoints, open) = (self.config.stores.checkpoints(id), self.config.stores.open_checkpoint());
+        let runtime = self.config.runtime.clone();
+        let snapshots = Arc::new(ReplicaSnapshots::new(runtime, checkpoints, open));
+        let log = self.config.logs.log(id, snapshots.clone()).await;
+        let log = log.with_context(|| format!("open the log of {name}"))?;
         let (leader_events, receiver) = mpsc::unbounded_channel();
         let replica = ReplicaConfig {
             name,
@@ -588,6 +613,7 @@ impl Starter<'_> {
             checkpoints: self.config.stores.checkpoints(id),
             open_checkpoint: self.config.stores.open_checkpoint(),
             ask_members: self.asker.of(id),
+            restore: self.restoring::<M>(id),
             shortage: {
                 let room = self.config.room.clone();
                 Arc::new(move || room.shortage())
@@ -598,6 +624,7 @@ impl Starter<'_> {
             },
         };
         let handle = Replica::start(applier, replica);
+        snapshots.begin(handle.clone());
         self.started.lock().push((id, handle.clone(), log));
         Ok((handle, receiver))
     }

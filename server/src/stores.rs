@@ -3,7 +3,7 @@
 use std::{path::PathBuf, sync::Arc};
 
 use async_trait::async_trait;
-use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position};
+use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position, Snapshots};
 use clutch_log_local::LocalEngine;
 use clutch_state::{Store, StoreError, View};
 use clutch_state_replica::OpenCheckpoint;
@@ -11,8 +11,8 @@ use clutch_state_replica::OpenCheckpoint;
 /// Opens the logs of a node.
 #[async_trait]
 pub trait LogProvider: Send + Sync {
-    /// The log of that id.
-    async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault>;
+    /// The log of that id, for a replica that has these snapshots.
+    async fn log(&self, id: LogId, snapshots: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault>;
     /// What a log holds, before it is opened: nothing is appended.
     fn bounds(&self, id: LogId) -> Bounds;
     /// The batch at a position, before the log is opened; `None` when there is none, or where it cannot be told.
@@ -23,7 +23,7 @@ pub trait LogProvider: Send + Sync {
 
 #[async_trait]
 impl LogProvider for LocalEngine {
-    async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
+    async fn log(&self, id: LogId, _: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault> {
         LocalEngine::log(self, id).await
     }
 

@@ -153,13 +153,7 @@ impl<M: Machine> Applier<M> {
         if applied.position > 0 && applied.format < FORMAT {
             return Err(Fault::OldFormat(applied.format));
         }
-        let mut sums = Sums::default();
-        for (key, value) in store.scan(Table::SUMS, &[], &[], 256)? {
-            match (key.first(), StateHash::from_bytes(&value)) {
-                (Some(&lane), Some(sum)) => sums.load(lane, sum.0),
-                _ => return Err(StoreError::Broken("a hash sum has the wrong length".into()).into()),
-            }
-        }
+        let sums = stored_sums(&*store)?;
         let mut applier = Applier {
             store,
             position: Position(applied.position),
@@ -460,6 +454,22 @@ pub struct Rescan {
 pub fn stands_at(view: &dyn View) -> Result<(Position, Time), StoreError> {
     let applied: AppliedRow = get_row(view, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
     Ok((Position(applied.position), Time(applied.time)))
+}
+
+fn stored_sums(view: &dyn View) -> Result<Sums, StoreError> {
+    let mut sums = Sums::default();
+    for (key, value) in view.scan(Table::SUMS, &[], &[], 256)? {
+        match (key.first(), StateHash::from_bytes(&value)) {
+            (Some(&lane), Some(sum)) => sums.load(lane, sum.0),
+            _ => return Err(StoreError::Broken("a hash sum has the wrong length".into())),
+        }
+    }
+    Ok(sums)
+}
+
+/// The hash that a state says of itself; whether its rows give it, [`rescan`] finds out.
+pub fn stored_hash(view: &dyn View) -> Result<StateHash, StoreError> {
+    Ok(stored_sums(view)?.total())
 }
 
 /// Reads every row and compares with the stored sums: finds rows that changed behind our back.

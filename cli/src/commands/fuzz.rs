@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use clutch_integration::{
     fuzz::{self, Failure, Options, Summary},
     generate::{Profile, generate_replicated},
-    script::Script,
+    script::{Fault, Script},
     shrink::shrink,
 };
 use serde_json::json;
@@ -147,6 +147,7 @@ fn short_of_faults(args: &FuzzArgs, summary: &Summary) -> Option<String> {
     let short: Vec<String> = summary
         .faults
         .iter()
+        .filter(|(kind, _)| args.replicas > 1 || !Fault::needs_members(kind))
         .filter(|(_, count)| **count < args.require_faults)
         .map(|(kind, count)| format!("{kind} {count}"))
         .collect();

@@ -145,6 +145,11 @@ impl Runner {
             Fault::Crash(party, d) | Fault::Kill(party, d) | Fault::Lose(party, d) => {
                 self.stop(&fault, node(self, party), *d);
             }
+            Fault::Trim(party, member) => {
+                if let Some((log, node)) = self.member(*party, *member) {
+                    self.cluster.trim(log, node);
+                }
+            }
             Fault::Stall(party, operations, d) => {
                 self.cluster.world.disk(node(self, party)).stall_after(u64::from(*operations), *d);
             }
@@ -224,15 +229,25 @@ impl Runner {
             // The right disk is not there.
             Fault::Wipe(disk) if self.unmounted.contains_key(disk) => {}
             Fault::Wipe(disk) => {
-                // As an operator would: stop the node, change the disk, start it.
-                let node = disk_node(*disk);
-                self.cluster.spoil(*disk);
-                self.crash(node);
-                self.cluster.world.disk(node).wipe();
-                self.cluster.label(*disk);
-                self.end_after(RESTART_PAUSE, End::Boot(node));
+                self.wipe(*disk);
             }
         }
+    }
+
+    /// As an operator would: stop the node, change the disk, start it.
+    fn wipe(&mut self, disk: u32) {
+        let node = disk_node(disk);
+        self.cluster.spoil(disk);
+        self.crash(node);
+        self.cluster.world.disk(node).wipe();
+        self.cluster.label(disk);
+        self.end_after(RESTART_PAUSE, End::Boot(node));
+    }
+
+    /// A log's member by its number.
+    fn member(&self, party: Party, number: u32) -> Option<(LogId, NodeId)> {
+        let log = log_of(party)?;
+        Some((log, *self.cluster.members(log).get(number as usize)?))
     }
 
     /// Whether a fault does anything now: nobody is cut off from himself, and who is down cannot fall. Chances (loss,
@@ -247,6 +262,9 @@ impl Runner {
             | Fault::PowerCut(party, ..) => is_up(party),
             Fault::Pause(party, _) | Fault::Slow(party, _) => {
                 is_up(party) && !self.paused.contains(&self.node(*party))
+            }
+            Fault::Trim(party, member) => {
+                self.member(*party, *member).is_some_and(|(_, node)| !self.down.contains(&node))
             }
             Fault::Flip(disk, _) => !self.cluster.world.disk(disk_node(*disk)).files().is_empty(),
             _ => true,

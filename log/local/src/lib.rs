@@ -31,7 +31,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
     Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Outcome,
-    Position, Progress, Rejected, SnapshotRef, Status, check_batch,
+    Position, Progress, Rejected, Status, check_batch,
 };
 use clutch_runtime::{Disk, Runtime};
 use parking_lot::Mutex;
@@ -333,8 +333,6 @@ impl Log for LocalLog {
         self.handle.command(Command::Trim { done }).await?;
         self.handle.answer(answer).await?
     }
-
-    async fn snapshot_ready(&self, _snapshot: SnapshotRef) {}
 
     async fn transfer_leader(&self, _to: NodeId) -> Result<(), LogFault> {
         Err(LogFault::Unsupported(

@@ -16,7 +16,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
     Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, Member, NodeId, Outcome, Position,
-    Progress, Refused, Rejected, SnapshotRef, Status, check_batch,
+    Progress, Refused, Rejected, Status, check_batch,
 };
 use openraft::{
     Config, EmptyNode, EntryPayload, Raft, ReadPolicy, SnapshotPolicy, async_runtime::WatchReceiver as _,
@@ -192,8 +192,6 @@ impl Log for RaftLog {
     async fn trim(&self, _upto: Position) -> Result<(), LogFault> {
         Ok(())
     }
-
-    async fn snapshot_ready(&self, _snapshot: SnapshotRef) {}
 
     async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {
         self.raft.trigger().transfer_leader(to).await.map_err(|e| LogFault::Storage(e.to_string()))

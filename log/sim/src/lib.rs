@@ -10,6 +10,7 @@
 
 mod changes;
 mod members;
+mod restore;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,10 +21,10 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Outcome,
-    Position, Progress, Refused, Rejected, SnapshotRef, Status, check_batch,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Manifest, Member, NodeId,
+    Outcome, Position, Progress, Refused, Rejected, Status, check_batch,
 };
-use clutch_runtime::Runtime;
+use clutch_runtime::{BoxFuture, Runtime};
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
@@ -82,7 +83,6 @@ struct State {
     deaf: BTreeSet<NodeId>,
     /// Nodes that have resigned and not opened the log again.
     resigned: BTreeSet<NodeId>,
-    restore: BTreeMap<NodeId, SnapshotRef>,
     members: Members,
 }
 
@@ -214,13 +214,6 @@ impl SimLogs {
         }
         group.changed.tell();
     }
-
-    /// A node's readers get this snapshot in mid-stream.
-    pub fn restore(&self, id: LogId, node: NodeId, snapshot: SnapshotRef) {
-        let group = self.group(id);
-        group.state.lock().restore.insert(node, snapshot);
-        group.changed.tell();
-    }
 }
 
 struct SimLog {
@@ -299,6 +292,7 @@ impl Log for SimLog {
             next: from.max(Position(1)),
             told: (Epoch(0), None),
             sealed_told: false,
+            restoring: None,
         })
     }
 
@@ -346,8 +340,6 @@ impl Log for SimLog {
         state.floor = state.floor.max(upto.min(state.tail()));
         Ok(())
     }
-
-    async fn snapshot_ready(&self, _snapshot: SnapshotRef) {}
 
     async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {
         {
@@ -427,20 +419,23 @@ struct SimEvents {
     /// The reign that was told last, and who was said to lead in it.
     told: (Epoch, Option<NodeId>),
     sealed_told: bool,
+    /// A snapshot is being received.
+    restoring: Option<BoxFuture<Manifest>>,
 }
 
 impl SimEvents {
     fn ready(&mut self) -> Result<Option<Event>, LogFault> {
         self.seen = self.group.changed.count();
-        let mut state = self.group.state.lock();
+        let state = self.group.state.lock();
         if state.deaf.contains(&self.node) {
             return Ok(None);
         }
-        if let Some(snapshot) = state.restore.remove(&self.node) {
-            self.next = snapshot.position.next();
-            return Ok(Some(Event::Restore(snapshot)));
-        }
         if self.next <= state.floor {
+            if state.members.may_restore(self.node) {
+                let (runtime, group) = (self.runtime.clone(), self.group.clone());
+                self.restoring = Some(Box::pin(restore::restored(runtime, group, self.node)));
+                return Ok(None);
+            }
             return Err(LogFault::Trimmed { asked: self.next, first: state.floor.next() });
         }
         let (told, leader) = self.told;
@@ -488,8 +483,18 @@ impl SimEvents {
 impl Events for SimEvents {
     async fn next(&mut self) -> Result<Event, LogFault> {
         loop {
+            // It goes on where it was when the future before was dropped.
+            if let Some(restoring) = &mut self.restoring {
+                let manifest = restoring.await;
+                self.restoring = None;
+                self.next = manifest.position.next();
+                return Ok(Event::Restore(manifest));
+            }
             if let Some(event) = self.ready()? {
                 return Ok(event);
+            }
+            if self.restoring.is_some() {
+                continue;
             }
             let changed = self.group.changed.after(self.seen);
             let now = self.runtime.clock.monotonic();

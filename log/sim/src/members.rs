@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use clutch_log::{Log, LogId, NodeId};
+use clutch_log::{Log, LogId, NodeId, Snapshots};
 use clutch_runtime::Runtime;
 
 use crate::{SimLog, SimLogs};
@@ -27,10 +27,12 @@ pub(crate) struct Members {
     /// All that the group has, whether they are there or not.
     all: BTreeSet<NodeId>,
     heard: BTreeMap<NodeId, Duration>,
+    /// What each can be restored from, and others from it.
+    snapshots: BTreeMap<NodeId, Arc<dyn Snapshots>>,
 }
 
 impl Members {
-    fn is_there(&self, node: NodeId, now: Duration) -> bool {
+    pub(crate) fn is_there(&self, node: NodeId, now: Duration) -> bool {
         self.heard.get(&node).is_some_and(|heard| now.saturating_sub(*heard) < SILENCE)
     }
 
@@ -42,6 +44,20 @@ impl Members {
     /// Whether a leader's word counts: always where there are no members.
     pub(crate) fn is_led_by(&self, leader: NodeId, now: Duration) -> bool {
         self.all.is_empty() || self.is_there(leader, now) && self.has_quorum(now)
+    }
+
+    /// Whether a member may get a snapshot of another.
+    pub(crate) fn may_restore(&self, node: NodeId) -> bool {
+        self.all.len() > 1 && self.snapshots.contains_key(&node)
+    }
+
+    pub(crate) fn snapshots(&self, node: NodeId) -> Option<Arc<dyn Snapshots>> {
+        self.snapshots.get(&node).cloned()
+    }
+
+    /// The members that are there, but for one.
+    pub(crate) fn others(&self, node: NodeId, now: Duration) -> Vec<NodeId> {
+        self.all.iter().copied().filter(|other| *other != node && self.is_there(*other, now)).collect()
     }
 
     pub(crate) fn nodes(&self) -> BTreeSet<NodeId> {
@@ -64,12 +80,20 @@ pub(crate) fn lateness(runtime: &Runtime) -> Duration {
 
 impl SimLogs {
     /// A node's handle of a log of which it is one of `all` members. It takes part until its node stops.
-    pub fn join(&self, runtime: &Runtime, id: LogId, node: NodeId, all: &BTreeSet<NodeId>) -> Arc<dyn Log> {
+    pub fn join(
+        &self,
+        runtime: &Runtime,
+        id: LogId,
+        node: NodeId,
+        all: &BTreeSet<NodeId>,
+        snapshots: Arc<dyn Snapshots>,
+    ) -> Arc<dyn Log> {
         assert!(all.contains(&node), "node {node} is none of {all:?}");
         let group = self.group(id);
         {
             let mut state = group.state.lock();
             state.members.all = all.clone();
+            state.members.snapshots.insert(node, snapshots);
             state.resigned.remove(&node);
             // Whoever starts again does not lead: what it had proposed is decided by the next election.
             if state.leader == Some(node) {

@@ -2,7 +2,10 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use clutch_log::conformance::{self, Harness};
+use clutch_log::{
+    NoSnapshots,
+    conformance::{self, Harness},
+};
 use clutch_runtime::simulated::{NodeId, World};
 
 use super::*;
@@ -123,7 +126,16 @@ fn elected(seed: u64) -> (World, Elected) {
     let nodes = (1..=3).map(NodeId);
     let members = nodes
         .map(|node| {
-            (node, logs.join(&world.node(node), LogId::CDC, u64::from(node.0), &BTreeSet::from([1, 2, 3])))
+            (
+                node,
+                logs.join(
+                    &world.node(node),
+                    LogId::CDC,
+                    u64::from(node.0),
+                    &BTreeSet::from([1, 2, 3]),
+                    Arc::new(NoSnapshots),
+                ),
+            )
         })
         .collect();
     let harness = Elected { runtime: world.node(NodeId(0)), logs, members };
@@ -158,7 +170,8 @@ fn who_resigned_is_not_elected_before_it_opens_the_log_again() {
             harness.members[2].1.resign();
             clock.sleep(Duration::from_secs(10)).await;
             assert_eq!(harness.logs.leader(LogId::CDC), None);
-            let _again = harness.logs.join(&rejoins, LogId::CDC, 1, &BTreeSet::from([1, 2, 3]));
+            let _again =
+                harness.logs.join(&rejoins, LogId::CDC, 1, &BTreeSet::from([1, 2, 3]), Arc::new(NoSnapshots));
             assert_eq!(harness.leads(None).await, 1);
         });
         assert!(done.is_some(), "seed {seed} got stuck");

@@ -18,7 +18,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Batch, Commit, Epoch, Event, Log, Outcome, Position, Refused, Rejected};
+use clutch_log::{Batch, Commit, Epoch, Event, Log, Manifest, Outcome, Position, Refused, Rejected};
 use clutch_proto::{
     Refusal, Time,
     limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX, INBOX_REQUESTS_MAX},
@@ -43,6 +43,7 @@ mod facts;
 mod fates;
 mod handle;
 mod reads;
+mod restore;
 mod upkeep;
 mod verdict;
 
@@ -51,6 +52,7 @@ use fates::{Answers, Fates};
 pub use handle::{Answer, Freshness, ReplicaHandle};
 use handle::{Input, Reply};
 use reads::{Barrier, PendingRead, Waiting};
+pub use restore::Restore;
 pub use verdict::AskMembers;
 use verdict::Poll;
 
@@ -106,6 +108,8 @@ pub struct ReplicaConfig<M: Machine> {
     pub on_damage: Arc<dyn Fn(&str) + Send + Sync>,
     /// Opens a checkpoint for reading.
     pub open_checkpoint: OpenCheckpoint,
+    /// Puts a snapshot that the log has received in the place of the state.
+    pub restore: Restore,
     /// Asks the other members of the log what they have.
     pub ask_members: AskMembers,
 }
@@ -154,15 +158,20 @@ impl<M: Machine> Replica<M> {
     pub fn start(applier: Applier<M>, config: ReplicaConfig<M>) -> ReplicaHandle {
         let (sender, receiver) = mpsc::channel(INBOX_REQUESTS_MAX);
         let (admin, admin_receiver) = mpsc::channel(ADMIN_REQUESTS_MAX);
-        let runtime = config.runtime.clone();
-        let name = config.name.clone();
+        let (spawner, name) = (config.runtime.spawner.clone(), config.name.clone());
         let fault = Arc::new(OnceLock::new());
-        let replica = Replica {
+        let replica = Replica::new(applier, config, fault.clone());
+        spawner.spawn_owner(name, Box::pin(restore::run_restored(replica, receiver, admin_receiver)));
+        ReplicaHandle { sender, admin, fault }
+    }
+
+    fn new(applier: Applier<M>, config: ReplicaConfig<M>, fault: Arc<OnceLock<String>>) -> Replica<M> {
+        Replica {
             config,
             applier,
             leading: None,
             led: Epoch(0),
-            fault: fault.clone(),
+            fault,
             in_flight: FuturesUnordered::new(),
             fates: Fates::new(),
             deferred: BTreeMap::new(),
@@ -174,12 +183,15 @@ impl<M: Machine> Replica<M> {
             batches_since_check: 0,
             ticks_since_check: 0,
             snapshots: admin::Snapshots::default(),
-        };
-        runtime.spawner.spawn_owner(name, Box::pin(replica.run(receiver, admin_receiver)));
-        ReplicaHandle { sender, admin, fault }
+        }
     }
 
-    async fn run(mut self, mut inbox: mpsc::Receiver<Input>, mut admin: mpsc::Receiver<Input>) {
+    /// Runs until it is stopped, or until its state must be replaced.
+    async fn run(
+        mut self,
+        inbox: &mut mpsc::Receiver<Input>,
+        admin: &mut mpsc::Receiver<Input>,
+    ) -> Option<(ReplicaConfig<M>, Manifest)> {
         let mut events = self.config.log.events(self.applier.position().next());
         let clock = self.config.runtime.clock.clone();
         let mut tick = clock.sleep(TICK);
@@ -194,6 +206,10 @@ impl<M: Machine> Replica<M> {
                 }
                 Some((id, outcome)) = self.in_flight.next(), if !self.in_flight.is_empty() => self.decided(id, outcome),
                 event = events.next(), if self.fault.get().is_none() => match event {
+                    Ok(Event::Restore(manifest)) => {
+                        drop(events);
+                        return Some((self.leave(), manifest));
+                    }
                     Ok(event) => if let Err(fault) = self.step(event) {
                         self.fail(&fault);
                     },
@@ -212,12 +228,12 @@ impl<M: Machine> Replica<M> {
                         drop((events, self));
                         // The asker may be gone.
                         let _ = stopped.send(());
-                        return;
+                        return None;
                     }
                 }
                 count = inbox.recv_many(&mut inputs, BATCH_ENTRIES_MAX), if self.takes_requests() => {
                     if count == 0 {
-                        return;
+                        return None;
                     }
                     // Only the other lane stops a replica.
                     let stopped = self.accept(&mut inputs);
@@ -237,12 +253,8 @@ impl<M: Machine> Replica<M> {
         match event {
             Event::Committed(batch) => self.apply(&batch)?,
             Event::Gap { to } => self.applier.skip(to),
-            Event::Restore(snapshot) => {
-                return Err(StoreError::Engine(format!(
-                    "the log asks to restore the snapshot at {}; restart the replica on it",
-                    snapshot.location
-                ))
-                .into());
+            Event::Restore(manifest) => {
+                return Err(Fault::Order { applied: self.applier.position(), got: manifest.position });
             }
             Event::Leader { epoch, is_self: true, .. } => self.begin_leading(epoch)?,
             Event::Leader { is_self: false, .. } if mutants::is(Mutant::EndOfReignLost) => {}

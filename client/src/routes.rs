@@ -34,7 +34,7 @@ struct Heard {
     /// Who is asked instead of whom the map says: who was said to lead, or the next member after one that was silent.
     leaders: BTreeMap<LogKey, Endpoint>,
     /// Which member reads are asked of.
-    readers: BTreeMap<LogKey, usize>,
+    readers: BTreeMap<LogKey, Endpoint>,
 }
 
 /// A map is being read.
@@ -111,33 +111,36 @@ impl Routes {
         true
     }
 
-    /// Who was asked does not lead, or is silent: the next member is asked from now on. False once all have been.
-    pub(crate) fn turn_from(&self, log: LogKey, asked: &Endpoint, members: &[Endpoint]) -> bool {
+    /// Who was asked does not lead, or is silent: the next member is asked from now on, behind the last whom the map says.
+    pub(crate) fn turn_from(&self, log: LogKey, asked: &Endpoint, members: &[Endpoint]) {
         let at = members.iter().position(|member| member == asked);
-        let next = at.map_or(0, |at| at + 1);
+        let next = members.get(at.map_or(0, |at| at + 1)).cloned();
         let mut heard = lock(&self.0);
-        match members.get(next) {
-            Some(next) => {
-                heard.leaders.insert(log, next.clone());
-                true
-            }
-            None => {
-                heard.leaders.remove(&log);
-                false
-            }
+        match next {
+            Some(next) => drop(heard.leaders.insert(log, next)),
+            None => drop(heard.leaders.remove(&log)),
         }
     }
 
     /// Which of a log's members reads are asked of; a first guess spreads clients over them.
     pub(crate) fn reader(&self, log: LogKey, guess: u64, members: &[Endpoint]) -> Option<Endpoint> {
         let mut heard = lock(&self.0);
-        let at = *heard.readers.entry(log).or_insert((guess % members.len().max(1) as u64) as usize);
-        members.get(at % members.len().max(1)).cloned()
+        if let Some(reader) = heard.readers.get(&log).filter(|reader| members.contains(reader)) {
+            return Some(reader.clone());
+        }
+        let first = members.get((guess % members.len().max(1) as u64) as usize)?;
+        heard.readers.insert(log, first.clone());
+        Some(first.clone())
     }
 
-    /// A member did not answer a read: the next one is asked from now on.
-    pub(crate) fn turn_reader(&self, log: LogKey) {
-        *lock(&self.0).readers.entry(log).or_default() += 1;
+    /// A member did not answer a read: the next one is asked from now on, unless that is so already.
+    pub(crate) fn turn_reader(&self, log: LogKey, asked: &Endpoint, members: &[Endpoint]) {
+        let mut heard = lock(&self.0);
+        if heard.readers.get(&log) == Some(asked) {
+            let at = members.iter().position(|member| member == asked).map_or(0, |at| at + 1);
+            let next = members.get(at).or(members.first()).cloned();
+            next.map(|next| heard.readers.insert(log, next));
+        }
     }
 }
 
@@ -214,11 +217,22 @@ mod tests {
         let routes = Routes::default();
         let members: Vec<Endpoint> = ["a", "b", "c"].into_iter().map(Endpoint::from).collect();
         let log = (3, 1);
-        assert!(routes.turn_from(log, &members[0], &members));
+        routes.turn_from(log, &members[0], &members);
         assert_eq!(routes.leader(log), Some(members[1].clone()));
-        assert!(routes.turn_from(log, &members[1], &members));
-        assert!(!routes.turn_from(log, &members[2], &members), "all have been asked");
-        assert_eq!(routes.leader(log), None);
+        routes.turn_from(log, &members[1], &members);
+        assert_eq!(routes.leader(log), Some(members[2].clone()));
+        routes.turn_from(log, &members[2], &members);
+        assert_eq!(routes.leader(log), None, "all have been asked");
+        // Several reads that failed at one member turn from it once.
+        assert_eq!(routes.reader(log, 4, &members), Some(members[1].clone()));
+        for _ in 0..3 {
+            routes.turn_reader(log, &members[1], &members);
+        }
+        assert_eq!(routes.reader(log, 4, &members), Some(members[2].clone()));
+        routes.turn_reader(log, &members[2], &members);
+        assert_eq!(routes.reader(log, 4, &members), Some(members[0].clone()));
+        // One that is no member any more is not asked.
+        assert_eq!(routes.reader(log, 4, &members[1..]), Some(members[1].clone()));
         assert!(routes.lead(log, &members[0], &members[2]));
         assert_eq!(routes.leader(log), Some(members[2].clone()));
         assert!(!routes.lead(log, &members[2], &members[2]), "it says so of itself");

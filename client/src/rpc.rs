@@ -65,6 +65,17 @@ pub enum Freshness {
     Position(u64),
 }
 
+impl Freshness {
+    /// What the next attempt asks for: where a position is not there yet, whoever answers asks how much there is. After a log was
+    /// rewound it may never come.
+    fn after(self, error: &ClientError) -> Freshness {
+        match self {
+            Freshness::Position(_) if error.code() == Some(Code::NotReady) => Freshness::Member,
+            freshness => freshness,
+        }
+    }
+}
+
 /// Whom reads are asked of, where a log has several members.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reads {
@@ -73,7 +84,8 @@ pub enum Reads {
     Leader,
     /// Any member, which asks how much there is before it answers: they see the same.
     Member,
-    /// Any member, which asks nobody: they see all that this client has done or seen, and may be behind what others have done.
+    /// Any member, which asks nobody: of each log they see all that this client has done or seen there, and may be behind what
+    /// others have done. What one shard names, another may not have yet where somebody else made it.
     Seen,
 }
 
@@ -468,7 +480,9 @@ impl Client {
         let timeout = if lane == Lane::Bulk { options.block_attempt } else { options.attempt };
         // No attempt outlasts patience; a moment is always given.
         let timeout = timeout.min(options.patience.max(ATTEMPT_MIN));
-        let timeout = if target.members.len() > 1 { timeout.min(ATTEMPT_OF_SEVERAL) } else { timeout };
+        // Who looks after a replica means that one, and what is asked of it may take long.
+        let has_others = target.members.len() > 1 && !how.admin;
+        let timeout = if has_others { timeout.min(ATTEMPT_OF_SEVERAL) } else { timeout };
         let network = &self.inner.runtime.network;
         let answer = match network.call(&target.endpoint, lane, request, how.answer_bytes, timeout).await {
             Ok(answer) => answer,
@@ -490,8 +504,8 @@ impl Client {
     fn heard(&self, target: &Target, response: Response, is_change: bool) -> Heard {
         if let Err(refusal) = self.inner.clock.learn(Time(response.time)) {
             self.inner.runtime.note("client: an answer is ahead of the node's clock");
-            // What the node logs of a change must come behind it: it is asked again until the clocks agree.
-            if is_change {
+            // What the node logs of it must come behind it: it is asked again until the clocks agree.
+            if is_change || target.role == Role::Shard {
                 return Heard::nothing(ClientError::Unknown(format!("{}: {refusal}", target.endpoint)));
             }
         }
@@ -572,30 +586,38 @@ impl Client {
 
     /// Whom a request is sent to next, after it failed where it was sent; true where that is known so well that it is sent at
     /// once.
-    fn turn(&self, target: &Target, freshness: Freshness, leader: Option<&Endpoint>) -> bool {
+    fn turn(&self, target: &Target, how: How, leader: Option<&Endpoint>, failed: &mut Vec<Endpoint>) -> bool {
         let routes = &self.inner.routes;
-        if freshness != Freshness::Leader && target.members.len() > 1 {
-            routes.turn_reader(target.log());
-            return false;
+        // A node may go on naming a leader that is gone.
+        let leader = leader.filter(|leader| !failed.contains(leader));
+        if leader.is_none() {
+            failed.push(target.endpoint.clone());
+        }
+        // When all have been asked, the registry may know of others.
+        if failed.len() >= target.members.len() || how.admin {
+            failed.clear();
+            routes.doubt();
         }
         if target.role == Role::Registry {
-            return match leader {
-                Some(leader) => self.inner.registries.lead(&target.endpoint, leader),
-                None => {
-                    self.inner.registries.turn_from(&target.endpoint);
-                    routes.doubt();
-                    false
-                }
-            };
+            let is_hinted = leader.is_some_and(|leader| self.inner.registries.lead(&target.endpoint, leader));
+            if !is_hinted {
+                self.inner.registries.turn_from(&target.endpoint);
+            }
+            return is_hinted;
+        }
+        if how.admin {
+            return false;
+        }
+        if how.freshness != Freshness::Leader && target.members.len() > 1 {
+            routes.turn_reader(target.log(), &target.endpoint, &target.members);
+            return false;
         }
         match leader {
             Some(leader) => routes.lead(target.log(), &target.endpoint, leader),
-            // When all have been asked, the registry may know of others.
-            None if !routes.turn_from(target.log(), &target.endpoint, &target.members) => {
-                routes.doubt();
+            None => {
+                routes.turn_from(target.log(), &target.endpoint, &target.members);
                 false
             }
-            None => false,
         }
     }
 
@@ -604,7 +626,7 @@ impl Client {
         service: Service,
         body: Bytes,
         tag: Option<&ClientTag>,
-        how: How,
+        mut how: How,
         began: Began,
         at: &mut AnsweredAt,
     ) -> Result<Bytes, ClientError> {
@@ -613,7 +635,7 @@ impl Client {
         let mut backoff = Duration::from_millis(5);
         let mut asked = Asked::new(tag.is_some());
         let mut tag = tag.copied();
-        let mut hints = 0;
+        let (mut hints, mut failed) = (0, Vec::new());
         loop {
             let target = Box::pin(self.target(service)).await.map(|target| self.reader(target, how));
             let heard = match &target {
@@ -636,12 +658,16 @@ impl Client {
                 Err(error) => error,
             };
             let (was_sent, is_logged) = (target.is_ok(), heard.at.position != 0);
-            let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged });
+            let has_others = target.as_ref().is_ok_and(|target| target.members.len() > 1);
+            let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged, has_others });
             if let Some(note) = verdict.note {
                 self.inner.runtime.note(note);
             }
             let is_hinted = match &target {
-                Ok(target) if verdict.look_again => self.turn(target, how.freshness, heard.leader.as_ref()),
+                Ok(target) if verdict.look_again || verdict.again && how.freshness != Freshness::Leader => {
+                    how.freshness = how.freshness.after(&error);
+                    self.turn(target, how, heard.leader.as_ref(), &mut failed)
+                }
                 _ => false,
             };
             if verdict.renew
@@ -650,15 +676,7 @@ impl Client {
                 tag.issued_at = self.issue_time();
             }
             if !verdict.again || clock.monotonic() - start >= self.inner.options.patience {
-                self.inner.runtime.note(match verdict.again {
-                    true => "client: patience ended",
-                    false => "client: refused for good",
-                });
-                let (told, note) = asked.told(error, is_logged);
-                if let Some(note) = note {
-                    self.inner.runtime.note(note);
-                }
-                return Err(told);
+                return Err(self.told(&asked, error, is_logged, verdict.again));
             }
             if is_hinted && hints < HINTS_AT_ONCE {
                 self.inner.runtime.note("client: a hint is followed");
@@ -668,6 +686,19 @@ impl Client {
             hints = 0;
             backoff = self.back_off(backoff).await;
         }
+    }
+
+    /// What the caller is told of a request that is not asked again.
+    fn told(&self, asked: &Asked, error: ClientError, is_logged: bool, may_get_better: bool) -> ClientError {
+        self.inner.runtime.note(match may_get_better {
+            true => "client: patience ended",
+            false => "client: refused for good",
+        });
+        let (told, note) = asked.told(error, is_logged);
+        if let Some(note) = note {
+            self.inner.runtime.note(note);
+        }
+        told
     }
 
     /// Waits about that long, and says how long to wait the next time.

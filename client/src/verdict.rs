@@ -32,6 +32,8 @@ pub(crate) struct Attempt<'a> {
     pub(crate) was_sent: bool,
     /// Whether the answer is in a log.
     pub(crate) is_logged: bool,
+    /// Whether others may answer instead of who was asked.
+    pub(crate) has_others: bool,
 }
 
 /// What to do.
@@ -74,6 +76,8 @@ impl Asked {
                     refusal.code,
                     Code::WrongShard | Code::NotLeader | Code::NotReady | Code::OutcomeUnknown
                 );
+                // Who has stopped does not get better; another member does what it cannot.
+                let moved = moved || refusal.code == Code::ReplicaFault && attempt.has_others;
                 // A refusal that is in no log binds only its own attempt: an earlier one may be on its way still.
                 let is_open = self.maybe_done && self.is_tagged && !attempt.is_logged;
                 let note = match (never_sent, moved) {
@@ -216,7 +220,7 @@ mod tests {
             let mut asked = Asked::new(true);
             let mut last = None;
             for ((error, was_sent, is_logged), again) in heard.into_iter().zip(again) {
-                let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged });
+                let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged, has_others: false });
                 assert_eq!(verdict.again, again, "{what}: {error}");
                 last = Some((error, is_logged));
             }
@@ -230,7 +234,7 @@ mod tests {
     fn a_read_is_never_unknown() {
         for error in [silence(), nobody(), refused(Code::OutcomeUnknown), refused(Code::NoSpace)] {
             let mut asked = Asked::new(false);
-            let attempt = Attempt { error: &error, was_sent: true, is_logged: false };
+            let attempt = Attempt { error: &error, was_sent: true, is_logged: false, has_others: false };
             asked.failed(attempt);
             let (told, _) = asked.told(error.clone(), false);
             assert!(!matches!(told, ClientError::Unknown(_) | ClientError::Declined(_)), "{error}: {told}");
@@ -241,7 +245,7 @@ mod tests {
     fn only_a_tag_that_was_never_used_is_drawn_again() {
         let expired = refused(Code::ExpiredUnknown);
         fn attempt(error: &ClientError) -> Attempt<'_> {
-            Attempt { error, was_sent: true, is_logged: true }
+            Attempt { error, was_sent: true, is_logged: true, has_others: false }
         }
         let mut asked = Asked::new(true);
         let verdict = asked.failed(attempt(&expired));
@@ -255,14 +259,26 @@ mod tests {
         // What was not sent had no effect, whatever was answered.
         let mut asked = Asked::new(true);
         let unknown = refused(Code::OutcomeUnknown);
-        asked.failed(Attempt { error: &unknown, was_sent: false, is_logged: false });
+        asked.failed(Attempt { error: &unknown, was_sent: false, is_logged: false, has_others: false });
         assert!(!asked.maybe_done);
+    }
+
+    #[test]
+    fn who_has_stopped_is_turned_from_where_there_are_others() {
+        let stopped = refused(Code::ReplicaFault);
+        for has_others in [false, true] {
+            let attempt = Attempt { error: &stopped, was_sent: true, is_logged: false, has_others };
+            let verdict = Asked::new(false).failed(attempt);
+            assert_eq!((verdict.again, verdict.look_again), (has_others, has_others));
+        }
     }
 
     #[test]
     fn whoever_may_have_moved_is_looked_for() {
         let looks = |error: ClientError| {
-            Asked::new(true).failed(Attempt { error: &error, was_sent: true, is_logged: false }).look_again
+            Asked::new(true)
+                .failed(Attempt { error: &error, was_sent: true, is_logged: false, has_others: false })
+                .look_again
         };
         for code in [Code::WrongShard, Code::NotLeader, Code::NotReady, Code::OutcomeUnknown] {
             assert!(looks(refused(code)), "{code:?}");

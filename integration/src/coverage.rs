@@ -44,7 +44,6 @@ const NOTED: &[&str] = &[
     "client: any member is asked",
     "log: a member is restored from a snapshot",
     "log: a proposal waits for a quorum",
-    "log: a snapshot does not arrive",
     "log: another member is elected",
     "node: a newer leader was placed first",
     "node: does not start",

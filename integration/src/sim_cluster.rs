@@ -482,8 +482,25 @@ impl SimCluster {
         }
     }
 
-    /// A member of a log takes a checkpoint, and what is before it is trimmed, as an operator does.
+    /// Whether a log loses nothing with a node's disk: another member has on its own what was trimmed.
+    pub fn is_kept_without(&self, node: NodeId) -> bool {
+        self.log_ids().into_iter().filter(|log| self.members(*log).contains(&node)).all(|log| {
+            let trimmed = self.logs.trimmed(log);
+            let has = |member: &NodeId| *member != node && self.images.flushed(*member, log) >= trimmed;
+            trimmed == Position(0) || self.members(log).iter().any(has)
+        })
+    }
+
+    /// A member of a log takes a checkpoint, and what is before it is trimmed, as an operator does; the next one, too, so that
+    /// most of three have.
     pub fn trim(&self, log: LogId, node: NodeId) {
+        let members = self.members(log);
+        let at = members.iter().position(|member| *member == node).unwrap_or(0);
+        let both = members.iter().cycle().skip(at).take(members.len() / 2 + 1);
+        both.for_each(|member| self.trim_of(log, *member));
+    }
+
+    fn trim_of(&self, log: LogId, node: NodeId) {
         let (role, number) = match log {
             LogId::REGISTRY => (Role::Registry, 0),
             LogId::CDC => (Role::Cdc, 0),

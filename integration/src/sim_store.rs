@@ -64,6 +64,13 @@ impl SimImages {
         self.condemned.lock().remove(&(node, log));
     }
 
+    /// How far a state is that survives a crash.
+    pub fn flushed(&self, node: NodeId, log: LogId) -> Position {
+        let image = self.images.lock().get(&(node, log)).map(|image| image.lock().clone());
+        let stands = image.map(|image| applier::stands_at(&*image));
+        stands.and_then(Result::ok).unwrap_or_default().0
+    }
+
     /// Puts a state in the place of the one that there is; it survives crashes.
     pub fn put(&self, node: NodeId, log: LogId, store: MemoryStore) {
         self.images.lock().insert((node, log), Arc::new(Mutex::new(Arc::new(store))));

@@ -12,6 +12,8 @@ use crate::{
     sim_cluster::disk_node,
 };
 
+/// Members that hear nothing of their leader have elected another by then.
+const ELECTED_WITHIN: Duration = Duration::from_secs(1);
 /// How long a clock drifts before somebody sets it: not so long that nobody believes its node any more.
 const DRIFT: Duration = Duration::from_secs(8);
 
@@ -66,7 +68,10 @@ impl Runner {
             }
             Fault::Lose(..) => {
                 self.crash(node);
-                self.cluster.lose_states(node);
+                // One disk at a time, as three members bear.
+                if self.cluster.is_kept_without(node) {
+                    self.cluster.lose_states(node);
+                }
             }
             _ => self.crash(node),
         }
@@ -94,7 +99,7 @@ impl Runner {
         if self.cluster.config().replicas > 1 {
             // The others elect another, and the old leader hears of it late.
             let leader = self.cluster.home(log).unwrap_or(NodeId(0));
-            self.deafen(log, leader, lasting / 2);
+            self.deafen(log, leader, lasting / 2 + ELECTED_WITHIN);
         } else if let Some((old, _)) = self.cluster.move_log(log) {
             // For the first half of the time the old leader hears nothing of the new one.
             self.zombies.insert(old);
@@ -115,7 +120,7 @@ impl Runner {
     }
 
     pub(super) fn strike(&mut self, fault: Fault) {
-        self.tell(format!("fault {fault}"));
+        self.tell(self.shown(&fault));
         if self.can_strike(&fault) {
             *self.faults.entry(fault.kind()).or_default() += 1;
         }
@@ -234,6 +239,15 @@ impl Runner {
         }
     }
 
+    /// A fault, and which of a log's members it strikes, where it does not name that itself.
+    fn shown(&self, fault: &Fault) -> String {
+        let is_drawn = self.cluster.config().replicas > 1 && !matches!(fault, Fault::Trim(..));
+        match fault.parties().first().filter(|_| is_drawn) {
+            Some(party) => format!("fault {fault} (node {})", self.node(*party).0),
+            None => format!("fault {fault}"),
+        }
+    }
+
     /// As an operator would: stop the node, change the disk, start it.
     fn wipe(&mut self, disk: u32) {
         let node = disk_node(disk);
@@ -256,10 +270,8 @@ impl Runner {
         let is_up = |party: &Party| !self.down.contains(&self.node(*party));
         match fault {
             Fault::Partition(a, b, _) | Fault::OneWay(a, b, _) | Fault::Clog(a, b, _) => a != b,
-            Fault::Crash(party, _)
-            | Fault::Kill(party, _)
-            | Fault::Lose(party, _)
-            | Fault::PowerCut(party, ..) => is_up(party),
+            Fault::Lose(party, _) => is_up(party) && self.cluster.is_kept_without(self.node(*party)),
+            Fault::Crash(party, _) | Fault::Kill(party, _) | Fault::PowerCut(party, ..) => is_up(party),
             Fault::Pause(party, _) | Fault::Slow(party, _) => {
                 is_up(party) && !self.paused.contains(&self.node(*party))
             }

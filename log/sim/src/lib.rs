@@ -170,6 +170,11 @@ impl SimLogs {
         Arc::new(SimLog { runtime: runtime.clone(), group: self.group(id), node })
     }
 
+    /// The last position of a log that is gone.
+    pub fn trimmed(&self, id: LogId) -> Position {
+        self.group(id).state.lock().floor
+    }
+
     /// The leader of a log, as whoever sees everything knows it.
     pub fn leader(&self, id: LogId) -> Option<NodeId> {
         self.group(id).state.lock().leader
@@ -337,7 +342,10 @@ impl Log for SimLog {
 
     async fn trim(&self, upto: Position) -> Result<(), LogFault> {
         let mut state = self.group.state.lock();
-        state.floor = state.floor.max(upto.min(state.tail()));
+        let upto = upto.min(state.tail());
+        let floor = state.members.trimmed(self.node, upto);
+        state.floor = state.floor.max(floor);
+        assert!(state.floor <= state.tail(), "what is trimmed was there");
         Ok(())
     }
 

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use clutch_log::{Log, LogId, NodeId, Snapshots};
+use clutch_log::{Epoch, Log, LogId, NodeId, Position, Snapshots};
 use clutch_runtime::Runtime;
 
 use crate::{SimLog, SimLogs};
@@ -27,6 +27,8 @@ pub(crate) struct Members {
     /// All that the group has, whether they are there or not.
     all: BTreeSet<NodeId>,
     heard: BTreeMap<NodeId, Duration>,
+    /// Up to where each needs nothing any more.
+    floors: BTreeMap<NodeId, Position>,
     /// What each can be restored from, and others from it.
     snapshots: BTreeMap<NodeId, Arc<dyn Snapshots>>,
 }
@@ -44,6 +46,20 @@ impl Members {
     /// Whether a leader's word counts: always where there are no members.
     pub(crate) fn is_led_by(&self, leader: NodeId, now: Duration) -> bool {
         self.all.is_empty() || self.is_there(leader, now) && self.has_quorum(now)
+    }
+
+    /// A member needs nothing up to there. Returns up to where most of the members need nothing: real ones trim what they have
+    /// themselves, and what one has trimmed the others still have.
+    pub(crate) fn trimmed(&mut self, node: NodeId, upto: Position) -> Position {
+        if self.all.is_empty() {
+            return upto;
+        }
+        let floor = self.floors.entry(node).or_default();
+        *floor = upto.max(*floor);
+        let mut floors: Vec<Position> =
+            self.all.iter().map(|member| self.floors.get(member).copied().unwrap_or_default()).collect();
+        floors.sort_unstable_by(|a, b| b.cmp(a));
+        floors[self.all.len() / 2]
     }
 
     /// Whether a member may get a snapshot of another.
@@ -128,6 +144,7 @@ impl SimLogs {
                     if is_elected {
                         seam.note(match state.leader {
                             Some(leader) if leader == node => "log: a member is elected again",
+                            None if state.epoch == Epoch(0) => "log: a member is elected first",
                             _ => "log: another member is elected",
                         });
                         let keep = seam.random.below(3) as usize;

@@ -109,7 +109,10 @@ impl Keeper {
         // Before the map is asked for: what is logged in a reign is of a map of that reign, so none that is older than what an
         // earlier leader has logged.
         let mut reigns = self.reigns.all();
-        let mut map = self.client.refresh_map().await?;
+        let mut map = match mutants::is(Mutant::OldListLogged) {
+            true => self.client.map().await?,
+            false => self.client.refresh_map().await?,
+        };
         if self.register_services(&map, spaces).await? {
             reigns = self.reigns.all();
             map = self.client.refresh_map().await?;

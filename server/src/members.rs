@@ -19,10 +19,10 @@ use futures_util::future::join_all;
 
 use crate::routes::Routes;
 
-/// A member that has not come so far yet, or does not answer, is asked again after this.
+/// A member that has not come so far yet is asked again after this.
 const ASK_AGAIN: Duration = Duration::from_millis(100);
-/// How often it is asked.
-const ASK_TIMES: u32 = 20;
+/// How long it is asked.
+const ASK_FOR: Duration = Duration::from_secs(2);
 
 /// By what members are asked; known when the node listens.
 #[derive(Clone, Default)]
@@ -42,7 +42,9 @@ impl Asker {
             Box::pin(async move {
                 let Some((client, routes)) = asker.0.get() else { return BTreeMap::new() };
                 let asked = routes.others(log).into_iter().map(|(node, endpoint)| async move {
-                    hash_at(client, endpoint, log, position).await.map(|hash| (node, hash))
+                    let runtime = client.runtime();
+                    let asked = runtime.timeout(ASK_FOR, hash_at(client, endpoint, log, position)).await;
+                    asked.flatten().map(|hash| (node, hash))
                 });
                 join_all(asked).await.into_iter().flatten().collect::<BTreeMap<NodeId, Bytes>>()
             })
@@ -50,14 +52,14 @@ impl Asker {
     }
 }
 
-/// A member's hash; `None` when it has forgotten it, or does not come so far in time.
+/// A member's hash, when it has come so far; `None` when it has forgotten it.
 async fn hash_at(client: &Client, endpoint: Endpoint, log: LogId, position: Position) -> Option<Bytes> {
     let (role, number) = match log {
         LogId::REGISTRY => (Role::Registry, 0),
         LogId::CDC => (Role::Cdc, 0),
         shard => (Role::Shard, shard.number),
     };
-    for _ in 0..ASK_TIMES {
+    loop {
         let request = AdminRequest { op: Some(Op::HashAt(HashAt { position: position.0 })) };
         let reply = client.admin_at(endpoint.clone(), role, number, request).await;
         if let Ok(Some(reply)) = reply.map(|reply| reply.hash) {
@@ -70,5 +72,4 @@ async fn hash_at(client: &Client, endpoint: Endpoint, log: LogId, position: Posi
         }
         client.runtime().clock.sleep(ASK_AGAIN).await;
     }
-    None
 }

@@ -1,11 +1,11 @@
 //! The snapshots of a replica are its checkpoints: its log reads them where another member needs one, and puts those here that
 //! this member needs.
 //!
-//! Invariants: what is being received has a name of its own; a checkpoint gets its name when all of its bytes are durable and
-//! are those of the manifest.
+//! Invariants: what is being received has a name of its own; a checkpoint gets its name when all of its bytes are durable, are
+//! those of the manifest, and give its hash; who has stopped on a fault offers none.
 
 use std::{
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     sync::OnceLock,
 };
 
@@ -17,7 +17,7 @@ use clutch_proto::{
     mutants::{self, Mutant},
 };
 use clutch_runtime::{Disk, Runtime};
-use clutch_state::applier;
+use clutch_state::{View, applier};
 use clutch_state_replica::{OpenCheckpoint, ReplicaHandle};
 
 /// Bytes that are read at a time for a checksum.
@@ -35,6 +35,16 @@ pub(crate) struct ReplicaSnapshots {
 
 fn failed(what: &str, error: impl std::fmt::Display) -> LogFault {
     LogFault::Storage(format!("{what}: {error}"))
+}
+
+/// Names come from other nodes: none leads out of the checkpoint.
+fn check_name(name: &str) -> Result<(), LogFault> {
+    let mut components = Path::new(name).components();
+    match (components.next(), components.next()) {
+        (None, _) => Ok(()),
+        (Some(Component::Normal(only)), None) if only == name => Ok(()),
+        _ => Err(failed("a snapshot", format!("{name:?} is no name of a file in it"))),
+    }
 }
 
 /// A file of a checkpoint, which may itself be one file.
@@ -73,6 +83,14 @@ impl ReplicaSnapshots {
     /// From now on new ones can be taken.
     pub(crate) fn begin(&self, replica: ReplicaHandle) {
         assert!(self.replica.set(replica).is_ok(), "a replica starts once");
+    }
+
+    /// A state that was found wrong is nothing for others.
+    fn check_well(&self) -> Result<(), LogFault> {
+        match self.replica.get().and_then(ReplicaHandle::fault) {
+            Some(fault) => Err(failed("take a checkpoint", fault)),
+            None => Ok(()),
+        }
     }
 
     fn dir(&self) -> Result<&Path, LogFault> {
@@ -116,6 +134,7 @@ impl ReplicaSnapshots {
 #[async_trait]
 impl Snapshots for ReplicaSnapshots {
     async fn take(&self, least: Position) -> Result<Manifest, LogFault> {
+        self.check_well()?;
         let is_enough = |newest: &Position| *newest >= least || mutants::is(Mutant::OldSnapshotOffered);
         let position = match self.newest()?.filter(is_enough) {
             Some(newest) => newest,
@@ -150,6 +169,8 @@ impl Snapshots for ReplicaSnapshots {
         offset: u64,
         bytes: usize,
     ) -> Result<Bytes, LogFault> {
+        self.check_well()?;
+        check_name(file)?;
         let is_past = mutants::is(Mutant::SnapshotPastState);
         let position = if is_past { Position(position.0 - 1) } else { position };
         let mut buffer = vec![0; bytes];
@@ -161,6 +182,7 @@ impl Snapshots for ReplicaSnapshots {
     }
 
     async fn receive(&self, manifest: &Manifest) -> Result<(), LogFault> {
+        manifest.files.iter().try_for_each(|file| check_name(&file.name))?;
         let (dir, disk) = (self.dir()?, &self.runtime.disk);
         let begun = || {
             disk.create_dir_all(dir)?;
@@ -180,6 +202,7 @@ impl Snapshots for ReplicaSnapshots {
     }
 
     async fn write(&self, position: Position, file: &str, offset: u64, bytes: Bytes) -> Result<(), LogFault> {
+        check_name(file)?;
         let path = file_at(&self.part(position)?, file);
         let opened = self.runtime.disk.open(&path, true);
         let written = opened.and_then(|file| file.write_at(&bytes, offset));
@@ -188,30 +211,43 @@ impl Snapshots for ReplicaSnapshots {
 
     async fn commit(&self, manifest: &Manifest) -> Result<(), LogFault> {
         let (part, whole) = (self.part(manifest.position)?, self.whole(manifest.position)?);
-        let (dir, disk, files) = (self.dir()?.to_owned(), self.runtime.disk.clone(), manifest.files.clone());
-        let to = whole.clone();
+        let (dir, disk, open) = (self.dir()?.to_owned(), self.runtime.disk.clone(), self.open.clone());
+        let manifest = manifest.clone();
         let finish = move || {
-            for file in &files {
-                let path = file_at(&part, &file.name);
-                disk.open(&path, true)?.sync()?;
-                if measured(&*disk, &path)? != (file.bytes, file.crc) {
-                    let text = format!("{} is not what was sent", path.display());
-                    return Err(std::io::Error::new(std::io::ErrorKind::InvalidData, text));
-                }
+            check_received(&*disk, &part, &manifest)?;
+            check_state(&*open(&part)?, &manifest)?;
+            // One of that position that is here already may be a wrong one.
+            if names(&*disk, &whole) != [String::new()] {
+                disk.rename(&whole, &dir.join(format!("{:020}.gone", manifest.position.0)))?;
             }
-            if !disk.exists(&to) {
-                disk.sync_dir(&part)?;
-                disk.rename(&part, &to)?;
-            }
-            disk.sync_dir(&dir)
+            disk.rename(&part, &whole)?;
+            disk.sync_dir(&dir)?;
+            anyhow::Ok(())
         };
         let finished = self.runtime.blocking(finish).await;
         let finished = finished.ok_or_else(|| failed("finish a snapshot", "it did not end"))?;
-        finished.map_err(|e| failed("finish a snapshot", e))?;
-        let hash = self.hash(&whole, manifest.position)?;
-        if hash != manifest.hash {
-            return Err(failed("finish a snapshot", format!("{} has another hash", whole.display())));
-        }
-        Ok(())
+        finished.map_err(|e| failed("finish a snapshot", format!("{e:#}")))
     }
+}
+
+/// Every file is durable and is what was sent.
+fn check_received(disk: &dyn Disk, part: &Path, manifest: &Manifest) -> anyhow::Result<()> {
+    for file in &manifest.files {
+        let path = file_at(part, &file.name);
+        disk.open(&path, true)?.sync()?;
+        let is_same = measured(disk, &path)? == (file.bytes, file.crc);
+        anyhow::ensure!(is_same, "{} is not what was sent", path.display());
+    }
+    disk.sync_dir(part)?;
+    Ok(())
+}
+
+/// The rows give the manifest's hash, and none is of later than its position.
+fn check_state(view: &dyn View, manifest: &Manifest) -> anyhow::Result<()> {
+    let rescan = applier::rescan(view)?;
+    anyhow::ensure!(rescan.differences.is_empty(), "its rows do not give its hash: {:?}", rescan.differences);
+    anyhow::ensure!(rescan.position <= manifest.position, "it is of {}", rescan.position);
+    let is_same = applier::stored_hash(view)?.to_bytes() == manifest.hash;
+    anyhow::ensure!(is_same, "it has another hash than its sender's");
+    Ok(())
 }

@@ -11,7 +11,8 @@ use clutch_proto::{
     InodeId,
     registry::{RegisterServices, RegistryReply, RegistryRequest, SetServiceFlags, registry_request::Op},
     session::Role,
-    shard::{Layout, shard_reply::Reply, shard_request},
+    shard::{Layout, ShardEntry, shard_entry, shard_reply::Reply, shard_request},
+    state::{Entry, entry::Kind},
     types::{BlockService, ShardPlacement},
 };
 use clutch_registry::tables;
@@ -92,6 +93,7 @@ pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
         }
     }
     violations.extend(order(evidence, &answered));
+    violations.extend(lists_grow_newer(evidence));
     if let Some(store) = replayed.get(&LogId::REGISTRY) {
         let mut found = Vec::new();
         let services = rows::<BlockService>(store, tables::SERVICE);
@@ -109,6 +111,31 @@ pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
         violations.extend(found.into_iter().map(wrong));
     }
     violations.truncate(10);
+    violations
+}
+
+/// No list of services is logged behind a newer one, whoever leads.
+fn lists_grow_newer(evidence: &Evidence) -> Vec<Violation> {
+    let mut violations = Vec::new();
+    for id in evidence.shards.keys() {
+        let mut newest = 0;
+        for (position, batch) in evidence.logs.get(id).into_iter().flatten() {
+            for entry in &batch.entries {
+                let Ok(Entry { kind: Some(Kind::Body(body)), .. }) = Entry::decode(entry.clone()) else {
+                    continue;
+                };
+                let body = ShardEntry::decode(body).ok().and_then(|entry| entry.body);
+                let Some(shard_entry::Body::ServicesChanged(list)) = body else { continue };
+                if list.version < newest {
+                    violations.push(wrong(format!(
+                        "{id}: the list of services of version {} is logged at {position}, behind version {newest}",
+                        list.version
+                    )));
+                }
+                newest = newest.max(list.version);
+            }
+        }
+    }
     violations
 }
 

@@ -75,6 +75,10 @@ impl<M: Machine> Replica<M> {
                 Ok(AdminReply { hash: Some(hash), ..AdminReply::default() })
             }
             Some(Op::ScanRows(scan)) => self.scan(&scan),
+            // A state that was found wrong is kept as it is, as evidence.
+            Some(Op::TakeCheckpoint(_)) if self.fault.get().is_some() => {
+                Err(Refusal::new(Code::ReplicaFault, self.fault.get().cloned().unwrap_or_default()))
+            }
             Some(Op::TakeCheckpoint(_)) => self.take_checkpoint().and_then(|()| self.status()),
             Some(Op::TrimLog(trim)) => match self.trim_floor(Position(trim.upto)) {
                 Ok(upto) => {
@@ -249,9 +253,17 @@ fn page(view: &dyn View, after: &[u8], until: &[u8], limit: usize) -> Result<(Ve
     Ok((rows, true))
 }
 
+fn trimmed(asked: Position, first: Position) -> Refusal {
+    let text = format!("position {asked} was trimmed; the log begins at {first}");
+    Refusal::new(Code::NotFound, text)
+}
+
 /// Batches from `from` on, without waiting at the end.
 async fn read_log(log: &dyn Log, from: Position, limit: usize) -> AdminResult {
     let bounds = log.status().bounds;
+    if from < bounds.first {
+        return Err(trimmed(from, bounds.first));
+    }
     let mut reply = LogReply { batches: Vec::new(), next: from.0, first: bounds.first.0 };
     let mut events = log.events(from);
     let mut bytes = 0;
@@ -264,11 +276,10 @@ async fn read_log(log: &dyn Log, from: Position, limit: usize) -> AdminResult {
             }
             Ok(Event::Gap { to }) => reply.next = to.next().0,
             Ok(Event::Sealed { .. }) => break,
-            Ok(Event::Leader { .. } | Event::Restore(_)) => {}
-            Err(LogFault::Trimmed { asked, first }) => {
-                let text = format!("position {asked} was trimmed; the log begins at {first}");
-                return Err(Refusal::new(Code::NotFound, text));
-            }
+            Ok(Event::Leader { .. }) => {}
+            // It was trimmed meanwhile.
+            Ok(Event::Restore(_)) => return Err(trimmed(from, log.status().bounds.first)),
+            Err(LogFault::Trimmed { asked, first }) => return Err(trimmed(asked, first)),
             Err(error) => return Err(fault(error)),
         }
     }

@@ -63,6 +63,8 @@ const ADMIN_REQUESTS_MAX: usize = 64;
 /// The state is flushed at least every so many bytes of log, which bounds the replay after a crash.
 const FLUSH_BYTES: u64 = 256 << 20;
 const TICK: Duration = Duration::from_millis(250);
+/// Batches of reads that may wait for their barriers; what comes then waits before it is looked at.
+const BARRIERS_MAX: usize = 64;
 /// How long reads wait for a quorum before they are sent elsewhere.
 const BARRIER_PATIENCE: Duration = Duration::from_secs(1);
 
@@ -245,7 +247,7 @@ impl<M: Machine> Replica<M> {
 
     /// Whether requests are looked at: while the pipeline is full they wait for a place in it, but not where nobody will make any.
     fn takes_requests(&self) -> bool {
-        self.in_flight.len() < PIPELINE_MAX || self.leading.is_none()
+        (self.in_flight.len() < PIPELINE_MAX || self.leading.is_none()) && self.barriers.len() < BARRIERS_MAX
     }
 
     /// Takes one event of the log.

@@ -18,6 +18,8 @@ use crate::{
 
 /// How long a read waits for a position before it is sent to another member.
 const POSITION_PATIENCE: Duration = Duration::from_millis(500);
+/// How long a follower keeps a read whose barrier it has not applied.
+const BARRIER_WAIT: Duration = Duration::from_secs(2);
 /// Reads that may wait; more are refused as too many.
 const WAITING_MAX: usize = 16_384;
 
@@ -73,7 +75,9 @@ impl<M: Machine> Waiting<M> {
     fn expired(&mut self, now: Duration) -> Vec<(Position, PendingRead<M>)> {
         let mut expired = Vec::new();
         for (position, reads) in &mut self.by_position {
-            let late = reads.extract_if(.., |(_, until)| until.is_some_and(|until| until <= now));
+            let late = reads.extract_if(.., |(read, until)| {
+                until.is_some_and(|until| until <= now) || read.reply.is_closed()
+            });
             expired.extend(late.map(|(read, _)| (*position, read)));
         }
         self.by_position.retain(|_, reads| !reads.is_empty());
@@ -95,7 +99,11 @@ fn refuse<M: Machine>(read: PendingRead<M>, refusal: Refusal) {
 
 impl<M: Machine> Replica<M> {
     /// Takes reads: some wait for a position, the others for the log to say how much there is.
-    pub(crate) fn accept_reads(&mut self, reads: Vec<PendingRead<M>>) {
+    pub(crate) fn accept_reads(&mut self, mut reads: Vec<PendingRead<M>>) {
+        // What was taken with them may have stopped it.
+        if let Some(refusal) = self.unready(Freshness::Member) {
+            reads.drain(..).for_each(|read| refuse(read, refusal.clone()));
+        }
         if mutants::is(Mutant::ReadBeforeCatchUp) {
             return self.passed(Ok(Position(0)), reads);
         }
@@ -138,6 +146,7 @@ impl<M: Machine> Replica<M> {
 
     /// A read barrier was answered.
     pub(crate) fn passed(&mut self, barrier: Result<Position, LogFault>, reads: Vec<PendingRead<M>>) {
+        let until = self.config.runtime.clock.monotonic() + BARRIER_WAIT;
         for read in reads {
             if let Some(refusal) = self.unready(read.freshness) {
                 refuse(read, refusal);
@@ -151,7 +160,8 @@ impl<M: Machine> Replica<M> {
                     if self.leading.is_none() {
                         self.config.runtime.note("replica: a follower answers a read");
                     }
-                    self.wait(*position, read, None);
+                    let until = self.leading.is_none().then_some(until);
+                    self.wait(*position, read, until);
                 }
                 Err(fault) => refuse(read, Refusal::new(Code::NotLeader, fault.to_string())),
             }

@@ -19,10 +19,11 @@ use crate::{Replica, Waiter};
 /// not answer are left out.
 pub type AskMembers = Arc<dyn Fn(Position) -> BoxFuture<BTreeMap<NodeId, Bytes>> + Send + Sync>;
 
-/// What the others said of a position, asked in a reign.
+/// What the members said of a position, asked in a reign.
 pub(crate) struct Poll {
     reign: Epoch,
     position: Position,
+    /// The leader's own.
     hash: Bytes,
     voices: BTreeMap<NodeId, Bytes>,
 }
@@ -37,8 +38,14 @@ impl<M: Machine> Replica<M> {
             let check = Check { position: position.0, hash };
             return self.propose(vec![(self.stamped(Kind::Check(check)), Waiter::Nobody)]);
         }
+        // One at a time: the next is due soon enough.
+        let Some(own) = self.config.log.status().leader.filter(|_| self.polls.is_empty()) else { return };
         let asked = (self.config.ask_members)(position);
-        self.polls.push(Box::pin(async move { Poll { reign, position, hash, voices: asked.await } }));
+        self.polls.push(Box::pin(async move {
+            let mut voices = asked.await;
+            voices.insert(own, hash.clone());
+            Poll { reign, position, hash, voices }
+        }));
     }
 
     /// Logs what the members said, if enough did to decide anything.
@@ -48,8 +55,6 @@ impl<M: Machine> Replica<M> {
         if self.leading != Some(reign) || self.fault.get().is_some() {
             return;
         }
-        let Some(own) = self.config.log.status().leader else { return };
-        voices.insert(own, hash.clone());
         voices.retain(|node, _| voters.contains(node));
         if mutants::is(Mutant::LeadersWord) {
             voices = voters.iter().map(|node| (*node, hash.clone())).collect();

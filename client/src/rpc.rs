@@ -642,7 +642,10 @@ impl Client {
                 Ok(target) => {
                     let body = Body::Encoded(body.clone());
                     let heard = self.attempt(target, Lane::Metadata, tag, body, how).await;
-                    self.inner.seen.answered(target.log(), began, how.freshness, heard.at.position);
+                    // Only these clients look at it.
+                    if self.inner.options.reads == Reads::Seen {
+                        self.inner.seen.answered(target.log(), began, how.freshness, heard.at.position);
+                    }
                     heard
                 }
                 Err(error) => Heard::nothing(error.clone()),

@@ -157,31 +157,8 @@ impl Codec {
         );
         let matrix = self.coefficients_of(&indices)?;
         assert_eq!(matrix.len(), cells.len(), "a row for each block at hand");
-        let log = &get_exp_log().log;
-        let engine = DefaultEngine::new();
-        let mut sum = vec![0u8; size];
-        // A window that stays in the first cache level while it is multiplied and added.
-        let mut window = vec![[0u8; UNIT_BYTES]; 128];
-        for (cell, row) in cells.iter().zip(&*matrix) {
-            let coefficient = row[lost];
-            if coefficient == 0 {
-                continue;
-            }
-            let bytes = window.len() * UNIT_BYTES;
-            for (source, target) in cell.chunks(bytes).zip(sum.chunks_mut(bytes)) {
-                let used = &mut window[..source.len() / UNIT_BYTES];
-                for (unit, bytes) in used.iter_mut().zip(source.as_chunks::<UNIT_BYTES>().0) {
-                    *unit = *bytes;
-                }
-                engine.mul(used, log[usize::from(coefficient)]);
-                for (target, unit) in target.as_chunks_mut::<UNIT_BYTES>().0.iter_mut().zip(used) {
-                    for (t, u) in target.iter_mut().zip(unit) {
-                        *t ^= *u;
-                    }
-                }
-            }
-        }
-        Ok(sum)
+        let coefficients: Vec<u16> = matrix.iter().map(|row| row[lost]).collect();
+        Ok(combined(&cells, &coefficients, size))
     }
 
     fn coefficients_of(&self, from: &[usize]) -> Result<Arc<Matrix>, CodecError> {
@@ -230,6 +207,27 @@ impl Codec {
         }
         Ok(blocks.iter().map(|unit| u16::from(unit[0]) | u16::from(unit[UNIT_BYTES / 2]) << 8).collect())
     }
+}
+
+/// The sum of the cells, each times its coefficient. Not generic, so that it is compiled here, once, and as fast for
+/// every caller.
+fn combined(cells: &[&[u8]], coefficients: &[u16], size: usize) -> Vec<u8> {
+    assert_eq!(cells.len(), coefficients.len(), "a coefficient for each cell");
+    let log = &get_exp_log().log;
+    let engine = DefaultEngine::new();
+    let mut sum = vec![0u8; size];
+    // A window that stays in the first cache level while it is multiplied and added.
+    let mut window = vec![[0u8; UNIT_BYTES]; 128];
+    let bytes = window.len() * UNIT_BYTES;
+    for (cell, coefficient) in cells.iter().zip(coefficients).filter(|(_, c)| **c != 0) {
+        for (source, target) in cell.chunks(bytes).zip(sum.chunks_mut(bytes)) {
+            let used = &mut window[..source.len() / UNIT_BYTES];
+            used.copy_from_slice(source.as_chunks::<UNIT_BYTES>().0);
+            engine.mul(used, log[usize::from(*coefficient)]);
+            target.iter_mut().zip(used.as_flattened()).for_each(|(t, u)| *t ^= *u);
+        }
+    }
+    sum
 }
 
 #[cfg(test)]

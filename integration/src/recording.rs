@@ -9,8 +9,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Position, Rejected,
-    Status,
+    Batch, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, LogId, Member, NodeId, Position,
+    Rejected, Status,
 };
 use clutch_proto::state::{Entry, entry::Kind};
 use clutch_runtime::simulated::NodeId as SimNode;
@@ -31,9 +31,16 @@ pub struct Recording {
 
 impl Recording {
     /// A node's log whose deliveries are written down.
-    pub fn wrap(self: &Arc<Self>, id: LogId, node: SimNode, log: Arc<dyn Log>) -> Arc<dyn Log> {
+    /// `flushed` says what of its state is on the node's disk.
+    pub fn wrap(
+        self: &Arc<Self>,
+        id: LogId,
+        node: SimNode,
+        log: Arc<dyn Log>,
+        flushed: impl Fn() -> Position + Send + Sync + 'static,
+    ) -> Arc<dyn Log> {
         let node = u64::from(node.0);
-        Arc::new(RecordedLog { id, node, log, recording: self.clone() })
+        Arc::new(RecordedLog { id, node, log, flushed: Box::new(flushed), recording: self.clone() })
     }
 
     /// The next entry that a node's replica of a log is given has another time than the others are given: its state is another
@@ -102,6 +109,7 @@ struct RecordedLog {
     id: LogId,
     node: NodeId,
     log: Arc<dyn Log>,
+    flushed: Box<dyn Fn() -> Position + Send + Sync>,
     recording: Arc<Recording>,
 }
 
@@ -129,8 +137,16 @@ impl Log for RecordedLog {
         self.log.seal().await
     }
 
-    async fn trim(&self, upto: Position) -> Result<(), LogFault> {
-        self.log.trim(upto).await
+    async fn set_floors(&self, floors: Floors) -> Result<(), LogFault> {
+        // What the replica calls durable must be on its disk.
+        let flushed = (self.flushed)();
+        if floors.flushed > flushed {
+            self.recording.violation(format!(
+                "{}: node {} calls {} flushed, and its disk has {flushed}",
+                self.id, self.node, floors.flushed
+            ));
+        }
+        self.log.set_floors(floors).await
     }
 
     async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {

@@ -161,6 +161,8 @@ struct SimLogProvider {
     members: BTreeMap<LogId, BTreeSet<u64>>,
     local: Option<LocalEngine>,
     recording: Arc<Recording>,
+    /// What is on the node's disk of its states.
+    images: SimImages,
     runtime: Runtime,
     node: NodeId,
 }
@@ -179,7 +181,8 @@ impl LogProvider for SimLogProvider {
                 self.logs.log(&self.runtime, id, u64::from(self.node.0))
             }
         };
-        Ok(self.recording.wrap(id, self.node, log))
+        let (images, node) = (self.images.clone(), self.node);
+        Ok(self.recording.wrap(id, node, log, move || images.flushed(node, id)))
     }
 
     fn bounds(&self, id: LogId) -> Bounds {
@@ -402,7 +405,8 @@ impl SimCluster {
             keyring.add(ServiceId(id), service_key(id));
         }
         let (cluster, roles, failed) = (self.cluster.clone(), self.roles(node), self.failed.clone());
-        let stores = SimStores { images: self.images.clone(), runtime: runtime.clone(), node };
+        let images = self.images.clone();
+        let stores = SimStores { images: images.clone(), runtime: runtime.clone(), node };
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
         let (registries, peers, members) = (self.registries(), self.peers(), self.voters());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
@@ -429,6 +433,7 @@ impl SimCluster {
                     members,
                     local,
                     recording,
+                    images,
                     runtime: runtime.clone(),
                     node,
                 }),

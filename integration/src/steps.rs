@@ -11,7 +11,7 @@ use clutch_blocks::{
     service::BlockService,
     store::{BlockStore, Expected},
 };
-use clutch_log::{Event, LogFault, LogId, Outcome, Position};
+use clutch_log::{Event, Floors, LogFault, LogId, Outcome, Position};
 use clutch_log_local::{LocalEngine, Options};
 use clutch_proto::{
     BlockId, Refusal, ServiceId, Time,
@@ -160,13 +160,15 @@ async fn append(runtime: Runtime, numbers: Range<u64>) -> Result<u64, LogFault> 
         }
     };
     let mut acknowledged = 0;
+    let three = Position(3);
+    let floors = Floors { retain: three, snapshot: three, flushed: three };
     for number in numbers {
         let Ok(commit) = log.propose(epoch, vec![entry(number)]) else { break };
         match commit.await {
             Outcome::Committed(_) => acknowledged += 1,
             _ => break,
         }
-        if number == 6 && log.trim(Position(3)).await.is_err() {
+        if number == 6 && log.set_floors(floors).await.is_err() {
             break;
         }
     }

@@ -196,6 +196,37 @@ pub struct Bounds {
     pub last: Position,
 }
 
+/// Up to where a replica needs no record of its log any more, each for a reason of its own. In the order of their names each is
+/// at most the next: what is trimmed is in a snapshot, and what is in a snapshot is in the replica's store, durably.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Floors {
+    /// Up to here nobody wants the records: an operator's or a policy's word.
+    pub retain: Position,
+    /// The replica has a snapshot of this position, which whoever needs what is trimmed can get.
+    pub snapshot: Position,
+    /// The replica's store has this durably: after a crash it asks for what follows.
+    pub flushed: Position,
+}
+
+impl Floors {
+    /// Up to where the engine may trim.
+    pub fn trim(&self) -> Position {
+        self.retain.min(self.snapshot).min(self.flushed)
+    }
+
+    /// Whether the order holds that all of a log's positions have: trimmed, snapshot, flushed, committed.
+    ///
+    /// # Errors
+    /// Which two are the wrong way round.
+    pub fn check(&self, committed: Position) -> Result<(), String> {
+        let order = [("snapshot", self.snapshot), ("flushed", self.flushed), ("committed", committed)];
+        match order.windows(2).find(|pair| pair[0].1 > pair[1].1) {
+            Some(pair) => Err(format!("{} {} lies behind {} {}", pair[0].0, pair[0].1, pair[1].0, pair[1].1)),
+            None => Ok(()),
+        }
+    }
+}
+
 /// A node that keeps a log.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Member {
@@ -250,8 +281,12 @@ pub trait Log: Send + Sync {
     async fn read_barrier(&self, patience: Duration) -> Result<Position, LogFault>;
     /// Ends the log for good and returns its last position. Idempotent.
     async fn seal(&self) -> Result<Position, LogFault>;
-    /// Allows the engine to forget everything up to `upto`; floors of the engine are kept.
-    async fn trim(&self, upto: Position) -> Result<(), LogFault>;
+    /// Says up to where this node's replica needs nothing any more. Trimming is the engine's own act: it forgets what it will,
+    /// nothing behind [`Floors::trim`], and has done so when this returns. A floor that is lower than before changes nothing.
+    ///
+    /// # Panics
+    /// Where the floors are out of order ([`Floors::check`]): the replica would lose what it relies on.
+    async fn set_floors(&self, floors: Floors) -> Result<(), LogFault>;
     /// Hands leadership to another node; engines with one node refuse.
     async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault>;
     /// Gives up a reign of this node, if there is one, and stands for no other before the log is opened again, whoever may

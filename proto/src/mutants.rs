@@ -183,6 +183,8 @@ pub enum Mutant {
     SnapshotPastState,
     /// A member offers the snapshot that it has, whatever is asked for.
     OldSnapshotOffered,
+    /// A replica calls durable whatever it has applied, when it says what its log may forget.
+    FloorsOfApplied,
     /// A list of services that was read long ago is logged by a new leader.
     OldListLogged,
     /// A map that was read earlier and comes later replaces a newer one.
@@ -193,7 +195,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 91] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 92] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -286,6 +288,7 @@ impl Mutant {
         (Mutant::LeadersWord, &["diverged"]),
         (Mutant::SnapshotPastState, &["replicas", "state hash", "convergence", "panic"]),
         (Mutant::OldSnapshotOffered, &["replicas", "panic", "log"]),
+        (Mutant::FloorsOfApplied, &["replicas", "log"]),
         (Mutant::OldListLogged, &["replicas", "registry"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
     ];

@@ -30,8 +30,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Member, NodeId, Outcome,
-    Position, Progress, Rejected, Status, check_batch,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, LogId, Member, NodeId,
+    Outcome, Position, Progress, Rejected, Status, check_batch,
 };
 use clutch_runtime::{Disk, Runtime};
 use parking_lot::Mutex;
@@ -324,10 +324,12 @@ impl Log for LocalLog {
         self.handle.answer(answer).await?
     }
 
-    async fn trim(&self, upto: Position) -> Result<(), LogFault> {
+    async fn set_floors(&self, floors: Floors) -> Result<(), LogFault> {
+        let last = *self.group.last.borrow();
+        floors.check(last).unwrap_or_else(|what| panic!("floors of {}: {what}", self.group.id));
         {
             let mut state = self.group.state.lock();
-            state.floor = state.floor.max(upto);
+            state.floor = state.floor.max(floors.trim());
         }
         let (done, answer) = oneshot::channel();
         self.handle.command(Command::Trim { done }).await?;

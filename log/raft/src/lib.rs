@@ -15,8 +15,8 @@ use std::{collections::BTreeSet, fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, Member, NodeId, Outcome, Position,
-    Progress, Refused, Rejected, Status, check_batch,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, Member, NodeId, Outcome,
+    Position, Progress, Refused, Rejected, Status, check_batch,
 };
 use openraft::{
     Config, EmptyNode, EntryPayload, Raft, ReadPolicy, SnapshotPolicy, async_runtime::WatchReceiver as _,
@@ -189,7 +189,7 @@ impl Log for RaftLog {
         Err(LogFault::Unsupported("the prototype does not seal".into()))
     }
 
-    async fn trim(&self, _upto: Position) -> Result<(), LogFault> {
+    async fn set_floors(&self, _floors: Floors) -> Result<(), LogFault> {
         Ok(())
     }
 

@@ -1,6 +1,6 @@
 //! The core of the conformance suite on three nodes, with a real leader change by partition.
 
-use clutch_log::conformance::{self, Harness};
+use clutch_log::conformance::{self, Harness, Part};
 use clutch_runtime::Runtime;
 
 use super::*;
@@ -105,6 +105,26 @@ impl Harness for RaftHarness {
         }
         true
     }
+
+    async fn members(&self) -> Vec<Part> {
+        let part = |(i, log): (usize, &Arc<RaftLog>)| Part { node: i as u64 + 1, log: log.clone() };
+        self.logs.iter().enumerate().map(part).collect()
+    }
+
+    async fn cut_off(&self, node: NodeId, is_cut_off: bool) -> bool {
+        self.router.set_isolated(node, is_cut_off);
+        true
+    }
+
+    async fn wipe(&self, _: NodeId) -> bool {
+        false
+    }
+
+    fn restores(&self) -> bool {
+        false
+    }
+
+    async fn applied(&self, _: NodeId, _: Position) {}
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

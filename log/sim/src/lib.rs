@@ -21,8 +21,8 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Log, LogFault, LogId, Manifest, Member, NodeId,
-    Outcome, Position, Progress, Refused, Rejected, Status, check_batch,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, LogId, Manifest, Member,
+    NodeId, Outcome, Position, Progress, Refused, Rejected, Status, check_batch,
 };
 use clutch_runtime::{BoxFuture, Runtime};
 use parking_lot::Mutex;
@@ -340,10 +340,10 @@ impl Log for SimLog {
         Ok(tail)
     }
 
-    async fn trim(&self, upto: Position) -> Result<(), LogFault> {
+    async fn set_floors(&self, floors: Floors) -> Result<(), LogFault> {
         let mut state = self.group.state.lock();
-        let upto = upto.min(state.tail());
-        let floor = state.members.trimmed(self.node, upto);
+        floors.check(state.tail()).unwrap_or_else(|what| panic!("floors of node {}: {what}", self.node));
+        let floor = state.members.trimmed(self.node, floors.trim());
         state.floor = state.floor.max(floor);
         assert!(state.floor <= state.tail(), "what is trimmed was there");
         Ok(())

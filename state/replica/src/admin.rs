@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use clutch_log::{Event, Log, LogFault, Position};
+use clutch_log::{Event, Floors, Log, LogFault, Position};
 use clutch_proto::{
     Refusal,
     admin::{
@@ -80,11 +80,11 @@ impl<M: Machine> Replica<M> {
                 Err(Refusal::new(Code::ReplicaFault, self.fault.get().cloned().unwrap_or_default()))
             }
             Some(Op::TakeCheckpoint(_)) => self.take_checkpoint().and_then(|()| self.status()),
-            Some(Op::TrimLog(trim)) => match self.trim_floor(Position(trim.upto)) {
-                Ok(upto) => {
+            Some(Op::TrimLog(trim)) => match self.floors(Position(trim.upto)) {
+                Ok(floors) => {
                     let log = self.config.log.clone();
                     runtime.spawn("trim", async move {
-                        let trimmed = log.trim(upto).await.map_err(fault).map(|()| AdminReply {
+                        let trimmed = log.set_floors(floors).await.map_err(fault).map(|()| AdminReply {
                             log: Some(LogReply { first: log.status().bounds.first.0, ..LogReply::default() }),
                             ..AdminReply::default()
                         });
@@ -174,15 +174,19 @@ impl<M: Machine> Replica<M> {
     }
 
     /// What may be trimmed: nothing that a restart or a replay from the newest checkpoint needs.
-    fn trim_floor(&self, asked: Position) -> Result<Position, Refusal> {
+    fn floors(&self, retain: Position) -> Result<Floors, Refusal> {
         let flushed = self.applier.flushed().map_err(fault)?;
         let Some(newest) = self.checkpoints()?.into_iter().max() else {
             return Err(Refusal::invalid(
                 "there is no checkpoint to replay from; take one first (clutch log checkpoint)",
             ));
         };
-        let kept = if mutants::is(Mutant::TrimPastCheckpoint) { flushed } else { newest };
-        Ok(asked.min(flushed).min(kept))
+        if mutants::is(Mutant::FloorsOfApplied) {
+            let applied = self.applier.position();
+            return Ok(Floors { retain, snapshot: applied, flushed: applied });
+        }
+        let snapshot = if mutants::is(Mutant::TrimPastCheckpoint) { flushed } else { newest };
+        Ok(Floors { retain, snapshot, flushed })
     }
 
     fn scan(&mut self, scan: &ScanRows) -> AdminResult {

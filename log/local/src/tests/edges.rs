@@ -70,7 +70,7 @@ fn what_an_engine_says_of_its_logs_is_so_also_when_it_has_been_trimmed() {
         append(&log, Epoch(2), 30..40).await;
         look(&engine, 1, 42);
         let before = engine.bytes();
-        log.trim(Position(20)).await.expect("trims");
+        trim(&log, Position(20)).await.expect("trims");
         let first = log.status().bounds.first;
         assert!(first > Position(10) && first <= Position(21), "{first}");
         look(&engine, first.0, 42);

@@ -221,8 +221,8 @@ fn what_an_interrupted_trim_left_is_no_hole_and_what_was_taken_away_is() {
         let engine = LocalEngine::open(&runtime, DIR.into(), small()).expect("opens");
         let (log, other) = (engine.log(LogId::CDC).await.expect("opens"), engine.log(LogId::shard(7)).await);
         let other = other.expect("opens");
-        other.trim(other.status().bounds.last).await.expect("trims");
-        log.trim(Position(log.status().bounds.last.0 - 20)).await.expect("trims");
+        trim(&other, other.status().bounds.last).await.expect("trims");
+        trim(&log, Position(log.status().bounds.last.0 - 20)).await.expect("trims");
     });
     world.crash(NODE);
     assert!(!disk.exists(&segment(1)), "something was trimmed");

@@ -2,7 +2,7 @@
 
 use std::{collections::VecDeque, path::Path, time::Duration};
 
-use clutch_log::conformance::{self, Harness};
+use clutch_log::conformance::{self, Harness, Part};
 use clutch_runtime::simulated::{NodeId, World};
 
 use super::*;
@@ -70,6 +70,25 @@ impl Harness for LocalHarness {
     async fn make_next_unknown(&self, _committed: bool) -> bool {
         false
     }
+
+    async fn members(&self) -> Vec<Part> {
+        let log = self.leader().await;
+        vec![Part { node: small().node, log }]
+    }
+
+    async fn cut_off(&self, _: clutch_log::NodeId, _: bool) -> bool {
+        false
+    }
+
+    async fn wipe(&self, _: clutch_log::NodeId) -> bool {
+        false
+    }
+
+    fn restores(&self) -> bool {
+        false
+    }
+
+    async fn applied(&self, _: clutch_log::NodeId, _: Position) {}
 }
 
 #[test]
@@ -393,4 +412,10 @@ fn indexes_have_their_golden_bytes() {
         flipped[bit / 8] ^= 1 << (bit % 8);
         assert_eq!(format::decode_index(&flipped), None, "bit {bit}");
     }
+}
+
+/// Trims as a replica does whose state is durable up to the log's end.
+async fn trim(log: &Arc<dyn Log>, retain: Position) -> Result<(), LogFault> {
+    let last = log.status().bounds.last;
+    log.set_floors(Floors { retain, snapshot: last, flushed: last }).await
 }

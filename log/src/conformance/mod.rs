@@ -1,5 +1,10 @@
 //! The suite that every log engine must pass. An engine brings a [`Harness`]; a failed check panics with what
-//! was expected.
+//! was expected. What an engine cannot do, a harness says, and the checks of that are left out.
+
+mod members;
+mod readers;
+mod sealing;
+mod snapshots;
 
 use std::{sync::Arc, time::Duration};
 
@@ -8,7 +13,13 @@ use bytes::Bytes;
 use clutch_proto::limits::{BATCH_BYTES_MAX, BATCH_ENTRIES_MAX};
 use clutch_runtime::Runtime;
 
-use crate::{Batch, ConfigId, Epoch, Event, Events, Log, LogFault, Outcome, Position, Refused, Rejected};
+use crate::{
+    Batch, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, NodeId, Outcome, Position, Refused,
+    Rejected,
+};
+
+pub use members::Part;
+pub use snapshots::SuiteSnapshots;
 
 /// How the suite handles an engine.
 #[async_trait]
@@ -29,6 +40,16 @@ pub trait Harness: Send + Sync {
     /// Makes the next proposal's outcome unknown; `committed` says whether it takes effect. False where the
     /// engine cannot be made to.
     async fn make_next_unknown(&self, committed: bool) -> bool;
+    /// Every member with its id; one where the engine has no more.
+    async fn members(&self) -> Vec<Part>;
+    /// Cuts a member off all others, or joins it again. False where the engine has one member.
+    async fn cut_off(&self, node: NodeId, is_cut_off: bool) -> bool;
+    /// Stops a member, takes all that it has, and starts it again under its id. False where the engine cannot.
+    async fn wipe(&self, node: NodeId) -> bool;
+    /// Whether members are restored from snapshots; those of the suite are [`SuiteSnapshots`].
+    fn restores(&self) -> bool;
+    /// A member's replica has applied everything up to there.
+    async fn applied(&self, node: NodeId, upto: Position);
 }
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -45,13 +66,23 @@ struct Reader {
     last: Position,
     epoch: Epoch,
     leads: bool,
+    /// Where it was restored last.
+    restored: Position,
 }
 
 impl Reader {
     fn new(log: &Arc<dyn Log>, runtime: &Runtime, from: Position) -> Reader {
         let last = Position(from.0.saturating_sub(1));
         let events = log.events(from);
-        Reader { events, runtime: runtime.clone(), seen: Vec::new(), last, epoch: Epoch(0), leads: false }
+        Reader {
+            events,
+            runtime: runtime.clone(),
+            seen: Vec::new(),
+            last,
+            epoch: Epoch(0),
+            leads: false,
+            restored: Position(0),
+        }
     }
 
     /// Reads until `done`, checking order on the way.
@@ -60,41 +91,59 @@ impl Reader {
             let next = self.runtime.timeout(PATIENCE, self.events.next()).await;
             let event =
                 next.unwrap_or_else(|| panic!("nothing more while waiting for {what}")).expect("events");
-            match &event {
-                Event::Committed(batch) => {
-                    assert!(
-                        batch.position > self.last,
-                        "positions increase: {} after {}",
-                        batch.position,
-                        self.last
-                    );
-                    assert!(batch.epoch >= self.epoch, "{:?} after {:?} was told", batch.epoch, self.epoch);
-                    self.last = batch.position;
-                    self.seen.push(batch.clone());
-                }
-                Event::Gap { to } => {
-                    assert!(*to > self.last, "a gap moves on: {to} after {}", self.last);
-                    self.last = *to;
-                }
-                Event::Leader { epoch, leader, is_self } => {
-                    assert!(*epoch >= self.epoch, "epochs never go back");
-                    let is_end = self.leads && !is_self;
-                    assert!(!is_end || *epoch == self.epoch, "{:?} ends under {epoch:?}", self.epoch);
-                    assert!(
-                        !(self.leads && *is_self),
-                        "the end of {:?} was not told before {epoch:?}",
-                        self.epoch
-                    );
-                    assert!(!is_self || leader.is_some(), "who leads knows its own id");
-                    (self.epoch, self.leads) = (*epoch, *is_self);
-                }
-                Event::Restore(snapshot) => self.last = snapshot.position,
-                Event::Sealed { tail } => assert!(*tail >= self.last),
-            }
+            self.take(event.clone());
             if done(self, &event) {
                 return;
             }
         }
+    }
+
+    /// Takes note of an event and checks that it may come now.
+    fn take(&mut self, event: Event) {
+        match &event {
+            Event::Committed(batch) => {
+                assert!(
+                    batch.position > self.last,
+                    "positions increase: {} after {}",
+                    batch.position,
+                    self.last
+                );
+                assert!(batch.epoch >= self.epoch, "{:?} after {:?} was told", batch.epoch, self.epoch);
+                self.last = batch.position;
+                self.seen.push(batch.clone());
+            }
+            Event::Gap { to } => {
+                assert!(*to > self.last, "a gap moves on: {to} after {}", self.last);
+                self.last = *to;
+            }
+            Event::Leader { epoch, leader, is_self } => {
+                assert!(*epoch >= self.epoch, "epochs never go back");
+                let is_end = self.leads && !is_self;
+                assert!(!is_end || *epoch == self.epoch, "{:?} ends under {epoch:?}", self.epoch);
+                assert!(
+                    !(self.leads && *is_self),
+                    "the end of {:?} was not told before {epoch:?}",
+                    self.epoch
+                );
+                assert!(!is_self || leader.is_some(), "who leads knows its own id");
+                (self.epoch, self.leads) = (*epoch, *is_self);
+            }
+            Event::Restore(snapshot) => {
+                assert!(
+                    snapshot.position > self.last,
+                    "a snapshot moves on: {} after {}",
+                    snapshot.position,
+                    self.last
+                );
+                (self.last, self.restored) = (snapshot.position, snapshot.position);
+            }
+            Event::Sealed { tail } => assert!(*tail >= self.last),
+        }
+    }
+
+    /// How often a text is in what was read.
+    fn times(&self, text: &str) -> usize {
+        self.seen.iter().flat_map(|batch| &batch.entries).filter(|bytes| **bytes == text).count()
     }
 
     async fn until_leading(&mut self) -> Epoch {
@@ -116,7 +165,9 @@ async fn committed(harness: &dyn Harness, text: &str) -> Position {
     for _ in 0..1500 {
         let log = harness.leader().await;
         let mut reader = Reader::new(&log, &harness.runtime(), log.status().bounds.last.next());
-        let epoch = reader.until_leading().await;
+        // Who leads now may not be who led when it was asked for.
+        let leads = harness.runtime().timeout(Duration::from_secs(2), reader.until_leading()).await;
+        let Some(epoch) = leads else { continue };
         match log.propose(epoch, vec![entry(text)]) {
             Ok(commit) => match commit.await {
                 Outcome::Committed(position) => return position,
@@ -135,25 +186,53 @@ async fn committed(harness: &dyn Harness, text: &str) -> Position {
     panic!("no leader takes {text}");
 }
 
-/// What an engine must do to be called a log: order, epochs, outcomes, barriers, leader change.
+/// What an engine must do to be called a log: order, epochs, outcomes, barriers, leader change, members that come and go.
 pub async fn core(harness: &dyn Harness) {
     proposals_appear_once_in_order_everywhere(harness).await;
     wrong_sizes_and_epochs_are_rejected(harness).await;
     a_read_barrier_covers_what_was_acknowledged(harness).await;
+    readers::a_dropped_wait_loses_nothing(harness).await;
+    readers::a_dropped_commit_is_proposed(harness).await;
+    readers::readers_begin_anywhere(harness).await;
+    readers::proposers_keep_their_order(harness).await;
     an_old_epoch_is_fenced_after_a_leader_change(harness).await;
     status_agrees_with_what_was_told(harness).await;
     a_reader_is_told_of_the_end_of_a_reign(harness).await;
+    if harness.members().await.len() > 1 {
+        members::who_was_cut_off_catches_up(harness).await;
+        members::leadership_is_handed_over(harness).await;
+        members::a_hand_over_to_the_dead_loses_nothing(harness).await;
+    }
     // Last, because an engine may go on for a while with a leader that is cut off.
     unknown_means_maybe_once(harness).await;
 }
 
-/// The whole suite: [`core`], then restart and sealing. Leaves the log sealed.
+/// The whole suite: [`core`], then restart, floors, lost disks, snapshots and the seal. Leaves the log sealed.
 pub async fn full(harness: &dyn Harness) {
     core(harness).await;
     a_restart_keeps_what_was_acknowledged(harness).await;
+    members::a_power_cut_of_all_keeps_what_was_acknowledged(harness).await;
+    if harness.members().await.len() > 1 {
+        members::who_lost_its_disk_gets_everything(harness).await;
+    }
     who_resigns_leads_no_more(harness).await;
-    trimming_is_a_request(harness).await;
-    sealing_ends_the_log(harness).await;
+    readers::overload_is_said(harness).await;
+    readers::floors_only_rise(harness).await;
+    if harness.members().await.len() > 1 {
+        members::who_stays_away_too_long_is_restored(harness).await;
+        members::who_lost_its_disk_gets_everything(harness).await;
+    }
+    readers::trimming_is_a_request(harness).await;
+    sealing::nothing_comes_behind_a_seal(harness).await;
+    sealing::sealing_ends_the_log(harness).await;
+}
+
+/// Where a proposal is, if it is known to be somewhere.
+fn position_of(outcome: Outcome) -> Option<Position> {
+    match outcome {
+        Outcome::Committed(position) => Some(position),
+        _ => None,
+    }
 }
 
 async fn proposals_appear_once_in_order_everywhere(harness: &dyn Harness) {
@@ -348,38 +427,5 @@ async fn a_restart_keeps_what_was_acknowledged(harness: &dyn Harness) {
     for (position, text) in positions {
         let batch = reader.seen.iter().find(|b| b.position == position).expect("acknowledged, so there");
         assert_eq!(batch.entries, vec![text]);
-    }
-}
-
-async fn trimming_is_a_request(harness: &dyn Harness) {
-    let log = harness.leader().await;
-    let last = committed(harness, "before the trim").await;
-    log.trim(last).await.expect("a request is taken");
-    let bounds = log.status().bounds;
-    assert!(bounds.last >= last);
-    if bounds.first.0 > 1 {
-        let mut events = log.events(Position(1));
-        let answer = events.next().await;
-        assert!(matches!(answer, Err(LogFault::Trimmed { .. }) | Ok(Event::Restore(_))), "{answer:?}");
-    }
-    committed(harness, "after the trim").await;
-}
-
-async fn sealing_ends_the_log(harness: &dyn Harness) {
-    let runtime = harness.runtime();
-    let last = committed(harness, "the last").await;
-    let log = harness.leader().await;
-    let mut reader = Reader::new(&log, &runtime, log.status().bounds.last.next());
-    let epoch = reader.until_leading().await;
-    let tail = log.seal().await.expect("seals");
-    assert!(tail >= last);
-    assert_eq!(log.seal().await.expect("seals again"), tail);
-    let refused = log.propose(epoch, vec![entry("too late")]).err();
-    assert!(matches!(refused, Some(Rejected::Sealed | Rejected::NotLeader { .. })), "{refused:?}");
-    let mut reader = Reader::new(&log, &runtime, last);
-    reader.until("the seal", |_, e| matches!(e, Event::Sealed { .. })).await;
-    if harness.restart().await {
-        let log = harness.leader().await;
-        assert_eq!(log.seal().await.expect("still sealed"), tail);
     }
 }

@@ -165,6 +165,8 @@ pub enum Mutant {
     OldestNotListed,
     /// A block service looks at the time that its client says. A real bug once.
     DisksMindClients,
+    /// The registry is told where a log is led when its node starts, and not when that changes.
+    PlacedOnce,
     /// A replica goes on as if its reign had not ended.
     EndOfReignLost,
     /// A client asks the first of the registry's members alone.
@@ -195,7 +197,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 92] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 93] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -279,6 +281,7 @@ impl Mutant {
         (Mutant::RenewedOfPresent, &["slow reader"]),
         (Mutant::OldestNotListed, &["transactions"]),
         (Mutant::DisksMindClients, &["led ahead"]),
+        (Mutant::PlacedOnce, &["replicas", "convergence"]),
         (Mutant::EndOfReignLost, &["replicas", "convergence", "panic"]),
         (Mutant::FirstRegistryOnly, &["replicas", "convergence"]),
         (Mutant::FollowerReadsAtOnce, &["replicas", "linearizability", "linearizability by search"]),

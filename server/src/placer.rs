@@ -13,6 +13,7 @@ use anyhow::{Context as _, Result};
 use clutch_client::Client;
 use clutch_log::{Epoch, LogId};
 use clutch_proto::{
+    mutants::{self, Mutant},
     registry::{GetChain, PlaceCdc, PlaceShard, Segment, SwapChain, registry_request::Op},
     session::Role,
     types,
@@ -90,6 +91,9 @@ impl Placer {
     /// What is led now before it returns, the others as a task.
     pub(crate) async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
         self.place().await?;
+        if mutants::is(Mutant::PlacedOnce) {
+            return Ok(());
+        }
         let runtime = self.client.runtime().clone();
         runtime.spawn("placer", async move {
             let clock = self.client.runtime().clock.clone();

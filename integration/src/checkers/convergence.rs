@@ -1,5 +1,5 @@
 //! After the faults everything comes to rest within bounded virtual time: every log is led and every replica well, no
-//! transaction is in flight, and requests are answered.
+//! transaction is in flight, requests are answered, and the registry's map says who leads.
 
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use clutch_proto::{
     admin::{AdminRequest, Status, StatusReply, admin_request},
     cdc::{ListTransactions, cdc_request},
     session::Role,
+    types::ShardPlacement,
 };
 use clutch_runtime::Endpoint;
 
@@ -17,7 +18,7 @@ use super::Violation;
 /// How long the CDC may take to finish what is in flight.
 const REST_MAX: Duration = Duration::from_secs(120);
 
-/// How long the members of one log may take to elect a leader and to follow it.
+/// How long the members of one log may take to elect a leader and to follow it, and the registry to be told.
 const MEMBERS_REST_MAX: Duration = Duration::from_secs(20);
 
 /// How a replica stands.
@@ -82,7 +83,52 @@ pub async fn at_rest(client: &Client, members: Members) -> (Vec<Violation>, Stat
             }
         }
     }
+    if violations.is_empty() {
+        let named = map_names_leaders(client).await;
+        violations.extend(named.err().map(|what| Violation::new("convergence", what)));
+    }
     (violations, statuses)
+}
+
+/// Waits until the registry's map names the leader of every log that it knows, and the reign of every shard. Clients find a
+/// leader without it, too, but every new one begins with the map.
+async fn map_names_leaders(client: &Client) -> Result<(), String> {
+    let clock = client.runtime().clock.clone();
+    let begin = clock.monotonic();
+    loop {
+        let left = match unplaced(client).await {
+            Ok(()) => return Ok(()),
+            Err(left) => left,
+        };
+        if clock.monotonic() - begin > MEMBERS_REST_MAX {
+            return Err(left);
+        }
+        clock.sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// What the map says wrongly, if anything.
+async fn unplaced(client: &Client) -> Result<(), String> {
+    let map = client.refresh_map().await.map_err(|error| format!("the registry does not answer: {error}"))?;
+    let mut named = vec![(LogId::CDC, Role::Cdc, 0, map.cdc_address.clone(), None)];
+    let shard =
+        |s: &ShardPlacement| (LogId::shard(s.shard), Role::Shard, s.shard, s.address.clone(), Some(s.epoch));
+    named.extend(map.shards.iter().map(shard));
+    for (id, role, number, address, epoch) in named {
+        let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
+        let asked = client.admin_at(Endpoint(address.clone()), role, number, request).await;
+        let status = match asked.map(|reply| reply.status) {
+            Ok(Some(status)) => status,
+            other => return Err(format!("{address}, which the map names for {id}, says {other:?}")),
+        };
+        if !status.leading || epoch.is_some_and(|epoch| epoch != status.epoch) {
+            return Err(format!(
+                "the map names {address} in {epoch:?} for {id}, which leads: {}, in {}",
+                status.leading, status.epoch
+            ));
+        }
+    }
+    Ok(())
 }
 
 /// Waits until one of a log's members leads and the others have applied what it has; how all stand then.

@@ -116,7 +116,7 @@ async fn unplaced(client: &Client) -> Result<(), String> {
     named.extend(map.shards.iter().map(shard));
     for (id, role, number, address, epoch) in named {
         let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
-        let asked = client.admin_at(Endpoint(address.clone()), role, number, request).await;
+        let asked = client.admin_at(Endpoint::from(address.as_str()), role, number, request).await;
         let status = match asked.map(|reply| reply.status) {
             Ok(Some(status)) => status,
             other => return Err(format!("{address}, which the map names for {id}, says {other:?}")),

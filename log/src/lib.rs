@@ -202,7 +202,7 @@ pub struct Bounds {
 pub struct Floors {
     /// Up to here nobody wants the records: an operator's or a policy's word.
     pub retain: Position,
-    /// The replica has a snapshot of this position, which whoever needs what is trimmed can get.
+    /// A snapshot of the replica has everything up to here: whoever needs what is trimmed gets that.
     pub snapshot: Position,
     /// The replica's store has this durably: after a crash it asks for what follows.
     pub flushed: Position,

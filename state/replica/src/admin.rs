@@ -185,7 +185,8 @@ impl<M: Machine> Replica<M> {
             let applied = self.applier.position();
             return Ok(Floors { retain, snapshot: applied, flushed: applied });
         }
-        let snapshot = if mutants::is(Mutant::TrimPastCheckpoint) { flushed } else { newest };
+        // A checkpoint may have more than the store has durably.
+        let snapshot = if mutants::is(Mutant::TrimPastCheckpoint) { flushed } else { newest.min(flushed) };
         Ok(Floors { retain, snapshot, flushed })
     }
 

@@ -185,6 +185,8 @@ pub enum Mutant {
     SnapshotPastState,
     /// A member offers the snapshot that it has, whatever is asked for.
     OldSnapshotOffered,
+    /// What a segment has restarted of a group is not taken away from the segments before it.
+    EarlierNotCut,
     /// A replica calls durable whatever it has applied, when it says what its log may forget.
     FloorsOfApplied,
     /// A list of services that was read long ago is logged by a new leader.
@@ -197,7 +199,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 93] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 94] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -293,6 +295,7 @@ impl Mutant {
         (Mutant::OldSnapshotOffered, &["replicas", "panic", "log"]),
         (Mutant::FloorsOfApplied, &["replicas", "log"]),
         (Mutant::OldListLogged, &["replicas", "registry"]),
+        (Mutant::EarlierNotCut, &["units", "tests::planted_bugs_are_found"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
     ];
 }

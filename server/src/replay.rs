@@ -321,13 +321,13 @@ pub fn from_directory(
     let (log_dir, state_dir) = (&*places.log, &*places.state);
     let summary = open_read_only(disk, log_dir)?;
     let memory = SharedMemory::new(16 << 20, 16 << 20);
-    let mut report = Report::default();
+    let mut report = Report { reached_end: true, ..Report::default() };
     // Only to compare with: a state that is broken does not keep its log from being replayed.
     let live = live_state(state_dir, id, &memory).unwrap_or_else(|error| {
         tracing::warn!("not compared: {error:#}; the next start builds the state anew");
         None
     });
-    let trimmed = summary.before.get(&id).map_or(0, |position| position.0);
+    let trimmed = summary.before.get(&id.into()).map_or(0, |position| position.0);
     let kept = RocksStores::checkpoint_positions(state_dir, id)?;
     report.from_checkpoint = begin_at(id, from_checkpoint, &kept, trimmed + 1)?;
     if report.from_checkpoint > 0 {
@@ -352,7 +352,6 @@ pub fn from_directory(
     let total = summary.segments.len() as u64;
     let mut continuity = Continuity::default();
     let mut cluster = None;
-    report.reached_end = true;
     'segments: for (done, number) in summary.segments.iter().enumerate() {
         let mut reader = match SegmentReader::open(disk, log_dir, *number) {
             Ok(reader) => reader,
@@ -378,14 +377,15 @@ pub fn from_directory(
             let followed = match record.kind {
                 RecordKind::Groups => continuity.begin(*number, &record),
                 RecordKind::Batch | RecordKind::Epoch | RecordKind::Seal => continuity.record(&record, at.1),
+                kind => bail!("{}: a record of kind {kind:?}, which is not replayed yet", record.group),
             };
             match followed {
                 Ok(()) => {}
                 Err(_) if at >= summary.synced => break 'segments,
                 Err(fault) => return Err(fault.into()),
             }
-            if record.kind != RecordKind::Batch || record.log != id || record.position <= replayer.position()
-            {
+            let is_wanted = record.kind == RecordKind::Batch && record.group.log == id;
+            if !is_wanted || record.position <= replayer.position() {
                 continue;
             }
             compare(&*replayer, &mut compared, record.position.0);

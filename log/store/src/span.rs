@@ -1,6 +1,7 @@
 //! What a segment has of a group, and what of earlier segments a record takes away.
 
 use clutch_log::Position;
+use clutch_proto::mutants::{self, Mutant};
 
 use crate::{GroupId, RecordKind, Segment};
 
@@ -107,6 +108,9 @@ impl Segment {
 
 /// Takes away of earlier segments what a later one has restarted.
 pub(crate) fn cut_earlier(segments: &mut [Segment], group: GroupId, Restart { at, is_anew }: Restart) {
+    if mutants::is(Mutant::EarlierNotCut) {
+        return;
+    }
     let from = if is_anew { Position(0) } else { at };
     for span in segments.iter_mut().filter_map(|segment| segment.spans.get_mut(&group)) {
         span.cut(from);

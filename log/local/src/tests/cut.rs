@@ -30,11 +30,11 @@ async fn fill(runtime: &Runtime, dir: &Path, batches: u64) {
 fn read(disk: &dyn Disk, dir: &Path) -> Result<BTreeMap<LogId, Vec<Bytes>>, LogFault> {
     let recovered = recovery::recover(disk, dir, 9)?;
     let mut found = BTreeMap::new();
-    for segment in &recovered.segments {
-        let mut reader = SegmentReader::open(disk, dir, segment.number)?;
+    for number in recovered.segments() {
+        let mut reader = SegmentReader::open(disk, dir, number)?;
         while let Some(record) = reader.next_record()? {
             if record.kind == RecordKind::Batch {
-                found.entry(record.log).or_insert_with(Vec::new).extend(record.entries);
+                found.entry(record.group.log).or_insert_with(Vec::new).extend(record.entries);
             }
         }
     }
@@ -138,7 +138,7 @@ fn records(disk: &dyn Disk, dir: &Path, id: LogId) -> Vec<(RecordKind, u64, u64)
     for number in 1..=99 {
         let Ok(mut reader) = SegmentReader::open(disk, dir, number) else { continue };
         while let Some(record) = reader.next_record().expect("reads") {
-            if record.log == id {
+            if record.group.log == id {
                 found.push((record.kind, record.position.0, record.epoch.0));
             }
         }

@@ -269,19 +269,26 @@ fn a_batch_is_packed_from_its_smallest_size_on_when_an_eighth_is_saved() {
 
 #[test]
 fn an_index_with_another_beginning_or_half_a_line_is_none() {
-    let spans = BTreeMap::from([(LogId::CDC, (Position(1), Position(9)))]);
+    let span =
+        format::Span { first: Position(1), last: Position(9), restart: None, offsets: (0..9).collect() };
+    let spans = BTreeMap::from([(LogId::CDC.into(), span)]);
     let bytes = format::encode_index(&format::Index { number: 3, bytes: 77, spans });
     assert!(format::decode_index(&bytes).is_some());
+    // A head of 32 bytes and a line of 48; then the offsets.
+    let (body, offsets) = (&bytes[..80], &bytes[84..]);
+    assert_eq!((bytes.len(), offsets.len()), (84 + 9 * 4, 9 * 4));
     let with_crc = |mut body: Vec<u8>| {
         body.extend_from_slice(&crc32fast::hash(&body).to_le_bytes());
         body
     };
-    let body = &bytes[..bytes.len() - 4];
-    assert_eq!(with_crc(body.to_vec()), bytes);
+    assert_eq!([&with_crc(body.to_vec()), offsets].concat(), bytes);
     let mut other = body.to_vec();
     other[0] ^= 1;
     assert!(format::decode_index(&with_crc(other)).is_none(), "another kind of file");
-    assert!(format::decode_index(&with_crc(body[..body.len() - 1].to_vec())).is_none(), "half a line");
+    let mut more = body.to_vec();
+    more[24] = 2;
+    assert!(format::decode_index(&with_crc(more)).is_none(), "fewer lines than it says");
+    assert!(format::decode_index(&with_crc(body[..79].to_vec())).is_none(), "half a line");
     assert!(format::decode_index(&with_crc(body[..20].to_vec())).is_none(), "half a head");
     assert!(format::decode_index(&[]).is_none());
 }
@@ -322,8 +329,8 @@ fn a_start_marks_the_segment_that_its_predecessor_began_and_nothing_more() {
         file.write_at(&[9; 100], length).expect("writes");
         let recovered = recovery::recover(&*disk, dir, 0).expect("recovers");
         let mark = recovery::read_mark(&*disk, dir).expect("reads").expect("a mark");
-        assert_eq!(mark, recovered.mark);
-        match recovered.current {
+        assert_eq!(mark, recovered.mark());
+        match recovered.current() {
             Some((segment, end)) if segment > before.segment => {
                 assert_eq!((mark.sequence, mark.first), (before.sequence + 1, before.first));
                 assert_eq!((mark.segment, mark.offset), (segment, end));
@@ -338,7 +345,7 @@ fn a_start_marks_the_segment_that_its_predecessor_began_and_nothing_more() {
         // What was written again is durable.
         world.crash(NODE);
         let again = recovery::recover(&*disk, dir, 0).expect("recovers again");
-        assert_eq!((again.mark, again.current), (recovered.mark, recovered.current));
+        assert_eq!((again.mark(), again.current()), (recovered.mark(), recovered.current()));
     }
     assert!(met > 3, "{met} times a segment was begun and not marked");
 }
@@ -362,7 +369,7 @@ fn a_first_start_that_lost_its_power_begins_anew_and_a_lost_mark_does_not() {
         let found = recovery::recover(&*disk, dir, 0);
         assert_eq!(found.is_ok(), is_taken, "{length} bytes: {:?}", found.err());
         if is_taken {
-            assert_eq!(found.expect("recovered").mark.first, 1);
+            assert_eq!(found.expect("recovered").mark().first, 1);
         } else {
             assert!(found.err().expect("refused").to_string().contains("mark"), "{length}");
         }

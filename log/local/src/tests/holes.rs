@@ -144,7 +144,7 @@ fn missing_files_are_named() {
             other => panic!("{name}: {other:?}"),
         }
         // A tool that only reads needs the mark as much: without it damage would look like a torn tail.
-        let read_only = recovery::open_read_only(&*disk, Path::new(DIR)).map(drop);
+        let read_only = open_read_only(&*disk, Path::new(DIR)).map(drop);
         assert_eq!(read_only.is_ok(), name.ends_with(".idx"), "{name}: {read_only:?}");
         put(&disk, path, Some(bytes));
     }

@@ -1,11 +1,24 @@
 //! The local engine: the conformance suite on a simulated and on a real disk, and what damage does.
 
-use std::{collections::VecDeque, path::Path, time::Duration};
+use std::{
+    collections::{BTreeMap, VecDeque},
+    path::Path,
+    time::Duration,
+};
 
-use clutch_log::conformance::{self, Harness, Part};
-use clutch_runtime::simulated::{NodeId, World};
+use clutch_log::{
+    Outcome,
+    conformance::{self, Harness, Part},
+};
+use clutch_runtime::{
+    Disk,
+    simulated::{NodeId, World},
+};
+use parking_lot::Mutex;
 
 use super::*;
+
+use clutch_log_store::internals::{self as format, self as recovery};
 
 mod cut;
 mod edges;
@@ -202,54 +215,6 @@ fn crashes_lose_nothing_acknowledged_and_never_look_like_damage() {
 }
 
 #[test]
-fn one_slot_of_the_mark_is_always_durable() {
-    let dir = Path::new("log");
-    for seed in 0..60 {
-        let world = World::new(seed);
-        let mut mark = format::Mark::default();
-        let mut durable = 0;
-        for round in 0..6 {
-            let shared = Arc::new(Shared {
-                disk: world.node(NODE).disk,
-                dir: dir.into(),
-                options: small(),
-                queued_bytes: Default::default(),
-                groups: Default::default(),
-                segments: Default::default(),
-                failed: Default::default(),
-            });
-            let mut writer = writer::Writer::new(&shared, None, mark);
-            for step in 0..seed % 4 {
-                writer.write_mark(1, 1000 * round + step).expect("writes");
-            }
-            if (seed >> 2 ^ round) % 3 == 0 {
-                writer.write_mark(1, 1000 * round + 500).expect("writes");
-                writer.sync_mark().expect("syncs");
-                durable = 1000 * round + 500;
-            }
-            for step in 0..seed % 5 {
-                writer.write_mark(1, 1000 * round + 600 + step).expect("writes");
-            }
-            // The process dies, and sometimes the machine.
-            drop(writer);
-            if (seed ^ round) % 2 == 0 {
-                world.crash(NODE);
-            }
-            let read = recovery::read_mark(&*world.disk(NODE), dir).expect("reads");
-            mark = read.unwrap_or_default();
-            if mark.sequence > 0 {
-                // As every start does.
-                recovery::make_durable(&*world.disk(NODE), dir, mark).expect("written");
-            }
-            assert!(
-                mark.offset >= durable,
-                "seed {seed}, round {round}: {mark:?}, but {durable} was durable"
-            );
-        }
-    }
-}
-
-#[test]
 fn every_flipped_byte_of_a_synced_segment_is_an_error_or_harmless() {
     let world = World::new(5);
     let acknowledged = Arc::new(Mutex::new(Vec::new()));
@@ -301,7 +266,7 @@ fn a_failed_sync_stops_the_engine() {
 #[test]
 fn segments_and_marks_have_their_golden_bytes() {
     let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
-    let line = format::GroupLine { log: LogId::CDC, last: Position(6), epoch: Epoch(2), sealed: None };
+    let line = format::GroupLine::new(LogId::CDC, Position(6), Epoch(2), None);
     let mut segment = format::segment_header(1, 0x0102_0304_0506_0708).to_vec();
     let none = LogId { role: 0, number: 0 };
     format::encode_record(
@@ -398,20 +363,47 @@ fn a_packed_batch_written_before_still_reads() {
 
 #[test]
 fn indexes_have_their_golden_bytes() {
-    let spans = BTreeMap::from([
-        (LogId::CDC, (Position(7), Position(9))),
-        (LogId::shard(1), (Position(1), Position(500))),
-    ]);
+    let span = |first: u64, last: u64| format::Span {
+        first: Position(first),
+        last: Position(last),
+        restart: (first == 1).then_some(clutch_log_store::Restart { at: Position(1), is_anew: true }),
+        offsets: (first..=last).map(|n| n as u32 * 100).collect(),
+    };
+    let spans = BTreeMap::from([(LogId::CDC.into(), span(7, 9)), (LogId::shard(1).into(), span(1, 20))]);
     let index = format::Index { number: 3, bytes: 70_000, spans };
     let bytes = format::encode_index(&index);
     let hex: String = bytes.iter().map(|b| format!("{b:02x}")).collect();
-    assert_eq!(hex, include_str!("../../../../docs/formats/golden/index.hex").trim());
-    assert_eq!(format::decode_index(&bytes), Some(index));
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/formats/golden/index-3.hex");
+    if std::env::var_os("UPDATE_VECTORS").is_some() {
+        std::fs::write(path, format!("{hex}\n")).expect("written");
+    }
+    assert_eq!(hex, std::fs::read_to_string(path).expect("there").trim());
+    let (read, places) = format::decode_index(&bytes).expect("whole");
+    let offsets = |id| {
+        let place: format::Offsets = places[&id];
+        format::decode_offsets(place, &bytes[place.start as usize..][..place.count as usize * 4])
+    };
+    let mut whole = read;
+    for (id, span) in &mut whole.spans {
+        span.offsets = offsets(*id).expect("whole");
+    }
+    assert_eq!(whole, index);
     for bit in 0..bytes.len() * 8 {
         let mut flipped = bytes.clone();
         flipped[bit / 8] ^= 1 << (bit % 8);
-        assert_eq!(format::decode_index(&flipped), None, "bit {bit}");
+        let all = format::decode_index(&flipped).and_then(|(_, places)| {
+            let read = |p: &format::Offsets| {
+                format::decode_offsets(*p, &flipped[p.start as usize..][..p.count as usize * 4])
+            };
+            places.values().map(read).collect::<Option<Vec<_>>>()
+        });
+        assert_eq!(all, None, "bit {bit}");
     }
+    // One of the build before is made anew.
+    let before = include_str!("../../../../docs/formats/golden/index.hex").trim();
+    let byte = |at: usize| u8::from_str_radix(&before[at..at + 2], 16).expect("hex");
+    let before: Vec<u8> = (0..before.len()).step_by(2).map(byte).collect();
+    assert!(before.starts_with(b"CLUTIDX2") && format::decode_index(&before).is_none());
 }
 
 /// Trims as a replica does whose state is durable up to the log's end.

@@ -10,7 +10,6 @@ use super::{
     edges::{append, batch, in_world},
     *,
 };
-use crate::continuity::Continuity;
 
 const DIR: &str = "log";
 
@@ -108,31 +107,7 @@ fn without_room_it_says_so_and_goes_on_when_there_is_some() {
     });
     world.crash(NODE);
     let recovered = recovery::recover(&*world.disk(NODE), Path::new(DIR), 0).expect("recovers");
-    assert!(recovered.groups[&LogId::CDC].next.0 > 28);
-}
-
-#[test]
-fn memory_keeps_the_newest_records_up_to_a_limit_and_always_one() {
-    for (tail_bytes_max, kept) in [(3 * 1034, 3), (3 * 1034 - 1, 2), (1, 1)] {
-        let world = World::new(43);
-        let runtime = world.node(NODE);
-        in_world(&world, async move {
-            let options = Options { tail_bytes_max, ..options() };
-            let engine = LocalEngine::open(&runtime, DIR.into(), options).expect("opens");
-            let log = engine.log(LogId::CDC).await.expect("opens");
-            append(&log, Epoch(1), 0..12).await;
-            let group = engine.handle.shared.groups.lock()[&LogId::CDC].clone();
-            let last = log.status().bounds.last;
-            let state = group.state.lock();
-            // 64 bytes for each, and 32 for each of its two entries.
-            let weight =
-                |record: &TailRecord| record.batch.entries.iter().map(|e| e.len() + 32).sum::<usize>() + 64;
-            let weights: Vec<usize> = state.tail.iter().map(weight).collect();
-            assert_eq!((weights.len(), weights.iter().sum::<usize>()), (kept, state.tail_bytes));
-            assert!(weights.iter().all(|weight| *weight == 1034), "{weights:?}");
-            assert_eq!(state.tail.back().expect("one").batch.position, last);
-        });
-    }
+    assert!(recovered.next(LogId::CDC).expect("it is there").0 > 28);
 }
 
 #[test]
@@ -168,81 +143,6 @@ fn a_segment_goes_when_nothing_in_it_is_needed_and_not_before() {
         trim(&other, Position(99)).await.expect("trims");
         assert_eq!(segments(&*disk).len(), 1);
     });
-}
-
-fn groups(lines: &[(LogId, u64)]) -> Record {
-    let line = |(log, last): &(LogId, u64)| {
-        let line = format::GroupLine { log: *log, last: Position(*last), epoch: Epoch(1), sealed: None };
-        format::encode_group(&line)
-    };
-    Record {
-        kind: RecordKind::Groups,
-        log: LogId { role: 0, number: 0 },
-        position: Position(0),
-        epoch: Epoch(0),
-        entries: lines.iter().map(line).collect(),
-    }
-}
-
-fn record(log: LogId, position: u64) -> Record {
-    Record { kind: RecordKind::Batch, log, position: Position(position), epoch: Epoch(1), entries: vec![] }
-}
-
-/// What is wrong, where: position, file, sentence.
-fn fault(result: Result<(), LogFault>) -> (u64, String, String) {
-    match result {
-        Err(LogFault::Corrupt { position, file, what, .. }) => (position.0, file, what),
-        other => panic!("{other:?}"),
-    }
-}
-
-#[test]
-fn what_does_not_follow_is_named_with_its_file_and_its_positions() {
-    let (cdc, other) = (LogId::CDC, LogId::shard(4));
-    let follow = || {
-        let mut continuity = Continuity::default();
-        continuity.begin(7, &groups(&[(cdc, 4), (other, 0)])).expect("the first says where all begins");
-        continuity.record(&record(cdc, 5), 100).expect("follows");
-        continuity.span(cdc, Position(6), Position(9), 32).expect("follows");
-        continuity
-    };
-    let (seventh, eighth) = (format::segment_name(7), format::segment_name(8));
-    let (position, file, what) = fault(follow().record(&record(cdc, 12), 300));
-    assert_eq!((position, &file), (10, &seventh));
-    assert!(what.starts_with("positions 10 to 11 of "), "{what}");
-    let (position, _, what) = fault(follow().record(&record(cdc, 11), 300));
-    assert!(position == 10 && what.starts_with("position 10 of "), "{what}");
-    for again in [9, 5, 1] {
-        let (position, _, what) = fault(follow().record(&record(cdc, again), 300));
-        assert_eq!(position, 10);
-        assert!(
-            what.starts_with(&format!("position {again} of ")) && what.ends_with("comes again after 9"),
-            "{what}"
-        );
-    }
-    // An index whose end is before its beginning.
-    let (position, _, _) = fault(follow().span(cdc, Position(10), Position(9), 32));
-    assert_eq!(position, 10);
-    follow().span(cdc, Position(10), Position(10), 32).expect("one is enough");
-    // The next segment knows more, less, or nothing of a log.
-    follow().begin(8, &groups(&[(cdc, 9)])).expect("follows; a log without records needs no line");
-    let (position, file, what) = fault(follow().begin(8, &groups(&[(cdc, 12)])));
-    assert_eq!((position, &file), (10, &seventh));
-    assert!(what.starts_with("positions 10 to 12 of "), "{what}");
-    let (position, file, what) = fault(follow().begin(8, &groups(&[(cdc, 8)])));
-    assert_eq!((position, &file), (9, &eighth));
-    assert!(
-        what.contains("begins after position 8 of") && what.contains(&format!("{seventh} holds 9")),
-        "{what}"
-    );
-    let (position, file, what) = fault(follow().begin(8, &groups(&[])));
-    assert_eq!((position, &file), (9, &eighth));
-    assert!(what.contains("does not know"), "{what}");
-    let mut garbled = groups(&[(cdc, 9)]);
-    garbled.entries[0] = garbled.entries[0].slice(..31);
-    let (_, file, _) = fault(follow().begin(8, &garbled));
-    assert_eq!(file, eighth);
-    assert_eq!((follow().last(cdc), follow().last(LogId::shard(5))), (Some(Position(9)), None));
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,4 +1,4 @@
-//! The one writer of a node: merges what all logs append into one write and one sync.
+//! The one writer of a node: merges what all groups append into one write and one sync.
 
 use std::{
     collections::BTreeMap,
@@ -6,18 +6,20 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Batch, Epoch, LogFault, LogId, Outcome, Position, Refused};
+use clutch_log::{Batch, Epoch, LogFault, LogId, NodeId, Outcome, Position, Refused};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::File;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    Command, Group, Segment, Shared, TailRecord,
+    GroupId, Record, Segment, Shared, TailRecord, Write,
     format::{
-        GroupLine, Index, Mark, RECORD_HEADER_BYTES, RecordKind, encode_group, encode_index, encode_mark,
-        encode_record, mark_offset, segment_header, segment_name,
+        Index, Mark, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, RecordKind, encode_group, encode_index,
+        encode_mark, encode_record, mark_offset, segment_header, segment_name,
     },
+    group::{Command, Group, GroupState},
     recovery::{MARK_FILE, index_path},
+    span::{Effect, cut_earlier, effect},
 };
 
 /// Under load the mark is made durable after so many bytes; when nothing waits, at once.
@@ -72,19 +74,32 @@ impl Command {
         match self {
             Command::Append { entries, bytes, .. } => RECORD_HEADER_BYTES + bytes + 4 * entries.len(),
             Command::BeginEpoch { .. } | Command::Seal { .. } => RECORD_HEADER_BYTES,
+            Command::Write { writes, .. } => writes.iter().map(record_bytes_max).sum(),
             Command::Trim { .. } => 0,
         }
     }
+}
+
+fn record_bytes_max(write: &Write) -> usize {
+    let (bytes, entries) = write.size();
+    RECORD_HEADER_BYTES + bytes + 4 * entries
 }
 
 /// A record that was encoded and waits for the sync.
 struct Staged {
     group: Arc<Group>,
     record: TailRecord,
+    /// What it does to its group.
+    effect: Effect,
+    /// Where it begins, in what is written at once.
+    offset: u64,
     answer: Answer,
 }
 
 enum Answer {
+    /// Another record of the same call answers.
+    None,
+    Write(oneshot::Sender<Result<(), LogFault>>),
     Append(oneshot::Sender<Outcome>),
     Epoch(oneshot::Sender<Result<Epoch, LogFault>>),
     Seal(oneshot::Sender<Result<Position, LogFault>>),
@@ -136,20 +151,6 @@ impl Writer {
         }
     }
 
-    /// Why a batch that waited is not written; `None` where it is.
-    fn refusal(&self, group: &Group, epoch: Epoch, is_full: bool) -> Option<Outcome> {
-        let state = group.state.lock();
-        if state.sealed.is_some() {
-            return Some(Outcome::Sealed);
-        }
-        if is_full {
-            return Some(Outcome::Refused(Refused::NoRoom));
-        }
-        // The epoch may have ended while it waited; whoever began the next is of this node, too.
-        let hint = Some(self.shared.options.node);
-        (state.epoch != epoch).then_some(Outcome::Refused(Refused::NotLeader { hint }))
-    }
-
     fn write(&mut self, commands: &mut Vec<Command>) -> Result<(), String> {
         // Before anything gets a position: what there is no room for is certainly not in the log.
         let needed: usize = commands.iter().map(Command::bytes_max).sum();
@@ -157,77 +158,30 @@ impl Writer {
             0 => Ok(()),
             needed => self.make_room(needed as u64)?,
         };
-        let mut staged: Vec<Staged> = Vec::new();
-        let mut bytes = Vec::new();
+        let node = self.shared.options.node;
+        let mut merged = Merged { room, node, bytes: Vec::new(), staged: Vec::new(), released: 0 };
         let mut trims = Vec::new();
-        let mut released = 0;
         for command in commands.drain(..) {
             match command {
-                Command::Append { group, epoch, entries, bytes: size, decided } => {
-                    released += size;
-                    let refused = self.refusal(&group, epoch, room.is_err());
-                    if let Some(refused) = refused {
-                        // The caller may be gone.
-                        let _ = decided.send(refused);
-                        continue;
-                    }
-                    let answer = Answer::Append(decided);
-                    staged.push(stage(&mut bytes, group, RecordKind::Batch, epoch, entries, answer));
+                Command::Append { group, epoch, entries, bytes, decided } => {
+                    merged.released += bytes;
+                    merged.append(group, epoch, entries, decided);
                 }
-                Command::BeginEpoch { group, done } => {
-                    let sealed = group.state.lock().sealed.is_some();
-                    if let (Err(reason), false) = (&room, sealed) {
-                        let _ = done.send(Err(LogFault::NoRoom(reason.clone())));
-                        continue;
-                    }
-                    let epoch = {
-                        let mut state = group.state.lock();
-                        state.epoch = Epoch(state.epoch.0 + 1);
-                        state.epoch_position = state.next;
-                        state.epoch
-                    };
-                    if sealed {
-                        let _ = done.send(Ok(epoch));
-                    } else {
-                        staged.push(stage(
-                            &mut bytes,
-                            group,
-                            RecordKind::Epoch,
-                            epoch,
-                            vec![],
-                            Answer::Epoch(done),
-                        ));
-                    }
-                }
-                Command::Seal { group, done } => {
-                    let (sealed, epoch, next) = {
-                        let state = group.state.lock();
-                        (state.sealed, state.epoch, state.next)
-                    };
-                    if let Some(tail) = sealed {
-                        let _ = done.send(Ok(tail));
-                    } else if let Err(reason) = &room {
-                        let _ = done.send(Err(LogFault::NoRoom(reason.clone())));
-                    } else {
-                        group.state.lock().sealed = Some(next);
-                        staged.push(stage(
-                            &mut bytes,
-                            group,
-                            RecordKind::Seal,
-                            epoch,
-                            vec![],
-                            Answer::Seal(done),
-                        ));
-                    }
+                Command::BeginEpoch { group, done } => merged.begin_epoch(group, done),
+                Command::Seal { group, done } => merged.seal(group, done),
+                Command::Write { group, writes, bytes, done } => {
+                    merged.released += bytes;
+                    merged.records(&group, writes, done);
                 }
                 Command::Trim { done } => trims.push(done),
             }
         }
+        let Merged { bytes, staged, released, .. } = merged;
         if !staged.is_empty() {
             assert!(bytes.len() <= needed, "{} bytes for which {needed} were reckoned", bytes.len());
-            self.append(&bytes)?;
+            let at = self.append(&bytes)?;
+            self.publish(staged, at);
         }
-        self.publish(staged);
         self.shared.queued_bytes.fetch_sub(released, Ordering::Relaxed);
         for done in trims {
             match self.trim() {
@@ -279,10 +233,11 @@ impl Writer {
         Ok(Err(format!("{} has no room for {needed} bytes more", self.shared.dir.display())))
     }
 
-    /// Writes and syncs.
-    fn append(&mut self, bytes: &[u8]) -> Result<(), String> {
+    /// Writes and syncs; says where.
+    fn append(&mut self, bytes: &[u8]) -> Result<u64, String> {
         let current = self.current.as_mut().ok_or("no open segment")?;
-        let end = current.offset + bytes.len() as u64;
+        let begin = current.offset;
+        let end = begin + bytes.len() as u64;
         assert!(end <= current.allocated, "{end} is behind the room for {}", current.allocated);
         current.file.write_at(bytes, current.offset).map_err(|e| e.to_string())?;
         if !mutants::is(Mutant::AcknowledgeBeforeSync) {
@@ -292,7 +247,10 @@ impl Writer {
         let (segment, offset) = (current.number, current.offset);
         self.write_mark(segment, offset)?;
         self.unmarked_bytes += bytes.len() as u64;
-        if self.unmarked_bytes > MARK_LAG_BYTES_MAX { self.sync_mark() } else { Ok(()) }
+        if self.unmarked_bytes > MARK_LAG_BYTES_MAX {
+            self.sync_mark()?;
+        }
+        Ok(begin)
     }
 
     fn begin_segment(&mut self) -> Result<(), NewSegment> {
@@ -301,7 +259,10 @@ impl Writer {
             let closed = self.shared.segments.lock().last().cloned().unwrap_or_default();
             let path = index_path(&self.shared.dir, closed.number);
             let index = Index { number: closed.number, bytes: closed.bytes, spans: closed.spans };
-            self.shared.disk.replace(&path, &encode_index(&index))?;
+            // Damage to a record would not be noticed behind an index.
+            if self.shared.quarantined.lock().is_empty() {
+                self.shared.disk.replace(&path, &encode_index(&index))?;
+            }
         }
         // Where every log stands before the records that are about to be written.
         let mut lines = Vec::new();
@@ -309,7 +270,7 @@ impl Writer {
             let last = *group.last.borrow();
             let state = group.state.lock();
             assert_eq!(state.next, last.next(), "nothing is on its way while a segment is begun");
-            lines.push(encode_group(&GroupLine { log: *id, last, epoch: state.epoch, sealed: state.sealed }));
+            lines.push(encode_group(&state.line(*id)));
         }
         let mut bytes = segment_header(number, self.shared.options.cluster).to_vec();
         encode_record(
@@ -339,7 +300,14 @@ impl Writer {
         }
         let length = bytes.len() as u64;
         self.current = Some(OpenSegment { number, file, offset: length, allocated: length });
-        self.shared.segments.lock().push(Segment { number, bytes: length, ..Segment::default() });
+        {
+            let mut segments = self.shared.segments.lock();
+            // Whoever needs them finds them in the index.
+            if let Some(closed) = segments.last_mut() {
+                closed.spans.values_mut().for_each(|span| span.offsets = Vec::new());
+            }
+            segments.push(Segment { number, bytes: length, ..Segment::default() });
+        }
         // From here on damage to the segment's beginning is damage, not a segment that was being begun.
         self.write_mark(number, length).map_err(NewSegment::Failed)?;
         self.sync_mark().map_err(NewSegment::Failed)
@@ -377,35 +345,53 @@ impl Writer {
         Ok(&**self.mark_file.insert(file))
     }
 
-    /// Tells readers and proposers what is durable now.
-    fn publish(&self, staged: Vec<Staged>) {
+    /// Tells readers and proposers what is durable now; it was written from `at` on.
+    fn publish(&self, staged: Vec<Staged>, at: u64) {
         {
             let mut segments = self.shared.segments.lock();
-            if let Some(segment) = segments.last_mut() {
-                if let Some(current) = &self.current {
-                    segment.bytes = current.offset;
-                }
-                for Staged { group, record, .. } in &staged {
-                    let position = record.batch.position;
-                    segment.spans.entry(group.id).or_insert((position, position)).1 = position;
+            let (segment, earlier) = segments.split_last_mut().expect("there is an open segment");
+            if let Some(current) = &self.current {
+                segment.bytes = current.offset;
+            }
+            for Staged { group, record, effect, offset, .. } in &staged {
+                segment.take(group.id, record.batch.position, *effect, at + offset);
+                if let (Effect::Cut(_) | Effect::Anew(_), Some(span)) = (effect, segment.spans.get(&group.id))
+                {
+                    if let Some(restart) = span.restart {
+                        cut_earlier(earlier, group.id, restart);
+                    }
+                    self.shared.cuts.fetch_add(1, Ordering::AcqRel);
                 }
             }
         }
-        for Staged { group, record, answer } in staged {
+        for Staged { group, record, effect, answer, .. } in staged {
             let (position, epoch) = (record.batch.position, record.batch.epoch);
-            {
+            let last = {
                 let mut state = group.state.lock();
-                check_follows(&group, (position, epoch), state.epoch);
-                state.tail_bytes += weight(&record.batch);
-                state.tail.push_back(record);
-                while state.tail_bytes > self.shared.options.tail_bytes_max && state.tail.len() > 1 {
-                    let dropped = state.tail.pop_front().map_or(0, |r| weight(&r.batch));
-                    state.tail_bytes -= dropped;
+                match effect {
+                    Effect::Next => {
+                        check_follows(&group, (position, epoch), state.epoch);
+                        state.keep(record, self.shared.options.tail_bytes_max);
+                        Some(position)
+                    }
+                    Effect::None => None,
+                    Effect::Cut(from) => {
+                        state.forget_from(from);
+                        Some(Position(from.0 - 1))
+                    }
+                    Effect::Anew(at) => {
+                        state.forget_from(Position(0));
+                        Some(Position(at.0 - 1))
+                    }
                 }
+            };
+            if let Some(last) = last {
+                group.last.send_replace(last);
             }
-            group.last.send_replace(position);
             // A caller that gave up does not want the answer.
             match answer {
+                Answer::None => {}
+                Answer::Write(sender) => drop(sender.send(Ok(()))),
                 Answer::Append(sender) => drop(sender.send(Outcome::Committed(position))),
                 Answer::Epoch(sender) => drop(sender.send(Ok(epoch))),
                 Answer::Seal(sender) => drop(sender.send(Ok(position))),
@@ -416,13 +402,18 @@ impl Writer {
     /// Removes the oldest segments that no log needs any more; the open one stays. The inner error is one of removing, after
     /// which the log goes on.
     fn trim(&mut self) -> Result<Result<(), String>, String> {
-        let floors: BTreeMap<LogId, Position> =
-            self.shared.groups.lock().iter().map(|(id, g)| (*id, g.state.lock().floor)).collect();
+        let floor = |group: &Group| {
+            let state = group.state.lock();
+            state.floor.max(state.base.0)
+        };
+        let floors: BTreeMap<GroupId, Position> =
+            self.shared.groups.lock().iter().map(|(id, group)| (*id, floor(group))).collect();
         loop {
             let removable = {
                 let segments = self.shared.segments.lock();
                 let needed = |s: &Segment| {
-                    s.spans.iter().any(|(id, (_, last))| floors.get(id).is_none_or(|floor| floor < last))
+                    let is_needed = |id: &GroupId, last| floors.get(id).is_none_or(|floor| *floor < last);
+                    s.spans.iter().any(|(id, span)| !span.is_empty() && is_needed(id, span.last))
                 };
                 segments.first().filter(|s| segments.len() > 1 && !needed(s)).map(|s| s.number)
             };
@@ -470,36 +461,176 @@ fn check_follows(group: &Group, (position, epoch): (Position, Epoch), begun: Epo
     assert!(epoch <= begun, "{}: {epoch:?} has not begun", group.id);
 }
 
-fn weight(batch: &Batch) -> usize {
-    64 + batch.entries.iter().map(|e| e.len() + 32).sum::<usize>()
+/// What one write takes along. Callers that gave up do not want their answers.
+struct Merged {
+    /// Why nothing but giving back may be done.
+    room: Result<(), String>,
+    node: NodeId,
+    bytes: Vec<u8>,
+    staged: Vec<Staged>,
+    /// Bytes that do not wait any more.
+    released: usize,
 }
 
-fn stage(
-    bytes: &mut Vec<u8>,
-    group: Arc<Group>,
-    kind: RecordKind,
-    epoch: Epoch,
-    entries: Vec<Bytes>,
-    answer: Answer,
-) -> Staged {
-    let position = {
+impl Merged {
+    /// Encodes a record at the next position of its group.
+    fn stage(
+        &mut self,
+        group: Arc<Group>,
+        kind: RecordKind,
+        epoch: Epoch,
+        entries: Vec<Bytes>,
+        answer: Answer,
+    ) {
+        let position = {
+            let mut state = group.state.lock();
+            let position = state.next;
+            state.next = position.next();
+            position
+        };
+        let offset = self.bytes.len() as u64;
+        encode_record(&mut self.bytes, kind, group.id, position, epoch, &entries);
+        let record = TailRecord { kind, batch: Batch { position, epoch, entries } };
+        self.staged.push(Staged { group, record, effect: Effect::Next, offset, answer });
+    }
+
+    /// Why a batch that waited is not written; `None` where it is.
+    fn refusal(&self, group: &Group, epoch: Epoch) -> Option<Outcome> {
+        let state = group.state.lock();
+        if state.sealed.is_some() {
+            return Some(Outcome::Sealed);
+        }
+        if self.room.is_err() {
+            return Some(Outcome::Refused(Refused::NoRoom));
+        }
+        // The epoch may have ended while it waited; whoever began the next is of this node, too.
+        let hint = Some(self.node);
+        (state.epoch != epoch).then_some(Outcome::Refused(Refused::NotLeader { hint }))
+    }
+
+    fn append(
+        &mut self,
+        group: Arc<Group>,
+        epoch: Epoch,
+        entries: Vec<Bytes>,
+        decided: oneshot::Sender<Outcome>,
+    ) {
+        match self.refusal(&group, epoch) {
+            Some(refused) => drop(decided.send(refused)),
+            None => self.stage(group, RecordKind::Batch, epoch, entries, Answer::Append(decided)),
+        }
+    }
+
+    fn begin_epoch(&mut self, group: Arc<Group>, done: oneshot::Sender<Result<Epoch, LogFault>>) {
+        let sealed = group.state.lock().sealed.is_some();
+        if let (Err(reason), false) = (&self.room, sealed) {
+            return drop(done.send(Err(LogFault::NoRoom(reason.clone()))));
+        }
+        let epoch = {
+            let mut state = group.state.lock();
+            state.epoch = Epoch(state.epoch.0 + 1);
+            state.epoch_position = state.next;
+            state.epoch
+        };
+        match sealed {
+            true => drop(done.send(Ok(epoch))),
+            false => self.stage(group, RecordKind::Epoch, epoch, vec![], Answer::Epoch(done)),
+        }
+    }
+
+    fn seal(&mut self, group: Arc<Group>, done: oneshot::Sender<Result<Position, LogFault>>) {
+        let (sealed, epoch, next) = {
+            let state = group.state.lock();
+            (state.sealed, state.epoch, state.next)
+        };
+        if let Some(tail) = sealed {
+            return drop(done.send(Ok(tail)));
+        }
+        if let Err(reason) = &self.room {
+            return drop(done.send(Err(LogFault::NoRoom(reason.clone()))));
+        }
+        group.state.lock().sealed = Some(next);
+        self.stage(group, RecordKind::Seal, epoch, vec![], Answer::Seal(done));
+    }
+
+    fn records(
+        &mut self,
+        group: &Arc<Group>,
+        writes: Vec<Write>,
+        done: oneshot::Sender<Result<(), LogFault>>,
+    ) {
+        let records: Vec<Record> = writes.into_iter().map(|write| write.into_record(group.id)).collect();
+        let follows = match &self.room {
+            Err(reason) => Err(LogFault::NoRoom(reason.clone())),
+            Ok(()) => check_records(group.id, &group.state.lock(), &records),
+        };
+        if follows.is_err() || records.is_empty() {
+            return drop(done.send(follows));
+        }
+        for record in records {
+            let staged = stage_record(&mut self.bytes, group.clone(), record);
+            self.staged.push(staged);
+        }
+        if let Some(last) = self.staged.last_mut() {
+            last.answer = Answer::Write(done);
+        }
+    }
+}
+
+/// Encodes a record of an engine that gives out positions itself; it was checked.
+fn stage_record(bytes: &mut Vec<u8>, group: Arc<Group>, record: Record) -> Staged {
+    let effect = {
         let mut state = group.state.lock();
-        let position = state.next;
-        state.next = position.next();
-        position
+        let effect = effect(record.kind, record.position, state.next);
+        state.change(&record, effect);
+        effect
     };
+    let offset = bytes.len() as u64;
+    let Record { kind, position, epoch, entries, .. } = record;
     encode_record(bytes, kind, group.id, position, epoch, &entries);
-    Staged { group, record: TailRecord { kind, batch: Batch { position, epoch, entries } }, answer }
+    let record = TailRecord { kind, batch: Batch { position, epoch, entries } };
+    Staged { group, record, effect, offset, answer: Answer::None }
+}
+
+/// Whether records follow on a group, one after the other.
+fn check_records(id: GroupId, state: &GroupState, records: &[Record]) -> Result<(), LogFault> {
+    let mut after = state.without_tail();
+    for record in records {
+        let Record { kind, position, .. } = record;
+        let may = match kind {
+            _ if after.is_removed => false,
+            RecordKind::Groups => false,
+            _ if kind.has_position() => *position == after.next && after.sealed.is_none(),
+            RecordKind::Truncate => *position > after.base.0 && *position <= after.next,
+            RecordKind::Base => *position >= after.base.0,
+            _ => true,
+        };
+        if !may {
+            let what = format!(
+                "{kind:?} at {position} does not follow on {id}, which goes on at {} behind {}{}{}",
+                after.next,
+                after.base.0,
+                if after.sealed.is_some() { " and is sealed" } else { "" },
+                if after.is_removed { " and was removed" } else { "" },
+            );
+            return Err(LogFault::Unsupported(what));
+        }
+        let bytes: usize = record.entries.iter().map(|entry| entry.len() + 4).sum();
+        if bytes > PAYLOAD_BYTES_MAX as usize {
+            return Err(LogFault::Unsupported(format!("a record of {bytes} bytes is over the limit")));
+        }
+        let effect = effect(*kind, *position, after.next);
+        after.change(record, effect);
+    }
+    Ok(())
 }
 
 #[cfg(test)]
 mod tests {
-    use tokio::sync::watch;
-
     use super::*;
 
     fn group() -> Group {
-        Group { id: LogId::CDC, state: parking_lot::Mutex::default(), last: watch::Sender::new(Position(4)) }
+        Group::new(LogId::CDC.into(), GroupState { next: Position(5), ..GroupState::default() })
     }
 
     #[test]

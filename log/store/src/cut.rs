@@ -19,13 +19,15 @@ use clutch_log::{Epoch, LogFault, LogId, Position};
 use clutch_runtime::{Disk, File};
 
 use crate::{
-    Continuity, GroupState, RecordKind, SegmentReader,
+    Continuity, GroupId, RecordKind, SegmentReader,
     format::{
-        GroupLine, Index, MARK_SLOT_STRIDE, Mark, encode_group, encode_index, encode_mark, encode_record,
+        Index, MARK_SLOT_STRIDE, Mark, encode_group, encode_index, encode_mark, encode_record,
         segment_header, segment_name, segment_number,
     },
+    group::GroupState,
     open_read_only,
     recovery::{MARK_FILE, index_path},
+    span::Span,
     unfinished::{STAGE, check_finished, olds, unfinished},
 };
 
@@ -71,7 +73,7 @@ struct Open {
     file: Box<dyn File>,
     written: u64,
     bytes: Vec<u8>,
-    spans: BTreeMap<LogId, (Position, Position)>,
+    spans: BTreeMap<GroupId, Span>,
 }
 
 impl Copy<'_> {
@@ -90,13 +92,18 @@ impl Copy<'_> {
     fn record(
         &mut self,
         kind: RecordKind,
-        id: LogId,
+        id: GroupId,
         at: (Position, Epoch),
         entries: &[Bytes],
     ) -> Result<(), LogFault> {
         let open = self.open.as_mut().ok_or_else(|| LogFault::Storage("a record before a segment".into()))?;
+        let offset = u32::try_from(open.written + open.bytes.len() as u64)
+            .map_err(|_| LogFault::Storage("a segment has more than 4 GiB".into()))?;
         encode_record(&mut open.bytes, kind, id, at.0, at.1, entries);
-        open.spans.entry(id).or_insert((at.0, at.0)).1 = at.0;
+        let span = open.spans.entry(id).or_default();
+        span.first = if span.is_empty() { at.0 } else { span.first };
+        span.last = at.0;
+        span.offsets.push(offset);
         if open.bytes.len() > WRITE_BYTES { open.write() } else { Ok(()) }
     }
 
@@ -136,14 +143,8 @@ impl Open {
     }
 }
 
-fn lines(groups: &BTreeMap<LogId, GroupState>) -> Vec<Bytes> {
-    let line = |(id, state): (&LogId, &GroupState)| GroupLine {
-        log: *id,
-        last: Position(state.next.0 - 1),
-        epoch: state.epoch,
-        sealed: state.sealed,
-    };
-    groups.iter().map(|group| encode_group(&line(group))).collect()
+fn lines(groups: &BTreeMap<GroupId, GroupState>) -> Vec<Bytes> {
+    groups.iter().map(|(id, state)| encode_group(&state.line(*id))).collect()
 }
 
 /// Writes what remains of every log into a directory of its own; what an attempt before this one left there goes first.
@@ -181,11 +182,17 @@ pub fn prepare(disk: &dyn Disk, dir: &Path, keep: &BTreeMap<LogId, Kept>) -> Res
                 continue;
             }
             old.record(&record, at)?;
-            let kept = keep.get(&record.log).ok_or_else(|| {
+            if !matches!(record.kind, RecordKind::Batch | RecordKind::Epoch | RecordKind::Seal) {
+                return Err(LogFault::Unsupported(format!(
+                    "{} has records of a replicated log, of which no copy is cut alone",
+                    record.group
+                )));
+            }
+            let kept = keep.get(&record.group.log).ok_or_else(|| {
                 LogFault::Storage(format!(
                     "{} holds {}, which is not of this cluster",
                     dir.display(),
-                    record.log
+                    record.group
                 ))
             })?;
             if record.position > kept.position {
@@ -196,7 +203,7 @@ pub fn prepare(disk: &dyn Disk, dir: &Path, keep: &BTreeMap<LogId, Kept>) -> Res
                 record.entries.truncate(kept.entries);
             }
             rest.record(&record, at)?;
-            copy.record(record.kind, record.log, (record.position, record.epoch), &record.entries)?;
+            copy.record(record.kind, record.group, (record.position, record.epoch), &record.entries)?;
         }
     }
     if let Some((id, kept)) = keep.iter().find(|(id, kept)| rest.last(**id) < Some(kept.position)) {

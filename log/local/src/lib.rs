@@ -90,9 +90,8 @@ impl Log for LocalLog {
 
     async fn read_barrier(&self, _patience: Duration) -> Result<Position, LogFault> {
         // There is nobody to be asked: what is durable here is all that can have been acknowledged.
-        let store = self.group.store();
-        match store.failed() {
-            Some(_) => Err(store.stopped()),
+        match self.group.failed() {
+            Some(_) => Err(self.group.stopped()),
             None => Ok(*self.group.last().borrow()),
         }
     }
@@ -124,7 +123,7 @@ impl Log for LocalLog {
     fn status(&self) -> Status {
         let bounds = Bounds { first: self.group.first(), last: *self.group.last().borrow() };
         let Look { epoch: (epoch, _), resigned, sealed, .. } = self.group.look(Position(0), Position(0));
-        let node = self.group.store().options().node;
+        let node = self.group.options().node;
         // This node, through whichever handle, unless the reign was given up.
         let leader = (resigned != epoch).then_some(node);
         Status {
@@ -136,7 +135,7 @@ impl Log for LocalLog {
             config: ConfigId::default(),
             members: vec![Progress { member: Member { node, voter: true }, matched: Some(bounds.last) }],
             queued_bytes: self.group.queued_bytes() as u64,
-            fault: self.group.store().failed(),
+            fault: self.group.failed(),
         }
     }
 }
@@ -167,7 +166,7 @@ impl LocalEvents {
         if told < epoch && self.next > epoch_position && durable >= epoch_position {
             let is_self = epoch == self.own_epoch && resigned != epoch;
             self.told = (epoch, is_self);
-            let leader = (resigned != epoch).then_some(self.group.store().options().node);
+            let leader = (resigned != epoch).then_some(self.group.options().node);
             return Ok(Some(Event::Leader { epoch, leader, is_self }));
         }
         if self.next > durable {
@@ -221,11 +220,11 @@ impl Events for LocalEvents {
             if let Some(event) = self.ready()? {
                 return Ok(event);
             }
-            if let Some(reason) = self.group.store().failed() {
+            if let Some(reason) = self.group.failed() {
                 return Err(LogFault::Storage(reason));
             }
             if self.last.changed().await.is_err() {
-                return Err(self.group.store().stopped());
+                return Err(self.group.stopped());
             }
         }
     }

@@ -5,13 +5,14 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use clutch_log::{Epoch, LogFault, Position};
+use clutch_log::{LogFault, Position};
 
 use crate::{
-    GroupId, GroupState, Record, RecordKind, Vote,
-    format::{GroupLine, decode_group, segment_name},
-    reader::missing,
-    span::{Effect, Span, effect},
+    format::{GroupLine, Record, RecordKind, decode_group, missing, segment_name},
+    id::GroupId,
+    segment::{Effect, effect},
+    span::Span,
+    state::GroupState,
 };
 
 /// Where every log stands, as far as the segments have been followed.
@@ -170,40 +171,5 @@ impl Continuity {
             self.groups.entry(id).or_default().next = restart.at;
         }
         if span.is_empty() { Ok(()) } else { self.span(id, span.first, span.last, offset) }
-    }
-}
-
-impl GroupState {
-    /// Becomes what it is after a record, whose effect is known.
-    pub(crate) fn change(&mut self, record: &Record, effect: Effect) {
-        let (position, epoch) = (record.position, record.epoch);
-        let content = || record.entries.first().cloned().unwrap_or_default();
-        match effect {
-            Effect::None => {}
-            Effect::Next => self.next = position.next(),
-            Effect::Cut(from) => self.next = from,
-            Effect::Anew(at) => self.next = at,
-        }
-        match record.kind {
-            RecordKind::Epoch => (self.epoch, self.epoch_position) = (epoch, position),
-            RecordKind::Seal => self.sealed = Some(position),
-            RecordKind::Batch | RecordKind::Groups => {}
-            RecordKind::Vote => self.vote = Some(Vote { epoch, content: content() }),
-            RecordKind::Truncate => self.members.retain(|(at, _)| *at < position),
-            RecordKind::Members => self.members.push((position, content())),
-            RecordKind::Base => {
-                self.base = (position, epoch);
-                let before = self.members.iter().rfind(|(at, _)| *at <= position).cloned();
-                self.members.retain(|(at, _)| *at > position);
-                let named = (!record.entries.is_empty()).then(|| (position, content()));
-                if let Some(members) = named.or(before) {
-                    self.members.insert(0, members);
-                }
-            }
-            RecordKind::Remove => {
-                *self = GroupState { next: Position(1), is_removed: true, ..GroupState::default() };
-            }
-        }
-        self.epoch = self.epoch.max(if self.is_removed { Epoch(0) } else { epoch });
     }
 }

@@ -19,15 +19,16 @@ use clutch_log::{Epoch, LogFault, LogId, Position};
 use clutch_runtime::{Disk, File};
 
 use crate::{
-    Continuity, GroupId, RecordKind, SegmentReader,
+    continuity::Continuity,
     format::{
-        Index, MARK_SLOT_STRIDE, Mark, encode_group, encode_index, encode_mark, encode_record,
-        segment_header, segment_name, segment_number,
+        Index, MARK_FILE, MARK_SLOT_STRIDE, Mark, RecordKind, encode_group, encode_index, encode_mark,
+        encode_record, index_path, segment_header, segment_name, segment_number,
     },
-    group::GroupState,
-    open_read_only,
-    recovery::{MARK_FILE, index_path},
+    id::GroupId,
+    reader::SegmentReader,
+    recovery::open_read_only,
     span::Span,
+    state::GroupState,
     unfinished::{STAGE, check_finished, olds, unfinished},
 };
 

@@ -47,12 +47,18 @@
 //! 4 bytes: 0 did not, 1 cut there, 2 began anew; CRC-32 of its offsets; where those begin in this file), then the CRC-32 of
 //! all that. Behind it the offsets in the segment of each group's records, 4 bytes each. Can always be rebuilt.
 
-use std::collections::BTreeMap;
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
 
 use bytes::Bytes;
 use clutch_log::{Batch, Epoch, LogId, Position};
 
-use crate::{GroupId, INCARNATION_MAX, Restart, Span, Vote};
+use crate::{
+    id::{GroupId, INCARNATION_MAX, Vote},
+    span::{Restart, Span},
+};
 
 /// What a record is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,6 +145,20 @@ const POSITION_MAX: u64 = 1 << 62;
 pub const PACKED_BYTES_MIN: usize = 512;
 /// The kind of a packed batch; a reader sees a batch.
 pub const PACKED_BATCH: u32 = 5;
+
+/// The file of the mark.
+pub const MARK_FILE: &str = "synced";
+
+/// Where the index of a segment is.
+pub fn index_path(dir: &Path, number: u64) -> PathBuf {
+    dir.join(format!("{number:016x}.idx"))
+}
+
+/// Says that positions of a group are gone.
+pub(crate) fn missing(id: GroupId, from: Position, to: Position) -> String {
+    let which = if from == to { format!("position {from}") } else { format!("positions {from} to {to}") };
+    format!("{which} of {id} are missing: the file was cut or replaced by an older copy; restore it")
+}
 
 /// The file of a segment.
 pub fn segment_name(number: u64) -> String {

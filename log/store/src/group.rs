@@ -1,205 +1,17 @@
-//! One group: its state in memory, and what its engine may do with it.
+//! What an engine may do with a group of its own.
 
-use std::{
-    collections::VecDeque,
-    sync::{Arc, atomic::Ordering},
-};
+use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
-use clutch_log::{Batch, Commit, Epoch, LogFault, NodeId, Outcome, Position, Rejected, check_batch};
-use parking_lot::Mutex;
+use clutch_log::{Commit, Epoch, LogFault, NodeId, Position, Rejected, check_batch};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::{GroupId, Record, RecordKind, Store, Vote, format::GroupLine, reader::GroupReader};
-
-/// A group as the writer and the handles share it.
-pub(crate) struct Group {
-    pub(crate) id: GroupId,
-    pub(crate) state: Mutex<GroupState>,
-    /// Last durable position; readers wait on it.
-    pub(crate) last: watch::Sender<Position>,
-}
-
-impl Group {
-    pub(crate) fn new(id: GroupId, state: GroupState) -> Group {
-        let last = watch::Sender::new(Position(state.next.0.saturating_sub(1)));
-        Group { id, state: Mutex::new(state), last }
-    }
-}
-
-#[derive(Default)]
-pub(crate) struct GroupState {
-    pub(crate) epoch: Epoch,
-    pub(crate) epoch_position: Position,
-    /// The reign that was given up; none follows before the log is opened again.
-    pub(crate) resigned: Epoch,
-    /// The position that the writer gives out next.
-    pub(crate) next: Position,
-    pub(crate) sealed: Option<Position>,
-    /// Everything up to there is gone, and of which reign it was.
-    pub(crate) base: (Position, Epoch),
-    pub(crate) vote: Option<Vote>,
-    /// The newest at or before the base, and all after it.
-    pub(crate) members: Vec<(Position, Bytes)>,
-    pub(crate) is_removed: bool,
-    /// Up to here the replica needs nothing.
-    pub(crate) floor: Position,
-    /// Recent records, oldest first, without holes up to the last durable one.
-    pub(crate) tail: VecDeque<TailRecord>,
-    pub(crate) tail_bytes: usize,
-}
-
-impl GroupState {
-    /// The same without its records.
-    pub(crate) fn without_tail(&self) -> GroupState {
-        GroupState {
-            epoch: self.epoch,
-            epoch_position: self.epoch_position,
-            resigned: self.resigned,
-            next: self.next,
-            sealed: self.sealed,
-            base: self.base,
-            vote: self.vote.clone(),
-            members: self.members.clone(),
-            is_removed: self.is_removed,
-            floor: self.floor,
-            tail: VecDeque::new(),
-            tail_bytes: 0,
-        }
-    }
-
-    /// How it stands, as the record says that begins a segment.
-    pub(crate) fn line(&self, group: GroupId) -> GroupLine {
-        GroupLine {
-            group,
-            last: Position(self.next.0 - 1),
-            epoch: self.epoch,
-            sealed: self.sealed,
-            base: self.base,
-            vote: self.vote.clone(),
-            members: self.members.clone(),
-            is_removed: self.is_removed,
-        }
-    }
-
-    /// Keeps a record in memory, and no more bytes than the limit, but always one.
-    pub(crate) fn keep(&mut self, record: TailRecord, bytes_max: usize) {
-        self.tail_bytes += weight(&record.batch);
-        self.tail.push_back(record);
-        while self.tail_bytes > bytes_max && self.tail.len() > 1 {
-            let dropped = self.tail.pop_front().map_or(0, |r| weight(&r.batch));
-            self.tail_bytes -= dropped;
-        }
-    }
-
-    /// Keeps no record from a position on.
-    pub(crate) fn forget_from(&mut self, from: Position) {
-        while let Some(last) = self.tail.pop_back_if(|r| r.batch.position >= from) {
-            self.tail_bytes -= weight(&last.batch);
-        }
-    }
-}
-
-fn weight(batch: &Batch) -> usize {
-    64 + batch.entries.iter().map(|e| e.len() + 32).sum::<usize>()
-}
-
-/// A record in memory.
-#[derive(Clone)]
-pub struct TailRecord {
-    /// What it is for.
-    pub kind: RecordKind,
-    /// Its entries in their place.
-    pub batch: Batch,
-}
-
-/// What an engine has written of its own accord. Of several in one call, and of calls that were not answered, a crash may leave a
-/// beginning.
-#[derive(Clone, Debug)]
-pub enum Write {
-    /// A record of a kind that has a position, which must be the next one.
-    Record {
-        /// What it is for.
-        kind: RecordKind,
-        /// Its place.
-        position: Position,
-        /// Its reign.
-        epoch: Epoch,
-        /// Its entries.
-        entries: Vec<Bytes>,
-    },
-    /// A promise in the place of the one before.
-    Vote(Vote),
-    /// Takes everything from a position on away, which lies behind the base.
-    Truncate {
-        /// The first that is gone.
-        from: Position,
-    },
-    /// Everything up to a position is gone; where the group does not reach so far it goes on behind it.
-    Base {
-        /// The last that is gone.
-        position: Position,
-        /// Its reign.
-        epoch: Epoch,
-        /// Who belongs to the group there, unless that is known from its own records.
-        members: Option<Bytes>,
-    },
-    /// The group is gone for good.
-    Remove,
-}
-
-impl Write {
-    /// The record that it becomes.
-    pub(crate) fn into_record(self, group: GroupId) -> Record {
-        let (kind, position, epoch, entries) = match self {
-            Write::Record { kind, position, epoch, entries } => (kind, position, epoch, entries),
-            Write::Vote(Vote { epoch, content }) => (RecordKind::Vote, Position(0), epoch, vec![content]),
-            Write::Truncate { from } => (RecordKind::Truncate, from, Epoch(0), vec![]),
-            Write::Base { position, epoch, members } => {
-                (RecordKind::Base, position, epoch, members.into_iter().collect())
-            }
-            Write::Remove => (RecordKind::Remove, Position(0), Epoch(0), vec![]),
-        };
-        Record { kind, group, position, epoch, entries }
-    }
-
-    /// Bytes of its entries, and how many those are.
-    pub(crate) fn size(&self) -> (usize, usize) {
-        match self {
-            Write::Record { entries, .. } => (entries.iter().map(Bytes::len).sum(), entries.len()),
-            Write::Vote(vote) => (vote.content.len(), 1),
-            Write::Base { members, .. } => (members.as_ref().map_or(0, Bytes::len), 1),
-            Write::Truncate { .. } | Write::Remove => (0, 0),
-        }
-    }
-}
-
-pub(crate) enum Command {
-    Append {
-        group: Arc<Group>,
-        epoch: Epoch,
-        entries: Vec<Bytes>,
-        bytes: usize,
-        decided: oneshot::Sender<Outcome>,
-    },
-    BeginEpoch {
-        group: Arc<Group>,
-        done: oneshot::Sender<Result<Epoch, LogFault>>,
-    },
-    Seal {
-        group: Arc<Group>,
-        done: oneshot::Sender<Result<Position, LogFault>>,
-    },
-    Write {
-        group: Arc<Group>,
-        writes: Vec<Write>,
-        bytes: usize,
-        done: oneshot::Sender<Result<(), LogFault>>,
-    },
-    Trim {
-        done: oneshot::Sender<Result<(), LogFault>>,
-    },
-}
+use crate::{
+    id::{GroupId, Vote},
+    reader::GroupReader,
+    shared::{Handle, Options},
+    state::{Command, Group, GroupState, TailRecord, Write},
+};
 
 /// How a group stands.
 #[derive(Clone, Debug)]
@@ -233,7 +45,7 @@ pub struct Look {
 /// A group that is open; cheap to clone.
 #[derive(Clone)]
 pub struct StoredGroup {
-    pub(crate) store: Store,
+    pub(crate) handle: Handle,
     pub(crate) group: Arc<Group>,
 }
 
@@ -243,9 +55,19 @@ impl StoredGroup {
         self.group.id
     }
 
-    /// The store that it lies in.
-    pub fn store(&self) -> &Store {
-        &self.store
+    /// How its store behaves.
+    pub fn options(&self) -> &Options {
+        &self.handle.shared.options
+    }
+
+    /// Why its store stopped, if it has.
+    pub fn failed(&self) -> Option<String> {
+        self.handle.failed()
+    }
+
+    /// The fault of a store that has stopped.
+    pub fn stopped(&self) -> LogFault {
+        self.handle.stopped()
     }
 
     /// The last durable position, and whoever waits for another.
@@ -269,12 +91,12 @@ impl StoredGroup {
 
     /// The first position that can be read.
     pub fn first(&self) -> Position {
-        self.store.shared.first_position(self.group.id)
+        self.handle.shared.first_position(self.group.id)
     }
 
     /// Bytes that wait for the writer, of all groups.
     pub fn queued_bytes(&self) -> usize {
-        self.store.shared.queued_bytes.load(Ordering::Relaxed)
+        self.handle.shared.queued_bytes.load(Ordering::Relaxed)
     }
 
     /// Appends a batch at the next position if the reign is the newest, and not given up, when it is written. Does not wait;
@@ -292,7 +114,7 @@ impl StoredGroup {
     /// [`Rejected`]: it is certainly not written.
     pub fn append_in(&self, epoch: Epoch, own: Epoch, batch: Vec<Bytes>) -> Result<Commit, Rejected> {
         let bytes = check_batch(&batch)?;
-        if let Some(reason) = self.store.failed() {
+        if let Some(reason) = self.handle.failed() {
             return Err(Rejected::Stopped(reason));
         }
         {
@@ -311,17 +133,17 @@ impl StoredGroup {
     }
 
     fn leader(&self, state: &GroupState) -> Option<NodeId> {
-        (state.resigned != state.epoch).then_some(self.store.shared.options.node)
+        (state.resigned != state.epoch).then_some(self.handle.shared.options.node)
     }
 
     fn enqueue(&self, command: Command, bytes: usize) -> Result<(), Rejected> {
-        let shared = &self.store.shared;
+        let shared = &self.handle.shared;
         if shared.queued_bytes.load(Ordering::Relaxed) + bytes > shared.options.queued_bytes_max {
             return Err(Rejected::Overloaded);
         }
         // Counted before it is sent, so that the writer never subtracts first.
         shared.queued_bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.store.commands.try_send(command).map_err(|error| {
+        self.handle.commands.try_send(command).map_err(|error| {
             shared.queued_bytes.fetch_sub(bytes, Ordering::Relaxed);
             match error {
                 mpsc::error::TrySendError::Full(_) => Rejected::Overloaded,
@@ -336,8 +158,8 @@ impl StoredGroup {
     /// [`LogFault::NoRoom`] or [`LogFault::Storage`] when it cannot be written.
     pub async fn begin_epoch(&self) -> Result<Epoch, LogFault> {
         let (done, answer) = oneshot::channel();
-        self.store.command(Command::BeginEpoch { group: self.group.clone(), done }).await?;
-        self.store.answer(answer).await?
+        self.handle.command(Command::BeginEpoch { group: self.group.clone(), done }).await?;
+        self.handle.answer(answer).await?
     }
 
     /// Ends the group; idempotent.
@@ -346,8 +168,8 @@ impl StoredGroup {
     /// [`LogFault::NoRoom`] or [`LogFault::Storage`] when that cannot be written.
     pub async fn seal(&self) -> Result<Position, LogFault> {
         let (done, answer) = oneshot::channel();
-        self.store.command(Command::Seal { group: self.group.clone(), done }).await?;
-        self.store.answer(answer).await?
+        self.handle.command(Command::Seal { group: self.group.clone(), done }).await?;
+        self.handle.answer(answer).await?
     }
 
     /// Writes records of an engine that gives out positions itself. Calls keep their order; the future resolves when all of it
@@ -360,14 +182,14 @@ impl StoredGroup {
         let bytes = writes.iter().map(|write| write.size().0).sum();
         let (done, answer) = oneshot::channel();
         let sent = self.enqueue(Command::Write { group: self.group.clone(), writes, bytes, done }, bytes);
-        let store = self.store.clone();
+        let handle = self.handle.clone();
         async move {
             match sent {
-                Ok(()) => store.answer(answer).await?,
+                Ok(()) => handle.answer(answer).await?,
                 Err(Rejected::Overloaded) => {
                     Err(LogFault::NoRoom("too much waits to be written; try again when something is".into()))
                 }
-                Err(_) => Err(store.stopped()),
+                Err(_) => Err(handle.stopped()),
             }
         }
     }
@@ -381,7 +203,7 @@ impl StoredGroup {
             let mut state = self.group.state.lock();
             state.floor = state.floor.max(floor);
         }
-        self.store.trim().await
+        self.handle.trim().await
     }
 
     /// Nothing more is appended in a reign, if it is the newest.
@@ -446,7 +268,7 @@ impl Cursor {
     pub fn stored(&mut self, position: Position) -> Result<Option<TailRecord>, LogFault> {
         let group = &self.group;
         let reader =
-            self.disk.get_or_insert_with(|| GroupReader::new(group.store.shared.clone(), group.group.id));
+            self.disk.get_or_insert_with(|| GroupReader::new(group.handle.shared.clone(), group.group.id));
         let record = reader.at(position)?;
         Ok(record.map(|record| TailRecord { kind: record.kind, batch: record.into_batch() }))
     }

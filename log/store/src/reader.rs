@@ -11,14 +11,14 @@ use clutch_log::{LogFault, Position};
 use clutch_runtime::{Disk, File};
 
 use crate::{
-    GroupId, Segment, Shared,
     format::{
         INDEX_READ_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader, SEGMENT_HEADER_BYTES,
-        check_segment_header, decode_header, decode_index, decode_offsets, decode_payload, mended_header,
-        segment_name,
+        check_segment_header, decode_header, decode_index, decode_offsets, decode_payload, index_path,
+        mended_header, missing, segment_name, u32_at,
     },
-    recovery::index_path,
-    span::effect,
+    id::GroupId,
+    segment::{Segment, effect},
+    shared::Shared,
 };
 
 /// How many bytes are read ahead: many small records cost one read.
@@ -185,7 +185,7 @@ impl SegmentReader {
 }
 
 fn payload_length(header: &[u8]) -> u32 {
-    crate::format::u32_at(header, 8)
+    u32_at(header, 8)
 }
 
 /// Where records of a group lie in one segment, from a position on.
@@ -312,10 +312,4 @@ impl GroupReader {
         }
         Ok(span.offsets)
     }
-}
-
-/// Says that positions of a group are gone.
-pub(crate) fn missing(id: GroupId, from: Position, to: Position) -> String {
-    let which = if from == to { format!("position {from}") } else { format!("positions {from} to {to}") };
-    format!("{which} of {id} are missing: the file was cut or replaced by an older copy; restore it")
 }

@@ -1,29 +1,24 @@
 //! Finds out what a directory of segments holds: after a crash, or for a tool that only reads.
 
-use std::{
-    collections::BTreeMap,
-    path::{Path, PathBuf},
-};
+use std::{collections::BTreeMap, path::Path};
 
 use clutch_log::{LogFault, Position};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::Disk;
 
 use crate::{
-    GroupId, GroupState, Segment,
     continuity::Continuity,
     format::{
-        INDEX_READ_BYTES_MAX, Index, MARK_BYTES, MARK_SLOT_STRIDE, Mark, Record, RecordKind,
-        SEGMENT_HEADER_BYTES, decode_group, decode_index, decode_mark, encode_index, encode_mark,
+        INDEX_READ_BYTES_MAX, Index, MARK_BYTES, MARK_FILE, MARK_SLOT_STRIDE, Mark, Record, RecordKind,
+        SEGMENT_HEADER_BYTES, decode_group, decode_index, decode_mark, encode_index, encode_mark, index_path,
         mark_offset, segment_name, segment_number,
     },
+    id::GroupId,
     reader::{Found, SegmentReader},
-    span::{Effect, cut_earlier},
+    segment::{Effect, Segment, cut_earlier},
+    state::GroupState,
     unfinished::check_finished,
 };
-
-/// The file of the mark.
-pub const MARK_FILE: &str = "synced";
 
 #[derive(Default)]
 pub(crate) struct Recovered {
@@ -429,11 +424,6 @@ fn first_record(disk: &dyn Disk, dir: &Path, number: u64, cluster: u64) -> Resul
         Some(record) if record.kind == RecordKind::Groups => Ok(record),
         _ => Err(reader.corrupt(at, Position(0), "it does not begin with its groups".into())),
     }
-}
-
-/// Where the index of a segment is.
-pub fn index_path(dir: &Path, number: u64) -> PathBuf {
-    dir.join(format!("{number:016x}.idx"))
 }
 
 /// The segments that were not trimmed, in order and without a hole, and what an interrupted trim left.

@@ -12,14 +12,14 @@ use clutch_runtime::File;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    GroupId, Record, Segment, Shared, TailRecord, Write,
     format::{
-        Index, Mark, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, RecordKind, encode_group, encode_index,
-        encode_mark, encode_record, mark_offset, segment_header, segment_name,
+        Index, MARK_FILE, Mark, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordKind, encode_group,
+        encode_index, encode_mark, encode_record, index_path, mark_offset, segment_header, segment_name,
     },
-    group::{Command, Group, GroupState},
-    recovery::{MARK_FILE, index_path},
-    span::{Effect, cut_earlier, effect},
+    id::GroupId,
+    segment::{Effect, Segment, cut_earlier, effect},
+    shared::Shared,
+    state::{Command, Group, GroupState, TailRecord, Write},
 };
 
 /// Under load the mark is made durable after so many bytes; when nothing waits, at once.

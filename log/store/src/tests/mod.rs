@@ -8,13 +8,14 @@ use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::simulated::{NodeId, World};
 
 use crate::{
-    GroupId, Options, RecordKind, Segment, Shared, Store, TailRecord, Vote, Write,
+    GroupId, Options, RecordKind, Store, TailRecord, Vote, Write,
     format::{
         GroupLine, Mark, RECORD_HEADER_BYTES, decode_group, decode_header, decode_payload, encode_group,
         encode_record,
     },
     recovery::{make_durable, read_mark},
-    span::{Effect, cut_earlier},
+    segment::{Effect, Segment, cut_earlier},
+    shared::Shared,
     writer::Writer,
 };
 

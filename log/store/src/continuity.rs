@@ -47,6 +47,11 @@ impl Continuity {
         self.quarantined.contains(&id)
     }
 
+    /// Groups that are not followed.
+    pub(crate) fn quarantined(&self) -> &BTreeSet<GroupId> {
+        &self.quarantined
+    }
+
     pub(crate) fn groups(&self) -> &BTreeMap<GroupId, GroupState> {
         &self.groups
     }
@@ -73,6 +78,11 @@ impl Continuity {
         for line in &lines {
             // A log that has no record yet is in the list with position 0, or is not.
             let known = self.last(line.group).unwrap_or(Position(0));
+            if line.is_removed {
+                self.quarantined.remove(&line.group);
+            } else if line.is_quarantined {
+                self.quarantined.insert(line.group);
+            }
             let is_followed = !is_first && !line.is_removed && !self.is_quarantined(line.group);
             if is_followed && line.last > known {
                 return Err(corrupt(before, known.next(), missing(line.group, known.next(), line.last)));

@@ -31,7 +31,7 @@
 //!
 //! The first record of every segment is of kind `groups`; its payload has at least 32 bytes per group: group, last position,
 //! epoch, position of the seal or 0. A group that has a base, a vote, members or was removed has more: position and epoch
-//! of the base, flags (4 bytes: 1 there is a vote, 2 removed), number of members records (4), the vote (epoch, length in 4
+//! of the base, flags (4 bytes: 1 there is a vote, 2 removed, 4 a record of it was damaged), number of members records (4), the vote (epoch, length in 4
 //! bytes, bytes), and of each members record position, length in 4 bytes, bytes. So recovery reads one segment, however
 //! long the logs are.
 //!
@@ -140,7 +140,7 @@ const MARK_MAGIC: &[u8; 8] = b"CLUTMRK2";
 /// Larger than any batch with its framing; a longer length is damage.
 pub const PAYLOAD_BYTES_MAX: u32 = 64 << 20;
 /// No log comes so far; a later position is damage.
-const POSITION_MAX: u64 = 1 << 62;
+pub const POSITION_MAX: u64 = 1 << 62;
 /// Batches with smaller payloads are not packed: there is little to gain.
 pub const PACKED_BYTES_MIN: usize = 512;
 /// The kind of a packed batch; a reader sees a batch.
@@ -404,6 +404,8 @@ pub struct GroupLine {
     pub members: Vec<(Position, Bytes)>,
     /// Whether it is no more.
     pub is_removed: bool,
+    /// Whether a record of it was damaged, and it can only be removed.
+    pub is_quarantined: bool,
 }
 
 impl GroupLine {
@@ -424,12 +426,14 @@ impl GroupLine {
             vote: None,
             members: vec![],
             is_removed: false,
+            is_quarantined: false,
         }
     }
 }
 
 const HAS_VOTE: u32 = 1;
 const IS_REMOVED: u32 = 2;
+const IS_QUARANTINED: u32 = 4;
 
 /// As the payload of a `groups` record has it.
 pub fn encode_group(line: &GroupLine) -> Bytes {
@@ -438,7 +442,7 @@ pub fn encode_group(line: &GroupLine) -> Bytes {
         bytes.extend_from_slice(&number.to_le_bytes());
     }
     let is_plain = line.base.0 == Position(0) && line.vote.is_none() && line.members.is_empty();
-    if is_plain && !line.is_removed {
+    if is_plain && !line.is_removed && !line.is_quarantined {
         return bytes.into();
     }
     let sized = |bytes: &mut Vec<u8>, at: u64, content: &Bytes| {
@@ -447,7 +451,9 @@ pub fn encode_group(line: &GroupLine) -> Bytes {
         bytes.extend_from_slice(&(content.len() as u32).to_le_bytes());
         bytes.extend_from_slice(content);
     };
-    let flags = if line.vote.is_some() { HAS_VOTE } else { 0 } | if line.is_removed { IS_REMOVED } else { 0 };
+    let flags = if line.vote.is_some() { HAS_VOTE } else { 0 }
+        | if line.is_removed { IS_REMOVED } else { 0 }
+        | if line.is_quarantined { IS_QUARANTINED } else { 0 };
     bytes.extend_from_slice(&line.base.0.0.to_le_bytes());
     bytes.extend_from_slice(&line.base.1.0.to_le_bytes());
     bytes.extend_from_slice(&flags.to_le_bytes());
@@ -474,9 +480,13 @@ pub fn decode_group(bytes: &[u8]) -> Result<GroupLine, String> {
     }
     let (numbers, behind) = rest.split_at_checked(24).ok_or_else(wrong)?;
     rest = behind;
-    line.base = (Position(u64_at(numbers, 0).min(POSITION_MAX)), Epoch(u64_at(numbers, 8)));
+    line.base = (Position(u64_at(numbers, 0)), Epoch(u64_at(numbers, 8)));
     let (flags, members) = (u32_at(numbers, 16), u32_at(numbers, 20));
     line.is_removed = flags & IS_REMOVED != 0;
+    line.is_quarantined = flags & IS_QUARANTINED != 0;
+    if line.base.0.0 > POSITION_MAX || flags > HAS_VOTE | IS_REMOVED | IS_QUARANTINED {
+        return Err("a line of the groups record says what this build does not know".into());
+    }
     let mut sized = || -> Result<(u64, Bytes), String> {
         let (head, behind) = rest.split_at_checked(12).ok_or_else(wrong)?;
         let (content, behind) = behind.split_at_checked(u32_at(head, 8) as usize).ok_or_else(wrong)?;
@@ -634,6 +644,7 @@ pub fn decode_index(bytes: &[u8]) -> Option<(Index, BTreeMap<GroupId, Offsets>)>
         }
         let restart = match u32_at(line, 32) {
             0 => None,
+            _ if at.0 == 0 => return None,
             1 => Some(Restart { at, is_anew: false }),
             2 => Some(Restart { at, is_anew: true }),
             _ => return None,

@@ -13,7 +13,7 @@ use crate::{
     state::{Command, Group, GroupState, TailRecord, Write},
 };
 
-/// How a group stands.
+/// How a group stands. Vote, base and members are as they were written last, and durable when that was answered.
 #[derive(Clone, Debug)]
 pub struct View {
     /// The newest reign.

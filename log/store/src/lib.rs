@@ -114,7 +114,7 @@ impl Store {
         if let Some(fault) = self.handle.shared.quarantined.lock().get(&id) {
             return Err(fault.clone());
         }
-        let made = || Arc::new(Group::new(id, GroupState { next: Position(1), ..GroupState::default() }));
+        let made = || Arc::new(Group::new(id, GroupState::default()));
         let group = self.handle.shared.groups.lock().entry(id).or_insert_with(made).clone();
         if group.state.lock().is_removed {
             return Err(LogFault::Unsupported(format!(
@@ -130,8 +130,11 @@ impl Store {
     /// [`LogFault::Storage`] or [`LogFault::NoRoom`] when that cannot be written.
     pub async fn remove(&self, id: GroupId) -> Result<(), LogFault> {
         let Some(group) = self.handle.shared.groups.lock().get(&id).cloned() else { return Ok(()) };
-        let group = StoredGroup { handle: self.handle.clone(), group };
-        group.write(vec![Write::Remove]).await?;
+        let is_removed = group.state.lock().is_removed;
+        if !is_removed {
+            let group = StoredGroup { handle: self.handle.clone(), group };
+            group.write(vec![Write::Remove]).await?;
+        }
         self.handle.shared.quarantined.lock().remove(&id);
         self.handle.trim().await
     }

@@ -198,9 +198,9 @@ struct Places {
 }
 
 impl Places {
-    fn offset(&self, number: u64, position: Position) -> Option<u64> {
+    fn offset(&self, position: Position) -> Option<u64> {
         let index = position.0.checked_sub(self.from.0)?;
-        (self.number == number).then(|| self.offsets.get(index as usize).map(|o| u64::from(*o)))?
+        self.offsets.get(index as usize).map(|offset| u64::from(*offset))
     }
 }
 
@@ -221,13 +221,20 @@ impl GroupReader {
     pub(crate) fn at(&mut self, position: Position) -> Result<Option<Record>, LogFault> {
         let Some((number, offset)) = self.place(position)? else { return Ok(None) };
         if self.segment.as_ref().is_none_or(|(open, _)| *open != number) {
-            let reader = SegmentReader::open(&*self.shared.disk, &self.shared.dir, number)?;
+            let reader = match SegmentReader::open(&*self.shared.disk, &self.shared.dir, number) {
+                Ok(reader) => reader,
+                // It was trimmed since it was found.
+                Err(_) if !self.shared.has_segment(number) => return Ok(None),
+                Err(fault) => return Err(fault),
+            };
             self.segment = Some((number, reader));
         }
         let Some((_, segment)) = &mut self.segment else { return Ok(None) };
         let later = self.places.as_ref().and_then(|p| {
             let at = (position.0 - p.from.0) as usize;
-            p.offsets.get((at + RECORDS_AHEAD).min(p.offsets.len() - 1)).map(|o| u64::from(*o) - offset)
+            p.offsets
+                .get((at + RECORDS_AHEAD).min(p.offsets.len() - 1))
+                .map(|o| u64::from(*o).saturating_sub(offset))
         });
         let dense = later.is_some_and(|later| later <= READ_AHEAD as u64);
         segment.ahead = if dense { READ_AHEAD } else { READ_LEAST };
@@ -237,7 +244,11 @@ impl GroupReader {
     /// The segment that has a position, and where in it.
     fn place(&mut self, position: Position) -> Result<Option<(u64, u64)>, LogFault> {
         let generation = self.shared.cuts.load(Ordering::Acquire);
-        let (number, first, count) = {
+        let known = self.places.as_ref().filter(|places| places.generation == generation);
+        if let Some(found) = known.and_then(|p| Some((p.number, p.offset(position)?))) {
+            return Ok(Some(found));
+        }
+        let (number, bytes, first, count) = {
             let segments = self.shared.segments.lock();
             // The newest are asked for most.
             let found = segments.iter().enumerate().rev().find_map(|(at, segment)| {
@@ -245,11 +256,6 @@ impl GroupReader {
             });
             let Some((at, segment, span)) = found else { return Ok(None) };
             let is_open = at + 1 == segments.len() && !span.offsets.is_empty();
-            let known = self.places.as_ref().filter(|places| places.generation == generation);
-            let known = known.and_then(|places| places.offset(segment.number, position));
-            if let Some(offset) = known {
-                return Ok(Some((segment.number, offset)));
-            }
             if is_open {
                 let from = (position.0 - span.first.0) as usize;
                 let upto = span.offsets.len().min(from + OPEN_OFFSETS_MAX);
@@ -258,26 +264,30 @@ impl GroupReader {
                 self.places = Some(Places { number: segment.number, generation, from: position, offsets });
                 return Ok(Some((segment.number, offset)));
             }
-            (segment.number, span.first, span.count())
+            (segment.number, segment.bytes, span.first, span.count())
         };
-        let offsets = match self.indexed(number, count) {
+        let mut offsets = match self.indexed(number, bytes, first, count) {
             Some(offsets) => offsets,
             None => self.scanned(number, first, count)?,
         };
+        // What a later segment has taken away is not of this one any more.
+        offsets.truncate(usize::try_from(count).unwrap_or(usize::MAX));
         let places = Places { number, generation, from: first, offsets };
-        let offset = places.offset(number, position);
+        let offset = places.offset(position);
         self.places = Some(places);
         Ok(offset.map(|offset| (number, offset)))
     }
 
     /// The offsets that the index of a segment has; `None` where it is missing or damaged.
-    fn indexed(&self, number: u64, count: u64) -> Option<Vec<u32>> {
+    fn indexed(&self, number: u64, bytes: u64, first: Position, count: u64) -> Option<Vec<u32>> {
         let file = self.shared.disk.open(&index_path(&self.shared.dir, number), false).ok()?;
         let mut head = vec![0; INDEX_READ_BYTES_MAX.min(usize::try_from(file.len().ok()?).ok()?)];
         let read = file.read_at(&mut head, 0).ok()?;
         head.truncate(read);
         let (index, places) = decode_index(&head)?;
-        let place = *places.get(&self.id).filter(|place| index.number == number && place.count >= count)?;
+        let fits =
+            (index.number, index.bytes) == (number, bytes) && index.spans.get(&self.id)?.first == first;
+        let place = *places.get(&self.id).filter(|place| fits && place.count >= count)?;
         let end = place.start.checked_add(place.count.checked_mul(4)?)?;
         if end > file.len().ok()? {
             return None;

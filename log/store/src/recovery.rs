@@ -190,7 +190,7 @@ impl<'a> Following<'a> {
             };
             let group = record.group;
             let followed = match (scanned.begun, record.kind) {
-                (false, RecordKind::Groups) => self.continuity.begin(number, &record).map(|()| Effect::None),
+                (false, RecordKind::Groups) => self.begin(number, &record).map(|()| Effect::None),
                 (false, _) => {
                     Err(reader.corrupt(at, Position(0), "it does not begin with its groups".into()))
                 }
@@ -223,6 +223,28 @@ impl<'a> Following<'a> {
         Ok(scanned)
     }
 
+    /// Takes the record that begins a segment; it knows which groups were quarantined then, and which removed.
+    fn begin(&mut self, number: u64, groups: &Record) -> Result<(), LogFault> {
+        self.continuity.begin(number, groups)?;
+        let continuity = &self.continuity;
+        self.quarantined.retain(|group, _| continuity.is_quarantined(*group));
+        for group in continuity.quarantined() {
+            let damaged = || LogFault::Corrupt {
+                position: continuity.last(*group).unwrap_or_default().next(),
+                file: segment_name(number),
+                offset: 0,
+                what: format!("a record of {group} was damaged in a segment before this one"),
+            };
+            if !self.quarantined.contains_key(group) {
+                if !self.may_quarantine {
+                    return Err(damaged());
+                }
+                self.quarantined.insert(*group, damaged());
+            }
+        }
+        Ok(())
+    }
+
     fn quarantine(&mut self, group: GroupId, fault: LogFault) {
         tracing::error!(%group, %fault, "a group is not opened: one of its records is damaged");
         self.continuity.quarantine(group);
@@ -249,13 +271,12 @@ impl<'a> Following<'a> {
             .map_err(|e| storage("size of a segment", &e))?;
         if let Some(index) = read_index(self.disk, self.dir, number).filter(|index| index.bytes == bytes) {
             let groups = first_record(self.disk, self.dir, number, self.cluster)?;
-            self.continuity.begin(number, &groups)?;
+            self.begin(number, &groups)?;
             for (id, span) in &index.spans {
                 self.continuity.indexed(*id, span, SEGMENT_HEADER_BYTES)?;
             }
             return Ok(Segment { number, spans: index.spans, bytes });
         }
-        let known = self.quarantined.len();
         let scanned = self.scan(number, u64::MAX)?;
         // A closed segment was synced as a whole.
         if let Some(damage) = scanned.damage {
@@ -271,7 +292,7 @@ impl<'a> Following<'a> {
         }
         let mut segment = scanned.segment;
         // An index would hide what is damaged.
-        if self.quarantined.len() == known {
+        if self.quarantined.is_empty() {
             tracing::warn!(segment = %segment_name(number), "the index did not fit and is rebuilt");
             let index = Index { number, bytes, spans: segment.spans.clone() };
             // It only makes the next start quicker.
@@ -393,9 +414,14 @@ fn settle_tail(
 /// A first start that crashed before its first sync acknowledged nothing and has no mark.
 fn is_first_start(disk: &dyn Disk, dir: &Path, numbers: &[u64]) -> bool {
     numbers == [1]
-        && disk
-            .open(&dir.join(segment_name(1)), false)
-            .is_ok_and(|file| file.len().is_ok_and(|length| length <= 4096))
+        && disk.open(&dir.join(segment_name(1)), false).is_ok_and(|file| {
+            file.len().is_ok_and(|length| length <= 4096 || begins_and_ends(disk, dir, length))
+        })
+}
+
+/// Whether the first segment has its first record and nothing behind it: more groups than fit a page were about to begin.
+fn begins_and_ends(disk: &dyn Disk, dir: &Path, length: u64) -> bool {
+    is_whole(disk, dir, 1) && first_record_end(disk, dir, 1).is_ok_and(|end| end == length)
 }
 
 /// Whether a segment's first record can be read.

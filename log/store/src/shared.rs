@@ -70,6 +70,11 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// Whether a segment was not trimmed.
+    pub(crate) fn has_segment(&self, number: u64) -> bool {
+        self.segments.lock().iter().any(|segment| segment.number == number)
+    }
+
     /// The first position that a segment still has; the one after the last when none has any.
     pub(crate) fn first_position(&self, id: GroupId) -> Position {
         let first = {

@@ -28,7 +28,6 @@ impl Group {
     }
 }
 
-#[derive(Default)]
 pub(crate) struct GroupState {
     pub(crate) epoch: Epoch,
     pub(crate) epoch_position: Position,
@@ -48,6 +47,25 @@ pub(crate) struct GroupState {
     /// Recent records, oldest first, without holes up to the last durable one.
     pub(crate) tail: VecDeque<TailRecord>,
     pub(crate) tail_bytes: usize,
+}
+
+impl Default for GroupState {
+    fn default() -> GroupState {
+        GroupState {
+            epoch: Epoch(0),
+            epoch_position: Position(0),
+            resigned: Epoch(0),
+            next: Position(1),
+            sealed: None,
+            base: (Position(0), Epoch(0)),
+            vote: None,
+            members: Vec::new(),
+            is_removed: false,
+            floor: Position(0),
+            tail: VecDeque::new(),
+            tail_bytes: 0,
+        }
+    }
 }
 
 impl GroupState {
@@ -80,6 +98,7 @@ impl GroupState {
             vote: self.vote.clone(),
             members: self.members.clone(),
             is_removed: self.is_removed,
+            is_quarantined: false,
         }
     }
 
@@ -142,7 +161,7 @@ pub enum Write {
         position: Position,
         /// Its reign.
         epoch: Epoch,
-        /// Who belongs to the group there, unless that is known from its own records.
+        /// Who belongs to the group there. Needed where the group does not reach so far: what it knew itself is gone then.
         members: Option<Bytes>,
     },
     /// The group is gone for good.
@@ -214,23 +233,31 @@ impl GroupState {
             Effect::Anew(at) => self.next = at,
         }
         match record.kind {
-            RecordKind::Epoch => (self.epoch, self.epoch_position) = (epoch, position),
+            RecordKind::Epoch if epoch < self.epoch => {}
+            RecordKind::Epoch => self.epoch_position = position,
             RecordKind::Seal => self.sealed = Some(position),
             RecordKind::Batch | RecordKind::Groups => {}
             RecordKind::Vote => self.vote = Some(Vote { epoch, content: content() }),
-            RecordKind::Truncate => self.members.retain(|(at, _)| *at < position),
+            RecordKind::Truncate => {
+                self.members.retain(|(at, _)| *at < position);
+                self.sealed = self.sealed.filter(|at| *at < position);
+            }
             RecordKind::Members => self.members.push((position, content())),
             RecordKind::Base => {
                 self.base = (position, epoch);
-                let before = self.members.iter().rfind(|(at, _)| *at <= position).cloned();
-                self.members.retain(|(at, _)| *at > position);
                 let named = (!record.entries.is_empty()).then(|| (position, content()));
-                if let Some(members) = named.or(before) {
+                let known = self.members.iter().rfind(|(at, _)| *at <= position).cloned();
+                // What it threw away says nothing any more.
+                let is_anew = matches!(effect, Effect::Anew(_));
+                let known = known.filter(|_| !is_anew);
+                self.sealed = self.sealed.filter(|_| !is_anew);
+                self.members.retain(|(at, _)| *at > position && !is_anew);
+                if let Some(members) = known.or(named) {
                     self.members.insert(0, members);
                 }
             }
             RecordKind::Remove => {
-                *self = GroupState { next: Position(1), is_removed: true, ..GroupState::default() };
+                *self = GroupState { is_removed: true, ..GroupState::default() };
             }
         }
         self.epoch = self.epoch.max(if self.is_removed { Epoch(0) } else { epoch });

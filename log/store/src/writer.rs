@@ -13,8 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     format::{
-        Index, MARK_FILE, Mark, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordKind, encode_group,
-        encode_index, encode_mark, encode_record, index_path, mark_offset, segment_header, segment_name,
+        GroupLine, Index, MARK_FILE, Mark, PAYLOAD_BYTES_MAX, POSITION_MAX, RECORD_HEADER_BYTES, Record,
+        RecordKind, encode_group, encode_index, encode_mark, encode_record, index_path, mark_offset,
+        segment_header, segment_name,
     },
     id::GroupId,
     segment::{Effect, Segment, cut_earlier, effect},
@@ -24,6 +25,10 @@ use crate::{
 
 /// Under load the mark is made durable after so many bytes; when nothing waits, at once.
 const MARK_LAG_BYTES_MAX: u64 = 4 << 20;
+/// Bytes of a vote or a members record: every segment begins with those of all groups.
+const KEPT_BYTES_MAX: usize = 16 << 10;
+/// Members records behind a group's base; a new base takes those before it away.
+const MEMBERS_MAX: usize = 32;
 /// Room that is set aside ahead of what is written.
 const AHEAD_BYTES: u64 = 4 << 20;
 
@@ -93,6 +98,8 @@ struct Staged {
     effect: Effect,
     /// Where it begins, in what is written at once.
     offset: u64,
+    /// The newest reign when it was encoded.
+    begun: Epoch,
     answer: Answer,
 }
 
@@ -262,15 +269,19 @@ impl Writer {
             // Damage to a record would not be noticed behind an index.
             if self.shared.quarantined.lock().is_empty() {
                 self.shared.disk.replace(&path, &encode_index(&index))?;
+            } else if self.shared.disk.exists(&path) {
+                self.shared.disk.remove(&path)?;
             }
         }
         // Where every log stands before the records that are about to be written.
+        let quarantined = self.shared.quarantined.lock().clone();
         let mut lines = Vec::new();
         for (id, group) in &*self.shared.groups.lock() {
             let last = *group.last.borrow();
             let state = group.state.lock();
             assert_eq!(state.next, last.next(), "nothing is on its way while a segment is begun");
-            lines.push(encode_group(&state.line(*id)));
+            let is_quarantined = quarantined.contains_key(id);
+            lines.push(encode_group(&GroupLine { is_quarantined, ..state.line(*id) }));
         }
         let mut bytes = segment_header(number, self.shared.options.cluster).to_vec();
         encode_record(
@@ -281,6 +292,9 @@ impl Writer {
             Epoch(0),
             &lines,
         );
+        if bytes.len() > PAYLOAD_BYTES_MAX as usize {
+            return Err(NewSegment::Failed(format!("{} groups do not fit one record", lines.len())));
+        }
         let path = self.shared.dir.join(segment_name(number));
         let file = self.shared.disk.open(&path, true)?;
         let begun = (|| {
@@ -364,13 +378,13 @@ impl Writer {
                 }
             }
         }
-        for Staged { group, record, effect, answer, .. } in staged {
+        for Staged { group, record, effect, begun, answer, .. } in staged {
             let (position, epoch) = (record.batch.position, record.batch.epoch);
             let last = {
                 let mut state = group.state.lock();
                 match effect {
                     Effect::Next => {
-                        check_follows(&group, (position, epoch), state.epoch);
+                        check_follows(&group, (position, epoch), begun);
                         state.keep(record, self.shared.options.tail_bytes_max);
                         Some(position)
                     }
@@ -402,6 +416,10 @@ impl Writer {
     /// Removes the oldest segments that no log needs any more; the open one stays. The inner error is one of removing, after
     /// which the log goes on.
     fn trim(&mut self) -> Result<Result<(), String>, String> {
+        // Where damage lies is known from the damaged record alone, until a segment begins that says so.
+        if !self.shared.quarantined.lock().is_empty() {
+            return Ok(Ok(()));
+        }
         let floor = |group: &Group| {
             let state = group.state.lock();
             state.floor.max(state.base.0)
@@ -482,21 +500,24 @@ impl Merged {
         entries: Vec<Bytes>,
         answer: Answer,
     ) {
-        let position = {
+        let (position, begun) = {
             let mut state = group.state.lock();
             let position = state.next;
             state.next = position.next();
-            position
+            (position, state.epoch)
         };
         let offset = self.bytes.len() as u64;
         encode_record(&mut self.bytes, kind, group.id, position, epoch, &entries);
         let record = TailRecord { kind, batch: Batch { position, epoch, entries } };
-        self.staged.push(Staged { group, record, effect: Effect::Next, offset, answer });
+        self.staged.push(Staged { group, record, effect: Effect::Next, offset, begun, answer });
     }
 
     /// Why a batch that waited is not written; `None` where it is.
     fn refusal(&self, group: &Group, epoch: Epoch) -> Option<Outcome> {
         let state = group.state.lock();
+        if state.is_removed {
+            return Some(Outcome::Refused(Refused::NotLeader { hint: None }));
+        }
         if state.sealed.is_some() {
             return Some(Outcome::Sealed);
         }
@@ -522,6 +543,9 @@ impl Merged {
     }
 
     fn begin_epoch(&mut self, group: Arc<Group>, done: oneshot::Sender<Result<Epoch, LogFault>>) {
+        if let Some(fault) = removed(&group) {
+            return drop(done.send(Err(fault)));
+        }
         let sealed = group.state.lock().sealed.is_some();
         if let (Err(reason), false) = (&self.room, sealed) {
             return drop(done.send(Err(LogFault::NoRoom(reason.clone()))));
@@ -539,6 +563,9 @@ impl Merged {
     }
 
     fn seal(&mut self, group: Arc<Group>, done: oneshot::Sender<Result<Position, LogFault>>) {
+        if let Some(fault) = removed(&group) {
+            return drop(done.send(Err(fault)));
+        }
         let (sealed, epoch, next) = {
             let state = group.state.lock();
             (state.sealed, state.epoch, state.next)
@@ -577,19 +604,25 @@ impl Merged {
     }
 }
 
+/// Why nothing is written of a group that is no more.
+fn removed(group: &Group) -> Option<LogFault> {
+    let is_removed = group.state.lock().is_removed;
+    is_removed.then(|| LogFault::Unsupported(format!("{} was removed", group.id)))
+}
+
 /// Encodes a record of an engine that gives out positions itself; it was checked.
 fn stage_record(bytes: &mut Vec<u8>, group: Arc<Group>, record: Record) -> Staged {
-    let effect = {
+    let (effect, begun) = {
         let mut state = group.state.lock();
         let effect = effect(record.kind, record.position, state.next);
         state.change(&record, effect);
-        effect
+        (effect, state.epoch)
     };
     let offset = bytes.len() as u64;
     let Record { kind, position, epoch, entries, .. } = record;
     encode_record(bytes, kind, group.id, position, epoch, &entries);
     let record = TailRecord { kind, batch: Batch { position, epoch, entries } };
-    Staged { group, record, effect, offset, answer: Answer::None }
+    Staged { group, record, effect, offset, begun, answer: Answer::None }
 }
 
 /// Whether records follow on a group, one after the other.
@@ -598,7 +631,7 @@ fn check_records(id: GroupId, state: &GroupState, records: &[Record]) -> Result<
     for record in records {
         let Record { kind, position, .. } = record;
         let may = match kind {
-            _ if after.is_removed => false,
+            _ if after.is_removed || position.0 >= POSITION_MAX => false,
             RecordKind::Groups => false,
             _ if kind.has_position() => *position == after.next && after.sealed.is_none(),
             RecordKind::Truncate => *position > after.base.0 && *position <= after.next,
@@ -616,8 +649,12 @@ fn check_records(id: GroupId, state: &GroupState, records: &[Record]) -> Result<
             return Err(LogFault::Unsupported(what));
         }
         let bytes: usize = record.entries.iter().map(|entry| entry.len() + 4).sum();
-        if bytes > PAYLOAD_BYTES_MAX as usize {
-            return Err(LogFault::Unsupported(format!("a record of {bytes} bytes is over the limit")));
+        let is_kept = matches!(kind, RecordKind::Vote | RecordKind::Members | RecordKind::Base);
+        let bytes_max = if is_kept { KEPT_BYTES_MAX } else { PAYLOAD_BYTES_MAX as usize };
+        if bytes > bytes_max || *kind == RecordKind::Members && after.members.len() >= MEMBERS_MAX {
+            let what =
+                format!("{kind:?} of {bytes} bytes of {id} is over the limit, or one member record too many");
+            return Err(LogFault::Unsupported(what));
         }
         let effect = effect(*kind, *position, after.next);
         after.change(record, effect);

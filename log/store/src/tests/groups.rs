@@ -226,6 +226,94 @@ fn a_group_that_is_not_opened_can_be_removed_and_the_others_go_on() {
         for id in store.groups() {
             assert_eq!(content(&store, id).expect("reads").len(), 312);
         }
+        drop(store);
+        runtime.clock.sleep(Duration::from_millis(50)).await;
+        // It does not come back when the segment that says so is closed, either, and may be removed again.
+        for round in 3..6 {
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            assert!(store.quarantined().is_empty() && store.group(group).is_err(), "round {round}");
+            store.remove(group).await.expect("is removed");
+            for number in (1..=3).filter(|number| id(*number) != group) {
+                let other = store.group(id(number)).expect("opens");
+                for position in 13 + round * 100..113 + round * 100 {
+                    other.write(vec![entry(position, 1)]).await.expect("written");
+                }
+            }
+            drop(store);
+            runtime.clock.sleep(Duration::from_millis(50)).await;
+        }
+    });
+}
+
+#[test]
+fn a_group_that_begins_late_begins_with_whatever_its_engine_writes() {
+    let vote = || Write::Vote(Vote { epoch: Epoch(4), content: Bytes::from_static(b"for 1") });
+    let base = |position| Write::Base { position: Position(position), epoch: Epoch(4), members: None };
+    let firsts = [
+        (vec![vote()], 0),
+        (vec![Write::Truncate { from: Position(1) }], 0),
+        (vec![base(0)], 0),
+        (vec![base(7)], 7),
+        (vec![vote(), entry(1, 4)], 1),
+    ];
+    for (seed, (first, last)) in firsts.into_iter().enumerate() {
+        let world = World::new(seed as u64);
+        let runtime = world.node(NODE);
+        run(&world, async move {
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            // The segment has begun, and does not know the other group.
+            store.group(id(1)).expect("opens").write(vec![entry(1, 1)]).await.expect("written");
+            let group = store.group(id(2)).expect("opens");
+            group.write(first).await.expect("written");
+            assert_eq!(group.view().last, Position(last));
+            drop((store, group));
+            runtime.clock.sleep(Duration::from_millis(50)).await;
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens again");
+            let group = store.group(id(2)).expect("opens");
+            assert_eq!(group.view().last, Position(last));
+            group.write(vec![entry(last + 1, 5)]).await.expect("goes on");
+        });
+    }
+}
+
+#[test]
+fn a_seal_that_is_taken_away_is_none_and_what_is_removed_takes_nothing() {
+    let world = World::new(8);
+    let runtime = world.node(NODE);
+    run(&world, async move {
+        let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+        let group = store.group(id(1)).expect("opens");
+        let seal = |position, epoch| Write::Record {
+            kind: RecordKind::Seal,
+            position: Position(position),
+            epoch: Epoch(epoch),
+            entries: vec![],
+        };
+        group.write(vec![entry(1, 9), seal(2, 9)]).await.expect("written");
+        assert!(group.write(vec![entry(3, 9)]).await.is_err(), "it is sealed");
+        // A later reign may send records of an earlier one.
+        let older = Write::Record {
+            kind: RecordKind::Epoch,
+            position: Position(2),
+            epoch: Epoch(7),
+            entries: vec![],
+        };
+        group.write(vec![Write::Truncate { from: Position(2) }, older]).await.expect("written");
+        group.write(vec![entry(3, 10)]).await.expect("written");
+        let view = group.view();
+        assert_eq!((view.sealed, view.epoch, view.last), (None, Epoch(10), Position(3)));
+        let too_far = Write::Base { position: Position(u64::MAX), epoch: Epoch(1), members: None };
+        assert!(matches!(group.write(vec![too_far]).await, Err(LogFault::Unsupported(_))));
+        let large = Write::Vote(Vote { epoch: Epoch(1), content: Bytes::from(vec![1; 20 << 10]) });
+        assert!(matches!(group.write(vec![large]).await, Err(LogFault::Unsupported(_))));
+        // In one call, and by whoever still has the group.
+        group.write(vec![entry(4, 11), Write::Remove]).await.expect("written");
+        assert!(group.begin_epoch().await.is_err() && group.seal().await.is_err());
+        assert!(group.write(vec![entry(1, 12)]).await.is_err());
+        drop((store, group));
+        runtime.clock.sleep(Duration::from_millis(50)).await;
+        let store = Store::open(&runtime, "log".into(), options()).expect("opens again");
+        assert_eq!(store.groups(), []);
     });
 }
 
@@ -324,14 +412,18 @@ async fn life(
     for step in 0..40 {
         let number = runtime.random.below(3) as usize;
         let mut after = known.lock().answered[number].clone();
-        let writes = drawn(&after, cut * 100 + step + 1, |below| runtime.random.below(below));
-        for write in &writes {
+        let mut writes = drawn(&after, cut * 100 + step + 1, |below| runtime.random.below(below));
+        // Sometimes two calls, of which nobody waits for the first.
+        let second = if runtime.random.below(2) == 0 { writes.split_off(writes.len() / 2) } else { vec![] };
+        let writes = [writes, second];
+        for write in writes.iter().flatten() {
             after.apply(write);
             // A beginning of it may be there.
             known.lock().asked[number].push(after.clone());
         }
         let group = store.group(id(number as u32 + 1)).expect("opens");
-        if group.write(writes).await.is_err() {
+        let [first, second] = writes.map(|writes| group.write(writes));
+        if first.await.is_err() || second.await.is_err() {
             break;
         }
         let mut known = known.lock();

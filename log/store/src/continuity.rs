@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use clutch_log::{LogFault, Position};
 
 use crate::{
-    format::{GroupLine, Record, RecordKind, decode_group, missing, segment_name},
+    format::{GroupLine, Record, decode_group, missing, segment_name},
     id::GroupId,
     segment::{Effect, effect},
     span::Span,
@@ -125,22 +125,12 @@ impl Continuity {
             self.span(id, position, position, offset)?;
         }
         let state = self.groups.entry(id).or_default();
-        let may = match record.kind {
-            RecordKind::Truncate => position > state.base.0 && position <= state.next,
-            RecordKind::Base => position >= state.base.0,
-            _ => true,
-        };
-        if !may || state.is_removed {
-            let what = format!(
-                "a record of kind {:?} for position {position} of {id}, which goes on at {} behind {}{}",
-                record.kind,
-                state.next,
-                state.base.0,
-                if state.is_removed { " and was removed" } else { "" },
-            );
-            let file = segment_name(self.number);
-            return Err(LogFault::Corrupt { position, file, offset, what });
-        }
+        state.check_next(record).map_err(|what| LogFault::Corrupt {
+            position,
+            file: segment_name(self.number),
+            offset,
+            what,
+        })?;
         let effect = effect(record.kind, position, state.next);
         state.change(record, effect);
         Ok(effect)

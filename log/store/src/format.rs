@@ -140,7 +140,7 @@ const MARK_MAGIC: &[u8; 8] = b"CLUTMRK2";
 /// Larger than any batch with its framing; a longer length is damage.
 pub const PAYLOAD_BYTES_MAX: u32 = 64 << 20;
 /// No log comes so far; a later position is damage.
-pub const POSITION_MAX: u64 = 1 << 62;
+pub const POSITION_MAX: Position = Position(1 << 62);
 /// Batches with smaller payloads are not packed: there is little to gain.
 pub const PACKED_BYTES_MIN: usize = 512;
 /// The kind of a packed batch; a reader sees a batch.
@@ -314,7 +314,7 @@ pub fn decode_header(bytes: &[u8]) -> Result<RecordHeader, String> {
         return Err("the header's checksum does not match".into());
     }
     let payload_len = u32_at(bytes, 8);
-    let position = u64_at(bytes, 24);
+    let position = Position(u64_at(bytes, 24));
     if position > POSITION_MAX {
         return Err(format!("position {position} is over the limit"));
     }
@@ -328,7 +328,7 @@ pub fn decode_header(bytes: &[u8]) -> Result<RecordHeader, String> {
         kind: kind.ok_or_else(|| format!("unknown record kind {number}"))?,
         is_packed,
         group: group_of(u64_at(bytes, 16)),
-        position: Position(position),
+        position,
         epoch: Epoch(u64_at(bytes, 32)),
         payload_len,
         payload_crc: u32_at(bytes, 12),
@@ -472,7 +472,7 @@ pub fn decode_group(bytes: &[u8]) -> Result<GroupLine, String> {
     let sealed = Some(Position(u64_at(head, 24))).filter(|p| p.0 != 0);
     let mut line =
         GroupLine::new(group_of(u64_at(head, 0)), Position(u64_at(head, 8)), Epoch(u64_at(head, 16)), sealed);
-    if line.last.0 > POSITION_MAX {
+    if line.last > POSITION_MAX {
         return Err(format!("position {} is over the limit", line.last));
     }
     if rest.is_empty() {
@@ -484,7 +484,7 @@ pub fn decode_group(bytes: &[u8]) -> Result<GroupLine, String> {
     let (flags, members) = (u32_at(numbers, 16), u32_at(numbers, 20));
     line.is_removed = flags & IS_REMOVED != 0;
     line.is_quarantined = flags & IS_QUARANTINED != 0;
-    if line.base.0.0 > POSITION_MAX || flags > HAS_VOTE | IS_REMOVED | IS_QUARANTINED {
+    if line.base.0 > POSITION_MAX || flags > HAS_VOTE | IS_REMOVED | IS_QUARANTINED {
         return Err("a line of the groups record says what this build does not know".into());
     }
     let mut sized = || -> Result<(u64, Bytes), String> {
@@ -638,8 +638,8 @@ pub fn decode_index(bytes: &[u8]) -> Option<(Index, BTreeMap<GroupId, Offsets>)>
     for line in bytes[INDEX_HEAD_BYTES..end].chunks_exact(INDEX_LINE_BYTES) {
         let at = Position(u64_at(line, 24));
         let (first, last) = (Position(u64_at(line, 8)), Position(u64_at(line, 16)));
-        let is_span = last.0 == 0 && first.0 == 0 || first.0 > 0 && first <= last && last.0 <= POSITION_MAX;
-        if !is_span || at.0 > POSITION_MAX {
+        let is_span = last.0 == 0 && first.0 == 0 || first.0 > 0 && first <= last && last <= POSITION_MAX;
+        if !is_span || at > POSITION_MAX {
             return None;
         }
         let restart = match u32_at(line, 32) {

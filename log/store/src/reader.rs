@@ -14,7 +14,7 @@ use crate::{
     format::{
         INDEX_READ_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader, SEGMENT_HEADER_BYTES,
         check_segment_header, decode_header, decode_index, decode_offsets, decode_payload, index_path,
-        mended_header, missing, segment_name, u32_at,
+        mended_header, missing, segment_name,
     },
     id::GroupId,
     segment::{Segment, effect},
@@ -142,7 +142,7 @@ impl SegmentReader {
                 (mended, Some(fault))
             }
         };
-        let payload_at = at + RECORD_HEADER_BYTES as u64;
+        let (payload_at, length) = (at + RECORD_HEADER_BYTES as u64, u64::from(header.payload_len));
         let payload = self.bytes(payload_at, header.payload_len as usize)?;
         let is_whole = payload.len() == header.payload_len as usize;
         let decoded =
@@ -157,11 +157,7 @@ impl SegmentReader {
                 Found::Whole(record)
             }
         };
-        let length = match &found {
-            Found::Damaged(header, _) => header.payload_len,
-            Found::Whole(_) => payload_length(&bytes),
-        };
-        self.offset = payload_at + u64::from(length);
+        self.offset = payload_at + length;
         self.len = self.len.max(self.offset);
         Ok(Some(found))
     }
@@ -182,10 +178,6 @@ impl SegmentReader {
         }
         Ok(record)
     }
-}
-
-fn payload_length(header: &[u8]) -> u32 {
-    u32_at(header, 8)
 }
 
 /// Where records of a group lie in one segment, from a position on.

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
-    format::{GroupLine, Record, RecordKind},
+    format::{GroupLine, POSITION_MAX, Record, RecordKind},
     id::{GroupId, Vote},
     segment::Effect,
 };
@@ -69,6 +69,31 @@ impl Default for GroupState {
 }
 
 impl GroupState {
+    /// Whether a record may come next, but for its position where its kind has one.
+    ///
+    /// # Errors
+    /// Why not.
+    pub(crate) fn check_next(&self, record: &Record) -> Result<(), String> {
+        let Record { kind, position, entries, .. } = record;
+        let may = match kind {
+            _ if self.is_removed || *position > POSITION_MAX => false,
+            RecordKind::Vote | RecordKind::Members => entries.len() == 1,
+            RecordKind::Truncate => *position > self.base.0 && *position <= self.next,
+            RecordKind::Base => *position >= self.base.0 && entries.len() <= 1,
+            RecordKind::Groups => false,
+            RecordKind::Batch | RecordKind::Epoch | RecordKind::Seal | RecordKind::Remove => true,
+        };
+        if may {
+            return Ok(());
+        }
+        let (group, next, base) = (record.group, self.next, self.base.0);
+        let removed = if self.is_removed { " and was removed" } else { "" };
+        let of = entries.len();
+        Err(format!(
+            "{kind:?} of {of} entries for {position} of {group}, which goes on at {next} behind {base}{removed}"
+        ))
+    }
+
     /// The same without its records.
     pub(crate) fn without_tail(&self) -> GroupState {
         GroupState {
@@ -225,7 +250,8 @@ impl GroupState {
     /// Becomes what it is after a record, whose effect is known.
     pub(crate) fn change(&mut self, record: &Record, effect: Effect) {
         let (position, epoch) = (record.position, record.epoch);
-        let content = || record.entries.first().cloned().unwrap_or_default();
+        // Checked to have one where it is asked for.
+        let content = || record.entries.first().cloned().expect("an entry");
         match effect {
             Effect::None => {}
             Effect::Next => self.next = position.next(),

@@ -13,9 +13,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     format::{
-        GroupLine, Index, MARK_FILE, Mark, PAYLOAD_BYTES_MAX, POSITION_MAX, RECORD_HEADER_BYTES, Record,
-        RecordKind, encode_group, encode_index, encode_mark, encode_record, index_path, mark_offset,
-        segment_header, segment_name,
+        GroupLine, Index, MARK_FILE, Mark, PAYLOAD_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordKind,
+        encode_group, encode_index, encode_mark, encode_record, index_path, mark_offset, segment_header,
+        segment_name,
     },
     id::GroupId,
     segment::{Effect, Segment, cut_earlier, effect},
@@ -630,22 +630,10 @@ fn check_records(id: GroupId, state: &GroupState, records: &[Record]) -> Result<
     let mut after = state.without_tail();
     for record in records {
         let Record { kind, position, .. } = record;
-        let may = match kind {
-            _ if after.is_removed || position.0 >= POSITION_MAX => false,
-            RecordKind::Groups => false,
-            _ if kind.has_position() => *position == after.next && after.sealed.is_none(),
-            RecordKind::Truncate => *position > after.base.0 && *position <= after.next,
-            RecordKind::Base => *position >= after.base.0,
-            _ => true,
-        };
-        if !may {
-            let what = format!(
-                "{kind:?} at {position} does not follow on {id}, which goes on at {} behind {}{}{}",
-                after.next,
-                after.base.0,
-                if after.sealed.is_some() { " and is sealed" } else { "" },
-                if after.is_removed { " and was removed" } else { "" },
-            );
+        after.check_next(record).map_err(LogFault::Unsupported)?;
+        if kind.has_position() && (*position != after.next || after.sealed.is_some()) {
+            let sealed = if after.sealed.is_some() { " and is sealed" } else { "" };
+            let what = format!("{kind:?} at {position} of {id}, which goes on at {}{sealed}", after.next);
             return Err(LogFault::Unsupported(what));
         }
         let bytes: usize = record.entries.iter().map(|entry| entry.len() + 4).sum();

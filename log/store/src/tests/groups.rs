@@ -195,6 +195,16 @@ fn a_flipped_byte_keeps_its_group_alone_from_being_opened() {
     assert!(flips > 900, "{flips} flips");
 }
 
+/// A hundred records more in each group but one, over several segments.
+async fn go_on_without(store: &Store, group: GroupId, round: u64) {
+    for number in (1..=3).filter(|number| id(*number) != group) {
+        let other = store.group(id(number)).expect("opens");
+        for position in 13 + round * 100..113 + round * 100 {
+            other.write(vec![entry(position, 1)]).await.expect("written");
+        }
+    }
+}
+
 #[test]
 fn a_group_that_is_not_opened_can_be_removed_and_the_others_go_on() {
     let world = World::new(4);
@@ -206,13 +216,7 @@ fn a_group_that_is_not_opened_can_be_removed_and_the_others_go_on() {
         for round in 0..3 {
             let store = Store::open(&runtime, "log".into(), options()).expect("opens");
             assert_eq!(store.quarantined().into_keys().collect::<Vec<_>>(), [group]);
-            for number in (1..=3).filter(|number| id(*number) != group) {
-                let other = store.group(id(number)).expect("opens");
-                // Over several segments.
-                for position in 13 + round * 100..113 + round * 100 {
-                    other.write(vec![entry(position, 1)]).await.expect("written");
-                }
-            }
+            go_on_without(&store, group, round).await;
             drop(store);
             runtime.clock.sleep(Duration::from_millis(50)).await;
         }
@@ -233,12 +237,7 @@ fn a_group_that_is_not_opened_can_be_removed_and_the_others_go_on() {
             let store = Store::open(&runtime, "log".into(), options()).expect("opens");
             assert!(store.quarantined().is_empty() && store.group(group).is_err(), "round {round}");
             store.remove(group).await.expect("is removed");
-            for number in (1..=3).filter(|number| id(*number) != group) {
-                let other = store.group(id(number)).expect("opens");
-                for position in 13 + round * 100..113 + round * 100 {
-                    other.write(vec![entry(position, 1)]).await.expect("written");
-                }
-            }
+            go_on_without(&store, group, round).await;
             drop(store);
             runtime.clock.sleep(Duration::from_millis(50)).await;
         }
@@ -304,6 +303,13 @@ fn a_seal_that_is_taken_away_is_none_and_what_is_removed_takes_nothing() {
         assert_eq!((view.sealed, view.epoch, view.last), (None, Epoch(10), Position(3)));
         let too_far = Write::Base { position: Position(u64::MAX), epoch: Epoch(1), members: None };
         assert!(matches!(group.write(vec![too_far]).await, Err(LogFault::Unsupported(_))));
+        let nobody = Write::Record {
+            kind: RecordKind::Members,
+            position: Position(4),
+            epoch: Epoch(10),
+            entries: vec![],
+        };
+        assert!(matches!(group.write(vec![nobody]).await, Err(LogFault::Unsupported(_))));
         let large = Write::Vote(Vote { epoch: Epoch(1), content: Bytes::from(vec![1; 20 << 10]) });
         assert!(matches!(group.write(vec![large]).await, Err(LogFault::Unsupported(_))));
         // In one call, and by whoever still has the group.

@@ -11,6 +11,7 @@ pub mod golden_logs;
 pub mod hanging;
 pub mod history;
 pub mod hot_paths;
+pub mod just_started;
 pub mod led_ahead;
 pub mod names;
 pub mod oracle;

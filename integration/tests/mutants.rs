@@ -4,7 +4,7 @@
 use clutch_integration::{
     batches, diverged,
     generate::{Profile, generate_replicated},
-    hanging, led_ahead, names,
+    hanging, just_started, led_ahead, names,
     run::run,
     slow_reader, steps,
 };
@@ -22,6 +22,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "slow reader" => slow_reader::all(),
         "led ahead" => led_ahead::all(),
         "diverged" => diverged::all(),
+        "just started" => just_started::all(),
         _ if !batches::idle().is_empty() => batches::idle(),
         _ => (0..SEEDS_MAX).flat_map(batches::check).take(3).collect(),
     };
@@ -34,7 +35,8 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
     if let [
-        checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"),
+        checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"
+        | "just started"),
     ] = checkers
     {
         return find_apart(mutant, checker);

@@ -224,7 +224,7 @@ impl Mutant {
         (Mutant::EdgeTimeForgotten, &["invariants", "oracle", "linearizability"]),
         (Mutant::WalkEndsEarly, &["invariants", "convergence"]),
         (Mutant::OlderLeaderPlaced, &["convergence"]),
-        (Mutant::ServicesUnknown, &["data"]),
+        (Mutant::ServicesUnknown, &["just started"]),
         (Mutant::EraseBeforeGrantsEnd, &["leaks"]),
         (Mutant::PolicyNotRechecked, &["oracle", "linearizability"]),
         (Mutant::OwnPolicyIgnored, &["oracle", "linearizability"]),

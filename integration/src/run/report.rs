@@ -114,6 +114,8 @@ impl Runner {
         if !violations.is_empty() {
             let found = self.cluster.recording.violations();
             violations.extend(found.into_iter().map(|what| Violation::new("log", what)));
+            // A clock that is far off keeps a cluster from its rest: then that is what is wrong.
+            violations.extend(checkers::clock::check(&evidence, &self.cluster));
         } else {
             violations.extend(checkers::check(&mut evidence, &self.cluster, &self.history, &statuses));
         }

@@ -12,6 +12,7 @@
 //! * [`Outcome::Refused`] and [`Outcome::Sealed`] mean certainly no effect, as [`Rejected`] does; they are only known later.
 //! * What was committed is durable: it is there after a restart of every node.
 
+pub mod chain;
 pub mod conformance;
 pub mod snapshot;
 
@@ -24,6 +25,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
+pub use chain::{BadChain, Chain, INCARNATION_MAX, LogletId, LogletSpec, incarnation_of};
 pub use clutch_proto::log::{Batch, Epoch, LogId, NodeId, Position};
 pub use snapshot::{Manifest, NoSnapshots, SnapshotFile, Snapshots};
 use tokio::sync::oneshot;

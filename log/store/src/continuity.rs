@@ -5,11 +5,10 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use clutch_log::{LogFault, Position};
+use clutch_log::{LogFault, LogletId, Position};
 
 use crate::{
     format::{GroupLine, Record, decode_group, missing, segment_name},
-    id::GroupId,
     segment::{Effect, effect},
     span::Span,
     state::GroupState,
@@ -18,45 +17,45 @@ use crate::{
 /// Where every log stands, as far as the segments have been followed.
 #[derive(Default)]
 pub struct Continuity {
-    groups: BTreeMap<GroupId, GroupState>,
+    groups: BTreeMap<LogletId, GroupState>,
     /// The segment that is being followed.
     number: u64,
     begun: bool,
     /// Groups of which a record is damaged: what they have is not followed any more.
-    quarantined: BTreeSet<GroupId>,
+    quarantined: BTreeSet<LogletId>,
 }
 
 impl Continuity {
     /// The last position of a log so far; `None` for one that has not been met.
-    pub fn last(&self, id: impl Into<GroupId>) -> Option<Position> {
+    pub fn last(&self, id: impl Into<LogletId>) -> Option<Position> {
         self.groups.get(&id.into()).map(|state| Position(state.next.0 - 1))
     }
 
     /// Does not follow a group any more.
-    pub(crate) fn quarantine(&mut self, id: GroupId) {
+    pub(crate) fn quarantine(&mut self, id: LogletId) {
         self.quarantined.insert(id);
         self.groups.entry(id).or_default();
     }
 
     /// A group that was damaged is removed, or begins anew.
-    pub(crate) fn follow_again(&mut self, id: GroupId) {
+    pub(crate) fn follow_again(&mut self, id: LogletId) {
         self.quarantined.remove(&id);
     }
 
-    pub(crate) fn is_quarantined(&self, id: GroupId) -> bool {
+    pub(crate) fn is_quarantined(&self, id: LogletId) -> bool {
         self.quarantined.contains(&id)
     }
 
     /// Groups that are not followed.
-    pub(crate) fn quarantined(&self) -> &BTreeSet<GroupId> {
+    pub(crate) fn quarantined(&self) -> &BTreeSet<LogletId> {
         &self.quarantined
     }
 
-    pub(crate) fn groups(&self) -> &BTreeMap<GroupId, GroupState> {
+    pub(crate) fn groups(&self) -> &BTreeMap<LogletId, GroupState> {
         &self.groups
     }
 
-    pub(crate) fn into_groups(self) -> BTreeMap<GroupId, GroupState> {
+    pub(crate) fn into_groups(self) -> BTreeMap<LogletId, GroupState> {
         self.groups
     }
 
@@ -139,7 +138,7 @@ impl Continuity {
     /// Takes all records of a log in the segment that was begun last, as its index has them.
     pub(crate) fn span(
         &mut self,
-        id: GroupId,
+        id: LogletId,
         first: Position,
         last: Position,
         offset: u64,
@@ -163,7 +162,7 @@ impl Continuity {
     }
 
     /// Takes what the index of the segment that was begun last has of a group.
-    pub(crate) fn indexed(&mut self, id: GroupId, span: &Span, offset: u64) -> Result<(), LogFault> {
+    pub(crate) fn indexed(&mut self, id: LogletId, span: &Span, offset: u64) -> Result<(), LogFault> {
         if self.is_quarantined(id) {
             return Ok(());
         }

@@ -15,7 +15,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Epoch, LogFault, LogId, Position};
+use clutch_log::{Epoch, LogFault, LogId, LogletId, Position};
 use clutch_runtime::{Disk, File};
 
 use crate::{
@@ -24,7 +24,6 @@ use crate::{
         Index, MARK_FILE, MARK_SLOT_STRIDE, Mark, RecordKind, encode_group, encode_index, encode_mark,
         encode_record, index_path, segment_header, segment_name, segment_number,
     },
-    id::GroupId,
     reader::SegmentReader,
     recovery::open_read_only,
     span::Span,
@@ -74,7 +73,7 @@ struct Open {
     file: Box<dyn File>,
     written: u64,
     bytes: Vec<u8>,
-    spans: BTreeMap<GroupId, Span>,
+    spans: BTreeMap<LogletId, Span>,
 }
 
 impl Copy<'_> {
@@ -93,7 +92,7 @@ impl Copy<'_> {
     fn record(
         &mut self,
         kind: RecordKind,
-        id: GroupId,
+        id: LogletId,
         at: (Position, Epoch),
         entries: &[Bytes],
     ) -> Result<(), LogFault> {
@@ -144,7 +143,7 @@ impl Open {
     }
 }
 
-fn lines(groups: &BTreeMap<GroupId, GroupState>) -> Vec<Bytes> {
+fn lines(groups: &BTreeMap<LogletId, GroupState>) -> Vec<Bytes> {
     groups.iter().map(|(id, state)| encode_group(&state.line(*id))).collect()
 }
 

@@ -53,11 +53,11 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Batch, Epoch, LogId, Position};
+use clutch_log::{Batch, Epoch, INCARNATION_MAX, LogId, LogletId, Position};
 
 use crate::{
-    id::{GroupId, INCARNATION_MAX, Vote},
     span::{Restart, Span},
+    vote::Vote,
 };
 
 /// What a record is for.
@@ -110,7 +110,7 @@ pub struct Record {
     /// What it is for.
     pub kind: RecordKind,
     /// The group it belongs to; of no meaning for `Groups`.
-    pub group: GroupId,
+    pub group: LogletId,
     /// Its place; of those that take none, the one that they speak of, or 0.
     pub position: Position,
     /// The reign.
@@ -155,7 +155,7 @@ pub fn index_path(dir: &Path, number: u64) -> PathBuf {
 }
 
 /// Says that positions of a group are gone.
-pub(crate) fn missing(id: GroupId, from: Position, to: Position) -> String {
+pub(crate) fn missing(id: LogletId, from: Position, to: Position) -> String {
     let which = if from == to { format!("position {from}") } else { format!("positions {from} to {to}") };
     format!("{which} of {id} are missing: the file was cut or replaced by an older copy; restore it")
 }
@@ -207,22 +207,22 @@ pub fn check_segment_header(bytes: &[u8], number: u64) -> Result<u64, String> {
 }
 
 /// As records name a group.
-pub fn group_key(GroupId { log, incarnation }: GroupId) -> u64 {
+pub fn group_key(LogletId { log, incarnation }: LogletId) -> u64 {
     assert!((1..=INCARNATION_MAX).contains(&incarnation), "no group has incarnation {incarnation}");
     u64::from(incarnation - 1) << 40 | u64::from(log.role) << 32 | u64::from(log.number)
 }
 
 /// The group of a key.
-pub fn group_of(key: u64) -> GroupId {
+pub fn group_of(key: u64) -> LogletId {
     let log = LogId { role: (key >> 32) as u8, number: key as u32 };
-    GroupId { log, incarnation: (key >> 40) as u32 + 1 }
+    LogletId { log, incarnation: (key >> 40) as u32 + 1 }
 }
 
 /// Appends a record to `out`.
 pub fn encode_record(
     out: &mut Vec<u8>,
     kind: RecordKind,
-    id: impl Into<GroupId>,
+    id: impl Into<LogletId>,
     position: Position,
     epoch: Epoch,
     entries: &[Bytes],
@@ -290,7 +290,7 @@ pub struct RecordHeader {
     /// What the record is for.
     pub kind: RecordKind,
     /// Whose it is.
-    pub group: GroupId,
+    pub group: LogletId,
     /// Its place.
     pub position: Position,
     /// Its reign.
@@ -389,7 +389,7 @@ pub fn mended_header(bytes: &[u8]) -> Option<RecordHeader> {
 #[derive(Clone, Debug, PartialEq)]
 pub struct GroupLine {
     /// The group.
-    pub group: GroupId,
+    pub group: LogletId,
     /// Its last position.
     pub last: Position,
     /// Its newest reign.
@@ -411,7 +411,7 @@ pub struct GroupLine {
 impl GroupLine {
     /// One of a group without base, vote and members.
     pub fn new(
-        group: impl Into<GroupId>,
+        group: impl Into<LogletId>,
         last: Position,
         epoch: Epoch,
         sealed: Option<Position>,
@@ -574,7 +574,7 @@ pub struct Index {
     /// Length of the segment's file in bytes.
     pub bytes: u64,
     /// What it has of each group. Offsets are there where it is written, and are read apart.
-    pub spans: BTreeMap<GroupId, Span>,
+    pub spans: BTreeMap<LogletId, Span>,
 }
 
 /// Where an index has the offsets of a group's records.
@@ -623,7 +623,7 @@ pub fn encode_index(index: &Index) -> Vec<u8> {
 }
 
 /// What [`encode_index`] made, but for the offsets; those and where they are for each group. `None` where it is damaged.
-pub fn decode_index(bytes: &[u8]) -> Option<(Index, BTreeMap<GroupId, Offsets>)> {
+pub fn decode_index(bytes: &[u8]) -> Option<(Index, BTreeMap<LogletId, Offsets>)> {
     let head = bytes.get(..INDEX_HEAD_BYTES)?;
     if &head[..8] != INDEX_MAGIC {
         return None;

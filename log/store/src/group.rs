@@ -3,14 +3,14 @@
 use std::sync::{Arc, atomic::Ordering};
 
 use bytes::Bytes;
-use clutch_log::{Commit, Epoch, LogFault, NodeId, Position, Rejected, check_batch};
+use clutch_log::{Commit, Epoch, LogFault, LogletId, NodeId, Position, Rejected, check_batch};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    id::{GroupId, Vote},
     reader::GroupReader,
     shared::{Handle, Options},
     state::{Command, Group, GroupState, TailRecord, Write},
+    vote::Vote,
 };
 
 /// How a group stands. Vote, base and members are as they were written last, and durable when that was answered.
@@ -51,7 +51,7 @@ pub struct StoredGroup {
 
 impl StoredGroup {
     /// Its id.
-    pub fn id(&self) -> GroupId {
+    pub fn id(&self) -> LogletId {
         self.group.id
     }
 

@@ -17,7 +17,6 @@ mod continuity;
 pub mod cut;
 mod format;
 mod group;
-mod id;
 mod reader;
 mod recovery;
 mod segment;
@@ -25,6 +24,7 @@ mod shared;
 mod span;
 mod state;
 mod unfinished;
+mod vote;
 mod writer;
 
 use std::{
@@ -36,7 +36,7 @@ use std::{
     },
 };
 
-use clutch_log::{Bounds, LogFault, Position};
+use clutch_log::{Bounds, LogFault, LogletId, Position};
 use clutch_runtime::Runtime;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -47,12 +47,12 @@ use state::{Group, GroupState};
 pub use continuity::Continuity;
 pub use format::{RECORD_HEADER_BYTES, Record, RecordKind, SEGMENT_HEADER_BYTES};
 pub use group::{Cursor, Look, StoredGroup, View};
-pub use id::{GroupId, INCARNATION_MAX, Vote};
 pub use reader::SegmentReader;
 pub use recovery::{Summary, open_read_only};
 pub use shared::Options;
 pub use span::Restart;
 pub use state::{TailRecord, Write};
+pub use vote::Vote;
 
 /// All groups of a node; cheap to clone.
 ///
@@ -95,13 +95,13 @@ impl Store {
     }
 
     /// All groups, but for those that were removed.
-    pub fn groups(&self) -> Vec<GroupId> {
+    pub fn groups(&self) -> Vec<LogletId> {
         let groups = self.handle.shared.groups.lock();
         groups.iter().filter(|(_, group)| !group.state.lock().is_removed).map(|(id, _)| *id).collect()
     }
 
     /// Groups that are not opened because a record of theirs is damaged: they can only be removed.
-    pub fn quarantined(&self) -> BTreeMap<GroupId, LogFault> {
+    pub fn quarantined(&self) -> BTreeMap<LogletId, LogFault> {
         self.handle.shared.quarantined.lock().clone()
     }
 
@@ -109,7 +109,7 @@ impl Store {
     ///
     /// # Errors
     /// Why it is not opened: a record of it is damaged, or it was removed.
-    pub fn group(&self, id: impl Into<GroupId>) -> Result<StoredGroup, LogFault> {
+    pub fn group(&self, id: impl Into<LogletId>) -> Result<StoredGroup, LogFault> {
         let id = id.into();
         if let Some(fault) = self.handle.shared.quarantined.lock().get(&id) {
             return Err(fault.clone());
@@ -128,7 +128,7 @@ impl Store {
     ///
     /// # Errors
     /// [`LogFault::Storage`] or [`LogFault::NoRoom`] when that cannot be written.
-    pub async fn remove(&self, id: GroupId) -> Result<(), LogFault> {
+    pub async fn remove(&self, id: LogletId) -> Result<(), LogFault> {
         let Some(group) = self.handle.shared.groups.lock().get(&id).cloned() else { return Ok(()) };
         let is_removed = group.state.lock().is_removed;
         if !is_removed {
@@ -140,7 +140,7 @@ impl Store {
     }
 
     /// What a group holds, without opening it; `None` when there is none of that id.
-    pub fn bounds(&self, id: impl Into<GroupId>) -> Option<Bounds> {
+    pub fn bounds(&self, id: impl Into<LogletId>) -> Option<Bounds> {
         let id = id.into();
         let group = self.handle.shared.groups.lock().get(&id).cloned()?;
         let last = *group.last.borrow();
@@ -151,7 +151,7 @@ impl Store {
     ///
     /// # Errors
     /// [`LogFault::Corrupt`] where it is damaged.
-    pub fn record(&self, id: impl Into<GroupId>, position: Position) -> Result<Option<Record>, LogFault> {
+    pub fn record(&self, id: impl Into<LogletId>, position: Position) -> Result<Option<Record>, LogFault> {
         reader::GroupReader::new(self.handle.shared.clone(), id.into()).at(position)
     }
 
@@ -190,12 +190,12 @@ pub mod internals {
 
     impl Found {
         /// The position that a group goes on at.
-        pub fn next(&self, id: impl Into<crate::GroupId>) -> Option<clutch_log::Position> {
+        pub fn next(&self, id: impl Into<crate::LogletId>) -> Option<clutch_log::Position> {
             self.0.groups.get(&id.into()).map(|state| state.next)
         }
 
         /// The newest reign of a group.
-        pub fn epoch(&self, id: impl Into<crate::GroupId>) -> Option<clutch_log::Epoch> {
+        pub fn epoch(&self, id: impl Into<crate::LogletId>) -> Option<clutch_log::Epoch> {
             self.0.groups.get(&id.into()).map(|state| state.epoch)
         }
 

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{LogFault, Position};
+use clutch_log::{LogFault, LogletId, Position};
 use clutch_runtime::{Disk, File};
 
 use crate::{
@@ -16,7 +16,6 @@ use crate::{
         check_segment_header, decode_header, decode_index, decode_offsets, decode_payload, index_path,
         mended_header, missing, segment_name,
     },
-    id::GroupId,
     segment::{Segment, effect},
     shared::Shared,
 };
@@ -163,7 +162,7 @@ impl SegmentReader {
     }
 
     /// The record at an offset, which must be a group's at a position.
-    fn record_at(&mut self, offset: u64, id: GroupId, position: Position) -> Result<Record, LogFault> {
+    fn record_at(&mut self, offset: u64, id: LogletId, position: Position) -> Result<Record, LogFault> {
         self.offset = offset;
         self.last_position = Position(position.0 - 1);
         let Some(record) = self.next_record()? else {
@@ -199,13 +198,13 @@ impl Places {
 /// Reads one group through the segments that hold it.
 pub(crate) struct GroupReader {
     shared: Arc<Shared>,
-    id: GroupId,
+    id: LogletId,
     segment: Option<(u64, SegmentReader)>,
     places: Option<Places>,
 }
 
 impl GroupReader {
-    pub(crate) fn new(shared: Arc<Shared>, id: GroupId) -> GroupReader {
+    pub(crate) fn new(shared: Arc<Shared>, id: LogletId) -> GroupReader {
         GroupReader { shared, id, segment: None, places: None }
     }
 

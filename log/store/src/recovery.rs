@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
-use clutch_log::{LogFault, Position};
+use clutch_log::{LogFault, LogletId, Position};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::Disk;
 
@@ -13,7 +13,6 @@ use crate::{
         SEGMENT_HEADER_BYTES, decode_group, decode_index, decode_mark, encode_index, encode_mark, index_path,
         mark_offset, segment_name, segment_number,
     },
-    id::GroupId,
     reader::{Found, SegmentReader},
     segment::{Effect, Segment, cut_earlier},
     state::GroupState,
@@ -22,9 +21,9 @@ use crate::{
 
 #[derive(Default)]
 pub(crate) struct Recovered {
-    pub(crate) groups: BTreeMap<GroupId, GroupState>,
+    pub(crate) groups: BTreeMap<LogletId, GroupState>,
     /// Groups of which a record is damaged, and how.
-    pub(crate) quarantined: BTreeMap<GroupId, LogFault>,
+    pub(crate) quarantined: BTreeMap<LogletId, LogFault>,
     pub(crate) segments: Vec<Segment>,
     /// The segment to append to and where; `None` starts a new one.
     pub(crate) current: Option<(u64, u64)>,
@@ -143,7 +142,7 @@ struct Following<'a> {
     /// Whether a damaged record keeps its group alone from being opened.
     may_quarantine: bool,
     continuity: Continuity,
-    quarantined: BTreeMap<GroupId, LogFault>,
+    quarantined: BTreeMap<LogletId, LogFault>,
     segments: Vec<Segment>,
 }
 
@@ -245,7 +244,7 @@ impl<'a> Following<'a> {
         Ok(())
     }
 
-    fn quarantine(&mut self, group: GroupId, fault: LogFault) {
+    fn quarantine(&mut self, group: LogletId, fault: LogFault) {
         tracing::error!(%group, %fault, "a group is not opened: one of its records is damaged");
         self.continuity.quarantine(group);
         self.quarantined.entry(group).or_insert(fault);
@@ -510,7 +509,7 @@ pub struct Summary {
     /// Every record before this place was synced: segment and offset.
     pub synced: (u64, u64),
     /// The last position of each log before the first segment; what lies at or below was trimmed.
-    pub before: BTreeMap<GroupId, Position>,
+    pub before: BTreeMap<LogletId, Position>,
 }
 
 /// Looks at a directory of segments without changing it: for replay and verification, also of a running engine.

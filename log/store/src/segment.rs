@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use clutch_log::Position;
+use clutch_log::{LogletId, Position};
 use clutch_proto::mutants::{self, Mutant};
 
 use crate::{
     format::RecordKind,
-    id::GroupId,
     span::{Restart, Span},
 };
 
@@ -15,7 +14,7 @@ use crate::{
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Segment {
     pub(crate) number: u64,
-    pub(crate) spans: BTreeMap<GroupId, Span>,
+    pub(crate) spans: BTreeMap<LogletId, Span>,
     /// Bytes of its file.
     pub(crate) bytes: u64,
 }
@@ -35,7 +34,7 @@ pub(crate) enum Effect {
 
 impl Segment {
     /// Takes a record that begins at an offset of this segment.
-    pub(crate) fn take(&mut self, group: GroupId, position: Position, effect: Effect, offset: u64) {
+    pub(crate) fn take(&mut self, group: LogletId, position: Position, effect: Effect, offset: u64) {
         let offset = u32::try_from(offset).expect("a segment is closed long before it has 4 GiB");
         match effect {
             Effect::None => {}
@@ -65,7 +64,7 @@ impl Segment {
 }
 
 /// Takes away of earlier segments what a later one has restarted.
-pub(crate) fn cut_earlier(segments: &mut [Segment], group: GroupId, Restart { at, is_anew }: Restart) {
+pub(crate) fn cut_earlier(segments: &mut [Segment], group: LogletId, Restart { at, is_anew }: Restart) {
     if mutants::is(Mutant::EarlierNotCut) {
         return;
     }

@@ -9,13 +9,12 @@ use std::{
     },
 };
 
-use clutch_log::{LogFault, NodeId, Position};
+use clutch_log::{LogFault, LogletId, NodeId, Position};
 use clutch_runtime::Disk;
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    id::GroupId,
     segment::Segment,
     state::{Command, Group},
 };
@@ -59,9 +58,9 @@ pub(crate) struct Shared {
     pub(crate) dir: PathBuf,
     pub(crate) options: Options,
     pub(crate) queued_bytes: AtomicUsize,
-    pub(crate) groups: Mutex<BTreeMap<GroupId, Arc<Group>>>,
+    pub(crate) groups: Mutex<BTreeMap<LogletId, Arc<Group>>>,
     /// Groups that are not opened, and why.
-    pub(crate) quarantined: Mutex<BTreeMap<GroupId, LogFault>>,
+    pub(crate) quarantined: Mutex<BTreeMap<LogletId, LogFault>>,
     /// Segments on disk, oldest first, with what each holds.
     pub(crate) segments: Mutex<Vec<Segment>>,
     /// How often records of any group were taken away again.
@@ -76,7 +75,7 @@ impl Shared {
     }
 
     /// The first position that a segment still has; the one after the last when none has any.
-    pub(crate) fn first_position(&self, id: GroupId) -> Position {
+    pub(crate) fn first_position(&self, id: LogletId) -> Position {
         let first = {
             let segments = self.segments.lock();
             segments

@@ -3,26 +3,26 @@
 use std::{collections::VecDeque, sync::Arc};
 
 use bytes::Bytes;
-use clutch_log::{Batch, Epoch, LogFault, Outcome, Position};
+use clutch_log::{Batch, Epoch, LogFault, LogletId, Outcome, Position};
 use parking_lot::Mutex;
 use tokio::sync::{oneshot, watch};
 
 use crate::{
     format::{GroupLine, POSITION_MAX, Record, RecordKind},
-    id::{GroupId, Vote},
     segment::Effect,
+    vote::Vote,
 };
 
 /// A group as the writer and the handles share it.
 pub(crate) struct Group {
-    pub(crate) id: GroupId,
+    pub(crate) id: LogletId,
     pub(crate) state: Mutex<GroupState>,
     /// Last durable position; readers wait on it.
     pub(crate) last: watch::Sender<Position>,
 }
 
 impl Group {
-    pub(crate) fn new(id: GroupId, state: GroupState) -> Group {
+    pub(crate) fn new(id: LogletId, state: GroupState) -> Group {
         let last = watch::Sender::new(Position(state.next.0.saturating_sub(1)));
         Group { id, state: Mutex::new(state), last }
     }
@@ -113,7 +113,7 @@ impl GroupState {
     }
 
     /// How it stands, as the record says that begins a segment.
-    pub(crate) fn line(&self, group: GroupId) -> GroupLine {
+    pub(crate) fn line(&self, group: LogletId) -> GroupLine {
         GroupLine {
             group,
             last: Position(self.next.0 - 1),
@@ -195,7 +195,7 @@ pub enum Write {
 
 impl Write {
     /// The record that it becomes.
-    pub(crate) fn into_record(self, group: GroupId) -> Record {
+    pub(crate) fn into_record(self, group: LogletId) -> Record {
         let (kind, position, epoch, entries) = match self {
             Write::Record { kind, position, epoch, entries } => (kind, position, epoch, entries),
             Write::Vote(Vote { epoch, content }) => (RecordKind::Vote, Position(0), epoch, vec![content]),

@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Batch, Epoch, LogFault, LogId, NodeId, Outcome, Position, Refused};
+use clutch_log::{Batch, Epoch, LogFault, LogId, LogletId, NodeId, Outcome, Position, Refused};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::File;
 use tokio::sync::{mpsc, oneshot};
@@ -17,7 +17,6 @@ use crate::{
         encode_group, encode_index, encode_mark, encode_record, index_path, mark_offset, segment_header,
         segment_name,
     },
-    id::GroupId,
     segment::{Effect, Segment, cut_earlier, effect},
     shared::Shared,
     state::{Command, Group, GroupState, TailRecord, Write},
@@ -424,13 +423,13 @@ impl Writer {
             let state = group.state.lock();
             state.floor.max(state.base.0)
         };
-        let floors: BTreeMap<GroupId, Position> =
+        let floors: BTreeMap<LogletId, Position> =
             self.shared.groups.lock().iter().map(|(id, group)| (*id, floor(group))).collect();
         loop {
             let removable = {
                 let segments = self.shared.segments.lock();
                 let needed = |s: &Segment| {
-                    let is_needed = |id: &GroupId, last| floors.get(id).is_none_or(|floor| *floor < last);
+                    let is_needed = |id: &LogletId, last| floors.get(id).is_none_or(|floor| *floor < last);
                     s.spans.iter().any(|(id, span)| !span.is_empty() && is_needed(id, span.last))
                 };
                 segments.first().filter(|s| segments.len() > 1 && !needed(s)).map(|s| s.number)
@@ -626,7 +625,7 @@ fn stage_record(bytes: &mut Vec<u8>, group: Arc<Group>, record: Record) -> Stage
 }
 
 /// Whether records follow on a group, one after the other.
-fn check_records(id: GroupId, state: &GroupState, records: &[Record]) -> Result<(), LogFault> {
+fn check_records(id: LogletId, state: &GroupState, records: &[Record]) -> Result<(), LogFault> {
     let mut after = state.without_tail();
     for record in records {
         let Record { kind, position, .. } = record;

@@ -5,8 +5,8 @@ use parking_lot::Mutex;
 
 use super::*;
 
-fn id(number: u32) -> GroupId {
-    GroupId { log: LogId::shard(number), incarnation: number % 3 + 1 }
+fn id(number: u32) -> LogletId {
+    LogletId { log: LogId::shard(number), incarnation: number % 3 + 1 }
 }
 
 fn entry(position: u64, term: u64) -> Write {
@@ -20,7 +20,7 @@ fn options() -> Options {
 }
 
 /// What a group holds, by position: reign and first entry.
-fn content(store: &Store, id: GroupId) -> Result<Vec<(u64, u64, Bytes)>, LogFault> {
+fn content(store: &Store, id: LogletId) -> Result<Vec<(u64, u64, Bytes)>, LogFault> {
     let group = store.group(id)?;
     let mut cursor = group.cursor();
     let (first, last) = (group.first(), group.view().last);
@@ -120,7 +120,7 @@ fn a_group_begins_behind_its_base_and_is_removed_for_good() {
         store.remove(id(1)).await.expect("removed");
         assert!(store.group(id(1)).is_err(), "a log begins anew as another incarnation");
         assert_eq!(store.groups(), [id(2)]);
-        let again = GroupId { incarnation: 9, ..id(1) };
+        let again = LogletId { incarnation: 9, ..id(1) };
         store.group(again).expect("another").write(vec![entry(1, 1)]).await.expect("written");
         let other = store.group(id(2)).expect("opens");
         for position in 2..=100 {
@@ -135,7 +135,7 @@ fn a_group_begins_behind_its_base_and_is_removed_for_good() {
 }
 
 /// Writes three groups, and says where the last three records of each begin and end.
-fn three_groups(world: &World) -> Vec<(GroupId, u64, u64)> {
+fn three_groups(world: &World) -> Vec<(LogletId, u64, u64)> {
     let runtime = world.node(NODE);
     run(world, async move {
         let store = Store::open(&runtime, "log".into(), Options { segment_bytes_max: 1 << 20, ..options() })
@@ -175,7 +175,7 @@ fn a_flipped_byte_keeps_its_group_alone_from_being_opened() {
                 run(&world, async move {
                     let store = Store::open(&runtime, "log".into(), options())
                         .unwrap_or_else(|e| panic!("the flip at {offset}: {e}"));
-                    let quarantined: Vec<GroupId> = store.quarantined().into_keys().collect();
+                    let quarantined: Vec<LogletId> = store.quarantined().into_keys().collect();
                     assert_eq!(quarantined, [group], "the flip at {offset}");
                     assert!(matches!(store.group(group), Err(LogFault::Corrupt { .. })));
                     for number in 1..=3 {
@@ -196,7 +196,7 @@ fn a_flipped_byte_keeps_its_group_alone_from_being_opened() {
 }
 
 /// A hundred records more in each group but one, over several segments.
-async fn go_on_without(store: &Store, group: GroupId, round: u64) {
+async fn go_on_without(store: &Store, group: LogletId, round: u64) {
     for number in (1..=3).filter(|number| id(*number) != group) {
         let other = store.group(id(number)).expect("opens");
         for position in 13 + round * 100..113 + round * 100 {
@@ -350,7 +350,7 @@ impl Expected {
         }
     }
 
-    fn of(store: &Store, id: GroupId) -> Expected {
+    fn of(store: &Store, id: LogletId) -> Expected {
         let view = store.group(id).expect("opens").view();
         let terms = content(store, id).expect("reads").into_iter().map(|(_, term, _)| term).collect();
         Expected { base: view.base.0.0, terms, vote: view.vote.map(|vote| vote.epoch.0) }

@@ -8,7 +8,7 @@ use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::simulated::{NodeId, World};
 
 use crate::{
-    GroupId, Options, RecordKind, Store, TailRecord, Vote, Write,
+    LogletId, Options, RecordKind, Store, TailRecord, Vote, Write,
     format::{
         GroupLine, Mark, RECORD_HEADER_BYTES, decode_group, decode_header, decode_payload, encode_group,
         encode_record,
@@ -134,7 +134,7 @@ fn planted_bugs_are_found() {
 
 #[test]
 fn records_of_groups_have_their_golden_bytes() {
-    let id = GroupId { log: LogId::shard(7), incarnation: 3 };
+    let id = LogletId { log: LogId::shard(7), incarnation: 3 };
     let member = Bytes::from_static(b"1, 2, 3");
     let records = [
         (RecordKind::Vote, Position(0), Epoch(5), vec![Bytes::from_static(b"for 2")]),

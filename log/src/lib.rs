@@ -14,7 +14,9 @@
 
 pub mod chain;
 pub mod conformance;
+pub mod engine;
 pub mod snapshot;
+pub mod virtual_log;
 
 use std::{
     future::Future,
@@ -27,8 +29,10 @@ use async_trait::async_trait;
 use bytes::Bytes;
 pub use chain::{BadChain, Chain, INCARNATION_MAX, LogletId, LogletSpec, incarnation_of};
 pub use clutch_proto::log::{Batch, Epoch, LogId, NodeId, Position};
+pub use engine::{Engine, Engines, Purpose};
 pub use snapshot::{Manifest, NoSnapshots, SnapshotFile, Snapshots};
 use tokio::sync::oneshot;
+pub use virtual_log::VirtualLog;
 
 /// What a log tells its replica, in order.
 #[derive(Clone, Debug, PartialEq)]
@@ -116,13 +120,22 @@ pub enum Refused {
 }
 
 /// Resolves when the fate of a batch is known.
-pub struct Commit(oneshot::Receiver<Outcome>);
+pub struct Commit {
+    decided: oneshot::Receiver<Outcome>,
+    /// What is added to the position that the engine says.
+    base: Position,
+}
 
 impl Commit {
     /// A commit and the sender that decides it. A dropped sender means unknown.
     pub fn pair() -> (oneshot::Sender<Outcome>, Commit) {
         let (sender, receiver) = oneshot::channel();
-        (sender, Commit(receiver))
+        (sender, Commit { decided: receiver, base: Position(0) })
+    }
+
+    /// The same where the engine counts from that position on.
+    fn behind(self, base: Position) -> Commit {
+        Commit { base: Position(self.base.0 + base.0), ..self }
     }
 }
 
@@ -130,7 +143,12 @@ impl Future for Commit {
     type Output = Outcome;
 
     fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Outcome> {
-        Pin::new(&mut self.0).poll(context).map(|decided| decided.unwrap_or(Outcome::Unknown))
+        let base = self.base.0;
+        Pin::new(&mut self.decided).poll(context).map(|decided| match decided {
+            Ok(Outcome::Committed(Position(index))) => Outcome::Committed(Position(base + index)),
+            Ok(outcome @ (Outcome::Unknown | Outcome::Sealed | Outcome::Refused(_))) => outcome,
+            Err(_) => Outcome::Unknown,
+        })
     }
 }
 

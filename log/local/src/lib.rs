@@ -10,8 +10,8 @@ use std::{path::PathBuf, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, LogId, Member, NodeId,
-    Position, Progress, Rejected, Status,
+    Batch, Bounds, Commit, ConfigId, Engine, Epoch, Event, Events, Floors, Log, LogFault, LogletId,
+    LogletSpec, Member, NodeId, Position, Progress, Purpose, Rejected, Snapshots, Status,
 };
 use clutch_log_store::{Cursor, Look, Store, StoredGroup};
 use clutch_runtime::Runtime;
@@ -41,7 +41,7 @@ impl LocalEngine {
     }
 
     /// What a log holds, without opening it; `None` when there is none of that id.
-    pub fn bounds(&self, id: LogId) -> Option<Bounds> {
+    pub fn bounds(&self, id: impl Into<LogletId>) -> Option<Bounds> {
         self.store.bounds(id)
     }
 
@@ -51,16 +51,61 @@ impl LocalEngine {
     }
 
     /// The batch at a position, without opening its log; `None` when a record of the engine lies there. Blocks on the disk.
-    pub fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault> {
+    pub fn batch(&self, id: impl Into<LogletId>, position: Position) -> Result<Option<Batch>, LogFault> {
         let record = self.store.record(id, position)?;
         Ok(record.filter(|record| record.kind == RecordKind::Batch).map(Record::into_batch))
     }
 
     /// Opens one log and begins a new epoch in it; the log is made if there is none of that id.
-    pub async fn log(&self, id: LogId) -> Result<Arc<dyn Log>, LogFault> {
+    pub async fn log(&self, id: impl Into<LogletId>) -> Result<Arc<dyn Log>, LogFault> {
         let group = self.store.group(id)?;
         let epoch = group.begin_epoch().await?;
         Ok(Arc::new(LocalLog { group, epoch }))
+    }
+
+    /// A loglet that others follow. There is one copy of it: what is missing here is missing.
+    fn ended(&self, id: LogletId, upto: Position) -> Result<Arc<dyn Log>, LogFault> {
+        let last = self.store.bounds(id).map_or(Position(0), |bounds| bounds.last);
+        if last < upto {
+            return Err(LogFault::Storage(format!(
+                "{id} has {last} records, and its chain counts {upto}: the others are missing. Put back the directory of \
+                 logs that has them"
+            )));
+        }
+        // No reign of it is this handle's.
+        Ok(Arc::new(LocalLog { group: self.store.group(id)?, epoch: Epoch(0) }))
+    }
+}
+
+#[async_trait]
+impl Engine for LocalEngine {
+    async fn open_loglet(
+        &self,
+        id: LogletId,
+        _: &LogletSpec,
+        purpose: Purpose,
+        _: Arc<dyn Snapshots>,
+    ) -> Result<Arc<dyn Log>, LogFault> {
+        match purpose {
+            Purpose::Append => self.log(id).await,
+            Purpose::Read { upto } => self.ended(id, upto),
+        }
+    }
+
+    async fn remove(&self, id: LogletId) -> Result<(), LogFault> {
+        self.store.remove(id).await
+    }
+
+    fn bounds(&self, id: LogletId) -> Option<Bounds> {
+        LocalEngine::bounds(self, id)
+    }
+
+    fn batch(&self, id: LogletId, index: Position) -> Result<Option<Batch>, LogFault> {
+        LocalEngine::batch(self, id, index)
+    }
+
+    fn bytes(&self) -> u64 {
+        LocalEngine::bytes(self)
     }
 }
 

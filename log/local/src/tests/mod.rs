@@ -7,7 +7,7 @@ use std::{
 };
 
 use clutch_log::{
-    Outcome,
+    Chain, Engines, LogId, NoSnapshots, Outcome,
     conformance::{self, Harness, Part},
 };
 use clutch_runtime::{
@@ -20,6 +20,7 @@ use super::*;
 
 use clutch_log_store::internals::{self as format, self as recovery};
 
+mod chained;
 mod cut;
 mod edges;
 mod holes;
@@ -28,7 +29,21 @@ mod writing;
 struct LocalHarness {
     runtime: Runtime,
     dir: PathBuf,
-    open: tokio::sync::Mutex<Option<(LocalEngine, Arc<dyn Log>)>>,
+    /// What the log is opened through; the engine's own log when `None`.
+    chain: Option<Chain>,
+    open: tokio::sync::Mutex<Option<(Arc<LocalEngine>, Arc<dyn Log>)>>,
+}
+
+impl LocalHarness {
+    async fn opened(&self, engine: &Arc<LocalEngine>) -> Arc<dyn Log> {
+        let opened = match &self.chain {
+            Some(chain) => {
+                Engines::one("local", engine.clone()).open(chain.clone(), Arc::new(NoSnapshots)).await
+            }
+            None => engine.log(LogId::CDC).await,
+        };
+        opened.expect("opens a log")
+    }
 }
 
 const NODE: NodeId = NodeId(0);
@@ -48,7 +63,8 @@ impl Harness for LocalHarness {
         let mut open = self.open.lock().await;
         if open.is_none() {
             let engine = LocalEngine::open(&self.runtime, self.dir.clone(), small()).expect("opens");
-            let log = engine.log(LogId::CDC).await.expect("opens a log");
+            let engine = Arc::new(engine);
+            let log = self.opened(&engine).await;
             // A second log in the same segments: its records must not show in the first.
             let other = engine.log(LogId::shard(7)).await.expect("opens a log");
             drop(other.propose(Epoch(1), vec![Bytes::from_static(b"other log")]));
@@ -65,7 +81,7 @@ impl Harness for LocalHarness {
         // The engine has one node: opening the log again begins a new reign.
         let mut open = self.open.lock().await;
         if let Some((engine, log)) = &mut *open {
-            *log = engine.log(LogId::CDC).await.expect("opens again");
+            *log = self.opened(engine).await;
         }
     }
 
@@ -108,7 +124,8 @@ impl Harness for LocalHarness {
 fn conforms_on_a_simulated_disk() {
     for seed in 0..20 {
         let world = World::new(seed);
-        let harness = LocalHarness { runtime: world.node(NODE), dir: "log".into(), open: Default::default() };
+        let runtime = world.node(NODE);
+        let harness = LocalHarness { runtime, dir: "log".into(), chain: None, open: Default::default() };
         let done =
             world.run(NODE, Duration::from_secs(600), async move { conformance::full(&harness).await });
         assert!(done.is_some(), "seed {seed} got stuck");
@@ -121,6 +138,7 @@ async fn conforms_on_a_real_disk() {
     let harness = LocalHarness {
         runtime: clutch_runtime::production::runtime(),
         dir: dir.path().join("log"),
+        chain: None,
         open: Default::default(),
     };
     conformance::full(&harness).await;

@@ -9,6 +9,7 @@
 //! heard of any more, commit only while most of them are there, and those that do not lead learn of everything later.
 
 mod changes;
+mod engine;
 mod members;
 mod restore;
 
@@ -21,7 +22,7 @@ use std::{
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
-    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, LogId, Manifest, Member,
+    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, LogletId, Manifest, Member,
     NodeId, Outcome, Position, Progress, Refused, Rejected, Status, check_batch,
 };
 use clutch_runtime::{BoxFuture, Runtime};
@@ -29,6 +30,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use changes::Changes;
+pub use engine::{MembersOf, SimEngine};
 use members::Members;
 
 /// What can go wrong, and how slow a commit is.
@@ -58,7 +60,7 @@ impl Default for Faults {
 /// All logs of a simulated cluster.
 #[derive(Clone, Default)]
 pub struct SimLogs {
-    groups: Arc<Mutex<BTreeMap<LogId, Arc<Group>>>>,
+    groups: Arc<Mutex<BTreeMap<LogletId, Arc<Group>>>>,
 }
 
 struct Group {
@@ -157,57 +159,57 @@ impl SimLogs {
         SimLogs::default()
     }
 
-    fn group(&self, id: LogId) -> Arc<Group> {
+    fn group(&self, id: impl Into<LogletId>) -> Arc<Group> {
         let mut groups = self.groups.lock();
         groups
-            .entry(id)
+            .entry(id.into())
             .or_insert_with(|| Arc::new(Group { state: Mutex::default(), changed: Changes::default() }))
             .clone()
     }
 
     /// A node's handle of a log. Does not make it leader.
-    pub fn log(&self, runtime: &Runtime, id: LogId, node: NodeId) -> Arc<dyn Log> {
+    pub fn log(&self, runtime: &Runtime, id: impl Into<LogletId>, node: NodeId) -> Arc<dyn Log> {
         Arc::new(SimLog { runtime: runtime.clone(), group: self.group(id), node })
     }
 
     /// The last position of a log that is gone.
-    pub fn trimmed(&self, id: LogId) -> Position {
+    pub fn trimmed(&self, id: impl Into<LogletId>) -> Position {
         self.group(id).state.lock().floor
     }
 
     /// The leader of a log, as whoever sees everything knows it.
-    pub fn leader(&self, id: LogId) -> Option<NodeId> {
+    pub fn leader(&self, id: impl Into<LogletId>) -> Option<NodeId> {
         self.group(id).state.lock().leader
     }
 
     /// Makes a node the leader in a new epoch. `keep` of the waiting proposals commit first; their proposers and
     /// all others waiting never learn what happened.
-    pub fn elect(&self, id: LogId, node: NodeId, keep: usize) {
+    pub fn elect(&self, id: impl Into<LogletId>, node: NodeId, keep: usize) {
         let group = self.group(id);
         group.state.lock().elect(node, keep);
         group.changed.tell();
     }
 
     /// Ends the present reign before another begins. What waits is decided by the next election.
-    pub fn depose(&self, id: LogId) {
+    pub fn depose(&self, id: impl Into<LogletId>) {
         let group = self.group(id);
         group.state.lock().leader = None;
         group.changed.tell();
     }
 
     /// Sets the faults of a log.
-    pub fn set_faults(&self, id: LogId, faults: Faults) {
+    pub fn set_faults(&self, id: impl Into<LogletId>, faults: Faults) {
         self.group(id).state.lock().faults = faults;
     }
 
     /// Makes the next proposal's outcome unknown.
-    pub fn make_next_unknown(&self, id: LogId, committed: bool) {
+    pub fn make_next_unknown(&self, id: impl Into<LogletId>, committed: bool) {
         self.group(id).state.lock().next_unknown = Some(committed);
     }
 
     /// Cuts a node's handle off the others, or joins it again. While it is deaf nothing reaches it, what it proposes
     /// is lost with an unknown outcome, and its barriers are not answered: it may still think that it leads.
-    pub fn set_deaf(&self, id: LogId, node: NodeId, deaf: bool) {
+    pub fn set_deaf(&self, id: impl Into<LogletId>, node: NodeId, deaf: bool) {
         let group = self.group(id);
         {
             let mut state = group.state.lock();

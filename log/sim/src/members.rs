@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use clutch_log::{Epoch, Log, LogId, NodeId, Position, Snapshots};
+use clutch_log::{Epoch, Log, LogletId, NodeId, Position, Snapshots};
 use clutch_runtime::Runtime;
 
 use crate::{SimLog, SimLogs};
@@ -99,10 +99,23 @@ impl SimLogs {
     pub fn join(
         &self,
         runtime: &Runtime,
-        id: LogId,
+        id: impl Into<LogletId>,
         node: NodeId,
         all: &BTreeSet<NodeId>,
         snapshots: Arc<dyn Snapshots>,
+    ) -> Arc<dyn Log> {
+        self.join_as(runtime, id.into(), node, all, snapshots, true)
+    }
+
+    /// The same, perhaps as one that does not lead.
+    pub(crate) fn join_as(
+        &self,
+        runtime: &Runtime,
+        id: LogletId,
+        node: NodeId,
+        all: &BTreeSet<NodeId>,
+        snapshots: Arc<dyn Snapshots>,
+        may_lead: bool,
     ) -> Arc<dyn Log> {
         assert!(all.contains(&node), "node {node} is none of {all:?}");
         let group = self.group(id);
@@ -138,7 +151,7 @@ impl SimLogs {
                     if state.leader.is_some_and(|leader| state.members.is_there(leader, now)) {
                         led_at = now;
                     }
-                    let may_lead = state.sealed.is_none() && !state.resigned.contains(&node);
+                    let may_lead = may_lead && state.sealed.is_none() && !state.resigned.contains(&node);
                     let stands = may_lead && now.saturating_sub(led_at) > patience;
                     let is_elected = stands && state.members.has_quorum(now);
                     if is_elected {

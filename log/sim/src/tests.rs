@@ -2,8 +2,14 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use clutch_log::conformance::{self, Harness, Part, SuiteSnapshots};
+use clutch_log::{
+    Chain, Engines, LogId,
+    conformance::{self, Harness, Part, SuiteSnapshots},
+};
+use clutch_proto::registry;
 use clutch_runtime::simulated::{NodeId, World};
+
+use futures_util::FutureExt as _;
 
 use super::*;
 
@@ -94,11 +100,18 @@ impl Member {
     }
 
     /// With nothing of its own.
-    fn begin(&self, logs: &SimLogs) {
+    fn begin(&self, logs: &SimLogs, chain: &Chain) {
         let snapshots = Arc::new(SuiteSnapshots::default());
         *self.snapshots.lock() = snapshots.clone();
-        let all = BTreeSet::from([1, 2, 3]);
-        *self.log.lock() = Some(logs.join(&self.runtime, LogId::CDC, self.number, &all, snapshots));
+        let engine = SimEngine {
+            logs: logs.clone(),
+            runtime: self.runtime.clone(),
+            node: self.number,
+            members: Arc::new(|_| Some(BTreeSet::from([1, 2, 3]))),
+        };
+        let engines = Engines::one("sim", Arc::new(engine));
+        let opened = engines.open(chain.clone(), snapshots).now_or_never().expect("nothing to wait for");
+        *self.log.lock() = Some(opened.expect("opens"));
     }
 }
 
@@ -106,15 +119,21 @@ impl Member {
 struct Elected {
     runtime: Runtime,
     logs: SimLogs,
+    chain: Chain,
     members: Vec<Member>,
     cut_off: Mutex<BTreeSet<clutch_log::NodeId>>,
 }
 
 impl Elected {
+    /// What is appended to.
+    fn id(&self) -> LogletId {
+        self.chain.ids().last().expect("a chain has a loglet")
+    }
+
     async fn leads(&self, but: Option<u64>) -> u64 {
         loop {
             let is_there = |leader: &u64| Some(*leader) != but && !self.cut_off.lock().contains(leader);
-            if let Some(leader) = self.logs.leader(LogId::CDC).filter(is_there) {
+            if let Some(leader) = self.logs.leader(self.id()).filter(is_there) {
                 return leader;
             }
             self.runtime.clock.sleep(Duration::from_millis(10)).await;
@@ -144,9 +163,9 @@ impl Harness for Elected {
 
     async fn change_leader(&self) {
         let old = self.leads(None).await;
-        self.logs.set_deaf(LogId::CDC, old, true);
+        self.logs.set_deaf(self.id(), old, true);
         self.leads(Some(old)).await;
-        self.logs.set_deaf(LogId::CDC, old, false);
+        self.logs.set_deaf(self.id(), old, false);
     }
 
     async fn restart(&self) -> bool {
@@ -161,7 +180,7 @@ impl Harness for Elected {
     }
 
     async fn make_next_unknown(&self, committed: bool) -> bool {
-        self.logs.make_next_unknown(LogId::CDC, committed);
+        self.logs.make_next_unknown(self.id(), committed);
         true
     }
 
@@ -170,7 +189,7 @@ impl Harness for Elected {
     }
 
     async fn cut_off(&self, node: clutch_log::NodeId, is_cut_off: bool) -> bool {
-        self.logs.set_deaf(LogId::CDC, node, is_cut_off);
+        self.logs.set_deaf(self.id(), node, is_cut_off);
         let mut cut_off = self.cut_off.lock();
         match is_cut_off {
             true => cut_off.insert(node),
@@ -182,7 +201,7 @@ impl Harness for Elected {
     async fn wipe(&self, node: clutch_log::NodeId) -> bool {
         // What most of them have is outside of them; a member's own is its snapshots, and its place in the log.
         let member = self.members.iter().find(|member| member.number == node).expect("a member");
-        member.begin(&self.logs);
+        member.begin(&self.logs, &self.chain);
         true
     }
 
@@ -197,16 +216,116 @@ impl Harness for Elected {
 }
 
 fn elected(seed: u64) -> (World, Elected) {
-    let world = World::new(seed);
-    let logs = SimLogs::new();
+    elected_on(World::new(seed), SimLogs::new(), Chain::first(LogId::CDC, "sim"))
+}
+
+fn elected_on(world: World, logs: SimLogs, chain: Chain) -> (World, Elected) {
     let member = |number: u32| {
         let runtime = world.node(NodeId(number));
         Member { number: u64::from(number), runtime, log: Mutex::default(), snapshots: Mutex::default() }
     };
     let members: Vec<Member> = (1..=3).map(member).collect();
-    members.iter().for_each(|member| member.begin(&logs));
-    let harness = Elected { runtime: world.node(NodeId(0)), logs, members, cut_off: Mutex::default() };
+    members.iter().for_each(|member| member.begin(&logs, &chain));
+    let harness = Elected { runtime: world.node(NodeId(0)), logs, chain, members, cut_off: Mutex::default() };
     (world, harness)
+}
+
+/// A log whose first life was sealed, and whose second was given up two records behind what counts of it.
+fn lives(world: &World, logs: &SimLogs) -> Chain {
+    let runtime = world.node(NodeId(0));
+    let (logs, id) = (logs.clone(), |incarnation| LogletId { log: LogId::CDC, incarnation });
+    let bases = world.run(NodeId(0), Duration::from_secs(60), async move {
+        let mut tails = Vec::new();
+        for (incarnation, count) in [(1, 20), (2, 10)] {
+            logs.elect(id(incarnation), 1, 0);
+            let log = logs.log(&runtime, id(incarnation), 1);
+            for number in 0..count {
+                let text = Bytes::from(format!("{incarnation}: {number}"));
+                let outcome = log.propose(log.status().epoch, vec![text]).expect("leads").await;
+                assert!(matches!(outcome, Outcome::Committed(_)), "{outcome:?}");
+            }
+            if incarnation == 1 {
+                log.seal().await.expect("seals");
+            }
+            tails.push(log.status().bounds.last.0);
+        }
+        (tails[0], tails[0] + tails[1] - 2)
+    });
+    let (sealed, given_up) = bases.expect("ends");
+    let segment = |(incarnation, base_position)| registry::Segment {
+        base_position,
+        engine: "sim".into(),
+        parameters: String::new(),
+        incarnation,
+    };
+    let wire = registry::Chain { segments: [(1, 0), (2, sealed), (5, given_up)].map(segment).to_vec() };
+    Chain::from_wire(LogId::CDC, &wire).expect("a good chain")
+}
+
+#[test]
+fn members_conform_behind_other_lives() {
+    for seed in 0..20 {
+        let (world, logs) = (World::new(seed), SimLogs::new());
+        let chain = lives(&world, &logs);
+        let (world, harness) = elected_on(world, logs, chain);
+        let done =
+            world.run(NodeId(0), Duration::from_secs(600), async move { conformance::full(&harness).await });
+        assert!(done.is_some(), "seed {seed} got stuck");
+    }
+}
+
+#[test]
+fn who_lacks_what_was_trimmed_of_an_earlier_life_is_restored_into_a_later_one() {
+    for seed in 0..20 {
+        let (world, logs) = (World::new(seed), SimLogs::new());
+        let chain = lives(&world, &logs);
+        let newest = chain.newest().base;
+        let (world, harness) = elected_on(world, logs, chain);
+        let done = world.run(NodeId(0), Duration::from_secs(600), async move {
+            let leader = harness.leader().await;
+            let last = loop {
+                let proposed = leader.propose(leader.status().epoch, vec![Bytes::from_static(b"5: 0")]);
+                match proposed.expect("leads").await {
+                    Outcome::Committed(position) => break position,
+                    _ => harness.runtime.clock.sleep(Duration::from_millis(20)).await,
+                }
+            };
+            assert!(last > newest, "{last} is behind the earlier lives, which end at {newest}");
+            // In the middle of the first life, at its end, in the second, and everything.
+            for floor in [7, 22, 25, last.0] {
+                for member in &harness.members {
+                    member.snapshots.lock().applied(Position(floor));
+                    let all = Position(floor);
+                    let floors = Floors { retain: all, snapshot: all, flushed: all };
+                    member.log().set_floors(floors).await.expect("trims");
+                }
+                assert_eq!(leader.status().bounds.first, Position(floor).next());
+                for member in &harness.members {
+                    let mut events = member.log().events(Position(3));
+                    let restored = loop {
+                        match harness.runtime.timeout(Duration::from_secs(60), events.next()).await {
+                            Some(Ok(Event::Restore(manifest))) => break manifest.position,
+                            Some(Ok(Event::Leader { .. })) => {}
+                            other => panic!("seed {seed}, trimmed up to {floor}: {other:?}"),
+                        }
+                    };
+                    assert!(restored >= Position(floor) && restored <= last, "{restored} for {floor}");
+                    let mut at = restored;
+                    while at < last {
+                        match events.next().await.expect("events") {
+                            Event::Committed(batch) => {
+                                assert_eq!(batch.position, at.next(), "nothing is left out");
+                                at = batch.position;
+                            }
+                            Event::Gap { to } => at = to.max(at),
+                            _ => {}
+                        }
+                    }
+                }
+            }
+        });
+        assert!(done.is_some(), "seed {seed} got stuck");
+    }
 }
 
 #[test]
@@ -230,13 +349,13 @@ fn who_resigned_is_not_elected_before_it_opens_the_log_again() {
             harness.members[1].log().resign();
             for _ in 0..20 {
                 assert_eq!(harness.leads(None).await, 3, "the others have resigned");
-                harness.logs.depose(LogId::CDC);
+                harness.logs.depose(harness.id());
                 clock.sleep(Duration::from_secs(2)).await;
             }
             harness.members[2].log().resign();
             clock.sleep(Duration::from_secs(10)).await;
-            assert_eq!(harness.logs.leader(LogId::CDC), None);
-            harness.members[0].begin(&harness.logs);
+            assert_eq!(harness.logs.leader(harness.id()), None);
+            harness.members[0].begin(&harness.logs, &harness.chain);
             assert_eq!(harness.leads(None).await, 1);
         });
         assert!(done.is_some(), "seed {seed} got stuck");
@@ -252,7 +371,7 @@ fn without_most_of_the_members_nothing_is_committed_and_no_barrier_answered() {
             let log = harness.leader().await;
             let epoch = log.status().epoch;
             let others = (1..=3).filter(|node| *node != leader);
-            others.clone().for_each(|node| harness.logs.set_deaf(LogId::CDC, node, true));
+            others.clone().for_each(|node| harness.logs.set_deaf(harness.id(), node, true));
             // Until it is noticed.
             harness.runtime.clock.sleep(Duration::from_secs(1)).await;
             let commit = log.propose(epoch, vec![Bytes::from_static(b"x")]).expect("it still leads");
@@ -261,7 +380,7 @@ fn without_most_of_the_members_nothing_is_committed_and_no_barrier_answered() {
             assert!(matches!(barrier, Err(LogFault::NoQuorum { .. })), "{barrier:?}");
             let waited = harness.runtime.timeout(patience, commit).await;
             assert_eq!(waited, None, "nobody else has it");
-            others.for_each(|node| harness.logs.set_deaf(LogId::CDC, node, false));
+            others.for_each(|node| harness.logs.set_deaf(harness.id(), node, false));
             log.read_barrier(patience).await.expect("there is a quorum again");
         });
         assert!(done.is_some(), "seed {seed} got stuck");

@@ -12,8 +12,6 @@ use clutch_proto::{
 
 /// Incarnations are counted up to here; records and reigns have 24 bits for them.
 pub const INCARNATION_MAX: u32 = 1 << 24;
-/// The reigns of one loglet are counted below here.
-const EPOCHS: u64 = 1 << 40;
 
 /// Names a loglet: the log, and how often it was begun anew.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -45,19 +43,14 @@ impl LogletId {
     /// # Panics
     /// When an engine has counted 2^40 reigns.
     pub fn epoch(self, of_loglet: Epoch) -> Epoch {
-        assert!(of_loglet.0 < EPOCHS, "{self} has had {} reigns", of_loglet.0);
-        Epoch(u64::from(self.incarnation - 1) * EPOCHS + of_loglet.0)
+        assert!(of_loglet.0 < Epoch::OF_INCARNATION, "{self} has had {} reigns", of_loglet.0);
+        Epoch(u64::from(self.incarnation - 1) * Epoch::OF_INCARNATION + of_loglet.0)
     }
 
     /// The loglet's own name of a reign; `None` when it is another incarnation's.
     pub fn epoch_of_loglet(self, epoch: Epoch) -> Option<Epoch> {
-        (incarnation_of(epoch) == self.incarnation).then_some(Epoch(epoch.0 % EPOCHS))
+        (epoch.incarnation() == self.incarnation).then_some(Epoch(epoch.0 % Epoch::OF_INCARNATION))
     }
-}
-
-/// The incarnation in which a reign was; anything below the first reign of a second is the first's.
-pub fn incarnation_of(epoch: Epoch) -> u32 {
-    u32::try_from(epoch.0 / EPOCHS).unwrap_or(u32::MAX).saturating_add(1)
 }
 
 /// One part of a chain.
@@ -234,6 +227,8 @@ mod tests {
         );
     }
 
+    const EPOCHS: u64 = Epoch::OF_INCARNATION;
+
     #[test]
     fn a_reign_of_a_later_incarnation_is_greater() {
         let id = |incarnation| LogletId { log: LogId::CDC, incarnation };
@@ -241,7 +236,7 @@ mod tests {
         assert!(id(2).epoch(Epoch(0)) > id(1).epoch(Epoch(EPOCHS - 1)));
         for (incarnation, epoch) in [(1, 0), (1, 77), (3, 5), (INCARNATION_MAX, EPOCHS - 1)] {
             let whole = id(incarnation).epoch(Epoch(epoch));
-            assert_eq!(incarnation_of(whole), incarnation);
+            assert_eq!(whole.incarnation(), incarnation);
             assert_eq!(id(incarnation).epoch_of_loglet(whole), Some(Epoch(epoch)));
             assert_eq!(id(incarnation % 7 + 9).epoch_of_loglet(whole), None);
         }

@@ -5,7 +5,8 @@ use std::{collections::BTreeMap, sync::Arc};
 use async_trait::async_trait;
 
 use crate::{
-    Batch, Bounds, Chain, Log, LogFault, LogletId, LogletSpec, Position, Snapshots, virtual_log::VirtualLog,
+    Batch, Bounds, Chain, Log, LogFault, LogId, LogletId, LogletSpec, Position, Snapshots,
+    virtual_log::VirtualLog,
 };
 
 /// What a loglet is opened for.
@@ -37,6 +38,8 @@ pub trait Engine: Send + Sync {
     ) -> Result<Arc<dyn Log>, LogFault>;
     /// Removes what the node has of a loglet, for good; that there is nothing is no error.
     async fn remove(&self, id: LogletId) -> Result<(), LogFault>;
+    /// All loglets that the node has something of; none where they are not on its disk.
+    fn loglets(&self) -> Vec<LogletId>;
     /// What a loglet holds here, without opening it; `None` when there is none of that id. Indices of the loglet.
     fn bounds(&self, id: LogletId) -> Option<Bounds>;
     /// The batch at an index, without opening the loglet; `None` when there is none, or where it cannot be told. Blocks.
@@ -45,21 +48,33 @@ pub trait Engine: Send + Sync {
     fn bytes(&self) -> u64;
 }
 
+/// What is put around each log that is opened: whoever looks on sees what the replica sees.
+pub type Around = Arc<dyn Fn(LogId, Arc<dyn Log>) -> Arc<dyn Log> + Send + Sync>;
+
 /// The engines of a node, by the names that chains call them by.
 #[derive(Clone, Default)]
-pub struct Engines(BTreeMap<String, Arc<dyn Engine>>);
+pub struct Engines {
+    by_name: BTreeMap<String, Arc<dyn Engine>>,
+    around: Option<Around>,
+}
 
 impl Engines {
     /// One engine.
     pub fn one(name: &str, engine: Arc<dyn Engine>) -> Engines {
-        Engines(BTreeMap::from([(name.to_owned(), engine)]))
+        Engines { by_name: BTreeMap::from([(name.to_owned(), engine)]), around: None }
     }
 
     /// The same, and another.
     #[must_use]
     pub fn and(mut self, name: &str, engine: Arc<dyn Engine>) -> Engines {
-        self.0.insert(name.to_owned(), engine);
+        self.by_name.insert(name.to_owned(), engine);
         self
+    }
+
+    /// The same, whose logs have that around them.
+    #[must_use]
+    pub fn seen_through(self, around: Around) -> Engines {
+        Engines { around: Some(around), ..self }
     }
 
     /// The engine of a loglet.
@@ -67,8 +82,8 @@ impl Engines {
     /// # Errors
     /// When the node has none of that name.
     pub fn get(&self, id: LogletId, spec: &LogletSpec) -> Result<&Arc<dyn Engine>, LogFault> {
-        self.0.get(&spec.engine).ok_or_else(|| {
-            let known: Vec<&str> = self.0.keys().map(String::as_str).collect();
+        self.by_name.get(&spec.engine).ok_or_else(|| {
+            let known: Vec<&str> = self.by_name.keys().map(String::as_str).collect();
             LogFault::Unsupported(format!(
                 "{id} is kept by the engine {:?}, which this node does not have (it has {}); start a build that has it",
                 spec.engine,
@@ -79,7 +94,12 @@ impl Engines {
 
     /// Opens a log: every loglet of its chain, the newest to be appended to.
     pub async fn open(&self, chain: Chain, snapshots: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault> {
-        Ok(Arc::new(VirtualLog::open(self, chain, snapshots).await?))
+        let id = chain.log();
+        let log: Arc<dyn Log> = Arc::new(VirtualLog::open(self, chain, snapshots).await?);
+        Ok(match &self.around {
+            Some(around) => around(id, log),
+            None => log,
+        })
     }
 
     /// What a log holds here, without opening it: nothing is appended.
@@ -101,8 +121,13 @@ impl Engines {
         Ok(batch.map(|batch| spec.batch(id, batch)))
     }
 
+    /// All loglets that the node has something of.
+    pub fn loglets(&self) -> Vec<LogletId> {
+        self.by_name.values().flat_map(|engine| engine.loglets()).collect()
+    }
+
     /// Bytes that all logs of the node take.
     pub fn bytes(&self) -> u64 {
-        self.0.values().map(|engine| engine.bytes()).sum()
+        self.by_name.values().map(|engine| engine.bytes()).sum()
     }
 }

@@ -27,7 +27,7 @@ use std::{
 
 use async_trait::async_trait;
 use bytes::Bytes;
-pub use chain::{BadChain, Chain, INCARNATION_MAX, LogletId, LogletSpec, incarnation_of};
+pub use chain::{BadChain, Chain, INCARNATION_MAX, LogletId, LogletSpec};
 pub use clutch_proto::log::{Batch, Epoch, LogId, NodeId, Position};
 pub use engine::{Engine, Engines, Purpose};
 pub use snapshot::{Manifest, NoSnapshots, SnapshotFile, Snapshots};

@@ -25,6 +25,16 @@ impl fmt::Display for Position {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub struct Epoch(pub u64);
 
+impl Epoch {
+    /// The reigns of one incarnation of a log are counted below here; the bits above name the incarnation.
+    pub const OF_INCARNATION: u64 = 1 << 40;
+
+    /// The incarnation of its log in which a reign is: how often the log was begun anew, counted from 1.
+    pub fn incarnation(self) -> u32 {
+        u32::try_from(self.0 / Epoch::OF_INCARNATION).unwrap_or(u32::MAX).saturating_add(1)
+    }
+}
+
 /// Names a node of a cluster; never given to another.
 pub type NodeId = u64;
 

@@ -98,6 +98,8 @@ const LAYERS: &[(&str, &[&str])] = &[
 
 /// What only tests of a crate may use beside.
 const TESTS: &[(&str, &[&str])] = &[
+    ("log-local", &["proto"]),
+    ("log-sim", &["proto"]),
     ("log-raft", &["runtime"]),
     ("state", &["state-buffered"]),
     ("shard", &["state-transcript"]),

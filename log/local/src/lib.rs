@@ -96,6 +96,10 @@ impl Engine for LocalEngine {
         self.store.remove(id).await
     }
 
+    fn loglets(&self) -> Vec<LogletId> {
+        self.store.groups()
+    }
+
     fn bounds(&self, id: LogletId) -> Option<Bounds> {
         LocalEngine::bounds(self, id)
     }

@@ -10,8 +10,16 @@ use clutch_runtime::Runtime;
 
 use crate::SimLogs;
 
-/// The members of a log; `None` where whoever opens it leads it.
-pub type MembersOf = Arc<dyn Fn(LogId) -> Option<BTreeSet<NodeId>> + Send + Sync>;
+/// Who keeps a log.
+pub enum Keepers {
+    /// These, who elect one of themselves.
+    Members(BTreeSet<NodeId>),
+    /// This node leads when it opens the log; who else opens it does not lead.
+    Leader(NodeId),
+}
+
+/// Who keeps which log, at the moment.
+pub type KeepersOf = Arc<dyn Fn(LogId) -> Keepers + Send + Sync>;
 
 /// What one node sees of simulated logs.
 pub struct SimEngine {
@@ -22,7 +30,7 @@ pub struct SimEngine {
     /// The node.
     pub node: NodeId,
     /// Who keeps which log.
-    pub members: MembersOf,
+    pub keepers: KeepersOf,
 }
 
 #[async_trait]
@@ -34,21 +42,27 @@ impl Engine for SimEngine {
         purpose: Purpose,
         snapshots: Arc<dyn Snapshots>,
     ) -> Result<Arc<dyn Log>, LogFault> {
-        let Self { logs, runtime, node, members } = self;
+        let Self { logs, runtime, node, keepers } = self;
         let may_lead = purpose == Purpose::Append;
-        if let Some(all) = members(id.log) {
-            return Ok(logs.join_as(runtime, id, *node, &all, snapshots, may_lead));
+        match keepers(id.log) {
+            Keepers::Members(all) => Ok(logs.join_as(runtime, id, *node, &all, snapshots, may_lead)),
+            Keepers::Leader(leader) => {
+                if may_lead && leader == *node {
+                    // How much of what waited still commits is drawn.
+                    logs.elect(id, *node, runtime.random.below(3) as usize);
+                }
+                Ok(logs.log(runtime, id, *node))
+            }
         }
-        if may_lead {
-            // Whoever opens a log leads it; how much of what waited still commits is drawn.
-            logs.elect(id, *node, runtime.random.below(3) as usize);
-        }
-        Ok(logs.log(runtime, id, *node))
     }
 
     async fn remove(&self, id: LogletId) -> Result<(), LogFault> {
         self.logs.groups.lock().remove(&id);
         Ok(())
+    }
+
+    fn loglets(&self) -> Vec<LogletId> {
+        Vec::new()
     }
 
     fn bounds(&self, id: LogletId) -> Option<Bounds> {

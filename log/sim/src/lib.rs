@@ -30,7 +30,7 @@ use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use changes::Changes;
-pub use engine::{MembersOf, SimEngine};
+pub use engine::{Keepers, KeepersOf, SimEngine};
 use members::Members;
 
 /// What can go wrong, and how slow a commit is.

@@ -107,7 +107,7 @@ impl Member {
             logs: logs.clone(),
             runtime: self.runtime.clone(),
             node: self.number,
-            members: Arc::new(|_| Some(BTreeSet::from([1, 2, 3]))),
+            keepers: Arc::new(|_| Keepers::Members(BTreeSet::from([1, 2, 3]))),
         };
         let engines = Engines::one("sim", Arc::new(engine));
         let opened = engines.open(chain.clone(), snapshots).now_or_never().expect("nothing to wait for");

@@ -81,7 +81,7 @@ fn a_reader_walks_from_life_to_life() {
         let ends: Vec<u64> = chain.loglets().iter().map(|spec| spec.base.0).collect();
         let log = open(&engine, chain).await.expect("opens");
         let epoch = log.status().epoch;
-        assert_eq!(clutch_log::incarnation_of(epoch), 9);
+        assert_eq!(epoch.incarnation(), 9);
         let old = log.propose(Epoch(1), vec![Bytes::from_static(b"of the first life")]).err();
         assert!(matches!(old, Some(Rejected::NotLeader { epoch: Epoch(1), .. })), "{old:?}");
         let at = log.propose(epoch, vec![Bytes::from_static(b"9: 0")]).expect("leads").await;

@@ -31,8 +31,10 @@ struct LocalHarness {
     dir: PathBuf,
     /// What the log is opened through; the engine's own log when `None`.
     chain: Option<Chain>,
-    open: tokio::sync::Mutex<Option<(Arc<LocalEngine>, Arc<dyn Log>)>>,
+    open: tokio::sync::Mutex<Option<Opened>>,
 }
+
+type Opened = (Arc<LocalEngine>, Arc<dyn Log>);
 
 impl LocalHarness {
     async fn opened(&self, engine: &Arc<LocalEngine>) -> Arc<dyn Log> {

@@ -44,7 +44,7 @@ impl ClientError {
     }
 
     /// Whether the same request may succeed in a moment.
-    pub(crate) fn may_pass(&self) -> bool {
+    pub fn may_pass(&self) -> bool {
         match self {
             ClientError::Refused(refusal) | ClientError::Declined(refusal) => refusal.is_retryable(),
             ClientError::Unreachable(_) | ClientError::Unknown(_) => true,

@@ -17,6 +17,7 @@ use clutch_proto::{
     blocks::{BlocksReply, BlocksRequest, blocks_request},
     cdc::{CdcReply, CdcRequest, cdc_request},
     certificate,
+    log::Epoch,
     mutants::{self, Mutant},
     operation::{self, Class},
     registry::{GetMap, Map, RegistryReply, RegistryRequest, registry_request},
@@ -222,6 +223,8 @@ struct Target {
     number: u64,
     /// Where else it may go; none where there is one place.
     members: Vec<Endpoint>,
+    /// In which life of its log it is believed to be; 0 where nothing is known.
+    incarnation: u32,
 }
 
 impl Target {
@@ -403,6 +406,7 @@ impl Client {
             role,
             number,
             members: members.iter().map(|member| member.as_str().into()).collect(),
+            incarnation: 0,
         };
         let (placement, what) = match service {
             Service::Registry => {
@@ -411,6 +415,7 @@ impl Client {
                     role: Role::Registry,
                     number: 0,
                     members: self.inner.registries.all(),
+                    incarnation: 0,
                 });
             }
             Service::Cdc => {
@@ -434,7 +439,9 @@ impl Client {
             }
         };
         let placement = placement.ok_or_else(|| not_yet(format!("the registry does not know {what}")))?;
-        Ok(target(Role::Shard, u64::from(placement.shard), &placement.address, &placement.members))
+        let incarnation = Epoch(placement.epoch).incarnation();
+        let target = target(Role::Shard, u64::from(placement.shard), &placement.address, &placement.members);
+        Ok(Target { incarnation, ..target })
     }
 
     /// One attempt: an answer from the service, or why there is none. `Unknown` means that it may have acted.
@@ -464,7 +471,7 @@ impl Client {
             role: target.role as i32,
             number: target.number,
             time: self.inner.clock.highest().0,
-            incarnation: 0,
+            incarnation: u64::from(target.incarnation),
             tag,
             body: Bytes::new(),
             admin: how.admin,
@@ -799,7 +806,8 @@ impl Client {
         number: u32,
         request: AdminRequest,
     ) -> Result<AdminReply, ClientError> {
-        let target = Target { endpoint: address, role, number: u64::from(number), members: Vec::new() };
+        let number = u64::from(number);
+        let target = Target { endpoint: address, role, number, members: Vec::new(), incarnation: 0 };
         let body = Body::Encoded(request.encode_to_vec().into());
         let how = How { admin: true, freshness: Freshness::Leader, answer_bytes: 0 };
         let answer = self.attempt(&target, Lane::Metadata, None, body, how).await.result?;
@@ -819,7 +827,7 @@ impl Client {
             )));
         }
         let (endpoint, members) = (address.into(), Vec::new());
-        let target = Target { endpoint, role: Role::Blocks, number: service, members };
+        let target = Target { endpoint, role: Role::Blocks, number: service, members, incarnation: 0 };
         let answer_bytes = match &op {
             blocks_request::Op::Read(read) => read.length as usize,
             blocks_request::Op::Write(_) | blocks_request::Op::Check(_) | blocks_request::Op::Erase(_) => 0,

@@ -76,6 +76,8 @@ impl Asked {
                     refusal.code,
                     Code::WrongShard | Code::NotLeader | Code::NotReady | Code::OutcomeUnknown
                 );
+                // The log was begun anew elsewhere; where it is in a log it answers the question.
+                let moved = moved || refusal.code == Code::StaleIncarnation && !attempt.is_logged;
                 // Who has stopped does not get better; another member does what it cannot.
                 let moved = moved || refusal.code == Code::ReplicaFault && attempt.has_others;
                 // A refusal that is in no log binds only its own attempt: an earlier one may be on its way still.
@@ -284,6 +286,13 @@ mod tests {
             assert!(looks(refused(code)), "{code:?}");
         }
         assert!(looks(silence()) && looks(nobody()));
+        for is_logged in [false, true] {
+            let error = refused(Code::StaleIncarnation);
+            let attempt = Attempt { error: &error, was_sent: true, is_logged, has_others: false };
+            let verdict = Asked::new(true).failed(attempt);
+            let expected = !is_logged;
+            assert_eq!((verdict.again, verdict.look_again), (expected, expected), "logged: {is_logged}");
+        }
         assert!(!looks(refused(Code::Exists)) && !looks(refused(Code::Busy)));
     }
 }

@@ -2,6 +2,7 @@
 //! harness that drives simulated ones from seeds.
 
 pub mod batches;
+pub mod begun_anew;
 pub mod checkers;
 pub mod coverage;
 pub mod diverged;
@@ -12,8 +13,10 @@ pub mod hanging;
 pub mod history;
 pub mod hot_paths;
 pub mod just_started;
+pub mod late_placement;
 pub mod led_ahead;
 pub mod names;
+pub mod old_snapshot;
 pub mod oracle;
 pub mod pins;
 pub mod recording;

@@ -7,12 +7,11 @@ use std::{
     time::Duration,
 };
 
-use async_trait::async_trait;
 use clutch_blocks::label::Label;
 use clutch_client::{Client, ClientOptions, Observer, Reads, Registries};
-use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position, Snapshots};
+use clutch_log::{Bounds, Engine as LogEngine, Engines, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
-use clutch_log_sim::SimLogs;
+use clutch_log_sim::{Keepers, SimEngine, SimLogs};
 use clutch_proto::{
     ServiceId, Time,
     admin::{AdminRequest, TakeCheckpoint, TrimLog, admin_request::Op},
@@ -24,9 +23,9 @@ use clutch_runtime::{
     simulated::{NodeId, World},
 };
 use clutch_server::{
-    ClusterFile, Node, NodeConfig, Peers, Roles,
+    Chains, ClusterFile, Node, NodeConfig, Peers, Roles,
     room::Room,
-    stores::{IsHome, LogProvider, Rebuilt, StoreProvider},
+    stores::{IsHome, Rebuilt, StoreProvider},
 };
 use clutch_shard::{Keyring, Lifetimes, Pages};
 use clutch_state::{Store, StoreError};
@@ -137,7 +136,7 @@ pub struct SimCluster {
     cluster: ClusterFile,
     images: SimImages,
     /// The nodes of each log's members.
-    homes: Mutex<BTreeMap<LogId, Vec<NodeId>>>,
+    homes: Homes,
     spares: Mutex<u32>,
     /// Nodes whose start failed; whoever drives the world starts them again.
     failed: Arc<Mutex<Vec<NodeId>>>,
@@ -155,54 +154,48 @@ fn open_local(runtime: &Runtime, recording: &Recording, node: NodeId) -> Option<
     opened.ok()
 }
 
-struct SimLogProvider {
-    logs: SimLogs,
-    /// Who is there of each log, where that is more than one.
-    members: BTreeMap<LogId, BTreeSet<u64>>,
-    local: Option<LocalEngine>,
+/// What a node knows of its logs' chains; `None` when its disk does not say.
+fn open_chains(runtime: &Runtime, Seen { recording, node, .. }: &Seen) -> Option<Arc<Chains>> {
+    let opened = Chains::open(runtime.disk.clone(), "chains".into());
+    // The disk may not answer; what was written and does not fit is a loss.
+    if let Err(error) = &opened
+        && error.downcast_ref::<std::io::Error>().is_none()
+    {
+        recording.violation(format!("node {}: {error}", node.0));
+    }
+    opened.ok().map(Arc::new)
+}
+
+/// The nodes of each log's members.
+type Homes = Arc<Mutex<BTreeMap<LogId, Vec<NodeId>>>>;
+
+/// Who keeps a log now. A node from which it was moved opens it, perhaps late, and does not lead.
+fn keepers(homes: &Homes, log: LogId) -> Keepers {
+    let homes = homes.lock();
+    let nodes = homes.get(&log).into_iter().flatten().map(|node| u64::from(node.0));
+    let nodes: Vec<u64> = nodes.collect();
+    match nodes[..] {
+        [only] => Keepers::Leader(only),
+        _ => Keepers::Members(nodes.into_iter().collect()),
+    }
+}
+
+/// What every node begins its logs with: one engine, and everything written down that it delivers.
+fn engines(name: &str, engine: Arc<dyn LogEngine>, seen: &Seen) -> Engines {
+    let Seen { recording, images, node } = seen.clone();
+    Engines::one(name, engine).seen_through(Arc::new(move |id, log| {
+        let images = images.clone();
+        recording.wrap(id, node, log, move || images.flushed(node, id))
+    }))
+}
+
+/// Who writes down what a node's replicas are given.
+#[derive(Clone)]
+struct Seen {
     recording: Arc<Recording>,
     /// What is on the node's disk of its states.
     images: SimImages,
-    runtime: Runtime,
     node: NodeId,
-}
-
-#[async_trait]
-impl LogProvider for SimLogProvider {
-    async fn log(&self, id: LogId, snapshots: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault> {
-        let log = match &self.local {
-            Some(engine) => engine.log(id).await?,
-            None if let Some(members) = self.members.get(&id) => {
-                self.logs.join(&self.runtime, id, u64::from(self.node.0), members, snapshots)
-            }
-            None => {
-                // Whoever opens a log leads it; how much of what waited still commits is drawn.
-                self.logs.elect(id, u64::from(self.node.0), self.runtime.random.below(3) as usize);
-                self.logs.log(&self.runtime, id, u64::from(self.node.0))
-            }
-        };
-        let (images, node) = (self.images.clone(), self.node);
-        Ok(self.recording.wrap(id, node, log, move || images.flushed(node, id)))
-    }
-
-    fn bounds(&self, id: LogId) -> Bounds {
-        match &self.local {
-            Some(engine) => LogProvider::bounds(engine, id),
-            None => self.logs.log(&self.runtime, id, u64::from(self.node.0)).status().bounds,
-        }
-    }
-
-    fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault> {
-        match &self.local {
-            Some(engine) => engine.batch(id, position),
-            // What a quorum keeps is not of this node's disk, so no copy of another time.
-            None => Ok(None),
-        }
-    }
-
-    fn bytes(&self) -> u64 {
-        self.local.as_ref().map_or(0, LocalEngine::bytes)
-    }
 }
 
 struct SimStores {
@@ -289,7 +282,7 @@ impl SimCluster {
             config,
             cluster,
             images,
-            homes: Mutex::new(homes),
+            homes: Arc::new(Mutex::new(homes)),
             spares: Mutex::new(0),
             failed: Arc::default(),
             spoiled: Mutex::default(),
@@ -340,13 +333,6 @@ impl SimCluster {
         let nodes = self.homes.lock().values().filter(|all| all.len() > 1).flatten().copied().collect();
         let nodes: BTreeSet<NodeId> = nodes;
         nodes.into_iter().map(|node| (u64::from(node.0), endpoint(node))).collect()
-    }
-
-    /// The members of each log that has more than one.
-    fn voters(&self) -> BTreeMap<LogId, BTreeSet<u64>> {
-        let homes = self.homes.lock();
-        let several = homes.iter().filter(|(_, nodes)| nodes.len() > 1);
-        several.map(|(id, nodes)| (*id, nodes.iter().map(|node| u64::from(node.0)).collect())).collect()
     }
 
     /// All logs.
@@ -408,19 +394,25 @@ impl SimCluster {
         let images = self.images.clone();
         let stores = SimStores { images: images.clone(), runtime: runtime.clone(), node };
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
-        let (registries, peers, members) = (self.registries(), self.peers(), self.voters());
+        let (registries, peers, homes) = (self.registries(), self.peers(), self.homes.clone());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let pages = self.config.pages();
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
-            let local = match engine == Engine::Local && has_logs {
-                true => match open_local(&runtime, &recording, node) {
-                    Some(local) => Some(local),
+            let seen = Seen { recording, images, node };
+            let (name, engine): (&str, Arc<dyn LogEngine>) = match engine == Engine::Local && has_logs {
+                true => match open_local(&runtime, &seen.recording, node) {
+                    Some(local) => ("local", Arc::new(local)),
                     None => return failed.lock().push(node),
                 },
-                false => None,
+                false => {
+                    let (runtime, node) = (runtime.clone(), u64::from(node.0));
+                    let keepers = Arc::new(move |log| keepers(&homes, log));
+                    ("sim", Arc::new(SimEngine { logs, runtime, node, keepers }))
+                }
             };
+            let Some(chains) = open_chains(&runtime, &seen) else { return failed.lock().push(node) };
             let config = NodeConfig {
                 listen: endpoint(node),
                 advertise: None,
@@ -428,17 +420,10 @@ impl SimCluster {
                 peers,
                 cluster,
                 roles,
-                logs: Arc::new(SimLogProvider {
-                    logs,
-                    members,
-                    local,
-                    recording,
-                    images,
-                    runtime: runtime.clone(),
-                    node,
-                }),
+                engines: engines(name, engine, &seen),
+                chains,
                 stores: Arc::new(stores),
-                engine: "sim".into(),
+                engine: name.into(),
                 keyring,
                 system_key: [7; 32],
                 process_usage: || None,

@@ -2,9 +2,9 @@
 //! enumeration of steps, the model of batches, and clusters in which one thing happens.
 
 use clutch_integration::{
-    batches, diverged,
+    batches, begun_anew, diverged,
     generate::{Profile, generate_replicated},
-    hanging, just_started, led_ahead, names,
+    hanging, just_started, late_placement, led_ahead, names, old_snapshot,
     run::run,
     slow_reader, steps,
 };
@@ -23,6 +23,9 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "led ahead" => led_ahead::all(),
         "diverged" => diverged::all(),
         "just started" => just_started::all(),
+        "begun anew" => begun_anew::all(),
+        "late placement" => late_placement::all(),
+        "old snapshot" => old_snapshot::all(),
         _ if !batches::idle().is_empty() => batches::idle(),
         _ => (0..SEEDS_MAX).flat_map(batches::check).take(3).collect(),
     };
@@ -36,7 +39,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
     if let [
         checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"
-        | "just started"),
+        | "just started" | "begun anew" | "late placement" | "old snapshot"),
     ] = checkers
     {
         return find_apart(mutant, checker);

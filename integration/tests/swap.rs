@@ -7,8 +7,8 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_client::{Client, ClientOptions};
 use clutch_log::{
-    Batch, Bounds, Commit, ConfigId, Epoch, Event, Events, Floors, Log, LogFault, LogId, Member, NodeId,
-    Position, Rejected, Snapshots, Status,
+    Batch, Bounds, Commit, ConfigId, Engine, Engines, Epoch, Event, Events, Floors, Log, LogFault, LogId,
+    LogletId, LogletSpec, Member, NodeId, Position, Purpose, Rejected, Snapshots, Status,
 };
 use clutch_proto::{
     admin::{self, AdminRequest, admin_request::Op},
@@ -16,9 +16,9 @@ use clutch_proto::{
 };
 use clutch_runtime::simulated::{self, World};
 use clutch_server::{
-    ClusterFile, Node, NodeConfig, Peers, Roles,
+    Chains, ClusterFile, Node, NodeConfig, Peers, Roles,
     room::Room,
-    stores::{IsHome, LogProvider, Rebuilt, StoreProvider},
+    stores::{IsHome, Rebuilt, StoreProvider},
 };
 use clutch_shard::{Keyring, Lifetimes, Pages};
 use clutch_state::{MemoryStore, Store, StoreError};
@@ -88,19 +88,33 @@ impl Events for Silence {
 }
 
 /// Provides the engine, and stores in memory.
-struct Engine;
+struct Nowhere;
 
 #[async_trait]
-impl LogProvider for Engine {
-    async fn log(&self, _: LogId, _: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault> {
+impl Engine for Nowhere {
+    async fn open_loglet(
+        &self,
+        _: LogletId,
+        _: &LogletSpec,
+        _: Purpose,
+        _: Arc<dyn Snapshots>,
+    ) -> Result<Arc<dyn Log>, LogFault> {
         Ok(Arc::new(Nothing))
     }
 
-    fn bounds(&self, _: LogId) -> Bounds {
-        Nothing.status().bounds
+    async fn remove(&self, _: LogletId) -> Result<(), LogFault> {
+        Ok(())
     }
 
-    fn batch(&self, _: LogId, _: Position) -> Result<Option<Batch>, LogFault> {
+    fn loglets(&self) -> Vec<LogletId> {
+        Vec::new()
+    }
+
+    fn bounds(&self, _: LogletId) -> Option<Bounds> {
+        None
+    }
+
+    fn batch(&self, _: LogletId, _: Position) -> Result<Option<Batch>, LogFault> {
         Ok(None)
     }
 
@@ -109,7 +123,7 @@ impl LogProvider for Engine {
     }
 }
 
-impl StoreProvider for Engine {
+impl StoreProvider for Nowhere {
     fn store(&self, _: LogId) -> Result<Arc<dyn Store>, StoreError> {
         Ok(Arc::new(MemoryStore::new()))
     }
@@ -146,8 +160,9 @@ fn an_engine_that_does_nothing_is_an_engine() {
         peers: Peers::new(),
         cluster: ClusterFile::generate(&runtime, 1, 1, 1, 0).expect("within the limits"),
         roles: Roles { registry: true, cdc: true, shards: vec![0], disks: Vec::new() },
-        logs: Arc::new(Engine),
-        stores: Arc::new(Engine),
+        engines: Engines::one("nothing", Arc::new(Nowhere)),
+        chains: Arc::new(Chains::open(runtime.disk.clone(), "chains".into()).expect("there is no file")),
+        stores: Arc::new(Nowhere),
         engine: "nothing".into(),
         keyring: Keyring::default(),
         system_key: [7; 32],

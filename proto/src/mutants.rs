@@ -187,6 +187,10 @@ pub enum Mutant {
     OldSnapshotOffered,
     /// What a segment has restarted of a group is not taken away from the segments before it.
     EarlierNotCut,
+    /// Who leads a life of a log that is over goes on when it hears of the next.
+    LaterLifeIgnored,
+    /// A node answers those who believe in another life of its log.
+    AnyLifeServed,
     /// A replica calls durable whatever it has applied, when it says what its log may forget.
     FloorsOfApplied,
     /// A list of services that was read long ago is logged by a new leader.
@@ -199,7 +203,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 94] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 96] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -223,7 +227,7 @@ impl Mutant {
         (Mutant::ListingSkips, &["linearizability"]),
         (Mutant::EdgeTimeForgotten, &["invariants", "oracle", "linearizability"]),
         (Mutant::WalkEndsEarly, &["invariants", "convergence"]),
-        (Mutant::OlderLeaderPlaced, &["convergence"]),
+        (Mutant::OlderLeaderPlaced, &["late placement"]),
         (Mutant::ServicesUnknown, &["just started"]),
         (Mutant::EraseBeforeGrantsEnd, &["leaks"]),
         (Mutant::PolicyNotRechecked, &["oracle", "linearizability"]),
@@ -292,9 +296,11 @@ impl Mutant {
         (Mutant::UnsharedClock, &["causality"]),
         (Mutant::LeadersWord, &["diverged"]),
         (Mutant::SnapshotPastState, &["replicas", "state hash", "convergence", "panic"]),
-        (Mutant::OldSnapshotOffered, &["replicas", "panic", "log"]),
+        (Mutant::OldSnapshotOffered, &["old snapshot"]),
         (Mutant::FloorsOfApplied, &["replicas", "log"]),
         (Mutant::OldListLogged, &["replicas", "registry"]),
+        (Mutant::LaterLifeIgnored, &["begun anew"]),
+        (Mutant::AnyLifeServed, &["begun anew"]),
         (Mutant::EarlierNotCut, &["units", "tests::planted_bugs_are_found"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
     ];

@@ -106,8 +106,7 @@ impl Machine for Registry {
                 Ok(RegistryReply { map: Some(map), ..RegistryReply::default() })
             }
             Some(Op::GetChain(op)) => {
-                let chain: Option<Chain> =
-                    get_row(view, tables::CHAIN, &tables::chain_key(op.role, op.number))?;
+                let chain = chain_of(view, op.role, op.number)?;
                 let chain = chain.ok_or_else(|| Stop::refuse(Code::NotFound, "no such log"))?;
                 Ok(RegistryReply { chain: Some(chain), ..RegistryReply::default() })
             }
@@ -307,6 +306,11 @@ fn check_epoch(what: &str, known: u64, offered: u64) -> Result<(), Stop> {
         return Err(Stop::refuse(Code::Stale, text));
     }
     Ok(())
+}
+
+/// Which loglets a log is made of, as far as this state knows it; `None` when it never heard of the log.
+pub fn chain_of(view: &dyn View, role: u32, number: u64) -> Result<Option<Chain>, Stop> {
+    Ok(get_row(view, tables::CHAIN, &tables::chain_key(role, number))?)
 }
 
 fn swap_chain(tx: &mut Tx<'_>, op: SwapChain) -> Result<RegistryReply, Stop> {

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_blocks::BlockService;
-use clutch_log::Position;
+use clutch_log::{Engines, LogId, Position};
 use clutch_proto::{
     Parts, Refusal, Time,
     admin::{AdminReply, AdminRequest},
@@ -29,7 +29,6 @@ use prost::Message as _;
 use crate::{
     room::Room,
     routes::{Routes, log_of},
-    stores::LogProvider,
 };
 
 /// The roles of a node, as seen from the network.
@@ -42,7 +41,9 @@ pub(crate) struct NodeHandler {
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) process_usage: ProcessUsage,
-    pub(crate) logs: Arc<dyn LogProvider>,
+    pub(crate) engines: Engines,
+    /// In which life each log of this node is.
+    pub(crate) incarnations: BTreeMap<LogId, u32>,
     pub(crate) room: Arc<Room>,
     pub(crate) routes: Arc<Routes>,
     /// Everything has started.
@@ -56,7 +57,7 @@ impl NodeHandler {
             let (cpu_us, resident_bytes) = (self.process_usage)().unwrap_or_default();
             (status.process_cpu_us, status.resident_bytes) = (cpu_us, resident_bytes);
             status.node_faults = node_faults(&self.blocks, &self.room);
-            status.log_bytes = self.logs.bytes();
+            status.log_bytes = self.engines.bytes();
             status.clock_ahead_ms = self.clock.wall_ahead_ms();
         }
     }
@@ -70,9 +71,6 @@ pub(crate) fn node_faults(blocks: &BTreeMap<u64, Arc<BlockService>>, room: &Room
 
 /// Asks for the processor time in microseconds and the resident bytes of this process, where it has some of its own.
 pub type ProcessUsage = fn() -> Option<(u64, u64)>;
-
-/// The incarnation of every log: chains of one segment so far.
-pub(crate) const INCARNATION: u64 = 1;
 
 /// Requests share the handler without copying it.
 pub(crate) struct SharedHandler(pub(crate) Arc<NodeHandler>);
@@ -127,8 +125,11 @@ impl NodeHandler {
         if request.cluster != 0 && request.cluster != self.cluster {
             return Err(Refusal::new(Code::WrongCluster, "this node belongs to another cluster"));
         }
-        if request.incarnation != 0 && request.incarnation < INCARNATION {
-            return Err(Refusal::new(Code::StaleIncarnation, "read the map again"));
+        let own = log_of(role, request.number).and_then(|log| self.incarnations.get(&log)).copied();
+        let is_other = |own: &u32| ![0, u64::from(*own)].contains(&request.incarnation);
+        if let Some(own) = own.filter(|own| is_other(own) && !mutants::is(Mutant::AnyLifeServed)) {
+            let text = format!("this node has incarnation {own} of the log, not {}", request.incarnation);
+            return Err(Refusal::new(Code::StaleIncarnation, text));
         }
         if let Some(tag) = request.tag.as_ref().filter(|tag| tag.client < SYSTEM_CLIENTS)
             && !is_system_mac(&self.system_key, tag, &request.body, &request.system_mac)

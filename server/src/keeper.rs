@@ -24,7 +24,7 @@ use clutch_shard::ShardFacts;
 use clutch_state_replica::{ReplicaHandle, SharedFacts};
 use prost::Message as _;
 
-use crate::{placer::Reigns, services};
+use crate::{chains, placer::Reigns, services};
 
 /// How often a node compares what it knows with the registry.
 const REFRESH: Duration = Duration::from_secs(2);
@@ -66,9 +66,16 @@ fn is_news(told: (u64, u64), found: (u64, u64)) -> bool {
 }
 
 impl Keeper {
-    /// The first round before it returns, the others as a task.
+    /// The first round before it returns, however long the registry is away, the others as a task.
     pub(crate) async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
-        self.round().await?;
+        while let Err(error) = self.round().await {
+            if stopping.load(Ordering::Relaxed) || !chains::is_for_now(&error) {
+                return Err(error);
+            }
+            self.client.runtime().note("node: starts without the registry");
+            tracing::warn!(%error, "waits for the registry, and serves what needs no disks");
+            self.client.runtime().clock.sleep(REFRESH).await;
+        }
         let runtime = self.client.runtime().clone();
         runtime.spawn("keeper", async move {
             let clock = self.client.runtime().clock.clone();

@@ -6,6 +6,7 @@
 //! running cluster.
 
 pub mod cdc_driver;
+pub mod chains;
 #[cfg(feature = "rocks")]
 pub mod clock_file;
 pub mod cluster_file;
@@ -29,6 +30,7 @@ pub mod stores;
 #[cfg(feature = "rocks")]
 pub mod up;
 
+pub use chains::Chains;
 pub use cluster_file::ClusterFile;
 pub use node::{Node, NodeConfig, Roles};
 pub use routes::Peers;

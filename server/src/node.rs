@@ -10,12 +10,12 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use clutch_blocks::{BlockService, BlockStore};
 use clutch_cdc::Cdc;
 use clutch_client::{Client, ClientOptions, Registries};
-use clutch_log::{Bounds, Log, LogId, Position};
+use clutch_log::{Bounds, Chain, Engines, Log, LogId, Position};
 use clutch_proto::{
     ServiceId, Time, cdc,
     mutants::{self, Mutant},
@@ -34,6 +34,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     cdc_driver,
+    chains::{self, Chains},
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
     keeper::Keeper,
@@ -42,7 +43,7 @@ use crate::{
     room::Room,
     routes::{Peers, Routes},
     snapshots::ReplicaSnapshots,
-    stores::{LogProvider, StoreProvider, log_name},
+    stores::{StoreProvider, log_name},
 };
 
 /// Bytes of a span of the default policy.
@@ -63,6 +64,15 @@ pub struct Roles {
     pub disks: Vec<(u64, PathBuf)>,
 }
 
+impl Roles {
+    /// The logs of these roles.
+    pub fn logs(&self) -> Vec<LogId> {
+        let shards = self.shards.iter().map(|number| LogId::shard(*number));
+        let registry = self.registry.then_some(LogId::REGISTRY);
+        registry.into_iter().chain(shards).chain(self.cdc.then_some(LogId::CDC)).collect()
+    }
+}
+
 /// Everything a node is made of.
 #[derive(Clone)]
 pub struct NodeConfig {
@@ -80,11 +90,13 @@ pub struct NodeConfig {
     pub cluster: ClusterFile,
     /// Its roles.
     pub roles: Roles,
-    /// Its logs.
-    pub logs: Arc<dyn LogProvider>,
+    /// What keeps its logs.
+    pub engines: Engines,
+    /// Which engines keep which log, as far as the node knows by itself.
+    pub chains: Arc<Chains>,
     /// Its stores.
     pub stores: Arc<dyn StoreProvider>,
-    /// The name of the log engine, for the chains.
+    /// The name of the engine with which new logs begin.
     pub engine: String,
     /// The block services' keys.
     pub keyring: Keyring,
@@ -166,8 +178,8 @@ impl Node {
         }));
 
         // All states are opened and compared with their logs before anything is appended to any of these.
-        let registry =
-            config.roles.registry.then(|| starter.prepare::<Registry>(LogId::REGISTRY)).transpose()?;
+        let registry = config.roles.registry.then(|| starter.prepare_registry()).transpose()?;
+        starter.learn_chains(registry.as_ref()).await?;
         let mut prepared = Vec::new();
         for number in &config.roles.shards {
             prepared.push((*number, starter.prepare::<Shard>(LogId::shard(*number))?));
@@ -183,12 +195,11 @@ impl Node {
             notices.lock().extend(clock_notice(start));
         }
         let registry_facts = Arc::new(SharedFacts::new(RegistryFacts::default()));
-        let registry = match registry {
-            Some(applier) => {
-                let genesis = registry_genesis(&config.cluster)?;
-                Some(starter.start(LogId::REGISTRY, applier, registry_facts.clone(), genesis).await?.0)
+        let registry = match (registry, registry_facts.clone(), registry_genesis(&config.cluster)?) {
+            (Some(applier), facts, genesis) => {
+                Some(starter.start(LogId::REGISTRY, applier, facts, genesis).await?.0)
             }
-            None => None,
+            (None, ..) => None,
         };
         let mut shards = BTreeMap::new();
         for (number, applier) in prepared {
@@ -232,7 +243,8 @@ impl Node {
             shards: shards.clone(),
             blocks: blocks.clone(),
             process_usage: config.process_usage,
-            logs: config.logs.clone(),
+            engines: config.engines.clone(),
+            incarnations: starter.incarnations(),
             room: config.room.clone(),
             routes: routes.clone(),
             ready: ready.clone(),
@@ -252,7 +264,7 @@ impl Node {
         let placed = Placing {
             address: address.clone(),
             shard_count: config.cluster.shards,
-            engine: config.engine,
+            chains: config.chains,
             routes,
         };
         let placer = Placer::new(client.clone(), placed, reigns.clone(), heard);
@@ -401,6 +413,13 @@ async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle, log: &dyn Log) ->
             return Ok(());
         }
         let seen = log.status();
+        if let (Some(tail), None) = (seen.sealed, seen.leader) {
+            bail!(
+                "the log of {} was sealed at {tail}: it goes on in a later incarnation, of which this node has not heard. Start \
+                 it again when the registry can be reached",
+                status.name
+            );
+        }
         if seen.leader.is_some() && !seen.is_self {
             let target = *followed.get_or_insert(seen.bounds.last.0);
             if status.applied_position >= target {
@@ -455,6 +474,13 @@ fn shard_genesis(cluster: &ClusterFile, number: u32) -> Result<Bytes> {
     Ok(entry.encode_to_vec().into())
 }
 
+/// What the registry's state says of a log.
+fn chain_in(registry: &Applier<Registry>, log: LogId) -> Result<Option<Chain>> {
+    let found = clutch_registry::chain_of(&**registry.store(), u32::from(log.role), u64::from(log.number));
+    let chain = found.with_context(|| format!("read the chain of {log}"))?;
+    Ok(chain.map(|chain| Chain::from_wire(log, &chain)).transpose()?)
+}
+
 struct Starter<'a> {
     config: &'a NodeConfig,
     /// Where the reigns of all replicas are told.
@@ -476,11 +502,63 @@ type Replicating = (LogId, ReplicaHandle, Arc<dyn Log>);
 type Started<M> = (ReplicaHandle, mpsc::UnboundedReceiver<LeaderEvent<<M as Machine>::Effect>>);
 
 impl Starter<'_> {
+    /// The chain by which a log is opened.
+    fn chain(&self, id: LogId) -> Chain {
+        self.config.chains.get(id).expect("chains are learned before logs are opened")
+    }
+
+    /// In which life each log of this node is.
+    fn incarnations(&self) -> BTreeMap<LogId, u32> {
+        self.config.roles.logs().into_iter().map(|id| (id, self.chain(id).incarnation())).collect()
+    }
+
+    /// The registry's state, by the newest chain of its log that the file or the state itself knows.
+    fn prepare_registry(&self) -> Result<Applier<Registry>> {
+        let Self { config, .. } = self;
+        config.chains.keep([Chain::first(LogId::REGISTRY, &config.engine)])?;
+        let registry = self.prepare::<Registry>(LogId::REGISTRY)?;
+        let begun = self.chain(LogId::REGISTRY).incarnation();
+        config.chains.keep(chain_in(&registry, LogId::REGISTRY)?)?;
+        if self.chain(LogId::REGISTRY).incarnation() == begun {
+            return Ok(registry);
+        }
+        // Its store is closed before it is opened again.
+        drop(registry);
+        self.prepare::<Registry>(LogId::REGISTRY)
+    }
+
+    /// Learns what keeps the logs of this node: from the registry's state where that is here, else from the registry.
+    async fn learn_chains(&self, registry: Option<&Applier<Registry>>) -> Result<()> {
+        let config = self.config;
+        let logs = config.roles.logs();
+        let others: Vec<LogId> = logs.iter().copied().filter(|log| *log != LogId::REGISTRY).collect();
+        let learned = match registry {
+            Some(registry) => {
+                let chain = |log: &LogId| {
+                    let known = chain_in(registry, *log)?;
+                    Ok(known.unwrap_or_else(|| Chain::first(*log, &config.engine)))
+                };
+                others.iter().map(chain).collect::<Result<Vec<Chain>>>()?
+            }
+            None if others.is_empty() => Vec::new(),
+            None => {
+                let registries = config.registry.clone().context("a node without the registry names none")?;
+                // With a clock of its own: the node's is set by what its logs say, which come next.
+                let options = ClientOptions { cache_lifetime: Duration::ZERO, ..ClientOptions::default() };
+                let client = Client::new(config.runtime.clone(), registries, options);
+                chains::ask(&client, &others, &config.chains, &config.engine).await?
+            }
+        };
+        config.chains.keep(learned)?;
+        let chains: BTreeMap<LogId, Chain> = logs.into_iter().map(|log| (log, self.chain(log))).collect();
+        chains::refuse_older(&config.engines, &chains)
+    }
+
     /// Opens a state and compares it with its log. One that is damaged, missing behind a trimmed log, or of somebody else is
     /// built anew; one that the log does not reach is refused.
     fn prepare<M: Machine>(&self, id: LogId) -> Result<Applier<M>> {
-        let (stores, logs) = (&self.config.stores, &self.config.logs);
-        let log = logs.bounds(id);
+        let stores = &self.config.stores;
+        let log = self.config.engines.bounds(&self.chain(id))?;
         let reason = match stores.condemned(id) {
             Some(why) => why,
             None => match self.open::<M>(id) {
@@ -520,14 +598,11 @@ impl Starter<'_> {
 
     /// The time of the newest entry in any log of the node; a state may be behind its log.
     fn logs_end(&self) -> Result<Time> {
-        let roles = &self.config.roles;
-        let shards = roles.shards.iter().map(|number| LogId::shard(*number));
-        let ids = roles.registry.then_some(LogId::REGISTRY).into_iter().chain(shards);
         let mut end = Time(0);
-        for id in ids.chain(roles.cdc.then_some(LogId::CDC)) {
-            let logs = &self.config.logs;
-            let last =
-                logs.batch(id, logs.bounds(id).last).with_context(|| format!("read the log of {id}"))?;
+        for id in self.config.roles.logs() {
+            let (engines, chain) = (&self.config.engines, self.chain(id));
+            let last = engines.bounds(&chain).and_then(|bounds| engines.batch(&chain, bounds.last));
+            let last = last.with_context(|| format!("read the log of {id}"))?;
             let entries = last.iter().flat_map(|batch| &batch.entries);
             let stamps =
                 entries.filter_map(|entry| Entry::decode(entry.clone()).ok()).map(|entry| entry.stamp);
@@ -552,7 +627,8 @@ impl Starter<'_> {
              every log away (DIR/state), so that it is built from the log",
             log.last
         );
-        let batch = self.config.logs.batch(id, position).with_context(|| format!("read the log of {id}"))?;
+        let batch = self.config.engines.batch(&self.chain(id), position);
+        let batch = batch.with_context(|| format!("read the log of {id}"))?;
         ensure!(
             batch.is_none_or(|batch| batch_crc(&batch.entries) == crc),
             "the state of {id} at position {position} was made from another log than the one that is here: one of the two \
@@ -594,7 +670,7 @@ impl Starter<'_> {
         let (checkpoints, open) = (self.config.stores.checkpoints(id), self.config.stores.open_checkpoint());
         let runtime = self.config.runtime.clone();
         let snapshots = Arc::new(ReplicaSnapshots::new(runtime, checkpoints, open));
-        let log = self.config.logs.log(id, snapshots.clone()).await;
+        let log = self.config.engines.open(self.chain(id), snapshots.clone()).await;
         let log = log.with_context(|| format!("open the log of {name}"))?;
         let (leader_events, receiver) = mpsc::unbounded_channel();
         let replica = ReplicaConfig {

@@ -11,17 +11,20 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use clutch_client::Client;
-use clutch_log::{Epoch, LogId};
+use clutch_log::{Chain, Epoch, LogId};
 use clutch_proto::{
     mutants::{self, Mutant},
-    registry::{GetChain, PlaceCdc, PlaceShard, Segment, SwapChain, registry_request::Op},
-    session::Role,
+    registry::{PlaceCdc, PlaceShard, SwapChain, registry_request::Op},
     types,
 };
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
 
-use crate::{handler::INCARNATION, routes::Routes, stores::log_name};
+use crate::{
+    chains::{self, Chains},
+    routes::Routes,
+    stores::log_name,
+};
 
 /// Pause before the registry is told again what it did not hear.
 const AGAIN: Duration = Duration::from_millis(200);
@@ -61,8 +64,8 @@ pub(crate) struct Placing {
     pub(crate) address: String,
     /// How many shards the cluster has.
     pub(crate) shard_count: u32,
-    /// The name of the log engine.
-    pub(crate) engine: String,
+    /// What keeps the logs.
+    pub(crate) chains: Arc<Chains>,
     /// Where the other members are.
     pub(crate) routes: Arc<Routes>,
 }
@@ -88,9 +91,15 @@ impl Placer {
         Placer { client, placing, reigns, heard, placed: BTreeMap::new() }
     }
 
-    /// What is led now before it returns, the others as a task.
+    /// What is led now before it returns, however long the registry is away, the others as a task.
     pub(crate) async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
-        self.place().await?;
+        while let Err(error) = self.place().await {
+            if stopping.load(Ordering::Relaxed) || !chains::is_for_now(&error) {
+                return Err(error);
+            }
+            tracing::warn!(%error, "waits for the registry to hear what this node leads");
+            self.client.runtime().clock.sleep(AGAIN).await;
+        }
         if mutants::is(Mutant::PlacedOnce) {
             return Ok(());
         }
@@ -115,12 +124,10 @@ impl Placer {
         Ok(())
     }
 
-    /// Tells the registry which logs are led here, as far as it has not been told. One that fails keeps no other from it. Where
-    /// the registry itself is led, its members' clients find out.
+    /// Tells the registry which logs are led here, as far as it has not been told. One that fails keeps no other from it.
     async fn place(&mut self) -> Result<()> {
         let mut failed = None;
-        let led = self.reigns.all().into_iter().filter(|(log, _)| *log != LogId::REGISTRY);
-        for (log, epoch) in led {
+        for (log, epoch) in self.reigns.all() {
             let members = self.placing.routes.members(log);
             if self.placed.get(&log).is_some_and(|placed| (placed.0, &placed.1) == (epoch, &members)) {
                 continue;
@@ -135,17 +142,23 @@ impl Placer {
 
     async fn place_one(&self, log: LogId, Epoch(epoch): Epoch, members: Vec<String>) -> Result<()> {
         let address = self.placing.address.clone();
-        let (role, op) = if log == LogId::CDC {
-            (Role::Cdc, Op::PlaceCdc(PlaceCdc { address, epoch, members }))
-        } else {
-            let (slot_first, slot_last) = clutch_registry::slots(log.number, self.placing.shard_count);
-            let shard = log.number;
-            let placement = types::ShardPlacement { shard, slot_first, slot_last, address, epoch, members };
-            (Role::Shard, Op::PlaceShard(PlaceShard { placement: Some(placement) }))
+        let op = match log {
+            // Its members' clients find out where it is led.
+            LogId::REGISTRY => None,
+            LogId::CDC => Some(Op::PlaceCdc(PlaceCdc { address, epoch, members })),
+            LogId { number: shard, .. } => {
+                let (slot_first, slot_last) = clutch_registry::slots(shard, self.placing.shard_count);
+                let placement =
+                    types::ShardPlacement { shard, slot_first, slot_last, address, epoch, members };
+                Some(Op::PlaceShard(PlaceShard { placement: Some(placement) }))
+            }
         };
         let what = || format!("place {}", log_name(log));
-        self.begin_chain(role, u64::from(log.number)).await.with_context(what)?;
-        self.tell(op).await.with_context(what)
+        let is_newest = self.tell_chain(log).await.with_context(what)?;
+        match op {
+            Some(op) if is_newest => self.tell(op).await.with_context(what),
+            _ => Ok(()),
+        }
     }
 
     /// Tells the registry where something is led; that a newer leader was first is no failure.
@@ -160,25 +173,41 @@ impl Placer {
         }
     }
 
-    async fn begin_chain(&self, role: Role, number: u64) -> Result<()> {
-        let role = role as u32;
-        match self.client.registry(Op::GetChain(GetChain { role, number })).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.is_not_found() => {
-                let append = Segment {
-                    base_position: 0,
-                    engine: self.placing.engine.clone(),
-                    parameters: String::new(),
-                    incarnation: INCARNATION,
-                };
-                let swap = SwapChain { role, number, expect_incarnation: 0, append: Some(append) };
-                match self.client.registry(Op::SwapChain(swap)).await {
-                    // Another member of the log was first.
-                    Err(error) if error.code() == Some(types::Code::StaleIncarnation) => Ok(()),
-                    begun => Ok(begun.map(drop)?),
-                }
+    /// Tells the registry what keeps a log, as far as it does not know. False when the log was begun anew since this node
+    /// opened it: what is led here is over, and nobody is to come here for it.
+    async fn tell_chain(&self, log: LogId) -> Result<bool> {
+        let chains = &self.placing.chains;
+        let own = chains.get(log).context("what is led was opened by a chain")?;
+        loop {
+            let known = chains::asked(&self.client, log).await?;
+            let newest = known.as_ref().map_or(0, Chain::incarnation);
+            if let Some(known) =
+                known.filter(|_| newest > own.incarnation() && !mutants::is(Mutant::LaterLifeIgnored))
+            {
+                self.client.runtime().note("node: a log was begun anew elsewhere");
+                tracing::error!(
+                    %log,
+                    "incarnation {newest} of the log has begun, and this node leads {}: it gives that up; start it again",
+                    own.incarnation()
+                );
+                self.placing.routes.resign(log);
+                let chains = chains.clone();
+                let kept = self.client.runtime().blocking(move || chains.keep([known])).await;
+                kept.context("the node stops")??;
+                return Ok(false);
             }
-            Err(error) => Err(error.into()),
+            let mut untold = own.to_wire().segments.into_iter();
+            let Some(append) = untold.find(|segment| segment.incarnation > u64::from(newest)) else {
+                return Ok(true);
+            };
+            let (role, number) = (u32::from(log.role), u64::from(log.number));
+            let swap =
+                SwapChain { role, number, expect_incarnation: u64::from(newest), append: Some(append) };
+            match self.client.registry(Op::SwapChain(swap)).await {
+                // Another member of the log was first.
+                Err(error) if error.code() == Some(types::Code::StaleIncarnation) => {}
+                told => drop(told?),
+            }
         }
     }
 }

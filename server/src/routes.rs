@@ -20,6 +20,13 @@ impl Routes {
         Routes { peers, logs: logs.collect() }
     }
 
+    /// Gives up the reign of this node in a log.
+    pub(crate) fn resign(&self, log: LogId) {
+        if let Some(log) = self.logs.get(&log) {
+            log.resign();
+        }
+    }
+
     /// Where a log is led, as far as this node knows; empty when it does not.
     pub(crate) fn leader(&self, log: LogId) -> String {
         let leader = self.logs.get(&log).and_then(|log| log.status().leader);

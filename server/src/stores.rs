@@ -1,44 +1,10 @@
-//! Where replicas keep their state and their logs.
+//! Where replicas keep their state.
 
 use std::{path::PathBuf, sync::Arc};
 
-use async_trait::async_trait;
-use clutch_log::{Batch, Bounds, Log, LogFault, LogId, Position, Snapshots};
-use clutch_log_local::LocalEngine;
+use clutch_log::{Bounds, LogId};
 use clutch_state::{Store, StoreError, View};
 use clutch_state_replica::OpenCheckpoint;
-
-/// Opens the logs of a node.
-#[async_trait]
-pub trait LogProvider: Send + Sync {
-    /// The log of that id, for a replica that has these snapshots.
-    async fn log(&self, id: LogId, snapshots: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault>;
-    /// What a log holds, before it is opened: nothing is appended.
-    fn bounds(&self, id: LogId) -> Bounds;
-    /// The batch at a position, before the log is opened; `None` when there is none, or where it cannot be told.
-    fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault>;
-    /// Bytes that all logs of the node take; 0 where they are not on its disk.
-    fn bytes(&self) -> u64;
-}
-
-#[async_trait]
-impl LogProvider for LocalEngine {
-    async fn log(&self, id: LogId, _: Arc<dyn Snapshots>) -> Result<Arc<dyn Log>, LogFault> {
-        LocalEngine::log(self, id).await
-    }
-
-    fn bounds(&self, id: LogId) -> Bounds {
-        LocalEngine::bounds(self, id).unwrap_or(Bounds { first: Position(1), last: Position(0) })
-    }
-
-    fn batch(&self, id: LogId, position: Position) -> Result<Option<Batch>, LogFault> {
-        LocalEngine::batch(self, id, position)
-    }
-
-    fn bytes(&self) -> u64 {
-        LocalEngine::bytes(self)
-    }
-}
 
 /// Opens the stores of a node.
 pub trait StoreProvider: Send + Sync {

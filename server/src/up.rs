@@ -4,6 +4,7 @@
 //! DIR/cluster.json        what the directory holds
 //! DIR/lock                held while a process runs on it
 //! DIR/keys/               keys of the block services, mode 0600
+//! DIR/chains              which engine keeps which log
 //! DIR/log/                segments of all logs
 //! DIR/state/<log>/db      the state of each replica
 //! DIR/blocks/<n>/         the blocks of disk n
@@ -20,19 +21,22 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use clutch_blocks::label::Label;
 use clutch_client_maintenance::collector::{self, CollectOptions};
-use clutch_log::LogId;
+use clutch_log::{Engines, LogId};
 use clutch_log_local::{LocalEngine, Options};
 use clutch_proto::ServiceId;
 use clutch_runtime::{Disk as _, Endpoint, Runtime, production::OsDisk};
 use clutch_shard::Lifetimes;
 
 use crate::{
-    ClusterFile, Node, NodeConfig, Roles, clock_file, keys,
+    Chains, ClusterFile, Node, NodeConfig, Roles, chains, clock_file, keys,
     retention::Retention,
     room::Room,
     routes::Peers,
     stores::{RocksStores, StoreProvider},
 };
+
+/// The engine that logs begin with here.
+const LOCAL: &str = "local";
 
 /// What `up` was asked for. Sizes of an existing directory are kept; asking for others is refused.
 #[derive(Clone, Debug)]
@@ -207,11 +211,10 @@ impl Up {
         let engine =
             tokio::task::spawn_blocking(move || LocalEngine::open(&log_seam, log_dir, options)).await?;
         let engine = engine.with_context(|| {
-            format!(
-                "the log in {} cannot be opened; restore what is named here from a copy",
-                config.dir.join("log").display()
-            )
+            let log = config.dir.join("log");
+            format!("the log in {} cannot be opened; restore what is named here from a copy", log.display())
         })?;
+        let chains = Arc::new(Chains::open(seam.disk.clone(), config.dir.join(chains::FILE))?);
         let replicas = cluster.shards as usize + 2;
         let files = database_files();
         let rocks = Arc::new(RocksStores::new(config.dir.join("state"), replicas, files));
@@ -225,10 +228,11 @@ impl Up {
             peers: Peers::new(),
             cluster: cluster.clone(),
             roles,
-            logs: Arc::new(engine),
+            engines: Engines::one(LOCAL, Arc::new(engine)),
+            chains,
             process_usage: crate::handler::process_usage,
             stores: stores.clone(),
-            engine: "local".into(),
+            engine: LOCAL.into(),
             keyring,
             system_key,
             lifetimes: config.lifetimes,
@@ -335,8 +339,18 @@ impl Traces {
 
     /// Removes what a start made, if there was no cluster before it: what it made nobody has used.
     fn remove_new(&self, dir: &Path) {
-        const OURS: [&str; 8] =
-            ["lock", "keys", "log", "state", "blocks", "cluster.json", "clock", "reserve"];
+        const OURS: [&str; 10] = [
+            "lock",
+            "keys",
+            "log",
+            "state",
+            "blocks",
+            "cluster.json",
+            "clock",
+            "reserve",
+            chains::FILE,
+            "chains.new",
+        ];
         if self.had_cluster {
             return;
         }

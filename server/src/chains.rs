@@ -1,0 +1,227 @@
+//! Which loglets a node's logs are made of: asked of the registry, and kept in a file, so that a node starts without it.
+//!
+//! The registry's own log has its chain in itself; the file says where to begin to read it. Whoever knows a later incarnation is
+//! right. A node that holds records of a later one than anybody tells it of opens nothing: it would write to what is over.
+//!
+//! File `chains`, one JSON object and its checksum: `{"logs":[{"role":3,"number":0,"loglets":[{"incarnation":1,"base":0,
+//! "engine":"local","parameters":""}]}]}`, a line feed, CRC-32 of the line before as 8 hex digits, a line feed.
+
+use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::{Context as _, Result, bail};
+use clutch_client::{Client, ClientError};
+use clutch_log::{Chain, Engines, LogId};
+use clutch_proto::registry::{self, GetChain, registry_request::Op};
+use clutch_runtime::{Disk, Runtime};
+use parking_lot::Mutex;
+use serde::{Deserialize, Serialize};
+
+/// The file's name in a directory of `up`.
+pub const FILE: &str = "chains";
+
+/// What a node that knows a chain waits for the registry to say that there is a newer one.
+const NEWER_PATIENCE: Duration = Duration::from_secs(1);
+/// Pause before the registry is asked again.
+const AGAIN: Duration = Duration::from_millis(200);
+/// How often it is said that the registry is waited for.
+const SAY_AGAIN: Duration = Duration::from_secs(5);
+
+#[derive(Serialize, Deserialize, Default)]
+#[serde(deny_unknown_fields)]
+struct File {
+    logs: Vec<Row>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Row {
+    role: u8,
+    number: u32,
+    loglets: Vec<Loglet>,
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Loglet {
+    incarnation: u64,
+    base: u64,
+    engine: String,
+    parameters: String,
+}
+
+fn encode(chains: &BTreeMap<LogId, Chain>) -> Result<Vec<u8>> {
+    let row = |(log, chain): (&LogId, &Chain)| Row {
+        role: log.role,
+        number: log.number,
+        loglets: chain.to_wire().segments.into_iter().map(Loglet::from).collect(),
+    };
+    let line = serde_json::to_string(&File { logs: chains.iter().map(row).collect() })? + "\n";
+    Ok(format!("{line}{:08x}\n", crc32fast::hash(line.as_bytes())).into_bytes())
+}
+
+/// `None` when the bytes are no such file, or chains that cannot be right.
+fn decode(bytes: &[u8]) -> Option<BTreeMap<LogId, Chain>> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let (line, crc) = text.split_at(text.find('\n')? + 1);
+    if crc != format!("{:08x}\n", crc32fast::hash(line.as_bytes())) {
+        return None;
+    }
+    let file: File = serde_json::from_str(line).ok()?;
+    let chain = |row: Row| {
+        let log = LogId { role: row.role, number: row.number };
+        let segments = row.loglets.into_iter().map(registry::Segment::from).collect();
+        Some((log, Chain::from_wire(log, &registry::Chain { segments }).ok()?))
+    };
+    file.logs.into_iter().map(chain).collect()
+}
+
+impl From<registry::Segment> for Loglet {
+    fn from(segment: registry::Segment) -> Loglet {
+        let registry::Segment { base_position, engine, parameters, incarnation } = segment;
+        Loglet { incarnation, base: base_position, engine, parameters }
+    }
+}
+
+impl From<Loglet> for registry::Segment {
+    fn from(loglet: Loglet) -> registry::Segment {
+        let Loglet { incarnation, base, engine, parameters } = loglet;
+        registry::Segment { base_position: base, engine, parameters, incarnation }
+    }
+}
+
+/// The chains that a node knows. What is kept here is on its disk.
+pub struct Chains {
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    known: Mutex<BTreeMap<LogId, Chain>>,
+}
+
+impl Chains {
+    /// Those of a file; none where there is no file yet. Blocks on the disk.
+    ///
+    /// # Errors
+    /// When the file cannot be read, or is damaged.
+    pub fn open(disk: Arc<dyn Disk>, path: PathBuf) -> Result<Chains> {
+        let mut known = BTreeMap::new();
+        if disk.exists(&path) {
+            let bytes = disk.read(&path).with_context(|| format!("read {}", path.display()))?;
+            let read = decode(&bytes).with_context(|| {
+                format!(
+                    "{} is damaged; restore it from a copy, or remove it: the registry is asked again, and a log that it does \
+                     not know to have been begun anew is refused",
+                    path.display()
+                )
+            })?;
+            known = read;
+        }
+        Ok(Chains { disk, path, known: Mutex::new(known) })
+    }
+
+    /// The chain of a log, if it is known.
+    pub fn get(&self, log: LogId) -> Option<Chain> {
+        self.known.lock().get(&log).cloned()
+    }
+
+    /// Takes chains over, each unless a later incarnation of its log is known already. Durable when it returns. Blocks.
+    pub fn keep(&self, chains: impl IntoIterator<Item = Chain>) -> Result<()> {
+        let mut known = self.known.lock();
+        let mut all = known.clone();
+        for chain in chains {
+            let is_newer = |old: &Chain| old.incarnation() < chain.incarnation();
+            if all.get(&chain.log()).is_none_or(is_newer) {
+                all.insert(chain.log(), chain);
+            }
+        }
+        if all != *known {
+            let written = encode(&all).and_then(|bytes| Ok(self.disk.replace(&self.path, &bytes)?));
+            written.with_context(|| format!("write {}", self.path.display()))?;
+            *known = all;
+        }
+        Ok(())
+    }
+}
+
+/// Says what is wrong where this node holds records of a later life of a log than its chain tells of.
+pub(crate) fn refuse_older(engines: &Engines, chains: &BTreeMap<LogId, Chain>) -> Result<()> {
+    for id in engines.loglets() {
+        let Some(chain) = chains.get(&id.log) else { continue };
+        if id.incarnation > chain.incarnation() {
+            bail!(
+                "this node has records of incarnation {} of the log of {}, and its chain ends with incarnation {}: the chain \
+                 is older than the log. Put back the file `chains` that was here with the log",
+                id.incarnation,
+                id.log,
+                chain.incarnation()
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Asks the registry for the chains of logs. Those that this node does not know are waited for, as long as it takes, and
+/// begin with `engine` where the registry has never heard of them; of the others it is asked once whether there is a newer one.
+pub(crate) async fn ask(client: &Client, logs: &[LogId], known: &Chains, engine: &str) -> Result<Vec<Chain>> {
+    let runtime = client.runtime().clone();
+    let (old, new): (Vec<LogId>, Vec<LogId>) = logs.iter().partition(|log| known.get(**log).is_some());
+    let mut chains = Vec::new();
+    for log in new {
+        let chain = awaited(client, log).await?;
+        chains.push(chain.unwrap_or_else(|| Chain::first(log, engine)));
+    }
+    let newer = runtime.timeout(NEWER_PATIENCE, async {
+        let mut chains = Vec::new();
+        for log in old {
+            chains.extend(asked(client, log).await?);
+        }
+        Ok::<_, anyhow::Error>(chains)
+    });
+    match newer.await {
+        Some(Ok(newer)) => chains.extend(newer),
+        Some(Err(error)) => {
+            runtime.note("node: starts with the chains that it knows");
+            tracing::warn!(%error, "the registry does not say whether logs were begun anew");
+        }
+        None => {
+            runtime.note("node: starts with the chains that it knows");
+            tracing::warn!("the registry is silent; this node starts with the chains that it knows");
+        }
+    }
+    Ok(chains)
+}
+
+/// Whether the registry may answer in a moment: who starts waits for it.
+pub(crate) fn is_for_now(error: &anyhow::Error) -> bool {
+    error.downcast_ref::<ClientError>().is_some_and(ClientError::may_pass)
+}
+
+/// The registry's word about a log, however long that takes.
+async fn awaited(client: &Client, log: LogId) -> Result<Option<Chain>> {
+    let runtime: &Runtime = client.runtime();
+    let mut last_told = runtime.clock.monotonic();
+    loop {
+        let error = match asked(client, log).await {
+            Ok(chain) => return Ok(chain),
+            Err(error) => error,
+        };
+        if !is_for_now(&error) {
+            return Err(error);
+        }
+        if runtime.clock.monotonic() - last_told > SAY_AGAIN {
+            last_told = runtime.clock.monotonic();
+            tracing::warn!(%log, %error, "waits for the registry to say what keeps a log");
+        }
+        runtime.clock.sleep(AGAIN).await;
+    }
+}
+
+pub(crate) async fn asked(client: &Client, log: LogId) -> Result<Option<Chain>> {
+    let op = GetChain { role: u32::from(log.role), number: u64::from(log.number) };
+    match client.registry(Op::GetChain(op)).await {
+        Ok(reply) => {
+            let chain = reply.chain.context("an answer without a chain")?;
+            Ok(Some(Chain::from_wire(log, &chain)?))
+        }
+        Err(error) if error.is_not_found() => Ok(None),
+        Err(error) => Err(error).with_context(|| format!("ask the registry for the chain of {log}")),
+    }
+}

@@ -60,7 +60,7 @@ impl LocalEngine {
     pub async fn log(&self, id: impl Into<LogletId>) -> Result<Arc<dyn Log>, LogFault> {
         let group = self.store.group(id)?;
         let epoch = group.begin_epoch().await?;
-        Ok(Arc::new(LocalLog { group, epoch }))
+        Ok(Arc::new(LocalLog { group, epoch, ended: None }))
     }
 
     /// A loglet that others follow. There is one copy of it: what is missing here is missing.
@@ -73,7 +73,7 @@ impl LocalEngine {
             )));
         }
         // No reign of it is this handle's.
-        Ok(Arc::new(LocalLog { group: self.store.group(id)?, epoch: Epoch(0) }))
+        Ok(Arc::new(LocalLog { group: self.store.group(id)?, epoch: Epoch(0), ended: Some(upto) }))
     }
 }
 
@@ -117,6 +117,8 @@ struct LocalLog {
     group: StoredGroup,
     /// The reign that began when this handle was opened; a later handle ends it.
     epoch: Epoch,
+    /// Where others follow this loglet: the last record that counts.
+    ended: Option<Position>,
 }
 
 #[async_trait]
@@ -152,7 +154,10 @@ impl Log for LocalLog {
     async fn set_floors(&self, floors: Floors) -> Result<(), LogFault> {
         let last = *self.group.last().borrow();
         floors.check(last).unwrap_or_else(|what| panic!("floors of {}: {what}", self.group.id()));
-        self.group.set_floor(floors.trim()).await
+        // Behind what counts there may be records of a life that was given up: nobody wants them either, and while they
+        // stayed, no segment of any log behind them could go.
+        let is_over = self.ended.is_some_and(|ended| floors.trim() >= ended);
+        self.group.set_floor(if is_over { last } else { floors.trim() }).await
     }
 
     async fn transfer_leader(&self, _to: NodeId) -> Result<(), LogFault> {

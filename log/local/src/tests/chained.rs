@@ -163,6 +163,30 @@ fn floors_bounds_and_batches_are_the_logs_own() {
 }
 
 #[test]
+fn what_was_given_up_keeps_no_segment() {
+    simulated(|runtime, engine| async move {
+        let chain = lives(&engine).await;
+        let log = open(&engine, chain).await.expect("opens");
+        let epoch = log.status().epoch;
+        // Into a second segment, and a third.
+        for _ in 0..6 {
+            // Nothing that can be packed.
+            let bytes: Vec<u8> = (0..4000).flat_map(|_| runtime.random.u64().to_le_bytes()).collect();
+            let outcome = log.propose(epoch, vec![Bytes::from(bytes)]).expect("leads").await;
+            assert!(matches!(outcome, Outcome::Committed(_)), "{outcome:?}");
+        }
+        let before = Engine::bytes(&*engine);
+        let all = log.status().bounds.last;
+        log.set_floors(Floors { retain: all, snapshot: all, flushed: all }).await.expect("trims");
+        for incarnation in [1, 4, 5] {
+            let Bounds { first, last } = engine.bounds(id(incarnation)).expect("it is known");
+            assert!(first > last, "incarnation {incarnation} still has {first} to {last}");
+        }
+        assert!(Engine::bytes(&*engine) < before / 2, "{} of {before} bytes", Engine::bytes(&*engine));
+    });
+}
+
+#[test]
 fn a_life_that_lacks_records_is_not_opened() {
     simulated(|_, engine| async move {
         write(&engine, 1, 4).await;

@@ -168,15 +168,16 @@ pub(crate) async fn ask(client: &Client, logs: &[LogId], known: &Chains, engine:
         let chain = awaited(client, log).await?;
         chains.push(chain.unwrap_or_else(|| Chain::first(log, engine)));
     }
+    // What was learned before the registry fell silent counts.
     let newer = runtime.timeout(NEWER_PATIENCE, async {
-        let mut chains = Vec::new();
         for log in old {
             chains.extend(asked(client, log).await?);
         }
-        Ok::<_, anyhow::Error>(chains)
+        Ok::<_, anyhow::Error>(())
     });
     match newer.await {
-        Some(Ok(newer)) => chains.extend(newer),
+        Some(Ok(())) => {}
+        Some(Err(error)) if !is_for_now(&error) => return Err(error),
         Some(Err(error)) => {
             runtime.note("node: starts with the chains that it knows");
             tracing::warn!(%error, "the registry does not say whether logs were begun anew");
@@ -223,5 +224,77 @@ pub(crate) async fn asked(client: &Client, log: LogId) -> Result<Option<Chain>> 
         }
         Err(error) if error.is_not_found() => Ok(None),
         Err(error) => Err(error).with_context(|| format!("ask the registry for the chain of {log}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clutch_log::LogletId;
+    use clutch_log_local::{LocalEngine, Options};
+    use clutch_runtime::simulated::{NodeId, World};
+
+    use super::*;
+
+    fn chain(log: LogId, parts: &[(u64, u64)]) -> Chain {
+        let segment = |(incarnation, base): &(u64, u64)| {
+            let parameters = format!("of {incarnation}");
+            Loglet { incarnation: *incarnation, base: *base, engine: "local".into(), parameters }.into()
+        };
+        let segments = parts.iter().map(segment).collect();
+        Chain::from_wire(log, &registry::Chain { segments }).expect("a good chain")
+    }
+
+    #[test]
+    fn golden_chains_and_every_flip() {
+        let all = [chain(LogId::REGISTRY, &[(1, 0)]), chain(LogId::shard(7), &[(1, 0), (2, 99), (5, 99)])];
+        let all: BTreeMap<LogId, Chain> = all.into_iter().map(|chain| (chain.log(), chain)).collect();
+        let bytes = encode(&all).expect("encodes");
+        assert_eq!(bytes, include_bytes!("../../docs/formats/golden/chains"));
+        assert_eq!(decode(&bytes), Some(all));
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode(&flipped), None, "bit {bit}");
+        }
+        for end in 0..bytes.len() {
+            assert_eq!(decode(&bytes[..end]), None, "{end} bytes");
+        }
+    }
+
+    #[test]
+    fn the_later_incarnation_is_kept() {
+        let world = World::new(1);
+        let disk = world.node(NodeId(0)).disk.clone();
+        let open = || Chains::open(disk.clone(), "chains".into());
+        let log = LogId::CDC;
+        let (one, three) = (chain(log, &[(1, 0)]), chain(log, &[(1, 0), (3, 20)]));
+        let known = open().expect("there is no file");
+        assert_eq!(known.get(log), None);
+        for (kept, expected) in [(&one, &one), (&three, &three), (&one, &three)] {
+            known.keep([kept.clone()]).expect("writes");
+            assert_eq!(known.get(log).as_ref(), Some(expected));
+            assert_eq!(open().expect("reads").get(log).as_ref(), Some(expected), "it is on the disk");
+        }
+        assert!(world.disk(NodeId(0)).corrupt(Path::new("chains"), 9, 1));
+        assert!(open().is_err());
+    }
+
+    #[test]
+    fn a_chain_that_is_older_than_the_log_opens_nothing() {
+        let world = World::new(1);
+        let runtime = world.node(NodeId(0));
+        let engine = LocalEngine::open(&runtime, "log".into(), Options::default()).expect("opens");
+        let done = world.run(NodeId(0), Duration::from_secs(10), async move {
+            engine.log(LogletId { log: LogId::CDC, incarnation: 3 }).await.expect("opens");
+            let engines = Engines::one("local", Arc::new(engine));
+            let refused =
+                |chain: Chain| refuse_older(&engines, &BTreeMap::from([(LogId::CDC, chain)])).is_err();
+            assert!(refused(Chain::first(LogId::CDC, "local")));
+            assert!(!refused(chain(LogId::CDC, &[(1, 0), (3, 4)])));
+            assert!(!refused(chain(LogId::CDC, &[(4, 0)])));
+        });
+        assert!(done.is_some());
     }
 }

@@ -69,7 +69,7 @@ impl Keeper {
     /// The first round before it returns, however long the registry is away, the others as a task.
     pub(crate) async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
         while let Err(error) = self.round().await {
-            if stopping.load(Ordering::Relaxed) || !chains::is_for_now(&error) {
+            if !chains::is_for_now(&error) {
                 return Err(error);
             }
             self.client.runtime().note("node: starts without the registry");

@@ -413,10 +413,11 @@ async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle, log: &dyn Log) ->
             return Ok(());
         }
         let seen = log.status();
-        if let (Some(tail), None) = (seen.sealed, seen.leader) {
+        let has_ended = seen.sealed.filter(|tail| status.applied_position >= tail.0);
+        if let Some(tail) = has_ended.filter(|_| seen.is_self || seen.leader.is_none()) {
             bail!(
                 "the log of {} was sealed at {tail}: it goes on in a later incarnation, of which this node has not heard. Start \
-                 it again when the registry can be reached",
+                 it again when the registry can be reached; if it stays so, the log was sealed and not begun anew",
                 status.name
             );
         }
@@ -516,6 +517,9 @@ impl Starter<'_> {
     fn prepare_registry(&self) -> Result<Applier<Registry>> {
         let Self { config, .. } = self;
         config.chains.keep([Chain::first(LogId::REGISTRY, &config.engine)])?;
+        // Before the state is compared with a life of the log that may be over.
+        let chain = self.chain(LogId::REGISTRY);
+        chains::refuse_older(&config.engines, &BTreeMap::from([(LogId::REGISTRY, chain)]))?;
         let registry = self.prepare::<Registry>(LogId::REGISTRY)?;
         let begun = self.chain(LogId::REGISTRY).incarnation();
         config.chains.keep(chain_in(&registry, LogId::REGISTRY)?)?;

@@ -94,7 +94,7 @@ impl Placer {
     /// What is led now before it returns, however long the registry is away, the others as a task.
     pub(crate) async fn run(mut self, stopping: Arc<AtomicBool>) -> Result<()> {
         while let Err(error) = self.place().await {
-            if stopping.load(Ordering::Relaxed) || !chains::is_for_now(&error) {
+            if !chains::is_for_now(&error) {
                 return Err(error);
             }
             tracing::warn!(%error, "waits for the registry to hear what this node leads");
@@ -154,7 +154,7 @@ impl Placer {
             }
         };
         let what = || format!("place {}", log_name(log));
-        let is_newest = self.tell_chain(log).await.with_context(what)?;
+        let is_newest = self.tell_chain(log, Epoch(epoch).incarnation()).await.with_context(what)?;
         match op {
             Some(op) if is_newest => self.tell(op).await.with_context(what),
             _ => Ok(()),
@@ -175,20 +175,17 @@ impl Placer {
 
     /// Tells the registry what keeps a log, as far as it does not know. False when the log was begun anew since this node
     /// opened it: what is led here is over, and nobody is to come here for it.
-    async fn tell_chain(&self, log: LogId) -> Result<bool> {
+    async fn tell_chain(&self, log: LogId, led: u32) -> Result<bool> {
         let chains = &self.placing.chains;
         let own = chains.get(log).context("what is led was opened by a chain")?;
         loop {
             let known = chains::asked(&self.client, log).await?;
             let newest = known.as_ref().map_or(0, Chain::incarnation);
-            if let Some(known) =
-                known.filter(|_| newest > own.incarnation() && !mutants::is(Mutant::LaterLifeIgnored))
-            {
+            if let Some(known) = known.filter(|_| newest > led && !mutants::is(Mutant::LaterLifeIgnored)) {
                 self.client.runtime().note("node: a log was begun anew elsewhere");
                 tracing::error!(
                     %log,
-                    "incarnation {newest} of the log has begun, and this node leads {}: it gives that up; start it again",
-                    own.incarnation()
+                    "incarnation {newest} of the log has begun, and this node leads {led}: it gives that up; start it again"
                 );
                 self.placing.routes.resign(log);
                 let chains = chains.clone();

@@ -18,7 +18,7 @@ use clutch_runtime::{Lane, simulated::NodeId};
 use prost::Message as _;
 
 use crate::{
-    sim_cluster::{CLIENT, ClusterConfig, Engine, REGISTRY, SimCluster, endpoint},
+    sim_cluster::{CLIENT, ClusterConfig, REGISTRY, SimCluster, endpoint},
     workload::attributes,
 };
 
@@ -28,17 +28,7 @@ const SHARD: LogId = LogId { role: 3, number: 0 };
 const PER_PART: u32 = 6;
 
 fn cluster(seed: u64, replicas: u32) -> Result<SimCluster, String> {
-    let config = ClusterConfig {
-        shards: 1,
-        disks: 3,
-        data_blocks: 1,
-        parity_blocks: 1,
-        engine: Engine::Sim,
-        flush_permille: 300,
-        page: 0,
-        collide: false,
-        replicas,
-    };
+    let config = ClusterConfig { flush_permille: 300, replicas, ..ClusterConfig::of(1, 3, (1, 1)) };
     SimCluster::start_with(seed, config).ok_or_else(|| "the cluster does not come up".into())
 }
 
@@ -48,11 +38,6 @@ fn run<T: Send + 'static>(
 ) -> Result<T, String> {
     let ended = cluster.world.run(CLIENT, Duration::from_secs(300), part);
     ended.ok_or("it does not come to an end")?.map_err(|e| e.to_string())
-}
-
-fn pause(cluster: &SimCluster, lasting: Duration) {
-    let until = cluster.world.elapsed() + lasting;
-    while cluster.world.step_until(until) {}
 }
 
 /// Directories and a file whose names begin with the part's.
@@ -145,7 +130,7 @@ fn led_in(cluster: &SimCluster, client: &Client, incarnation: u32) -> Result<(),
         if Epoch(placed(cluster, client)?.epoch).incarnation() == incarnation {
             return Ok(());
         }
-        pause(cluster, Duration::from_millis(100));
+        cluster.pause(Duration::from_millis(100));
     }
     Err(format!("the map does not name incarnation {incarnation}"))
 }
@@ -182,7 +167,7 @@ fn goes_on(seed: u64, replicas: u32) -> Result<(), String> {
     cluster.boot(node);
     missing(&cluster, &client, &["first", "second", "third"])?;
     // What the member has that lost its own, if the others served until now.
-    pause(&cluster, Duration::from_secs(5));
+    cluster.pause(Duration::from_secs(5));
     missing(&cluster, &client, &["first", "second", "third"])?;
     let batches = cluster.recording.batches(SHARD);
     let lives: std::collections::BTreeSet<u32> = batches.values().map(|b| b.epoch.incarnation()).collect();
@@ -218,9 +203,9 @@ fn gives_up(seed: u64) -> Result<(), String> {
         cluster.world.set_blocked(from, to, true);
     }
     cluster.restart(node);
-    pause(&cluster, Duration::from_secs(4));
+    cluster.pause(Duration::from_secs(4));
     // It serves those who have not heard of another life, however long the registry is away.
-    pause(&cluster, Duration::from_secs(40));
+    cluster.pause(Duration::from_secs(40));
     let looks = client.clone();
     run(&cluster, async move { looks.lookup(InodeId::ROOT, &Bytes::from_static(b"first0")).await })?;
     for (believed, is_refused) in [(0, false), (1, false), (2, true)] {
@@ -235,12 +220,12 @@ fn gives_up(seed: u64) -> Result<(), String> {
         if waited > Duration::from_secs(60) {
             return Err("the node goes on with what is over".into());
         }
-        pause(&cluster, Duration::from_millis(500));
+        cluster.pause(Duration::from_millis(500));
         waited += Duration::from_millis(500);
     }
     // It has applied what was written to the life that was given up: its state is of no use to the next.
     cluster.restart(node);
-    pause(&cluster, Duration::from_secs(5));
+    cluster.pause(Duration::from_secs(5));
     if cluster.take_failed() != [node] {
         return Err("a state with what does not count is used".into());
     }

@@ -13,7 +13,7 @@ use clutch_proto::{
 use clutch_runtime::{Endpoint, simulated::NodeId};
 
 use crate::{
-    sim_cluster::{CLIENT, ClusterConfig, Engine, SimCluster, endpoint},
+    sim_cluster::{CLIENT, ClusterConfig, SimCluster, endpoint},
     workload::attributes,
 };
 
@@ -21,17 +21,7 @@ use crate::{
 const COMPARED_AFTER: Duration = Duration::from_secs(40);
 
 fn cluster(seed: u64) -> Result<SimCluster, String> {
-    let config = ClusterConfig {
-        shards: 1,
-        disks: 3,
-        data_blocks: 1,
-        parity_blocks: 1,
-        engine: Engine::Sim,
-        flush_permille: 0,
-        page: 0,
-        collide: false,
-        replicas: 3,
-    };
+    let config = ClusterConfig { replicas: 3, ..ClusterConfig::of(1, 3, (1, 1)) };
     SimCluster::start_with(seed, config).ok_or_else(|| "the cluster does not come up".into())
 }
 

@@ -8,7 +8,7 @@ use clutch_client::{Client, ClientError};
 use clutch_proto::InodeId;
 
 use crate::{
-    sim_cluster::{CLIENT, ClusterConfig, Engine, SimCluster, disk_node},
+    sim_cluster::{CLIENT, ClusterConfig, SimCluster, disk_node},
     workload::attributes,
 };
 
@@ -22,17 +22,7 @@ const FOR_GOOD: Duration = Duration::from_secs(100_000);
 const KINDS: [&str; 3] = ["looking up", "reading", "writing"];
 
 fn cluster() -> Result<SimCluster, String> {
-    let config = ClusterConfig {
-        shards: 2,
-        disks: DISKS,
-        data_blocks: 2,
-        parity_blocks: 2,
-        engine: Engine::Sim,
-        flush_permille: 0,
-        page: 0,
-        collide: false,
-        replicas: 1,
-    };
+    let config = ClusterConfig::of(2, DISKS, (2, 2));
     SimCluster::start_with(5, config).ok_or_else(|| "the cluster does not come up".into())
 }
 

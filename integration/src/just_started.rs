@@ -8,7 +8,7 @@ use clutch_client::{Client, ClientError};
 use clutch_proto::InodeId;
 
 use crate::{
-    sim_cluster::{CLIENT, ClusterConfig, Engine, REGISTRY, SimCluster, shard_node},
+    sim_cluster::{CLIENT, ClusterConfig, REGISTRY, SimCluster, shard_node},
     workload::attributes,
 };
 
@@ -36,17 +36,7 @@ async fn read(client: &Client) -> Result<usize, ClientError> {
 }
 
 fn check(seed: u64) -> Result<(), String> {
-    let config = ClusterConfig {
-        shards: 1,
-        disks: 3,
-        data_blocks: 2,
-        parity_blocks: 1,
-        engine: Engine::Sim,
-        flush_permille: 1000,
-        page: 0,
-        collide: false,
-        replicas: 1,
-    };
+    let config = ClusterConfig { flush_permille: 1000, ..ClusterConfig::of(1, 3, (2, 1)) };
     let cluster = SimCluster::start_with(seed, config).ok_or("the cluster does not come up")?;
     let client = cluster.client();
     let (writes, reads) = (client.clone(), client);
@@ -56,12 +46,11 @@ fn check(seed: u64) -> Result<(), String> {
         cluster.world.set_blocked(from, to, true);
     }
     cluster.restart(shard);
-    let back = cluster.world.elapsed() + AWAY;
     let (tell, told) = tokio::sync::oneshot::channel();
     cluster.world.node(CLIENT).spawn("reads", async move {
         tell.send(read(&reads).await).ok();
     });
-    while cluster.world.step_until(back) {}
+    cluster.pause(AWAY);
     cluster.world.heal_network();
     match cluster.run(told) {
         Ok(Ok(FILE_BYTES)) => Ok(()),

@@ -5,37 +5,22 @@ use std::time::Duration;
 
 use clutch_log::LogId;
 
-use crate::sim_cluster::{ClusterConfig, Engine, REGISTRY, SimCluster, endpoint};
+use crate::sim_cluster::{ClusterConfig, REGISTRY, SimCluster, endpoint};
 
 const SHARD: LogId = LogId { role: 3, number: 0 };
 
-fn pause(cluster: &SimCluster, lasting: Duration) {
-    let until = cluster.world.elapsed() + lasting;
-    while cluster.world.step_until(until) {}
-}
-
 /// Holds back what the node says that long after it starts; true when the registry names the newer leader in the end.
 fn check(seed: u64, after: Duration) -> Result<(), String> {
-    let config = ClusterConfig {
-        shards: 1,
-        disks: 2,
-        data_blocks: 1,
-        parity_blocks: 1,
-        engine: Engine::Sim,
-        flush_permille: 0,
-        page: 0,
-        collide: false,
-        replicas: 1,
-    };
+    let config = ClusterConfig::of(1, 2, (1, 1));
     let cluster = SimCluster::start_with(seed, config).ok_or("the cluster does not come up")?;
     let older = cluster.home(SHARD).ok_or("nobody keeps the shard")?;
     cluster.restart(older);
-    pause(&cluster, after);
+    cluster.pause(after);
     cluster.world.set_clogged(older, REGISTRY, true);
     let (_, newer) = cluster.move_log(SHARD).ok_or("it does not move")?;
-    pause(&cluster, Duration::from_secs(3));
+    cluster.pause(Duration::from_secs(3));
     cluster.world.set_clogged(older, REGISTRY, false);
-    pause(&cluster, Duration::from_secs(3));
+    cluster.pause(Duration::from_secs(3));
     let client = cluster.client();
     let map = cluster.run(async move { client.refresh_map().await }).map_err(|e| e.to_string())?;
     let named = map.shards.first().map(|shard| shard.address.clone()).unwrap_or_default();

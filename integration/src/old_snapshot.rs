@@ -8,17 +8,12 @@ use clutch_log::LogId;
 use clutch_proto::InodeId;
 
 use crate::{
-    sim_cluster::{ClusterConfig, Engine, SimCluster},
+    sim_cluster::{ClusterConfig, SimCluster},
     workload::attributes,
 };
 
 const SHARD: LogId = LogId { role: 3, number: 0 };
 const PER_PART: u32 = 12;
-
-fn pause(cluster: &SimCluster, lasting: Duration) {
-    let until = cluster.world.elapsed() + lasting;
-    while cluster.world.step_until(until) {}
-}
 
 fn work(cluster: &SimCluster, client: &Client, part: &'static str) -> Result<(), String> {
     let client = client.clone();
@@ -32,32 +27,22 @@ fn work(cluster: &SimCluster, client: &Client, part: &'static str) -> Result<(),
 }
 
 fn check(seed: u64) -> Result<(), String> {
-    let config = ClusterConfig {
-        shards: 1,
-        disks: 2,
-        data_blocks: 1,
-        parity_blocks: 1,
-        engine: Engine::Sim,
-        flush_permille: 1000,
-        page: 0,
-        collide: false,
-        replicas: 3,
-    };
+    let config = ClusterConfig { flush_permille: 1000, replicas: 3, ..ClusterConfig::of(1, 2, (1, 1)) };
     let cluster = SimCluster::start_with(seed, config).ok_or("the cluster does not come up")?;
     let client = cluster.client();
     let [first, second, third] = cluster.members(SHARD)[..] else { return Err("not three members".into()) };
     work(&cluster, &client, "first")?;
     // The second and the third; then the third and the first: the second has what is too old.
     cluster.trim(SHARD, second);
-    pause(&cluster, Duration::from_secs(5));
+    cluster.pause(Duration::from_secs(5));
     work(&cluster, &client, "second")?;
     cluster.trim(SHARD, third);
-    pause(&cluster, Duration::from_secs(5));
+    cluster.pause(Duration::from_secs(5));
     work(&cluster, &client, "third")?;
     cluster.world.crash(first);
     cluster.lose_states(first);
     cluster.boot(first);
-    pause(&cluster, Duration::from_secs(20));
+    cluster.pause(Duration::from_secs(20));
     work(&cluster, &client, "fourth")?;
     match cluster.recording.violations() {
         violations if violations.is_empty() => Ok(()),

@@ -115,6 +115,21 @@ pub struct ClusterConfig {
 }
 
 impl ClusterConfig {
+    /// One with simulated logs of one member each, whose stores flush by themselves only; spans of so many data and parity blocks.
+    pub fn of(shards: u32, disks: u32, (data_blocks, parity_blocks): (u32, u32)) -> ClusterConfig {
+        ClusterConfig {
+            shards,
+            disks,
+            data_blocks,
+            parity_blocks,
+            engine: Engine::Sim,
+            flush_permille: 0,
+            page: 0,
+            collide: false,
+            replicas: 1,
+        }
+    }
+
     /// How much the answers of shards hold.
     pub fn pages(&self) -> Pages {
         match self.page {
@@ -246,17 +261,7 @@ impl SimCluster {
     /// # Panics
     /// When the cluster does not come up within a minute of virtual time.
     pub fn start(seed: u64, shards: u32, disks: u32) -> SimCluster {
-        let config = ClusterConfig {
-            shards,
-            disks,
-            data_blocks: 2,
-            parity_blocks: 1,
-            engine: Engine::Sim,
-            flush_permille: 0,
-            page: 0,
-            collide: false,
-            replicas: 1,
-        };
+        let config = ClusterConfig::of(shards, disks, (2, 1));
         SimCluster::start_with(seed, config).expect("the cluster comes up")
     }
 
@@ -540,6 +545,12 @@ impl SimCluster {
         let old = self.homes.lock().insert(log, vec![new])?;
         self.boot(new);
         Some((*old.first()?, new))
+    }
+
+    /// Lets so much time pass.
+    pub fn pause(&self, lasting: Duration) {
+        let until = self.world.elapsed() + lasting;
+        while self.world.step_until(until) {}
     }
 
     /// A client on its own node.

@@ -10,7 +10,7 @@ use clutch_runtime::simulated::NodeId;
 use tokio::sync::oneshot;
 
 use crate::{
-    sim_cluster::{CLIENT, ClusterConfig, Engine, SimCluster},
+    sim_cluster::{CLIENT, ClusterConfig, SimCluster},
     workload::attributes,
 };
 
@@ -31,17 +31,7 @@ async fn draft(client: &Client, of: InodeId, byte: u8) -> Result<Draft, ClientEr
 
 /// Reads a file whose content is replaced when so many spans of it were handed out.
 fn read(page: u32, spans_before: usize) -> Result<(), String> {
-    let config = ClusterConfig {
-        shards: 2,
-        disks: 4,
-        data_blocks: 2,
-        parity_blocks: 1,
-        engine: Engine::Sim,
-        flush_permille: 0,
-        page,
-        collide: false,
-        replicas: 1,
-    };
+    let config = ClusterConfig { page, ..ClusterConfig::of(2, 4, (2, 1)) };
     let cluster = Arc::new(SimCluster::start_with(5, config).ok_or("the cluster does not come up")?);
     let (reader, other) = (cluster.client(), cluster.client_on(OTHER, None));
     let (stands_still, waits) = oneshot::channel();

@@ -263,6 +263,7 @@ fn the_table_of_damage_is_what_happens() {
     let things = [
         thing("`cluster.json`", Path::new("cluster.json"), None),
         thing("`clock`", Path::new("clock"), None),
+        thing("`chains`", Path::new("chains"), None),
         thing("`reserve`", Path::new("reserve"), None),
         thing("`keys/cluster.key`", Path::new("keys/cluster.key"), None),
         thing("`keys/SERVICE.key`", &Path::new("keys").join(&key[0]), Some(Path::new("keys").join(&key[1]))),

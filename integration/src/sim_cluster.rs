@@ -170,8 +170,9 @@ fn open_local(runtime: &Runtime, recording: &Recording, node: NodeId) -> Option<
 }
 
 /// What a node knows of its logs' chains; `None` when its disk does not say.
-fn open_chains(runtime: &Runtime, Seen { recording, node, .. }: &Seen) -> Option<Arc<Chains>> {
-    let opened = Chains::open(runtime.disk.clone(), "chains".into());
+fn open_chains(runtime: &Runtime, cluster: u64, seen: &Seen) -> Option<Arc<Chains>> {
+    let Seen { recording, node, .. } = seen;
+    let opened = Chains::open(runtime.disk.clone(), "chains".into(), cluster);
     // The disk may not answer; what was written and does not fit is a loss.
     if let Err(error) = &opened
         && error.downcast_ref::<std::io::Error>().is_none()
@@ -401,7 +402,7 @@ impl SimCluster {
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
         let (registries, peers, homes) = (self.registries(), self.peers(), self.homes.clone());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
-        let pages = self.config.pages();
+        let (pages, id) = (self.config.pages(), self.cluster_id());
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
@@ -417,7 +418,7 @@ impl SimCluster {
                     ("sim", Arc::new(SimEngine { logs, runtime, node, keepers }))
                 }
             };
-            let Some(chains) = open_chains(&runtime, &seen) else { return failed.lock().push(node) };
+            let Some(chains) = open_chains(&runtime, id, &seen) else { return failed.lock().push(node) };
             let config = NodeConfig {
                 listen: endpoint(node),
                 advertise: None,

@@ -3,12 +3,12 @@
 //! The registry's own log has its chain in itself; the file says where to begin to read it. Whoever knows a later incarnation is
 //! right. A node that holds records of a later one than anybody tells it of opens nothing: it would write to what is over.
 //!
-//! File `chains`, one JSON object and its checksum: `{"logs":[{"role":3,"number":0,"loglets":[{"incarnation":1,"base":0,
+//! File `chains`, one JSON object and its checksum: `{"cluster":"16 hex digits","logs":[{"role":3,"number":0,"loglets":[{"incarnation":1,"base":0,
 //! "engine":"local","parameters":""}]}]}`, a line feed, CRC-32 of the line before as 8 hex digits, a line feed.
 
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
 use clutch_client::{Client, ClientError};
 use clutch_log::{Chain, Engines, LogId};
 use clutch_proto::registry::{self, GetChain, registry_request::Op};
@@ -26,9 +26,10 @@ const AGAIN: Duration = Duration::from_millis(200);
 /// How often it is said that the registry is waited for.
 const SAY_AGAIN: Duration = Duration::from_secs(5);
 
-#[derive(Serialize, Deserialize, Default)]
+#[derive(Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct File {
+    cluster: String,
     logs: Vec<Row>,
 }
 
@@ -49,18 +50,19 @@ struct Loglet {
     parameters: String,
 }
 
-fn encode(chains: &BTreeMap<LogId, Chain>) -> Result<Vec<u8>> {
+fn encode(cluster: u64, chains: &BTreeMap<LogId, Chain>) -> Result<Vec<u8>> {
     let row = |(log, chain): (&LogId, &Chain)| Row {
         role: log.role,
         number: log.number,
         loglets: chain.to_wire().segments.into_iter().map(Loglet::from).collect(),
     };
-    let line = serde_json::to_string(&File { logs: chains.iter().map(row).collect() })? + "\n";
+    let file = File { cluster: format!("{cluster:016x}"), logs: chains.iter().map(row).collect() };
+    let line = serde_json::to_string(&file)? + "\n";
     Ok(format!("{line}{:08x}\n", crc32fast::hash(line.as_bytes())).into_bytes())
 }
 
-/// `None` when the bytes are no such file, or chains that cannot be right.
-fn decode(bytes: &[u8]) -> Option<BTreeMap<LogId, Chain>> {
+/// The cluster and its chains; `None` when the bytes are no such file, or chains that cannot be right.
+fn decode(bytes: &[u8]) -> Option<(u64, BTreeMap<LogId, Chain>)> {
     let text = std::str::from_utf8(bytes).ok()?;
     let (line, crc) = text.split_at(text.find('\n')? + 1);
     if crc != format!("{:08x}\n", crc32fast::hash(line.as_bytes())) {
@@ -72,7 +74,8 @@ fn decode(bytes: &[u8]) -> Option<BTreeMap<LogId, Chain>> {
         let segments = row.loglets.into_iter().map(registry::Segment::from).collect();
         Some((log, Chain::from_wire(log, &registry::Chain { segments }).ok()?))
     };
-    file.logs.into_iter().map(chain).collect()
+    let cluster = u64::from_str_radix(&file.cluster, 16).ok()?;
+    Some((cluster, file.logs.into_iter().map(chain).collect::<Option<_>>()?))
 }
 
 impl From<registry::Segment> for Loglet {
@@ -93,6 +96,7 @@ impl From<Loglet> for registry::Segment {
 pub struct Chains {
     disk: Arc<dyn Disk>,
     path: PathBuf,
+    cluster: u64,
     known: Mutex<BTreeMap<LogId, Chain>>,
 }
 
@@ -100,21 +104,26 @@ impl Chains {
     /// Those of a file; none where there is no file yet. Blocks on the disk.
     ///
     /// # Errors
-    /// When the file cannot be read, or is damaged.
-    pub fn open(disk: Arc<dyn Disk>, path: PathBuf) -> Result<Chains> {
+    /// When the file cannot be read, is damaged, or is another cluster's.
+    pub fn open(disk: Arc<dyn Disk>, path: PathBuf, cluster: u64) -> Result<Chains> {
         let mut known = BTreeMap::new();
         if disk.exists(&path) {
             let bytes = disk.read(&path).with_context(|| format!("read {}", path.display()))?;
-            let read = decode(&bytes).with_context(|| {
+            let (found, read) = decode(&bytes).with_context(|| {
                 format!(
                     "{} is damaged; restore it from a copy, or remove it: the registry is asked again, and a log that it does \
                      not know to have been begun anew is refused",
                     path.display()
                 )
             })?;
+            ensure!(
+                found == cluster,
+                "{} is of cluster {found:016x}, not of {cluster:016x}; put back the one that was here",
+                path.display()
+            );
             known = read;
         }
-        Ok(Chains { disk, path, known: Mutex::new(known) })
+        Ok(Chains { disk, path, cluster, known: Mutex::new(known) })
     }
 
     /// The chain of a log, if it is known.
@@ -133,7 +142,8 @@ impl Chains {
             }
         }
         if all != *known {
-            let written = encode(&all).and_then(|bytes| Ok(self.disk.replace(&self.path, &bytes)?));
+            let written =
+                encode(self.cluster, &all).and_then(|bytes| Ok(self.disk.replace(&self.path, &bytes)?));
             written.with_context(|| format!("write {}", self.path.display()))?;
             *known = all;
         }
@@ -250,9 +260,9 @@ mod tests {
     fn golden_chains_and_every_flip() {
         let all = [chain(LogId::REGISTRY, &[(1, 0)]), chain(LogId::shard(7), &[(1, 0), (2, 99), (5, 99)])];
         let all: BTreeMap<LogId, Chain> = all.into_iter().map(|chain| (chain.log(), chain)).collect();
-        let bytes = encode(&all).expect("encodes");
+        let bytes = encode(0x0102_0304_0506_0708, &all).expect("encodes");
         assert_eq!(bytes, include_bytes!("../../docs/formats/golden/chains"));
-        assert_eq!(decode(&bytes), Some(all));
+        assert_eq!(decode(&bytes), Some((0x0102_0304_0506_0708, all)));
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
@@ -267,7 +277,7 @@ mod tests {
     fn the_later_incarnation_is_kept() {
         let world = World::new(1);
         let disk = world.node(NodeId(0)).disk.clone();
-        let open = || Chains::open(disk.clone(), "chains".into());
+        let open = || Chains::open(disk.clone(), "chains".into(), 7);
         let log = LogId::CDC;
         let (one, three) = (chain(log, &[(1, 0)]), chain(log, &[(1, 0), (3, 20)]));
         let known = open().expect("there is no file");
@@ -277,6 +287,7 @@ mod tests {
             assert_eq!(known.get(log).as_ref(), Some(expected));
             assert_eq!(open().expect("reads").get(log).as_ref(), Some(expected), "it is on the disk");
         }
+        assert!(Chains::open(disk.clone(), "chains".into(), 8).is_err(), "it is another cluster's");
         assert!(world.disk(NodeId(0)).corrupt(Path::new("chains"), 9, 1));
         assert!(open().is_err());
     }

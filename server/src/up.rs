@@ -214,7 +214,8 @@ impl Up {
             let log = config.dir.join("log");
             format!("the log in {} cannot be opened; restore what is named here from a copy", log.display())
         })?;
-        let chains = Arc::new(Chains::open(seam.disk.clone(), config.dir.join(chains::FILE))?);
+        let chains =
+            Arc::new(Chains::open(seam.disk.clone(), config.dir.join(chains::FILE), cluster.cluster_id()?)?);
         let replicas = cluster.shards as usize + 2;
         let files = database_files();
         let rocks = Arc::new(RocksStores::new(config.dir.join("state"), replicas, files));

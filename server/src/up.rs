@@ -182,11 +182,8 @@ impl Up {
         let services = cluster.service_ids()?;
         let system_key = keys::system_key(&runtime, &config.dir.join("keys"))?;
         let keyring = keys::load_or_create(&runtime, &config.dir.join("keys"), &services)?;
-        let disks: Vec<(u64, PathBuf)> = services
-            .iter()
-            .enumerate()
-            .map(|(n, id)| (*id, config.dir.join("blocks").join(n.to_string())))
-            .collect();
+        let disk = |(n, id): (usize, &u64)| (*id, config.dir.join("blocks").join(n.to_string()));
+        let disks: Vec<(u64, PathBuf)> = services.iter().enumerate().map(disk).collect();
         let roles =
             Roles { registry: true, cdc: true, shards: (0..cluster.shards).collect(), disks: disks.clone() };
         let seam = runtime.clone();

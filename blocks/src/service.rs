@@ -165,6 +165,10 @@ impl BlockService {
         self.reads.run(0, move || store.space()).await.map_err(io::Error::other)?
     }
 
+    /// Says what a certificate grants, if it grants this now.
+    ///
+    /// A service that has just started may not know what time it is: nothing is written or erased then, since a grant of an hour ago
+    /// would look like one of today, and its block may be proven erased. What is read is there or not.
     fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
         let admitted = Claims::verify(certificate, &self.keys).and_then(|claims| {
             // Whoever has the key signs by the cluster's time, so it is at least that late; within the bounds of clocks.
@@ -172,9 +176,17 @@ impl BlockService {
             if !self.clock.is_set() || claims.time <= bound {
                 self.clock.hear_signed(claims.time);
             }
-            let now = match mutants::is(Mutant::GrantByWallClock) {
-                true => self.runtime.clock.now(),
-                false => self.clock.now(),
+            let is_change = matches!(operation, Operation::Write | Operation::Erase);
+            let now = match (mutants::is(Mutant::GrantByWallClock), self.clock.is_set()) {
+                (true, _) => self.runtime.clock.now(),
+                (false, true) => self.clock.now(),
+                (false, false) if is_change => {
+                    self.runtime.note("blocks: a change before the time is known");
+                    let text =
+                        "the service has just started and asks the registry what time it is; try again";
+                    return Err(Refusal::new(Code::NotReady, text));
+                }
+                (false, false) => claims.time,
             };
             let check = |now| {
                 claims.check_grant(operation, self.cluster, self.store.service(), now, self.skew_ms_max)

@@ -28,6 +28,7 @@ use crate::{
 /// States that what runs takes note of.
 const NOTED: &[&str] = &[
     "blocks: a certificate is refused",
+    "blocks: a change before the time is known",
     "blocks: an expired certificate",
     "cdc driver: a step is dropped with the reign",
     "cdc driver: a step waits for its shard",
@@ -36,6 +37,7 @@ const NOTED: &[&str] = &[
     "client: declined, which no log holds",
     "client: a refusal after an unknown attempt stays unknown",
     "client: an answer after an unknown attempt",
+    "client: expired, and a copy may be forgotten",
     "client: nobody listens",
     "client: patience ended",
     "client: refused for good",

@@ -14,6 +14,7 @@ pub mod history;
 pub mod hot_paths;
 pub mod just_started;
 pub mod late_placement;
+pub mod late_write;
 pub mod led_ahead;
 pub mod names;
 pub mod old_snapshot;

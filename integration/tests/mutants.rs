@@ -4,7 +4,7 @@
 use clutch_integration::{
     batches, begun_anew, diverged,
     generate::{Profile, generate_replicated},
-    hanging, just_started, late_placement, led_ahead, names, old_snapshot,
+    hanging, just_started, late_placement, late_write, led_ahead, names, old_snapshot,
     run::run,
     slow_reader, steps,
 };
@@ -20,6 +20,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "names" => names::paths(),
         "hanging" => hanging::all(),
         "slow reader" => slow_reader::all(),
+        "late write" => late_write::all(),
         "led ahead" => led_ahead::all(),
         "diverged" => diverged::all(),
         "just started" => just_started::all(),
@@ -39,7 +40,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
     if let [
         checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"
-        | "just started" | "begun anew" | "late placement" | "old snapshot"),
+        | "just started" | "begun anew" | "late placement" | "late write" | "old snapshot"),
     ] = checkers
     {
         return find_apart(mutant, checker);

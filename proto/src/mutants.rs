@@ -79,6 +79,10 @@ pub enum Mutant {
     TagFromWallClock,
     /// A block service looks at its own clock when it checks a certificate.
     GrantByWallClock,
+    /// A request that is called too old is tagged anew however long ago it was sent first. A real bug once.
+    RenewedHoweverLate,
+    /// Who does not know the time takes it from what was signed, however long ago. A real bug once.
+    SignedLongAgoBelieved,
     /// A clock that jumps ahead is believed at once.
     JumpBelieved,
     /// What a new process finds behind the mark is not written once more.
@@ -189,6 +193,8 @@ pub enum Mutant {
     EarlierNotCut,
     /// Who leads a life of a log that is over goes on when it hears of the next.
     LaterLifeIgnored,
+    /// What the registry knows of disks is logged into a life of a log before it was asked whether that is over.
+    LoggedBeforeAsked,
     /// A node answers those who believe in another life of its log.
     AnyLifeServed,
     /// A replica calls durable whatever it has applied, when it says what its log may forget.
@@ -203,7 +209,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 96] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 99] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -241,6 +247,7 @@ impl Mutant {
         (Mutant::EmptyDiskUsed, &["data"]),
         (Mutant::TagFromWallClock, &["clock"]),
         (Mutant::GrantByWallClock, &["clock"]),
+        (Mutant::SignedLongAgoBelieved, &["late write"]),
         (Mutant::JumpBelieved, &["clock"]),
         (Mutant::TailNotWrittenAgain, &["log", "convergence", "outcomes", "state hash"]),
         (Mutant::SettledUnsynced, &["steps"]),
@@ -300,9 +307,11 @@ impl Mutant {
         (Mutant::FloorsOfApplied, &["replicas", "log"]),
         (Mutant::OldListLogged, &["replicas", "registry"]),
         (Mutant::LaterLifeIgnored, &["begun anew"]),
+        (Mutant::LoggedBeforeAsked, &["begun anew"]),
         (Mutant::AnyLifeServed, &["begun anew"]),
         (Mutant::EarlierNotCut, &["units", "tests::planted_bugs_are_found"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
+        (Mutant::RenewedHoweverLate, &["units", "verdict::tests::planted_bugs_are_found"]),
     ];
 }
 

@@ -200,9 +200,13 @@ impl HybridClock {
         Ok(())
     }
 
-    /// Takes over a time at which something was signed by who knows the cluster's time. It may be long ago.
+    /// Takes over a time at which something was signed by who knows the cluster's time. It may be long ago, so it sets no clock
+    /// that nobody has set: only what is said now does.
     pub fn hear_signed(&self, time: Time) {
-        self.raise(time);
+        match self.is_set() || mutants::is(Mutant::SignedLongAgoBelieved) {
+            true => self.raise(time),
+            false => self.advance(time),
+        }
     }
 
     fn raise(&self, time: Time) {
@@ -465,6 +469,9 @@ mod tests {
     fn who_follows_others_does_not_look_at_the_wall() {
         let hands = Arc::new(Hands(Mutex::new((100 * DAY_MS, 5))));
         let clock = HybridClock::following(hands.clone());
+        assert!(!clock.is_set());
+        // What was signed may have been signed long ago.
+        clock.hear_signed(Time(69 * DAY_MS * 1_000_000));
         assert!(!clock.is_set());
         clock.hear(Time(70 * DAY_MS * 1_000_000));
         assert_eq!(ms(clock.now()), 70 * DAY_MS);

@@ -643,10 +643,12 @@ impl Client {
         let mut asked = Asked::new(tag.is_some());
         let mut tag = tag.copied();
         let (mut hints, mut failed) = (0, Vec::new());
+        let mut first_sent = None;
         loop {
             let target = Box::pin(self.target(service)).await.map(|target| self.reader(target, how));
             let heard = match &target {
                 Ok(target) => {
+                    first_sent.get_or_insert_with(|| clock.steady());
                     let body = Body::Encoded(body.clone());
                     let heard = self.attempt(target, Lane::Metadata, tag, body, how).await;
                     // Only these clients look at it.
@@ -669,7 +671,9 @@ impl Client {
             };
             let (was_sent, is_logged) = (target.is_ok(), heard.at.position != 0);
             let has_others = target.as_ref().is_ok_and(|target| target.members.len() > 1);
-            let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged, has_others });
+            let since_first = first_sent.map_or(Duration::ZERO, |sent| clock.steady().saturating_sub(sent));
+            let verdict =
+                asked.failed(Attempt { error: &error, was_sent, is_logged, has_others, since_first });
             if let Some(note) = verdict.note {
                 self.inner.runtime.note(note);
             }

@@ -3,8 +3,11 @@
 //! Invariants: what may have been done is never called refused or unreachable, unless the log says what became of it; a
 //! request that was never sent is never unknown.
 
+use std::time::Duration;
+
 use clutch_proto::{
     mutants::{self, Mutant},
+    rules::v1::CLIENT_IDLE_LIFETIME_MS,
     types::Code,
 };
 
@@ -12,6 +15,9 @@ use crate::error::ClientError;
 
 /// How often one request is tagged anew, each time because it was held up for longer than the cluster remembers clients.
 const RENEWALS_MAX: u32 = 8;
+/// What a copy of a message has done may be forgotten when the message was sent longer ago than this: then no tag is drawn anew for
+/// what it asked for. Half of the time for which it is remembered, since clocks differ.
+const COPIES_KNOWN: Duration = Duration::from_millis(CLIENT_IDLE_LIFETIME_MS / 2);
 
 /// A request on its way.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -34,6 +40,8 @@ pub(crate) struct Attempt<'a> {
     pub(crate) is_logged: bool,
     /// Whether others may answer instead of who was asked.
     pub(crate) has_others: bool,
+    /// How long ago the first attempt was sent, by a clock that also counts while the machine sleeps.
+    pub(crate) since_first: Duration,
 }
 
 /// What to do.
@@ -59,18 +67,21 @@ impl Asked {
         let end = Verdict { again: false, renew: false, look_again: false, note: None };
         match attempt.error {
             // Nothing was sent before that could have had an effect, so this had none: the tag's time was too old when it was
-            // drawn, and now the cluster's time is known.
+            // drawn, and now the cluster's time is known. A network may have carried a copy of what was refused, which came when it
+            // was not refused any more; it is recognised as long as what it did is remembered.
             ClientError::Refused(refusal)
                 if refusal.code == Code::ExpiredUnknown
                     && !self.maybe_done
                     && self.renewals < RENEWALS_MAX
+                    && (attempt.since_first <= COPIES_KNOWN || mutants::is(Mutant::RenewedHoweverLate))
                     && !mutants::is(Mutant::TagFromWallClock) =>
             {
                 self.renewals += 1;
                 Verdict { again: true, renew: true, note: Some("client: a tag is drawn again"), ..end }
             }
             ClientError::Refused(refusal) => {
-                let never_sent = refusal.code == Code::ExpiredUnknown && !self.maybe_done && self.is_tagged;
+                let has_expired = refusal.code == Code::ExpiredUnknown && !self.maybe_done && self.is_tagged;
+                let never_sent = has_expired && attempt.since_first <= COPIES_KNOWN;
                 self.maybe_done |= attempt.was_sent && refusal.may_have_effect();
                 let moved = matches!(
                     refusal.code,
@@ -83,6 +94,7 @@ impl Asked {
                 // A refusal that is in no log binds only its own attempt: an earlier one may be on its way still.
                 let is_open = self.maybe_done && self.is_tagged && !attempt.is_logged;
                 let note = match (never_sent, moved) {
+                    _ if has_expired && !never_sent => Some("client: expired, and a copy may be forgotten"),
                     (true, _) => Some("client: expired before it was ever sent"),
                     (_, true) => Some("client: was sent elsewhere"),
                     _ => None,
@@ -149,6 +161,12 @@ mod tests {
 
     fn nobody() -> ClientError {
         ClientError::Unreachable("nobody listens".into())
+    }
+
+    /// One that was sent just now, to who is the only one; its answer is in no log.
+    fn attempt(error: &ClientError) -> Attempt<'_> {
+        let since_first = Duration::ZERO;
+        Attempt { error, was_sent: true, is_logged: false, has_others: false, since_first }
     }
 
     /// What was heard of each attempt (the error, whether it was sent, whether it is in a log) of a change, and whether each
@@ -222,7 +240,7 @@ mod tests {
             let mut asked = Asked::new(true);
             let mut last = None;
             for ((error, was_sent, is_logged), again) in heard.into_iter().zip(again) {
-                let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged, has_others: false });
+                let verdict = asked.failed(Attempt { was_sent, is_logged, ..attempt(&error) });
                 assert_eq!(verdict.again, again, "{what}: {error}");
                 last = Some((error, is_logged));
             }
@@ -236,8 +254,7 @@ mod tests {
     fn a_read_is_never_unknown() {
         for error in [silence(), nobody(), refused(Code::OutcomeUnknown), refused(Code::NoSpace)] {
             let mut asked = Asked::new(false);
-            let attempt = Attempt { error: &error, was_sent: true, is_logged: false, has_others: false };
-            asked.failed(attempt);
+            asked.failed(attempt(&error));
             let (told, _) = asked.told(error.clone(), false);
             assert!(!matches!(told, ClientError::Unknown(_) | ClientError::Declined(_)), "{error}: {told}");
         }
@@ -246,50 +263,67 @@ mod tests {
     #[test]
     fn only_a_tag_that_was_never_used_is_drawn_again() {
         let expired = refused(Code::ExpiredUnknown);
-        fn attempt(error: &ClientError) -> Attempt<'_> {
-            Attempt { error, was_sent: true, is_logged: true, has_others: false }
+        fn logged(error: &ClientError) -> Attempt<'_> {
+            Attempt { is_logged: true, ..attempt(error) }
         }
         let mut asked = Asked::new(true);
-        let verdict = asked.failed(attempt(&expired));
+        let verdict = asked.failed(logged(&expired));
         assert!(verdict.renew && verdict.again && !verdict.look_again && verdict.note.is_some());
         let silent = silence();
-        asked.failed(attempt(&silent));
-        assert!(!asked.failed(attempt(&expired)).renew, "the silent attempt may have had an effect");
+        asked.failed(logged(&silent));
+        assert!(!asked.failed(logged(&expired)).renew, "the silent attempt may have had an effect");
         for code in [Code::Exists, Code::NotLeader, Code::Busy] {
-            assert!(!Asked::new(true).failed(attempt(&refused(code))).renew, "{code:?}");
+            assert!(!Asked::new(true).failed(logged(&refused(code))).renew, "{code:?}");
         }
         // What was not sent had no effect, whatever was answered.
         let mut asked = Asked::new(true);
         let unknown = refused(Code::OutcomeUnknown);
-        asked.failed(Attempt { error: &unknown, was_sent: false, is_logged: false, has_others: false });
+        asked.failed(Attempt { was_sent: false, ..attempt(&unknown) });
         assert!(!asked.maybe_done);
+    }
+
+    /// Whether a tag is drawn anew when it is called too old so long after a first attempt that was refused for its time.
+    fn is_renewed_after(since_first: Duration) -> bool {
+        let (ahead, expired) = (refused(Code::ClockAhead), refused(Code::ExpiredUnknown));
+        let mut asked = Asked::new(true);
+        assert!(asked.failed(attempt(&ahead)).again);
+        asked.failed(Attempt { is_logged: true, since_first, ..attempt(&expired) }).renew
+    }
+
+    #[test]
+    fn a_tag_whose_copies_may_be_forgotten_is_not_drawn_again() {
+        assert!(is_renewed_after(Duration::from_secs(30 * 60)));
+        assert!(!is_renewed_after(Duration::from_secs(30 * 60 + 1)));
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::RenewedHoweverLate));
+        let is_renewed = is_renewed_after(Duration::from_secs(60 * 60));
+        let is_planted = mutants::planted().is_some();
+        mutants::plant(None);
+        assert_eq!(is_planted, is_renewed);
     }
 
     #[test]
     fn who_has_stopped_is_turned_from_where_there_are_others() {
         let stopped = refused(Code::ReplicaFault);
         for has_others in [false, true] {
-            let attempt = Attempt { error: &stopped, was_sent: true, is_logged: false, has_others };
-            let verdict = Asked::new(false).failed(attempt);
+            let verdict = Asked::new(false).failed(Attempt { has_others, ..attempt(&stopped) });
             assert_eq!((verdict.again, verdict.look_again), (has_others, has_others));
         }
     }
 
     #[test]
     fn whoever_may_have_moved_is_looked_for() {
-        let looks = |error: ClientError| {
-            Asked::new(true)
-                .failed(Attempt { error: &error, was_sent: true, is_logged: false, has_others: false })
-                .look_again
-        };
+        let looks = |error: ClientError| Asked::new(true).failed(attempt(&error)).look_again;
         for code in [Code::WrongShard, Code::NotLeader, Code::NotReady, Code::OutcomeUnknown] {
             assert!(looks(refused(code)), "{code:?}");
         }
         assert!(looks(silence()) && looks(nobody()));
         for is_logged in [false, true] {
             let error = refused(Code::StaleIncarnation);
-            let attempt = Attempt { error: &error, was_sent: true, is_logged, has_others: false };
-            let verdict = Asked::new(true).failed(attempt);
+            let verdict = Asked::new(true).failed(Attempt { is_logged, ..attempt(&error) });
             let expected = !is_logged;
             assert_eq!((verdict.again, verdict.look_again), (expected, expected), "logged: {is_logged}");
         }

@@ -1,11 +1,11 @@
 //! Logs that are begun anew, as another incarnation of them: who starts hears of it, or goes on with what it knows while the
 //! registry is away; who leads what is over gives it up; and every reader has all of both lives.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use clutch_client::{Client, ClientError};
-use clutch_log::{Chain, LogId, LogletId};
+use clutch_log::{Chain, Log, LogId, LogletId};
 use clutch_proto::{
     InodeId,
     log::Epoch,
@@ -87,15 +87,17 @@ fn chain(cluster: &SimCluster, client: &Client) -> Result<Chain, String> {
     Chain::from_wire(SHARD, &reply.chain.ok_or("no chain")?).map_err(|e| e.to_string())
 }
 
+/// A life of the shard's log, by itself.
+fn loglet(cluster: &SimCluster, incarnation: u32) -> Arc<dyn Log> {
+    let id = LogletId { log: SHARD, incarnation };
+    cluster.logs.log(&cluster.world.node(OPERATOR), id, u64::from(OPERATOR.0))
+}
+
 /// Ends the newest life of the shard's log and tells the registry of another, which begins behind it.
 fn begin_anew(cluster: &SimCluster, client: &Client, is_sealed: bool) -> Result<(), String> {
     let chain = chain(cluster, client)?;
     let (expect, base) = (chain.incarnation(), chain.newest().base.0);
-    let log = cluster.logs.log(
-        &cluster.world.node(OPERATOR),
-        LogletId { log: SHARD, incarnation: expect },
-        u64::from(OPERATOR.0),
-    );
+    let log = loglet(cluster, expect);
     let tail = match is_sealed {
         true => cluster.world.run(OPERATOR, Duration::from_secs(10), async move { log.seal().await }),
         false => Some(Ok(log.status().bounds.last)),
@@ -192,8 +194,10 @@ fn answer(cluster: &SimCluster, node: NodeId, incarnation: u64) -> Result<Option
     Ok(response.error.and_then(|error| Code::try_from(error.code).ok()))
 }
 
-/// The shard's node starts while the registry is away, and leads the life of its log that it knows, which is over.
-fn gives_up(seed: u64) -> Result<(), String> {
+/// The shard's node starts while the registry is away, and leads the life of its log that it knows, which is over. When clients
+/// write to it meanwhile, its state holds what does not count. When it hears of the next life before it has logged anything by
+/// itself, nothing of its state is lost.
+fn gives_up(seed: u64, is_written: bool) -> Result<(), String> {
     let cluster = cluster(seed, 1)?;
     let client = cluster.keeping_client();
     work(&cluster, &client, "first")?;
@@ -204,10 +208,18 @@ fn gives_up(seed: u64) -> Result<(), String> {
     }
     cluster.restart(node);
     cluster.pause(Duration::from_secs(4));
-    // It serves those who have not heard of another life, however long the registry is away.
-    cluster.pause(Duration::from_secs(40));
+    if is_written {
+        // It serves those who have not heard of another life, however long the registry is away.
+        cluster.pause(Duration::from_secs(40));
+    }
     let looks = client.clone();
     run(&cluster, async move { looks.lookup(InodeId::ROOT, &Bytes::from_static(b"first0")).await })?;
+    if is_written {
+        let name = Bytes::from_static(b"does not count");
+        let writes = client.clone();
+        let made = async move { writes.make_directory(InodeId::ROOT, &name, attributes()).await.map(drop) };
+        run(&cluster, made)?;
+    }
     for (believed, is_refused) in [(0, false), (1, false), (2, true)] {
         let code = answer(&cluster, node, believed)?;
         if (code == Some(Code::StaleIncarnation)) != is_refused {
@@ -223,14 +235,21 @@ fn gives_up(seed: u64) -> Result<(), String> {
         cluster.pause(Duration::from_millis(500));
         waited += Duration::from_millis(500);
     }
-    // It has applied what was written to the life that was given up: its state is of no use to the next.
+    let (ended, begins) = (loglet(&cluster, 1).status().bounds.last, chain(&cluster, &client)?.newest().base);
+    if !is_written && ended > begins {
+        return Err(format!("a life that ends at {begins} has been written to, up to {ended}"));
+    }
     cluster.restart(node);
     cluster.pause(Duration::from_secs(5));
-    if cluster.take_failed() != [node] {
-        return Err("a state with what does not count is used".into());
+    match (is_written, cluster.take_failed() == [node]) {
+        (true, true) => {
+            cluster.lose_states(node);
+            cluster.boot(node);
+        }
+        (true, false) => return Err("a state with what does not count is used".into()),
+        (false, true) => return Err("a state with nothing but what counts is refused".into()),
+        (false, false) => {}
     }
-    cluster.lose_states(node);
-    cluster.boot(node);
     led_in(&cluster, &client, 2)?;
     work(&cluster, &client, "second")?;
     missing(&cluster, &client, &["first", "second"])
@@ -244,7 +263,10 @@ pub fn all() -> Vec<String> {
             let found = goes_on(seed, replicas).err();
             wrong.extend(found.map(|what| format!("seed {seed}, {replicas} members: {what}")));
         }
-        wrong.extend(gives_up(seed).err().map(|what| format!("seed {seed}, gives up: {what}")));
+        for is_written in [true, false] {
+            let found = gives_up(seed, is_written).err();
+            wrong.extend(found.map(|what| format!("seed {seed}, gives up, written {is_written}: {what}")));
+        }
     }
     wrong
 }

@@ -45,12 +45,18 @@ pub(crate) struct Keeper {
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) facts: Arc<SharedFacts<ShardFacts>>,
+    pub(crate) told: Told,
+}
+
+/// What was told last, so that it is not told again.
+#[derive(Default)]
+pub(crate) struct Told {
     /// The services' version that was logged in each shard that is led here, and in which reign.
-    pub(crate) logged_versions: BTreeMap<u32, (Epoch, u64)>,
+    logged_versions: BTreeMap<u32, (Epoch, u64)>,
     /// Capacity and free space as they were registered.
-    pub(crate) reported: BTreeMap<u64, (u64, u64)>,
+    reported: BTreeMap<u64, (u64, u64)>,
     /// Disks that hung when they were looked at last.
-    pub(crate) hanging: BTreeSet<u64>,
+    hanging: BTreeSet<u64>,
 }
 
 /// Of every disk, in the order of their ids.
@@ -95,13 +101,13 @@ impl Keeper {
         let spaces =
             futures_util::future::join_all(self.blocks.values().map(|service| service.space())).await;
         let hanging = early.unwrap_or_else(|| self.those_that_hang());
-        for id in hanging.difference(&self.hanging) {
+        for id in hanging.difference(&self.told.hanging) {
             tracing::error!(service = %format!("{id:016x}"), "a disk does not answer; it gets no new blocks until it does");
         }
-        for id in self.hanging.difference(&hanging) {
+        for id in self.told.hanging.difference(&hanging) {
             tracing::warn!(service = %format!("{id:016x}"), "the disk answers again");
         }
-        self.hanging = hanging;
+        self.told.hanging = hanging;
         spaces
     }
 
@@ -114,14 +120,14 @@ impl Keeper {
         // Also while the registry does not answer: what becomes of disks is said.
         let spaces = self.look_at_disks().await;
         // Before the map is asked for: what is logged in a reign is of a map of that reign, so none that is older than what an
-        // earlier leader has logged.
-        let mut reigns = self.reigns.all();
+        // earlier leader has logged. Nothing is logged into a life of a log that may be over.
+        let mut reigns = self.reigns.newest();
         let mut map = match mutants::is(Mutant::OldListLogged) {
             true => self.client.map().await?,
             false => self.client.refresh_map().await?,
         };
         if self.register_services(&map, spaces).await? {
-            reigns = self.reigns.all();
+            reigns = self.reigns.newest();
             map = self.client.refresh_map().await?;
         }
         self.log_services(&map, &reigns).await
@@ -136,12 +142,12 @@ impl Keeper {
         let mut reported = Vec::new();
         for (id, space) in self.blocks.keys().zip(spaces) {
             // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
-            if space.is_err() && self.hanging.len() * 2 > self.blocks.len() {
+            if space.is_err() && self.told.hanging.len() * 2 > self.blocks.len() {
                 continue;
             }
             // A disk that cannot be asked, or hangs, takes no new blocks until it answers.
             let (capacity_bytes, available_bytes) = space.unwrap_or_default();
-            let told = self.reported.get(id);
+            let told = self.told.reported.get(id);
             let moved = told.is_none_or(|told| {
                 is_news(*told, (capacity_bytes, available_bytes)) && !mutants::is(Mutant::SpaceReportedOnce)
             });
@@ -167,13 +173,13 @@ impl Keeper {
             }
         }
         if mutants::is(Mutant::ReportedBeforeTold) {
-            self.reported.extend(reported.iter().copied());
+            self.told.reported.extend(reported.iter().copied());
         }
         let is_told = !services.is_empty();
         if is_told {
             self.client.registry(Op::RegisterServices(RegisterServices { services })).await?;
         }
-        self.reported.extend(reported);
+        self.told.reported.extend(reported);
         Ok(is_told)
     }
 
@@ -189,7 +195,7 @@ impl Keeper {
             .keys()
             .filter_map(|number| reigns.get(&LogId::shard(*number)).map(|epoch| (*number, *epoch)))
             .filter(|(number, epoch)| {
-                self.logged_versions.get(number) != Some(&(*epoch, map.services_version))
+                self.told.logged_versions.get(number) != Some(&(*epoch, map.services_version))
             })
             .collect();
         if news.is_empty() {
@@ -209,7 +215,7 @@ impl Keeper {
             let told = runtime.timeout(PROPOSE_PATIENCE, self.tell_services(shard, epoch, &parts)).await;
             let told = match told {
                 Some(Ok(false)) => continue,
-                Some(Ok(true)) => Ok(self.logged_versions.insert(number, (epoch, map.services_version))),
+                Some(Ok(true)) => Ok(self.told.logged_versions.insert(number, (epoch, map.services_version))),
                 Some(Err(refusal)) => Err(anyhow::Error::from(refusal)),
                 None => Err(anyhow::anyhow!("no answer within {} s", PROPOSE_PATIENCE.as_secs())),
             };

@@ -1,7 +1,7 @@
 //! A node: the roles that one process has.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     path::PathBuf,
     sync::{
         Arc,
@@ -37,7 +37,7 @@ use crate::{
     chains::{self, Chains},
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
-    keeper::Keeper,
+    keeper::{Keeper, Told},
     members::Asker,
     placer::{Placer, Placing, Reigns},
     room::Room,
@@ -275,10 +275,9 @@ impl Node {
             blocks: blocks.clone(),
             shards,
             facts,
-            logged_versions: BTreeMap::new(),
-            reported: BTreeMap::new(),
-            hanging: BTreeSet::new(),
+            told: Told::default(),
         };
+        placer.ask().await?;
         keeper.run(stopping.clone()).await?;
         placer.run(stopping.clone()).await?;
         ready.store(true, Ordering::Release);
@@ -531,29 +530,28 @@ impl Starter<'_> {
         self.prepare::<Registry>(LogId::REGISTRY)
     }
 
-    /// Learns what keeps the logs of this node: from the registry's state where that is here, else from the registry.
+    /// Learns what keeps the logs of this node: from the registry's state where that is here, and from the registry, which knows
+    /// more than the state of a member that was away.
     async fn learn_chains(&self, registry: Option<&Applier<Registry>>) -> Result<()> {
         let config = self.config;
         let logs = config.roles.logs();
         let others: Vec<LogId> = logs.iter().copied().filter(|log| *log != LogId::REGISTRY).collect();
-        let learned = match registry {
-            Some(registry) => {
-                let chain = |log: &LogId| {
-                    let known = chain_in(registry, *log)?;
-                    Ok(known.unwrap_or_else(|| Chain::first(*log, &config.engine)))
-                };
-                others.iter().map(chain).collect::<Result<Vec<Chain>>>()?
-            }
-            None if others.is_empty() => Vec::new(),
-            None => {
-                let registries = config.registry.clone().context("a node without the registry names none")?;
-                // With a clock of its own: the node's is set by what its logs say, which come next.
-                let options = ClientOptions { cache_lifetime: Duration::ZERO, ..ClientOptions::default() };
-                let client = Client::new(config.runtime.clone(), registries, options);
-                chains::ask(&client, &others, &config.chains, &config.engine).await?
-            }
-        };
-        config.chains.keep(learned)?;
+        if let Some(registry) = registry {
+            let chain = |log: &LogId| {
+                let known = chain_in(registry, *log)?;
+                Ok(known.unwrap_or_else(|| Chain::first(*log, &config.engine)))
+            };
+            config.chains.keep(others.iter().map(chain).collect::<Result<Vec<Chain>>>()?)?;
+        }
+        let is_only_member = registry.is_some() && !self.has_others();
+        if !others.is_empty() && !is_only_member {
+            let registries = config.registry.clone().context("a node without the registry names none")?;
+            // With a clock of its own: the node's is set by what its logs say, which come next.
+            let options = ClientOptions { cache_lifetime: Duration::ZERO, ..ClientOptions::default() };
+            let client = Client::new(config.runtime.clone(), registries, options);
+            let learned = chains::ask(&client, &others, &config.chains, &config.engine).await?;
+            config.chains.keep(learned)?;
+        }
         let chains: BTreeMap<LogId, Chain> = logs.into_iter().map(|log| (log, self.chain(log))).collect();
         chains::refuse_older(&config.engines, &chains)
     }

@@ -31,8 +31,15 @@ const AGAIN: Duration = Duration::from_millis(200);
 
 /// Which logs are led by this node at the moment.
 pub(crate) struct Reigns {
-    led: Mutex<BTreeMap<LogId, Epoch>>,
+    led: Mutex<BTreeMap<LogId, Led>>,
     news: mpsc::UnboundedSender<()>,
+}
+
+#[derive(Clone, Copy)]
+struct Led {
+    epoch: Epoch,
+    /// Whether the registry has said that the log was not begun anew behind this life of it.
+    is_newest: bool,
 }
 
 impl Reigns {
@@ -45,7 +52,7 @@ impl Reigns {
     /// A replica of this node leads from now on, or has ceased to.
     pub(crate) fn tell(&self, log: LogId, epoch: Option<Epoch>) {
         match epoch {
-            Some(epoch) => drop(self.led.lock().insert(log, epoch)),
+            Some(epoch) => drop(self.led.lock().insert(log, Led { epoch, is_newest: false })),
             None => drop(self.led.lock().remove(&log)),
         }
         // Who hears it ends with the node.
@@ -54,7 +61,25 @@ impl Reigns {
 
     /// All of them.
     pub(crate) fn all(&self) -> BTreeMap<LogId, Epoch> {
-        self.led.lock().clone()
+        self.led.lock().iter().map(|(log, led)| (*log, led.epoch)).collect()
+    }
+
+    /// Those whose log has not been begun anew, as far as the registry knows: what is logged of them counts.
+    pub(crate) fn newest(&self) -> BTreeMap<LogId, Epoch> {
+        let led = self.led.lock();
+        let newest = led.iter().filter(|(_, led)| led.is_newest || mutants::is(Mutant::LoggedBeforeAsked));
+        newest.map(|(log, led)| (*log, led.epoch)).collect()
+    }
+
+    fn is_newest(&self, log: LogId, epoch: Epoch) -> bool {
+        self.led.lock().get(&log).is_some_and(|led| led.epoch == epoch && led.is_newest)
+    }
+
+    /// The registry knows no life of the log behind the one that is led in this reign.
+    fn set_newest(&self, log: LogId, epoch: Epoch) {
+        if let Some(led) = self.led.lock().get_mut(&log).filter(|led| led.epoch == epoch) {
+            led.is_newest = true;
+        }
     }
 }
 
@@ -89,6 +114,24 @@ impl Placer {
         heard: mpsc::UnboundedReceiver<()>,
     ) -> Placer {
         Placer { client, placing, reigns, heard, placed: BTreeMap::new() }
+    }
+
+    /// Asks the registry whether what is led now has been begun anew; where that cannot be asked, [`Placer::run`] does.
+    pub(crate) async fn ask(&self) -> Result<()> {
+        if mutants::is(Mutant::LoggedBeforeAsked) {
+            return Ok(());
+        }
+        for (log, epoch) in self.reigns.all() {
+            match self.is_newest(log, epoch).await {
+                Err(error) if !chains::is_for_now(&error) => return Err(error),
+                Err(error) => {
+                    tracing::warn!(%error, "the registry does not say whether logs were begun anew");
+                    return Ok(());
+                }
+                Ok(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// What is led now before it returns, however long the registry is away, the others as a task.
@@ -153,12 +196,24 @@ impl Placer {
                 Some(Op::PlaceShard(PlaceShard { placement: Some(placement) }))
             }
         };
-        let what = || format!("place {}", log_name(log));
-        let is_newest = self.tell_chain(log, Epoch(epoch).incarnation()).await.with_context(what)?;
         match op {
-            Some(op) if is_newest => self.tell(op).await.with_context(what),
-            _ => Ok(()),
+            _ if !self.is_newest(log, Epoch(epoch)).await? => Ok(()),
+            Some(op) => self.tell(op).await.with_context(|| format!("place {}", log_name(log))),
+            None => Ok(()),
         }
+    }
+
+    /// Whether the life of a log that is led here in a reign is the newest; the registry is asked once in each reign.
+    async fn is_newest(&self, log: LogId, epoch: Epoch) -> Result<bool> {
+        if self.reigns.is_newest(log, epoch) {
+            return Ok(true);
+        }
+        let told = self.tell_chain(log, epoch.incarnation()).await;
+        let is_newest = told.with_context(|| format!("place {}", log_name(log)))?;
+        if is_newest {
+            self.reigns.set_newest(log, epoch);
+        }
+        Ok(is_newest)
     }
 
     /// Tells the registry where something is led; that a newer leader was first is no failure.

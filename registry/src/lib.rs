@@ -234,6 +234,8 @@ fn bump_services(tx: &mut Tx<'_>) -> Result<(), Stop> {
 fn register(tx: &mut Tx<'_>, time: Time, services: Vec<BlockService>) -> Result<RegistryReply, Stop> {
     cluster(tx)?;
     let mut changed = false;
+    // Counted once, however many are new.
+    let mut count = None;
     for mut service in services {
         if service.service_id == 0 || service.address.is_empty() || service.failure_domain.is_empty() {
             return Err(Stop::refuse(
@@ -246,7 +248,12 @@ fn register(tx: &mut Tx<'_>, time: Time, services: Vec<BlockService>) -> Result<
         service.seen_at = time.0;
         match known {
             None => {
-                if tx.scan(tables::SERVICE, &[], &[], SERVICES_MAX)?.len() == SERVICES_MAX {
+                let before = match count {
+                    Some(count) => count,
+                    None => tx.scan(tables::SERVICE, &[], &[], SERVICES_MAX)?.len(),
+                };
+                count = Some(before + 1);
+                if before >= SERVICES_MAX {
                     return Err(Stop::refuse(
                         Code::TooLarge,
                         format!("a cluster has at most {SERVICES_MAX} block services"),

@@ -4,7 +4,9 @@ use std::{ffi::OsString, path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 
+use clutch_client::Registries;
 use clutch_integration::script::REPLICAS_MAX;
+use clutch_runtime::Endpoint;
 
 use crate::remote::RemotePath;
 
@@ -19,13 +21,13 @@ use crate::remote::RemotePath;
     arg_required_else_help = true
 )]
 pub(crate) struct Cli {
-    /// Where the registry listens.
+    /// Where the registry listens: one address, or those of its members with commas between them. One that answers is enough.
     #[arg(
         long,
         global = true,
         env = "CLUTCH_REGISTRY",
         default_value = "127.0.0.1:7400",
-        value_name = "HOST:PORT"
+        value_name = "HOST:PORT,..."
     )]
     pub(crate) registry: String,
     /// Seconds that a command waits without getting on before it gives up and says why. What may have happened by then is
@@ -358,16 +360,19 @@ fn parse_advertised(text: &str) -> Result<String, String> {
     }
 }
 
-/// Reads where the registry listens.
-pub(crate) fn parse_registry(text: &str) -> Result<String, String> {
-    let address = parse_address(text).map_err(|what| format!("--registry {text:?}: {what}"))?;
-    let host = address.rsplit_once(':').map_or("", |(host, _)| host);
-    if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
-        return Err(format!(
-            "--registry {text:?}: write an IPv6 address in brackets, for example [::1]:7400"
-        ));
-    }
-    Ok(address)
+/// Reads where the registry listens: the addresses of its members.
+pub(crate) fn parse_registry(text: &str) -> Result<Registries, String> {
+    let address = |text: &str| {
+        let address = parse_address(text)?;
+        let host = address.rsplit_once(':').map_or("", |(host, _)| host);
+        if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
+            return Err("write an IPv6 address in brackets, for example [::1]:7400".to_owned());
+        }
+        Ok(Endpoint::from(address.as_str()))
+    };
+    let all: Result<Vec<Endpoint>, String> = text.split(',').map(str::trim).map(address).collect();
+    let all = all.map_err(|what| format!("--registry {text:?}: {what}"))?;
+    Registries::new(all).ok_or_else(|| format!("--registry {text:?} names no address"))
 }
 
 fn parse_address(text: &str) -> Result<String, String> {

@@ -123,7 +123,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     let client = || {
         let registry = args::parse_registry(&cli.registry).map_err(anyhow::Error::msg)?;
         let options = ClientOptions { patience: cli.patience(), ..ClientOptions::default() };
-        anyhow::Ok(Client::new(production::runtime(), registry.as_str(), options))
+        anyhow::Ok(Client::new(production::runtime(), registry, options))
     };
     match &cli.command {
         Command::Up(args) => commands::up::run(runtime, args).await,

@@ -640,15 +640,13 @@ impl Client {
         let clock = &self.inner.runtime.clock;
         let start = clock.monotonic();
         let mut backoff = Duration::from_millis(5);
-        let mut asked = Asked::new(tag.is_some());
-        let mut tag = tag.copied();
+        let (mut asked, mut tag) = (Asked::new(tag.is_some()), tag.copied());
         let (mut hints, mut failed) = (0, Vec::new());
-        let mut first_sent = None;
         loop {
             let target = Box::pin(self.target(service)).await.map(|target| self.reader(target, how));
             let heard = match &target {
                 Ok(target) => {
-                    first_sent.get_or_insert_with(|| clock.steady());
+                    asked.sent(clock.steady());
                     let body = Body::Encoded(body.clone());
                     let heard = self.attempt(target, Lane::Metadata, tag, body, how).await;
                     // Only these clients look at it.
@@ -671,9 +669,8 @@ impl Client {
             };
             let (was_sent, is_logged) = (target.is_ok(), heard.at.position != 0);
             let has_others = target.as_ref().is_ok_and(|target| target.members.len() > 1);
-            let since_first = first_sent.map_or(Duration::ZERO, |sent| clock.steady().saturating_sub(sent));
-            let verdict =
-                asked.failed(Attempt { error: &error, was_sent, is_logged, has_others, since_first });
+            let now = clock.steady();
+            let verdict = asked.failed(Attempt { error: &error, was_sent, is_logged, has_others, now });
             if let Some(note) = verdict.note {
                 self.inner.runtime.note(note);
             }

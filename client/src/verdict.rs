@@ -27,6 +27,8 @@ pub(crate) struct Asked {
     /// Whether an attempt may have had an effect that nobody has told of.
     pub(crate) maybe_done: bool,
     renewals: u32,
+    /// When the first attempt was sent, by a clock that also counts while the machine sleeps.
+    first_sent: Option<Duration>,
 }
 
 /// How an attempt failed.
@@ -40,8 +42,8 @@ pub(crate) struct Attempt<'a> {
     pub(crate) is_logged: bool,
     /// Whether others may answer instead of who was asked.
     pub(crate) has_others: bool,
-    /// How long ago the first attempt was sent, by a clock that also counts while the machine sleeps.
-    pub(crate) since_first: Duration,
+    /// When it had failed, by the clock that says when attempts are sent.
+    pub(crate) now: Duration,
 }
 
 /// What to do.
@@ -62,9 +64,16 @@ impl Asked {
         Asked { is_tagged, ..Asked::default() }
     }
 
+    /// An attempt is sent at a time of a clock that also counts while the machine sleeps.
+    pub(crate) fn sent(&mut self, now: Duration) {
+        self.first_sent.get_or_insert(now);
+    }
+
     /// An attempt failed.
     pub(crate) fn failed(&mut self, attempt: Attempt<'_>) -> Verdict {
         let end = Verdict { again: false, renew: false, look_again: false, note: None };
+        let since_first = self.first_sent.map_or(Duration::ZERO, |sent| attempt.now.saturating_sub(sent));
+        let are_copies_known = since_first <= COPIES_KNOWN;
         match attempt.error {
             // Nothing was sent before that could have had an effect, so this had none: the tag's time was too old when it was
             // drawn, and now the cluster's time is known. A network may have carried a copy of what was refused, which came when it
@@ -73,7 +82,7 @@ impl Asked {
                 if refusal.code == Code::ExpiredUnknown
                     && !self.maybe_done
                     && self.renewals < RENEWALS_MAX
-                    && (attempt.since_first <= COPIES_KNOWN || mutants::is(Mutant::RenewedHoweverLate))
+                    && (are_copies_known || mutants::is(Mutant::RenewedHoweverLate))
                     && !mutants::is(Mutant::TagFromWallClock) =>
             {
                 self.renewals += 1;
@@ -81,7 +90,7 @@ impl Asked {
             }
             ClientError::Refused(refusal) => {
                 let has_expired = refusal.code == Code::ExpiredUnknown && !self.maybe_done && self.is_tagged;
-                let never_sent = has_expired && attempt.since_first <= COPIES_KNOWN;
+                let never_sent = has_expired && are_copies_known;
                 self.maybe_done |= attempt.was_sent && refusal.may_have_effect();
                 let moved = matches!(
                     refusal.code,
@@ -165,8 +174,7 @@ mod tests {
 
     /// One that was sent just now, to who is the only one; its answer is in no log.
     fn attempt(error: &ClientError) -> Attempt<'_> {
-        let since_first = Duration::ZERO;
-        Attempt { error, was_sent: true, is_logged: false, has_others: false, since_first }
+        Attempt { error, was_sent: true, is_logged: false, has_others: false, now: Duration::ZERO }
     }
 
     /// What was heard of each attempt (the error, whether it was sent, whether it is in a log) of a change, and whether each
@@ -286,8 +294,11 @@ mod tests {
     fn is_renewed_after(since_first: Duration) -> bool {
         let (ahead, expired) = (refused(Code::ClockAhead), refused(Code::ExpiredUnknown));
         let mut asked = Asked::new(true);
-        assert!(asked.failed(attempt(&ahead)).again);
-        asked.failed(Attempt { is_logged: true, since_first, ..attempt(&expired) }).renew
+        let (first, second) = (Duration::from_secs(77), Duration::from_secs(78));
+        asked.sent(first);
+        assert!(asked.failed(Attempt { now: second, ..attempt(&ahead) }).again);
+        asked.sent(second);
+        asked.failed(Attempt { is_logged: true, now: first + since_first, ..attempt(&expired) }).renew
     }
 
     #[test]

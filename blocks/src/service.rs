@@ -176,31 +176,31 @@ impl BlockService {
             if !self.clock.is_set() || claims.time <= bound {
                 self.clock.hear_signed(claims.time);
             }
-            let is_change = matches!(operation, Operation::Write | Operation::Erase);
-            let now = match (mutants::is(Mutant::GrantByWallClock), self.clock.is_set()) {
-                (true, _) => self.runtime.clock.now(),
-                (false, true) => self.clock.now(),
-                (false, false) if is_change => {
-                    self.runtime.note("blocks: a change before the time is known");
-                    let text =
-                        "the service has just started and asks the registry what time it is; try again";
-                    return Err(Refusal::new(Code::NotReady, text));
-                }
-                (false, false) => claims.time,
+            // Where the time is not known it is at least as late as what was signed.
+            let is_set = self.clock.is_set();
+            let known = if is_set { self.clock.now() } else { self.clock.highest().max(claims.time) };
+            let now = match mutants::is(Mutant::GrantByWallClock) {
+                true => self.runtime.clock.now(),
+                false => known,
             };
             let check = |now| {
                 claims.check_grant(operation, self.cluster, self.store.service(), now, self.skew_ms_max)
             };
             check(now).inspect_err(|_| {
-                if check(self.clock.now()).is_ok() {
+                if check(known).is_ok() {
                     self.runtime.note("blocks: a good certificate is refused");
                 }
             })?;
+            if !is_set && matches!(operation, Operation::Write | Operation::Erase) {
+                let text = "the service has just started and asks the registry what time it is; try again";
+                return Err(Refusal::new(Code::NotReady, text));
+            }
             Ok(claims)
         });
         let claims = admitted.inspect_err(|refusal| {
             self.runtime.note(match refusal.code {
                 Code::CertificateExpired => "blocks: an expired certificate",
+                Code::NotReady => "blocks: a change before the time is known",
                 _ => "blocks: a certificate is refused",
             });
         })?;

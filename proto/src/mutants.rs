@@ -83,6 +83,10 @@ pub enum Mutant {
     RenewedHoweverLate,
     /// Who does not know the time takes it from what was signed, however long ago. A real bug once.
     SignedLongAgoBelieved,
+    /// Who does not know the time tells others what his wall clock says.
+    UnknownTimeTold,
+    /// A wall clock that does not count vouches for whoever says the same. A real bug once.
+    WallVouchesForAll,
     /// A clock that jumps ahead is believed at once.
     JumpBelieved,
     /// What a new process finds behind the mark is not written once more.
@@ -209,7 +213,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 99] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 101] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -248,6 +252,8 @@ impl Mutant {
         (Mutant::TagFromWallClock, &["clock"]),
         (Mutant::GrantByWallClock, &["clock"]),
         (Mutant::SignedLongAgoBelieved, &["late write"]),
+        (Mutant::UnknownTimeTold, &["late write"]),
+        (Mutant::WallVouchesForAll, &["late write"]),
         (Mutant::JumpBelieved, &["clock"]),
         (Mutant::TailNotWrittenAgain, &["log", "convergence", "outcomes", "state hash"]),
         (Mutant::SettledUnsynced, &["steps"]),

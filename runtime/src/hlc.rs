@@ -192,6 +192,9 @@ impl HybridClock {
     /// # Errors
     /// [`Code::ClockAhead`], of a clock with a wall clock of its own: the time is not taken over then.
     pub fn learn(&self, time: Time) -> Result<(), Refusal> {
+        if time == Time(0) {
+            return Ok(());
+        }
         let follows_wall = self.pace.lock().follows_wall;
         if follows_wall {
             return self.observe(time);
@@ -237,15 +240,29 @@ impl HybridClock {
         self.pace.lock().wall_ahead / 1_000_000
     }
 
-    /// Takes note of a peer's time; refuses one more than 500 ms ahead of what is known here.
+    /// What others may be told of the time; 0 where nobody has said what it is, which tells them nothing.
+    pub fn told(&self) -> Time {
+        if self.is_set() || mutants::is(Mutant::UnknownTimeTold) { self.now() } else { Time(0) }
+    }
+
+    /// Takes note of a peer's time; refuses one more than 500 ms ahead of what is known here. Where nothing is known it is neither
+    /// believed nor refused.
     pub fn observe(&self, incoming: Time) -> Result<(), Refusal> {
         if incoming <= self.highest() {
             // Seen before, so it cannot pull this clock further; the wall clock may have been set back meanwhile.
             return Ok(());
         }
-        // A clock that was put right is followed slowly, and its wall clock vouches for a peer that is right.
+        // A clock that was put right is followed slowly, and its wall clock vouches for a peer that is right, where that counts.
         // What was only heard does not: each peer could add a little to what the last one said, without end.
-        let now = Time(self.clock.now().0.max(self.paced()));
+        let (follows_wall, is_set) = {
+            let pace = self.pace.lock();
+            (pace.follows_wall, pace.is_set)
+        };
+        let now = match follows_wall || mutants::is(Mutant::WallVouchesForAll) {
+            true => Time(self.clock.now().0.max(self.paced())),
+            false if is_set => Time(self.paced()),
+            false => return Ok(()),
+        };
         if incoming > now.plus_ms(CLOCK_AHEAD_MS_MAX) {
             let ahead_ms = (incoming.0 - now.0) / 1_000_000;
             return Err(Refusal::new(
@@ -473,7 +490,14 @@ mod tests {
         // What was signed may have been signed long ago.
         clock.hear_signed(Time(69 * DAY_MS * 1_000_000));
         assert!(!clock.is_set());
+        assert_eq!(clock.told(), Time(0));
+        clock.learn(Time(0)).expect("says nothing");
+        assert!(!clock.is_set());
+        // Nothing is known that could refuse it, or vouch for it.
+        let ahead = Time(100 * DAY_MS * 1_000_000);
+        clock.observe(ahead).expect("is not refused");
         clock.hear(Time(70 * DAY_MS * 1_000_000));
+        assert_eq!((clock.told(), clock.observe(ahead).is_ok()), (clock.now(), false));
         assert_eq!(ms(clock.now()), 70 * DAY_MS);
         hands.step(5 * DAY_MS as i64);
         hands.pass(60_000);

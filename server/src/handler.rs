@@ -108,7 +108,7 @@ impl NodeHandler {
             Ok(answer) => answer,
             Err(refusal) => (Response { error: Some(refusal.to_wire()), ..Response::default() }, None),
         };
-        response.time = response.time.max(self.clock.now().0);
+        response.time = response.time.max(self.clock.told().0);
         (response, body)
     }
 

@@ -363,16 +363,24 @@ fn parse_advertised(text: &str) -> Result<String, String> {
 /// Reads where the registry listens: the addresses of its members.
 pub(crate) fn parse_registry(text: &str) -> Result<Registries, String> {
     let address = |text: &str| {
-        let address = parse_address(text)?;
+        let address = match text {
+            "" => return Err("an address is missing beside a comma".to_owned()),
+            text => parse_address(text).map_err(|what| format!("{text:?}: {what}"))?,
+        };
         let host = address.rsplit_once(':').map_or("", |(host, _)| host);
         if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
-            return Err("write an IPv6 address in brackets, for example [::1]:7400".to_owned());
+            return Err(format!("{text:?}: write an IPv6 address in brackets, for example [::1]:7400"));
         }
         Ok(Endpoint::from(address.as_str()))
     };
     let all: Result<Vec<Endpoint>, String> = text.split(',').map(str::trim).map(address).collect();
-    let all = all.map_err(|what| format!("--registry {text:?}: {what}"))?;
-    Registries::new(all).ok_or_else(|| format!("--registry {text:?} names no address"))
+    let all = match text {
+        "" => Err("name an address, for example 127.0.0.1:7400".to_owned()),
+        _ => all,
+    };
+    let wrong = |what: String| format!("--registry {text:?}: {what}");
+    let registries = Registries::new(all.map_err(wrong)?).ok_or_else(|| wrong("no address".to_owned()))?;
+    Ok(registries)
 }
 
 fn parse_address(text: &str) -> Result<String, String> {
@@ -935,4 +943,22 @@ pub(crate) struct TableArgs {
     /// Print one JSON document.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_registry_has_one_address_or_several() {
+        for text in ["h:1", "h:1,i:2,j:3", "h:1, [::1]:2", "h:1,h:1"] {
+            assert!(parse_registry(text).is_ok(), "{text:?}");
+        }
+        for text in
+            ["", ",", "h:1,", "h:1,,i:2", "h", "h:1,i", "h:1 i:2", "::1:7400", "h:1,::1:7400", "h:70000"]
+        {
+            let what = parse_registry(text).expect_err(text);
+            assert!(what.contains(&format!("{text:?}")), "{what}");
+        }
+    }
 }

@@ -101,6 +101,10 @@ fn refusals_have_clear_words_and_codes() {
         .output()
         .expect("runs");
     assert_eq!(nobody.status.code(), Some(1));
+    let one_listens = format!("127.0.0.1:1, {}", cluster.address);
+    let finds =
+        Command::new(CLUTCH).args(["--registry", &one_listens, "fs", "ls", "/"]).output().expect("runs");
+    assert!(finds.status.success(), "{}", String::from_utf8_lossy(&finds.stderr));
     cluster.fsck();
 }
 

@@ -28,8 +28,14 @@ impl Clone for Registries {
 }
 
 impl Registries {
-    /// The members' addresses, the most likely leader first; `None` when there is none.
-    pub fn new(all: Vec<Endpoint>) -> Option<Registries> {
+    /// The members' addresses, the most likely leader first, each once; `None` when there is none.
+    pub fn new(named: Vec<Endpoint>) -> Option<Registries> {
+        let mut all: Vec<Endpoint> = Vec::new();
+        for one in named {
+            if !all.contains(&one) {
+                all.push(one);
+            }
+        }
         (!all.is_empty()).then(|| Registries(Mutex::new(Known { all, now: 0 })))
     }
 

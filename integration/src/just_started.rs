@@ -14,8 +14,8 @@ use crate::{
 
 const FILE_BYTES: usize = 30_000;
 const NAME: &str = "f";
-/// How long the registry is away: longer than a start, shorter than the patience of anybody.
-const AWAY: Duration = Duration::from_secs(3);
+/// How long the registry is away: longer than a start waits for it, shorter than the patience of anybody.
+const AWAY: Duration = Duration::from_secs(10);
 
 async fn write(client: &Client) -> Result<(), ClientError> {
     let bytes = vec![7u8; FILE_BYTES];

@@ -253,9 +253,6 @@ impl Node {
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
         let client = own_client(&runtime, config.registry.clone(), &address, config.system_key, &clock);
         starter.asker.begin(client.clone(), routes.clone());
-        if let Some((handle, events)) = cdc {
-            runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
-        }
         for (_, replica, log) in &replicas {
             caught_up(&runtime, replica, &**log).await?;
         }
@@ -278,6 +275,10 @@ impl Node {
             told: Told::default(),
         };
         placer.ask().await?;
+        // What it goes on with, it logs.
+        if let Some((handle, events)) = cdc {
+            runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
+        }
         keeper.run(stopping.clone()).await?;
         placer.run(stopping.clone()).await?;
         ready.store(true, Ordering::Release);
@@ -543,8 +544,9 @@ impl Starter<'_> {
             };
             config.chains.keep(others.iter().map(chain).collect::<Result<Vec<Chain>>>()?)?;
         }
-        let is_only_member = registry.is_some() && !self.has_others();
-        if !others.is_empty() && !is_only_member {
+        // Whoever keeps the registry by himself knows all that it knows.
+        let is_whole = registry.is_some() && (!self.has_others() || config.registry.is_none());
+        if !others.is_empty() && !is_whole {
             let registries = config.registry.clone().context("a node without the registry names none")?;
             // With a clock of its own: the node's is set by what its logs say, which come next.
             let options = ClientOptions { cache_lifetime: Duration::ZERO, ..ClientOptions::default() };

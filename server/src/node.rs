@@ -275,7 +275,6 @@ impl Node {
             told: Told::default(),
         };
         placer.ask().await?;
-        // What it goes on with, it logs.
         if let Some((handle, events)) = cdc {
             runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
         }

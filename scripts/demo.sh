@@ -9,7 +9,7 @@ clutch=target/release/clutch
 dir=${CLUTCH_DIR:-clutch-data}
 export CLUTCH_REGISTRY=${CLUTCH_REGISTRY:-127.0.0.1:7400}
 
-"$clutch" up --dir "$dir" --listen "$CLUTCH_REGISTRY" &
+"$clutch" up --dir "$dir" --listen "${CLUTCH_REGISTRY%%,*}" &
 cluster=$!
 # TERM, because a Ctrl-C has reached the cluster already and a second one would mean impatience.
 trap 'kill -TERM "$cluster" 2>/dev/null; wait "$cluster"' EXIT

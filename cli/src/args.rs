@@ -21,7 +21,8 @@ use crate::remote::RemotePath;
     arg_required_else_help = true
 )]
 pub(crate) struct Cli {
-    /// Where the registry listens: one address, or those of its members with commas between them. One that answers is enough.
+    /// The registry that commands ask: one address, or those of its members with commas between them, all of one cluster. One that
+    /// answers is enough.
     #[arg(
         long,
         global = true,
@@ -368,13 +369,16 @@ pub(crate) fn parse_registry(text: &str) -> Result<Registries, String> {
             text => parse_address(text).map_err(|what| format!("{text:?}: {what}"))?,
         };
         let host = address.rsplit_once(':').map_or("", |(host, _)| host);
+        if text.contains(' ') || text.contains('/') {
+            return Err(format!("{text:?}: write HOST:PORT, and a comma before the next address"));
+        }
         if host.contains(':') && !(host.starts_with('[') && host.ends_with(']')) {
             return Err(format!("{text:?}: write an IPv6 address in brackets, for example [::1]:7400"));
         }
         Ok(Endpoint::from(address.as_str()))
     };
     let all: Result<Vec<Endpoint>, String> = text.split(',').map(str::trim).map(address).collect();
-    let all = match text {
+    let all = match text.trim() {
         "" => Err("name an address, for example 127.0.0.1:7400".to_owned()),
         _ => all,
     };
@@ -386,6 +390,9 @@ pub(crate) fn parse_registry(text: &str) -> Result<Registries, String> {
 fn parse_address(text: &str) -> Result<String, String> {
     match text.rsplit_once(':') {
         Some((host, port)) if !host.is_empty() && port.parse::<u16>().is_ok() => Ok(text.to_owned()),
+        Some((host, port)) if !host.is_empty() && port.parse::<u64>().is_ok() => {
+            Err("a port is at most 65535".into())
+        }
         _ => Err("write it as HOST:PORT, for example 127.0.0.1:7400".into()),
     }
 }

@@ -737,7 +737,7 @@ impl Script {
             self.clients = self.clients.max(lane.client + 1);
         }
         self.clients = self.clients.clamp(1, LANES_MAX);
-        let (shards, disks, clients) = (c.shards, c.disks, self.clients);
+        let (shards, disks, clients, replicas) = (c.shards, c.disks, self.clients, c.replicas);
         let exists = |party: &Party| match party {
             Party::Registry | Party::Cdc => true,
             Party::Shard(n) => *n < shards,
@@ -752,6 +752,7 @@ impl Script {
                     operation.to_string()
                 }
                 Action::Strike(fault) if !fault.parties().iter().all(exists) => fault.to_string(),
+                Action::Strike(fault @ Fault::Trim(_, member)) if *member >= replicas => fault.to_string(),
                 Action::Operate(..) | Action::Strike(_) => continue,
             };
             return Err(format!("`{what}` names a party that the cluster does not have"));
@@ -830,6 +831,7 @@ mod tests {
             ("-1 c0 mkdir /a", 1, "time"),
             ("0.1 fault crash shard7 1", 0, "does not have"),
             ("0.1 fault melt shard0", 1, "not a fault"),
+            ("cluster replicas=3\n0.1 fault trim shard0 3", 0, "does not have"),
             ("cluster shards=3", 0, "1, 2, 4"),
             ("cluster disks=2", 0, "at least as many"),
             ("cluster policy=20+2 disks=30", 0, "1 to 16 data"),

@@ -118,7 +118,8 @@ impl Chains {
             })?;
             ensure!(
                 found == cluster,
-                "{} is of cluster {found:016x}, not of {cluster:016x}; put back the one that was here",
+                "{} is of cluster {found:016x}, not of {cluster:016x}; put back the one that was here, or remove it: the registry is \
+                 asked again",
                 path.display()
             );
             known = read;

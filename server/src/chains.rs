@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 pub const FILE: &str = "chains";
 
 /// What a node that knows a chain waits for the registry to say that there is a newer one: longer than two members are silent.
-pub(crate) const NEWER_PATIENCE: Duration = Duration::from_secs(3);
+const NEWER_PATIENCE: Duration = Duration::from_secs(3);
 /// Pause before the registry is asked again.
 const AGAIN: Duration = Duration::from_millis(200);
 /// How often it is said that the registry is waited for.

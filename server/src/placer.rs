@@ -67,7 +67,7 @@ impl Reigns {
     /// Those whose log has not been begun anew, as far as the registry knows: what is logged of them counts.
     pub(crate) fn newest(&self) -> BTreeMap<LogId, Epoch> {
         let led = self.led.lock();
-        let newest = led.iter().filter(|(_, led)| led.is_newest || mutants::is(Mutant::LoggedBeforeAsked));
+        let newest = led.iter().filter(|(_, led)| led.is_newest);
         newest.map(|(log, led)| (*log, led.epoch)).collect()
     }
 
@@ -116,16 +116,8 @@ impl Placer {
         Placer { client, placing, reigns, heard, placed: BTreeMap::new() }
     }
 
-    /// Asks the registry whether what is led now has been begun anew; where it does not say so in time, [`Placer::run`] goes on.
+    /// Asks the registry whether what is led now has been begun anew; where that cannot be asked, [`Placer::run`] does.
     pub(crate) async fn ask(&self) -> Result<()> {
-        if mutants::is(Mutant::LoggedBeforeAsked) {
-            return Ok(());
-        }
-        let asked = self.client.runtime().timeout(chains::NEWER_PATIENCE, self.ask_all()).await;
-        asked.unwrap_or(Ok(()))
-    }
-
-    async fn ask_all(&self) -> Result<()> {
         for (log, epoch) in self.reigns.all() {
             match self.is_newest(log, epoch).await {
                 Err(error) if !chains::is_for_now(&error) => return Err(error),

@@ -197,6 +197,8 @@ pub enum Mutant {
     EarlierNotCut,
     /// Who leads a life of a log that is over goes on when it hears of the next.
     LaterLifeIgnored,
+    /// What the registry knows of disks is logged into a life of a log before it was asked whether that is over.
+    LoggedBeforeAsked,
     /// A node answers those who believe in another life of its log.
     AnyLifeServed,
     /// A replica calls durable whatever it has applied, when it says what its log may forget.
@@ -211,7 +213,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 100] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 101] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -311,6 +313,7 @@ impl Mutant {
         (Mutant::FloorsOfApplied, &["replicas", "log"]),
         (Mutant::OldListLogged, &["replicas", "registry"]),
         (Mutant::LaterLifeIgnored, &["begun anew"]),
+        (Mutant::LoggedBeforeAsked, &["begun anew"]),
         (Mutant::AnyLifeServed, &["begun anew"]),
         (Mutant::EarlierNotCut, &["units", "tests::planted_bugs_are_found"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),

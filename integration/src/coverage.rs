@@ -47,6 +47,7 @@ const NOTED: &[&str] = &[
     "log: a member is restored from a snapshot",
     "log: a proposal waits for a quorum",
     "log: another member is elected",
+    "node: a newer leader was placed first",
     "node: does not start",
     "node: starts as a follower",
     "read: a block is corrupt",

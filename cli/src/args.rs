@@ -364,10 +364,10 @@ fn parse_advertised(text: &str) -> Result<String, String> {
 /// Reads where the registry listens: the addresses of its members.
 pub(crate) fn parse_registry(text: &str) -> Result<Registries, String> {
     let address = |text: &str| {
-        let address = match text {
-            "" => return Err("an address is missing beside a comma".to_owned()),
-            text => parse_address(text).map_err(|what| format!("{text:?}: {what}"))?,
-        };
+        if text.is_empty() {
+            return Err("an address is missing beside a comma".to_owned());
+        }
+        let address = parse_address(text).map_err(|what| format!("{text:?}: {what}"))?;
         let host = address.rsplit_once(':').map_or("", |(host, _)| host);
         if text.contains(' ') || text.contains('/') {
             return Err(format!("{text:?}: write HOST:PORT, and a comma before the next address"));
@@ -377,14 +377,12 @@ pub(crate) fn parse_registry(text: &str) -> Result<Registries, String> {
         }
         Ok(Endpoint::from(address.as_str()))
     };
-    let all: Result<Vec<Endpoint>, String> = text.split(',').map(str::trim).map(address).collect();
-    let all = match text.trim() {
-        "" => Err("name an address, for example 127.0.0.1:7400".to_owned()),
-        _ => all,
-    };
     let wrong = |what: String| format!("--registry {text:?}: {what}");
-    let registries = Registries::new(all.map_err(wrong)?).ok_or_else(|| wrong("no address".to_owned()))?;
-    Ok(registries)
+    if text.trim().is_empty() {
+        return Err(wrong("name an address, for example 127.0.0.1:7400".to_owned()));
+    }
+    let all: Result<Vec<Endpoint>, String> = text.split(',').map(str::trim).map(address).collect();
+    Registries::new(all.map_err(wrong)?).ok_or_else(|| wrong("no address".to_owned()))
 }
 
 fn parse_address(text: &str) -> Result<String, String> {

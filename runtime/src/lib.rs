@@ -7,6 +7,7 @@
 //! Invariants: in the simulated runtime the same seed gives the same order of events; a call that fails says
 //! whether it certainly never reached its target ([`CallError::NotSent`]).
 
+pub mod ambient;
 pub mod budget;
 pub mod disk;
 pub mod hlc;
@@ -21,7 +22,7 @@ use clutch_proto::Time;
 pub use budget::{Budget, Held};
 pub use disk::{Disk, File};
 pub use hlc::HybridClock;
-pub use network::{Answers, CallError, Endpoint, Handled, Handler, Lane, Listening, Network};
+pub use network::{Answers, CallError, Endpoint, Handled, Handler, Lane, Listening, Network, PeerStream};
 
 /// A boxed future that may move between threads.
 pub type BoxFuture<T> = Pin<Box<dyn Future<Output = T> + Send + 'static>>;

@@ -5,6 +5,7 @@ use std::{fmt, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_proto::Parts;
+use tokio::sync::mpsc;
 
 use crate::{BoxFuture, Budget, Held};
 
@@ -76,10 +77,25 @@ impl Answers {
     }
 }
 
+/// One end of a stream between two nodes: frames arrive in the order in which they were sent, each at most once, until it
+/// breaks; then none do any more, in either direction, and which of the last ones have arrived is not known. Both channels are
+/// bounded. Dropping an end breaks the stream.
+pub struct PeerStream {
+    /// Frames for the other end; closed when the stream has broken.
+    pub sender: mpsc::Sender<Bytes>,
+    /// Frames of the other end; ends when the stream has broken.
+    pub receiver: mpsc::Receiver<Bytes>,
+}
+
 /// Answers requests. Takes and returns an encoded envelope; every failure is an answer.
 pub trait Handler: Send + Sync {
     /// Handles one request; many run at a time. Before a large answer takes memory, that is asked for in `answers`.
     fn handle(&self, request: Bytes, answers: Answers) -> BoxFuture<Handled>;
+
+    /// Takes a stream that another node has opened. Who takes none drops it, which breaks it.
+    fn accept(&self, stream: PeerStream) {
+        drop(stream);
+    }
 
     /// Whether requests are served: what a health check is told.
     fn is_serving(&self) -> bool {
@@ -109,6 +125,11 @@ pub trait Network: Send + Sync {
         answer_bytes: usize,
         timeout: Duration,
     ) -> Result<Bytes, CallError>;
+    /// Opens a stream to another node. That it was taken there is not known before the first frame comes back.
+    ///
+    /// # Errors
+    /// When the node cannot be reached.
+    async fn open(&self, to: &Endpoint) -> std::io::Result<PeerStream>;
     /// A network with connections of its own; `None` where calls share nothing anyway.
     fn separate(&self) -> Option<Arc<dyn Network>> {
         None

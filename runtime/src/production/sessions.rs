@@ -45,7 +45,9 @@ use super::{
     sockets::{self, Meter, Metered},
     streams::{Incoming, Outgoing, Sending},
 };
-use crate::{Answers, BoxFuture, CallError, Endpoint, Handled, Handler, Held, Lane, Listening, Network};
+use crate::{
+    Answers, BoxFuture, CallError, Endpoint, Handled, Handler, Held, Lane, Listening, Network, PeerStream,
+};
 
 /// The service of `session.proto`, as generated.
 #[allow(missing_docs, unreachable_pub, clippy::all)]
@@ -281,6 +283,13 @@ impl Network for GrpcNetwork {
             };
         }
         Err(CallError::NotSent(to.clone(), "the session ended".into()))
+    }
+
+    async fn open(&self, to: &Endpoint) -> io::Result<PeerStream> {
+        Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            format!("open {to}: streams between nodes are to come"),
+        ))
     }
 
     fn separate(&self) -> Option<Arc<dyn Network>> {

@@ -11,6 +11,8 @@ mod disk;
 mod executor;
 mod job;
 mod network;
+pub(crate) mod standing;
+mod streams;
 
 use std::{borrow::Cow, collections::BTreeMap, future::Future, sync::Arc, time::Duration};
 
@@ -25,6 +27,7 @@ pub use disk::{DiskFaults, SimDisk, Unmounted};
 use executor::{Executor, TaskOwner};
 use network::SimNetwork;
 pub use network::{Faults, MessageFaults};
+use standing::Standing;
 
 /// A node of the simulated cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -33,7 +36,6 @@ pub struct NodeId(pub u32);
 /// A simulated cluster of nodes.
 pub struct World {
     shared: Arc<Shared>,
-    seed: u64,
 }
 
 /// What all seams of all nodes share.
@@ -45,6 +47,7 @@ struct Shared {
     disks: Mutex<BTreeMap<NodeId, Arc<SimDisk>>>,
     clocks: Mutex<Clocks>,
     notes: Notes,
+    seed: u64,
 }
 
 /// How far the wall clocks are off the virtual time.
@@ -81,6 +84,14 @@ impl Shared {
     fn below(&self, bound: u64) -> u64 {
         self.random.lock().next_u64() % bound.max(1)
     }
+
+    /// How much faster a node's monotonic clock runs than the virtual time, in parts per million: quartz is no better.
+    fn monotonic_ppm(&self, node: NodeId) -> i64 {
+        let mixed =
+            (self.seed ^ 0x6d6f_6e6f).wrapping_add(u64::from(node.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        // The driver of the world is node 0.
+        if node.0 == 0 { 0 } else { (mixed >> 32) as i64 % (2 * DRIFT_PPM_MAX + 1) - DRIFT_PPM_MAX }
+    }
 }
 
 /// The virtual start: 2026-01-01T00:00:00Z.
@@ -90,8 +101,8 @@ impl World {
     /// A world without nodes or faults.
     pub fn new(seed: u64) -> World {
         World {
-            seed,
             shared: Arc::new(Shared {
+                seed,
                 executor: Mutex::new(Executor::new()),
                 random: Mutex::new(ChaCha8Rng::seed_from_u64(seed)),
                 trace: Mutex::default(),
@@ -108,7 +119,7 @@ impl World {
         let shared = self.shared.clone();
         let disk = self.disk(node);
         Runtime {
-            clock: Arc::new(SimClock { shared: shared.clone(), node, ppm: self.monotonic_ppm(node) }),
+            clock: Arc::new(SimClock { shared: shared.clone(), node, ppm: self.shared.monotonic_ppm(node) }),
             random: Arc::new(SimRandom { shared: shared.clone() }),
             spawner: Arc::new(SimSpawner { shared: shared.clone(), node }),
             notes: shared.notes.clone(),
@@ -117,17 +128,9 @@ impl World {
         }
     }
 
-    /// How much faster a node's monotonic clock runs than the virtual time, in parts per million: quartz is no better.
-    fn monotonic_ppm(&self, node: NodeId) -> i64 {
-        let mixed =
-            (self.seed ^ 0x6d6f_6e6f).wrapping_add(u64::from(node.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        // The driver of the world is node 0.
-        if node.0 == 0 { 0 } else { (mixed >> 32) as i64 % (2 * DRIFT_PPM_MAX + 1) - DRIFT_PPM_MAX }
-    }
-
     /// A node's disk, for tests that damage it.
     pub fn disk(&self, node: NodeId) -> Arc<SimDisk> {
-        let seed = self.seed ^ u64::from(node.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        let seed = self.shared.seed ^ u64::from(node.0).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let weak = Arc::downgrade(&self.shared);
         let pass = move |ns| {
             if let Some(shared) = weak.upgrade() {
@@ -155,9 +158,20 @@ impl World {
 
     fn stop(&self, node: NodeId) {
         self.shared.executor.lock().resume(node);
-        let dropped = self.shared.executor.lock().take_tasks(node);
-        drop(dropped);
+        self.drop_all(node, |executor| executor.take_tasks(node));
         self.shared.network.lock().close_all(node);
+    }
+
+    /// Drops tasks, and those that they leave behind.
+    fn drop_all(&self, node: NodeId, take: impl Fn(&mut Executor) -> Vec<Option<BoxFuture<()>>>) {
+        let _standing = Standing::on(&self.shared, node);
+        loop {
+            // Dropped when the executor is not locked any more.
+            let dropped = take(&mut self.shared.executor.lock());
+            if dropped.is_empty() {
+                return;
+            }
+        }
     }
 
     /// Stops a node at once as a power cut does: as [`World::kill`], and its unsynced writes are lost or torn.
@@ -308,9 +322,13 @@ impl World {
         let taken = self.shared.executor.lock().take_ready(pick);
         let Some((id, owner, mut task, waker)) = taken else { return true };
         self.shared.record(owner.name, id);
+        let _standing = Standing::on(&self.shared, owner.node);
         // The executor is not locked here: the task may spawn, wake and set timers.
         match task.as_mut().poll(&mut std::task::Context::from_waker(&waker)) {
-            std::task::Poll::Ready(()) => self.shared.executor.lock().finish(id),
+            std::task::Poll::Ready(()) => {
+                drop(task);
+                self.shared.executor.lock().finish(id);
+            }
             std::task::Poll::Pending => self.shared.executor.lock().put_back(id, task),
         }
         true
@@ -331,8 +349,7 @@ impl World {
 impl Drop for World {
     fn drop(&mut self) {
         // Tasks hold runtimes, which hold the world: break the circle.
-        let tasks = self.shared.executor.lock().take_all();
-        drop(tasks);
+        self.drop_all(NodeId(0), Executor::take_all);
         self.shared.network.lock().clear();
     }
 }

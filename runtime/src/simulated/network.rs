@@ -13,9 +13,11 @@ use clutch_proto::Parts;
 use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
-use super::{NodeId, Shared, executor::Sleep, executor::TaskOwner};
-use crate::{Answers, CallError, Endpoint, Handler, Lane, Listening, Network};
+use super::{NodeId, Shared, executor::Sleep, executor::TaskOwner, streams};
+use crate::{Answers, CallError, Endpoint, Handler, Lane, Listening, Network, PeerStream};
 
+/// How long somebody waits for a stream to be taken.
+const OPEN_PATIENCE: Duration = Duration::from_millis(500);
 /// How often a message on a clogged way looks whether it may go on.
 const CLOG_LOOK: Duration = Duration::from_millis(2);
 
@@ -89,7 +91,7 @@ impl SimNetwork {
     }
 
     /// Waits while the way is clogged.
-    async fn unclogged(shared: &Arc<Shared>, from: NodeId, to: NodeId) {
+    pub(super) async fn unclogged(shared: &Arc<Shared>, from: NodeId, to: NodeId) {
         while shared.network.lock().clogged.contains(&(from, to)) {
             Sleep::new(shared.clone(), CLOG_LOOK).await;
         }
@@ -197,5 +199,26 @@ impl Network for SimNetwork {
             Ok(reply) = answered => Ok(reply),
             () = limit => Err(CallError::Unknown(to.clone(), format!("nothing within {timeout:?}"))),
         }
+    }
+
+    async fn open(&self, to: &Endpoint) -> io::Result<PeerStream> {
+        let (shared, from) = (&self.shared, self.node);
+        let listener =
+            shared.network.lock().listeners.get(to).map(|(node, _, handler)| (*node, handler.clone()));
+        let Some((target, handler)) = listener else {
+            Sleep::new(shared.clone(), Duration::from_micros(200)).await;
+            return Err(io::Error::new(io::ErrorKind::ConnectionRefused, format!("open {to}: refused")));
+        };
+        for (from, to) in [(from, target), (target, from)] {
+            let Some(travels) = Self::travel(shared, from, to) else {
+                Sleep::new(shared.clone(), OPEN_PATIENCE).await;
+                return Err(io::Error::new(io::ErrorKind::TimedOut, format!("open {}: no answer", to.0)));
+            };
+            Sleep::new(shared.clone(), travels).await;
+        }
+        let (own, theirs) = streams::pair(shared, from, target);
+        let accept = Box::pin(async move { handler.accept(theirs) });
+        shared.executor.lock().spawn(TaskOwner { node: target, name: "accept" }, accept);
+        Ok(own)
     }
 }

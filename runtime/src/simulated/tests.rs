@@ -6,7 +6,7 @@ use bytes::Bytes;
 use clutch_proto::Parts;
 
 use super::*;
-use crate::{Answers, Disk as _, Endpoint, Handled, Handler, Lane};
+use crate::{Answers, Disk as _, Endpoint, Handled, Handler, Lane, PeerStream, ambient};
 
 struct Echo(Runtime);
 
@@ -145,4 +145,108 @@ fn monotonic_clocks_drift_and_nobody_wakes_early_by_his_own() {
         rates.insert(ppm);
     }
     assert!(rates.len() > 10, "{rates:?}");
+}
+
+/// Sends back what comes on streams.
+struct Returns(Runtime);
+
+impl Handler for Returns {
+    fn handle(&self, _: Bytes, _: Answers) -> BoxFuture<Handled> {
+        Box::pin(async { Handled::default() })
+    }
+
+    fn accept(&self, mut stream: PeerStream) {
+        self.0.spawn("returns", async move {
+            while let Some(frame) = stream.receiver.recv().await {
+                if stream.sender.send(frame).await.is_err() {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// Opens a stream and sends numbers on it: those that came back before it broke, if it did.
+fn sent(world: &World, loss_permille: u32, cut_after: Option<u64>) -> Vec<u64> {
+    world.set_faults(Faults { loss_permille, delay_us_max: 5_000, ..Faults::default() });
+    let (server, client) = (world.node(NodeId(1)), world.node(NodeId(2)));
+    let serving = server.clone();
+    server.spawn("serve", async move {
+        let handler = Arc::new(Returns(serving.clone()));
+        let _listening = serving.network.listen(&"returns".into(), handler).await.expect("a free name");
+        std::future::pending::<()>().await;
+    });
+    let shared = world.shared.clone();
+    let task = async move {
+        let mut stream = loop {
+            match client.network.open(&"returns".into()).await {
+                Ok(stream) => break stream,
+                Err(_) => client.clock.sleep(Duration::from_millis(10)).await,
+            }
+        };
+        let sender = stream.sender.clone();
+        client.spawn("send", async move {
+            for number in 0..500_u64 {
+                if cut_after == Some(number) {
+                    shared.network.lock().blocked.insert((NodeId(2), NodeId(1)));
+                }
+                if sender.send(Bytes::copy_from_slice(&number.to_le_bytes())).await.is_err() {
+                    return;
+                }
+            }
+        });
+        let mut back = Vec::new();
+        while back.len() < 500 {
+            let Some(frame) = stream.receiver.recv().await else { break };
+            back.push(u64::from_le_bytes(frame[..].try_into().expect("eight bytes")));
+        }
+        back
+    };
+    world.run(NodeId(2), Duration::from_secs(600), task).expect("it ends or breaks")
+}
+
+#[test]
+fn streams_keep_their_order_and_break_for_good() {
+    let in_order = |back: &[u64]| back.iter().copied().eq(0..back.len() as u64);
+    let (mut whole, mut broken) = (0, 0);
+    for seed in 0..40 {
+        let calm = sent(&World::new(seed), 0, None);
+        assert!(calm.len() == 500 && in_order(&calm), "seed {seed}: {} came", calm.len());
+        let lossy = sent(&World::new(seed), 5, None);
+        assert!(in_order(&lossy), "seed {seed}: {lossy:?}");
+        whole += usize::from(lossy.len() == 500);
+        broken += usize::from(lossy.len() < 500);
+        let cut = sent(&World::new(seed), 0, Some(200));
+        assert!(in_order(&cut) && cut.len() <= 200, "seed {seed}: {} came back over a cut", cut.len());
+    }
+    assert!(whole > 0 && broken > 0, "{whole} whole and {broken} broken");
+}
+
+#[test]
+fn what_is_spawned_without_a_runtime_belongs_to_who_spawned_it() {
+    let world = World::new(3);
+    let ticks: Arc<Mutex<BTreeMap<u32, u64>>> = Arc::default();
+    for number in [1, 2] {
+        let (ticks, node) = (ticks.clone(), world.node(NodeId(number)));
+        let own = node.clone();
+        node.spawn("starts", async move {
+            assert_eq!(ambient::monotonic(), own.clock.monotonic(), "each node has a clock of its own");
+            ambient::spawn("ticks", async move {
+                loop {
+                    ambient::sleep(Duration::from_secs(1)).await;
+                    *ticks.lock().entry(number).or_default() += 1;
+                }
+            });
+        });
+    }
+    while world.step_until(Duration::from_millis(10_500)) {}
+    world.kill(NodeId(1));
+    while world.step_until(Duration::from_millis(20_500)) {}
+    assert_eq!(*ticks.lock(), BTreeMap::from([(1, 10), (2, 20)]));
+    let draw = |seed| {
+        let world = World::new(seed);
+        world.run(NodeId(1), Duration::from_secs(1), async { ambient::random() }).expect("draws")
+    };
+    assert_eq!(draw(4), draw(4));
+    assert_ne!(draw(4), draw(5));
 }

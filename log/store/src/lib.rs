@@ -45,7 +45,7 @@ use shared::{Handle, Shared};
 use state::{Group, GroupState};
 
 pub use continuity::Continuity;
-pub use format::{RECORD_HEADER_BYTES, Record, RecordKind, SEGMENT_HEADER_BYTES};
+pub use format::{RECORD_HEADER_BYTES, Record, RecordKind, SEGMENT_HEADER_BYTES, group_key};
 pub use group::{Cursor, Look, StoredGroup, View};
 pub use reader::SegmentReader;
 pub use recovery::{Summary, open_read_only};

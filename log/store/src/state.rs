@@ -162,7 +162,8 @@ pub struct TailRecord {
 /// beginning.
 #[derive(Clone, Debug)]
 pub enum Write {
-    /// A record of a kind that has a position, which must be the next one.
+    /// A record of a kind that has a position, which must be the next one. Behind a seal too: as long as that may be taken away
+    /// again, the log may go on.
     Record {
         /// What it is for.
         kind: RecordKind,
@@ -261,7 +262,8 @@ impl GroupState {
         match record.kind {
             RecordKind::Epoch if epoch < self.epoch => {}
             RecordKind::Epoch => self.epoch_position = position,
-            RecordKind::Seal => self.sealed = Some(position),
+            // What engines put behind the first one counts for nobody; that one may be taken away again.
+            RecordKind::Seal => self.sealed = self.sealed.or(Some(position)),
             RecordKind::Batch | RecordKind::Groups => {}
             RecordKind::Vote => self.vote = Some(Vote { epoch, content: content() }),
             RecordKind::Truncate => {

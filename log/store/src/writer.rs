@@ -630,9 +630,8 @@ fn check_records(id: LogletId, state: &GroupState, records: &[Record]) -> Result
     for record in records {
         let Record { kind, position, .. } = record;
         after.check_next(record).map_err(LogFault::Unsupported)?;
-        if kind.has_position() && (*position != after.next || after.sealed.is_some()) {
-            let sealed = if after.sealed.is_some() { " and is sealed" } else { "" };
-            let what = format!("{kind:?} at {position} of {id}, which goes on at {}{sealed}", after.next);
+        if kind.has_position() && *position != after.next {
+            let what = format!("{kind:?} at {position} of {id}, which goes on at {}", after.next);
             return Err(LogFault::Unsupported(what));
         }
         let bytes: usize = record.entries.iter().map(|entry| entry.len() + 4).sum();

@@ -289,7 +289,11 @@ fn a_seal_that_is_taken_away_is_none_and_what_is_removed_takes_nothing() {
             entries: vec![],
         };
         group.write(vec![entry(1, 9), seal(2, 9)]).await.expect("written");
-        assert!(group.write(vec![entry(3, 9)]).await.is_err(), "it is sealed");
+        // As long as the seal may be taken away again the log may go on, and the first seal is the one that counts.
+        group.write(vec![entry(3, 9), seal(4, 9)]).await.expect("written");
+        assert_eq!(group.view().sealed, Some(Position(2)));
+        let batch = vec![Bytes::from_static(b"x")];
+        assert!(matches!(group.append(Epoch(9), batch), Err(clutch_log::Rejected::Sealed)));
         // A later reign may send records of an earlier one.
         let older = Write::Record {
             kind: RecordKind::Epoch,

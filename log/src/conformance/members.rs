@@ -126,7 +126,8 @@ pub(super) async fn who_stays_away_too_long_is_restored(harness: &dyn Harness) {
     reader.until_position(end).await;
     assert!(reader.restored >= Position(first.0 - 1), "restored at {}, {first} is there", reader.restored);
     assert_eq!(reader.times("after it came back"), usize::from(reader.restored < end));
-    assert!(reader.seen.iter().all(|batch| batch.position <= before || batch.position > reader.restored));
+    // What was on its way when it was cut off may come before the snapshot; [`Reader`] refuses what comes behind it.
+    assert!((0..10).all(|i| reader.times(&format!("missed {i}")) <= 1));
     // One that begins anew is restored, too.
     let mut anew = Reader::new(&other.log, &runtime, Position(1));
     anew.until_position(end).await;

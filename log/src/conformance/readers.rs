@@ -142,6 +142,14 @@ pub(super) async fn overload_is_said(harness: &dyn Harness) {
     committed(harness, "after all that").await;
 }
 
+/// Waits until every member was given everything up to there: nobody has floors ahead of that.
+async fn everybody_has(harness: &dyn Harness, upto: Position) {
+    for part in harness.members().await {
+        Reader::new(&part.log, &harness.runtime(), upto).until_position(upto).await;
+        harness.applied(part.node, upto).await;
+    }
+}
+
 /// What has been said to be needed is not forgotten, and a floor that falls brings nothing back.
 pub(super) async fn floors_only_rise(harness: &dyn Harness) {
     let runtime = harness.runtime();
@@ -150,8 +158,9 @@ pub(super) async fn floors_only_rise(harness: &dyn Harness) {
         positions.push(committed(harness, &format!("kept {i}")).await);
     }
     let needed = positions[20];
+    let last = *positions.last().expect("forty");
+    everybody_has(harness, last).await;
     for log in harness.all().await {
-        let last = harness.leader().await.status().bounds.last;
         log.set_floors(Floors { retain: Position(needed.0 - 1), snapshot: last, flushed: last })
             .await
             .expect("floors");
@@ -170,6 +179,7 @@ pub(super) async fn floors_only_rise(harness: &dyn Harness) {
 /// What can be asked for what a trimmed log still has, or a snapshot comes, or it is said that it is gone.
 pub(super) async fn trimming_is_a_request(harness: &dyn Harness) {
     let last = committed(harness, "before the trim").await;
+    everybody_has(harness, last).await;
     for log in harness.all().await {
         log.set_floors(Floors { retain: last, snapshot: last, flushed: last })
             .await

@@ -26,7 +26,7 @@ const LAYERS: &[(&str, &[&str])] = &[
     ("log-local", &["log", "log-store", "runtime"]),
     ("log-sim", &["log", "runtime"]),
     ("log-store", &["proto", "log", "runtime"]),
-    ("log-raft", &["log"]),
+    ("log-raft", &["proto", "log", "log-store", "runtime"]),
     ("state", &["proto"]),
     ("state-buffered", &["proto", "state"]),
     ("state-replica", &["proto", "runtime", "log", "state"]),
@@ -100,7 +100,6 @@ const LAYERS: &[(&str, &[&str])] = &[
 const TESTS: &[(&str, &[&str])] = &[
     ("log-local", &["proto"]),
     ("log-sim", &["proto"]),
-    ("log-raft", &["runtime"]),
     ("state", &["state-buffered"]),
     ("shard", &["state-transcript"]),
     ("cdc", &["state-transcript"]),

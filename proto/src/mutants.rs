@@ -207,13 +207,23 @@ pub enum Mutant {
     OldListLogged,
     /// A map that was read earlier and comes later replaces a newer one.
     OlderMapStored,
+    /// A member of a raft group answers for its vote before that is durable.
+    VoteNotSynced,
+    /// What a new leader's records replace is only taken away in memory.
+    TruncationLost,
+    /// A member of a raft group says that its records are durable before they are.
+    UnsyncedAcknowledged,
+    /// A leader answers barriers without asking anybody.
+    ReadWithoutQuorum,
+    /// A raft group forgets whatever it has delivered, not what its replica has no need of.
+    PurgedAboveFloor,
 }
 
 impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 101] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 106] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -315,6 +325,11 @@ impl Mutant {
         (Mutant::LaterLifeIgnored, &["begun anew"]),
         (Mutant::LoggedBeforeAsked, &["begun anew"]),
         (Mutant::AnyLifeServed, &["begun anew"]),
+        (Mutant::VoteNotSynced, &["raft", "log", "linearizability", "outcomes"]),
+        (Mutant::TruncationLost, &["raft", "log", "linearizability", "outcomes", "panic"]),
+        (Mutant::UnsyncedAcknowledged, &["raft", "log", "linearizability", "outcomes", "panic"]),
+        (Mutant::ReadWithoutQuorum, &["raft", "linearizability", "linearizability by search"]),
+        (Mutant::PurgedAboveFloor, &["raft", "log", "convergence", "panic"]),
         (Mutant::EarlierNotCut, &["units", "tests::planted_bugs_are_found"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
         (Mutant::RenewedHoweverLate, &["units", "verdict::tests::planted_bugs_are_found"]),

@@ -10,6 +10,8 @@
 #![allow(dead_code, reason = "the engine that uses these parts follows")]
 
 mod codec;
+mod delivered;
 mod messages;
 mod seam;
+mod storage;
 mod types;

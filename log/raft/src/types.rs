@@ -14,7 +14,7 @@ use openraft::{
     vote::RaftLeaderId,
 };
 
-use crate::seam::SeamRuntime;
+use crate::{delivered::Delivered, seam::SeamRuntime};
 
 /// What a record holds that is not openraft's own.
 #[derive(Clone, PartialEq, Eq)]
@@ -86,6 +86,7 @@ impl RaftTypeConfig for TypeConfig {
     type ErrorSource = openraft::impls::BoxedErrorSource;
 }
 
+pub(crate) type Raft = openraft::Raft<TypeConfig, Delivered>;
 pub(crate) type LogId = LogIdOf<TypeConfig>;
 pub(crate) type Entry = EntryOf<TypeConfig>;
 pub(crate) type Payload = EntryPayloadOf<TypeConfig>;

@@ -12,6 +12,11 @@
 mod codec;
 mod delivered;
 mod messages;
+mod network;
+mod peers;
 mod seam;
+mod snapshots;
 mod storage;
 mod types;
+
+pub use peers::{Addresses, Peers};

@@ -1,0 +1,257 @@
+//! Streams between the nodes that keep logs: one for each ordered pair of them, for all groups.
+//!
+//! Who asks opens the stream and says who it is; answers come back on it, in any order. A stream that breaks leaves everything on it
+//! unknown, and the next question opens another.
+//!
+//! Invariant: a node of another cluster, one that speaks to somebody else, and another incarnation of a log are refused before a
+//! byte of consensus is looked at.
+
+use std::{
+    collections::BTreeMap,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clutch_log::{LogletId, NodeId};
+use clutch_log_store::group_key;
+use clutch_runtime::{BoxFuture, Endpoint, PeerStream, Runtime};
+use parking_lot::Mutex;
+use tokio::sync::{mpsc, oneshot};
+
+use crate::codec::{Form, Frame, Hello, Kind};
+
+/// A group as the streams see it.
+pub(crate) trait Group: Send + Sync {
+    /// Answers one request of another node.
+    fn answer(self: Arc<Self>, kind: Kind, body: Bytes, from: NodeId) -> BoxFuture<Result<Bytes, String>>;
+    /// Answers appends in the order in which they come, until no more do.
+    fn append_all(
+        self: Arc<Self>,
+        frames: mpsc::UnboundedReceiver<Frame>,
+        answers: mpsc::Sender<Bytes>,
+    ) -> BoxFuture<()>;
+}
+
+/// Where a node is.
+pub type Addresses = Arc<dyn Fn(NodeId) -> Option<Endpoint> + Send + Sync>;
+
+/// Why there is no answer.
+#[derive(Clone, Debug, thiserror::Error)]
+pub(crate) enum NoAnswer {
+    /// The stream broke, or could not be opened.
+    #[error("node {0} cannot be reached: {1}")]
+    Unreachable(NodeId, String),
+    /// Nothing came in time.
+    #[error("node {0} did not answer within {1:?}")]
+    Late(NodeId, Duration),
+    /// The other node would not.
+    #[error("node {0} refuses: {1}")]
+    Refused(NodeId, String),
+}
+
+type Answer = oneshot::Sender<Result<Bytes, String>>;
+
+/// A question on its way.
+struct Asked {
+    number: u64,
+    frame: Bytes,
+    answer: Answer,
+}
+
+/// The streams of one node.
+pub struct Peers {
+    runtime: Runtime,
+    cluster: u64,
+    node: NodeId,
+    addresses: Addresses,
+    links: Mutex<BTreeMap<NodeId, mpsc::UnboundedSender<Asked>>>,
+    groups: Mutex<BTreeMap<u64, Arc<dyn Group>>>,
+    next: AtomicU64,
+}
+
+impl Peers {
+    /// The streams of a node that keeps logs of this cluster.
+    pub fn new(runtime: Runtime, cluster: u64, node: NodeId, addresses: Addresses) -> Arc<Peers> {
+        Arc::new(Peers {
+            runtime,
+            cluster,
+            node,
+            addresses,
+            links: Mutex::default(),
+            groups: Mutex::default(),
+            next: AtomicU64::new(1),
+        })
+    }
+
+    /// The node that asks.
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+
+    /// Answers what others ask of a group from now on.
+    pub(crate) fn serve(&self, id: LogletId, group: Arc<dyn Group>) {
+        self.groups.lock().insert(group_key(id), group);
+    }
+
+    /// Asks a node now, so that what is asked later comes later; the answer comes in its time.
+    pub(crate) fn ask(
+        self: &Arc<Self>,
+        to: NodeId,
+        id: LogletId,
+        kind: Kind,
+        body: Bytes,
+        patience: Duration,
+    ) -> impl Future<Output = Result<Bytes, NoAnswer>> + Send + use<> {
+        let number = self.next.fetch_add(1, Ordering::Relaxed);
+        let frame = Frame { kind, form: Form::Request, group: group_key(id), number, body }.encode();
+        let (answer, answered) = oneshot::channel();
+        self.send(to, Asked { number, frame, answer });
+        let runtime = self.runtime.clone();
+        async move {
+            match runtime.timeout(patience, answered).await {
+                None => Err(NoAnswer::Late(to, patience)),
+                Some(Err(_)) => Err(NoAnswer::Unreachable(to, "the stream broke".into())),
+                Some(Ok(Err(why))) => Err(NoAnswer::Refused(to, why)),
+                Some(Ok(Ok(body))) => Ok(body),
+            }
+        }
+    }
+
+    fn send(self: &Arc<Self>, to: NodeId, asked: Asked) {
+        let mut links = self.links.lock();
+        let asked = match links.get(&to) {
+            None => asked,
+            Some(link) => match link.send(asked) {
+                Ok(()) => return,
+                Err(mpsc::error::SendError(asked)) => asked,
+            },
+        };
+        let (link, questions) = mpsc::unbounded_channel();
+        // Its receiver is right here.
+        let _ = link.send(asked);
+        links.insert(to, link);
+        let (this, runtime) = (self.clone(), self.runtime.clone());
+        self.runtime.spawn("raft link", async move {
+            if let Err(error) = this.run_link(to, questions).await {
+                runtime.note("raft: a stream cannot be opened");
+                tracing::debug!(to, %error, "a stream between members of logs");
+            }
+        });
+    }
+
+    /// Owns the stream to a node until it breaks; what waits then is dropped, which says so.
+    async fn run_link(
+        &self,
+        to: NodeId,
+        mut questions: mpsc::UnboundedReceiver<Asked>,
+    ) -> std::io::Result<()> {
+        let none = || std::io::Error::other(format!("the address of node {to} is not known"));
+        let address = (self.addresses)(to).ok_or_else(none)?;
+        let PeerStream { sender, mut receiver } = self.runtime.network.open(&address).await?;
+        let hello = Hello { cluster: self.cluster, from: self.node, to }.encode();
+        let waiting: Mutex<BTreeMap<u64, Answer>> = Mutex::default();
+        let write = async {
+            if sender.send(hello).await.is_err() {
+                return;
+            }
+            while let Some(Asked { number, frame, answer }) = questions.recv().await {
+                if answer.is_closed() {
+                    continue;
+                }
+                waiting.lock().insert(number, answer);
+                if sender.send(frame).await.is_err() {
+                    return;
+                }
+            }
+        };
+        let read = async {
+            while let Some(frame) = receiver.recv().await {
+                let Ok(Frame { form, number, body, .. }) = Frame::decode(frame) else { return };
+                let Some(answer) = waiting.lock().remove(&number) else { continue };
+                // Who asked may have given up.
+                let _ = answer.send(match form {
+                    Form::Answer => Ok(body),
+                    Form::Request | Form::Refusal => Err(String::from_utf8_lossy(&body).into_owned()),
+                });
+            }
+        };
+        tokio::select! {
+            biased;
+            () = read => {}
+            () = write => {}
+        }
+        self.runtime.note("raft: a stream has broken");
+        Ok(())
+    }
+
+    /// Answers what another node asks on a stream that it has opened.
+    pub fn accept(self: &Arc<Self>, stream: PeerStream) {
+        let (this, runtime) = (self.clone(), self.runtime.clone());
+        self.runtime.spawn("raft accept", async move {
+            if let Err(why) = this.answer(stream).await {
+                runtime.note("raft: a stream is refused");
+                tracing::warn!(%why, "a stream between members of logs is refused");
+            }
+        });
+    }
+
+    async fn answer(self: Arc<Self>, stream: PeerStream) -> Result<(), String> {
+        let PeerStream { sender, mut receiver } = stream;
+        let Some(first) = receiver.recv().await else { return Ok(()) };
+        let hello = Hello::decode(first).map_err(|error| error.to_string())?;
+        if hello.cluster != self.cluster {
+            return Err(format!("node {} is of cluster {:x}, not of this one", hello.from, hello.cluster));
+        }
+        if hello.to != self.node {
+            return Err(format!(
+                "node {} speaks to node {}; this is node {}: correct its address",
+                hello.from, hello.to, self.node
+            ));
+        }
+        // Appends of a group keep their order; all else is answered when it is ready.
+        let mut appends: BTreeMap<u64, mpsc::UnboundedSender<Frame>> = BTreeMap::new();
+        while let Some(bytes) = receiver.recv().await {
+            let frame = Frame::decode(bytes).map_err(|error| error.to_string())?;
+            let Some(group) = self.groups.lock().get(&frame.group).cloned() else {
+                let text = "no such log here, or another incarnation of it";
+                answer_with(&sender, &frame, Err(text.into())).await;
+                continue;
+            };
+            if frame.kind != Kind::Append {
+                let sender = sender.clone();
+                self.runtime.spawn("raft answer", async move {
+                    let answered = group.answer(frame.kind, frame.body.clone(), hello.from).await;
+                    answer_with(&sender, &frame, answered).await;
+                });
+                continue;
+            }
+            let queue = appends.entry(frame.group).or_insert_with(|| {
+                let (queue, frames) = mpsc::unbounded_channel();
+                self.runtime.spawn("raft appends", group.append_all(frames, sender.clone()));
+                queue
+            });
+            // The queue lives as long as this stream.
+            let _ = queue.send(frame);
+        }
+        Ok(())
+    }
+}
+
+/// Sends the answer to a request, if the stream is still there.
+pub(crate) async fn answer_with(
+    sender: &mpsc::Sender<Bytes>,
+    asked: &Frame,
+    answered: Result<Bytes, String>,
+) {
+    let (form, body) = match answered {
+        Ok(body) => (Form::Answer, body),
+        Err(why) => (Form::Refusal, why.into()),
+    };
+    let frame = Frame { kind: asked.kind, form, group: asked.group, number: asked.number, body };
+    // Who asked may be gone.
+    let _ = sender.send(frame.encode()).await;
+}

@@ -1,0 +1,160 @@
+//! A reader's place in a group's log.
+
+use async_trait::async_trait;
+use clutch_log::{Batch, Epoch, Event, Events, LogFault, NodeId, Position};
+use openraft::async_runtime::WatchReceiver as _;
+use std::{sync::Arc, time::Duration};
+
+use crate::{
+    member::Member,
+    types::{Command, Payload, TypeConfig, index_of},
+};
+
+/// Before another member is asked for a snapshot.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// Reads what is delivered, and says who leads.
+pub(crate) struct RaftEvents {
+    member: Arc<Member>,
+    changes: tokio::sync::watch::Receiver<u64>,
+    resigning: tokio::sync::watch::Receiver<bool>,
+    metrics: openraft::type_config::alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>,
+    next: Position,
+    /// The reign that was told last, and who was said to lead in it.
+    told: (u64, Option<NodeId>),
+    sealed_told: bool,
+    /// Counts the members that were asked for a snapshot.
+    asked: usize,
+}
+
+fn storage(error: impl std::fmt::Display) -> LogFault {
+    LogFault::Storage(error.to_string())
+}
+
+impl RaftEvents {
+    pub(crate) fn new(member: Arc<Member>, next: Position) -> RaftEvents {
+        RaftEvents {
+            changes: member.delivered().changes(),
+            resigning: member.resigning(),
+            metrics: member.raft().metrics(),
+            member,
+            next,
+            told: (0, None),
+            sealed_told: false,
+            asked: 0,
+        }
+    }
+
+    /// What follows without waiting.
+    fn ready(&mut self) -> Result<Option<Event>, LogFault> {
+        let me = self.member.node();
+        let (term, leader) = self.member.standing();
+        let (told, told_leader) = self.told;
+        // The end of a reign of this node is told at once.
+        if told_leader == Some(me) && (term, leader) != self.told {
+            self.told = (told, None);
+            return Ok(Some(Event::Leader { epoch: Epoch(told), leader: None, is_self: false }));
+        }
+        let delivered = self.member.delivered();
+        let (last, last_term) = delivered.last();
+        let sealed = delivered.sealed();
+        if let Some(restored) = delivered.restored().filter(|restored| restored.position >= self.next) {
+            self.next = restored.position.next();
+            return Ok(Some(Event::Restore(restored)));
+        }
+        let end = sealed.map_or(last, |tail| tail.min(last));
+        if self.next <= end {
+            return self.read();
+        }
+        // Everything that is delivered was read. The reign of the last record is that of a leader whose own first one is
+        // committed, so all earlier reigns are behind the reader; of a later one is told when its first record is.
+        let leader = leader.filter(|_| term == last_term);
+        let is_over = sealed.is_some();
+        if last_term > 0 && (last_term, leader) != self.told && told <= last_term && !is_over {
+            self.told = (last_term, leader);
+            let is_self = leader == Some(me);
+            return Ok(Some(Event::Leader { epoch: Epoch(last_term), leader, is_self }));
+        }
+        match sealed {
+            Some(tail) if !self.sealed_told && self.next > tail => {
+                self.sealed_told = true;
+                Ok(Some(Event::Sealed { tail }))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The record that comes next, which is delivered; `None` where it was trimmed.
+    fn read(&mut self) -> Result<Option<Event>, LogFault> {
+        let index = index_of(self.next).expect("positions begin at 1");
+        let Some(entry) = self.member.log().entry(index).map_err(storage)? else { return Ok(None) };
+        let position = self.next;
+        self.next = position.next();
+        Ok(Some(match entry.payload {
+            Payload::Normal(Command::Batch(entries)) => {
+                Event::Committed(Batch { position, epoch: Epoch(entry.log_id.leader_id.term), entries })
+            }
+            Payload::Normal(Command::Seal) | Payload::Blank | Payload::Membership(_) => {
+                Event::Gap { to: position }
+            }
+        }))
+    }
+
+    /// Where the record that comes next was trimmed here: a snapshot of another member has it.
+    async fn fetched(&mut self) -> Result<Option<Event>, LogFault> {
+        let purged = self.member.log().purged().map(|purged| crate::types::position_of(purged.index));
+        let Some(least) = purged.filter(|purged| *purged >= self.next) else { return Ok(None) };
+        let me = self.member.node();
+        let others: Vec<NodeId> = {
+            let metrics = self.member.metrics();
+            metrics.membership_config.nodes().map(|(node, _)| *node).filter(|node| *node != me).collect()
+        };
+        if others.is_empty() {
+            return Err(LogFault::Trimmed { asked: self.next, first: least.next() });
+        }
+        let other = others[self.asked % others.len()];
+        self.asked += 1;
+        match self.member.received().fetch(other, least).await {
+            Ok(manifest) => {
+                self.member.runtime().note("raft: a member fetches a snapshot");
+                self.next = manifest.position.next();
+                Ok(Some(Event::Restore(manifest)))
+            }
+            Err(error) => {
+                tracing::debug!(other, %error, "a snapshot does not come");
+                self.member.runtime().clock.sleep(AGAIN).await;
+                Ok(None)
+            }
+        }
+    }
+}
+
+#[async_trait]
+impl Events for RaftEvents {
+    async fn next(&mut self) -> Result<Event, LogFault> {
+        loop {
+            // Seen before it is looked, so that what comes meanwhile is not missed.
+            self.changes.borrow_and_update();
+            self.resigning.borrow_and_update();
+            if let Some(event) = self.ready()? {
+                return Ok(event);
+            }
+            if let Some(fault) = self.member.fault() {
+                return Err(LogFault::Storage(fault));
+            }
+            let purged = self.member.log().purged();
+            if purged.is_some_and(|purged| crate::types::position_of(purged.index) >= self.next) {
+                if let Some(event) = self.fetched().await? {
+                    return Ok(event);
+                }
+                continue;
+            }
+            tokio::select! {
+                biased;
+                _ = self.changes.changed() => {}
+                _ = self.resigning.changed() => {}
+                _ = self.metrics.changed() => {}
+            }
+        }
+    }
+}

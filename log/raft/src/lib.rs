@@ -178,3 +178,6 @@ impl Engine for RaftEngine {
         self.store.bytes()
     }
 }
+
+#[cfg(test)]
+mod tests;

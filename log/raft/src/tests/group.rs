@@ -1,0 +1,144 @@
+//! Three nodes that keep one log.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clutch_log::{LogId, NodeId, conformance::SuiteSnapshots};
+use clutch_log_store::{Options, Store};
+use clutch_runtime::{
+    Answers, BoxFuture, Endpoint, Handled, Handler, Listening, PeerStream, Runtime,
+    simulated::{NodeId as SimNode, World},
+};
+use parking_lot::Mutex;
+
+use crate::{Peers, RaftEngine, RaftLog, Timing, parameters};
+
+pub(super) const PATIENCE: Duration = Duration::from_secs(30);
+pub(super) const CLUSTER: u64 = 7;
+
+/// Takes streams, and nothing else.
+struct Accepts(Arc<Peers>);
+
+impl Handler for Accepts {
+    fn handle(&self, _: Bytes, _: Answers) -> BoxFuture<Handled> {
+        Box::pin(async { Handled::default() })
+    }
+
+    fn accept(&self, stream: PeerStream) {
+        self.0.accept(stream);
+    }
+}
+
+struct Running {
+    log: Arc<RaftLog>,
+    snapshots: Arc<SuiteSnapshots>,
+    _listening: Box<dyn Listening>,
+}
+
+/// The nodes; node 0 drives them.
+pub(super) struct Nodes {
+    pub(super) world: Arc<World>,
+    count: u64,
+    running: Mutex<BTreeMap<NodeId, Running>>,
+    cut_off: Mutex<BTreeSet<NodeId>>,
+}
+
+fn endpoint(node: NodeId) -> Endpoint {
+    format!("node{node}").as_str().into()
+}
+
+impl Nodes {
+    pub(super) fn new(world: Arc<World>, count: u64) -> Nodes {
+        Nodes { world, count, running: Mutex::default(), cut_off: Mutex::default() }
+    }
+
+    pub(super) fn numbers(&self) -> impl Iterator<Item = NodeId> + use<> {
+        1..=self.count
+    }
+
+    pub(super) fn driver(&self) -> Runtime {
+        self.world.node(SimNode(0))
+    }
+
+    /// Starts a node on what its disk has.
+    pub(super) async fn boot(&self, node: NodeId) {
+        let runtime = self.world.node(SimNode(node as u32));
+        let members: Vec<NodeId> = self.numbers().collect();
+        let (started, running) = tokio::sync::oneshot::channel();
+        let on = runtime.clone();
+        runtime.spawn("boot", async move {
+            let addresses = Arc::new(|node| Some(endpoint(node)));
+            let peers = Peers::new(on.clone(), CLUSTER, node, addresses);
+            let handler = Arc::new(Accepts(peers.clone()));
+            let listening = on.network.listen(&endpoint(node), handler).await.expect("a free name");
+            let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };
+            let store = Store::open(&on, "log".into(), options).expect("the store opens");
+            let engine = RaftEngine::new(on.clone(), store, peers, Timing::default());
+            let snapshots = Arc::new(SuiteSnapshots::default());
+            let log = engine.open(LogId::CDC.into(), &parameters(&members), snapshots.clone()).await;
+            let log = log.expect("the log opens");
+            let _ = started.send(Running { log, snapshots, _listening: listening });
+        });
+        let running = running.await.expect("the node starts");
+        self.running.lock().insert(node, running);
+    }
+
+    /// The power of a node goes.
+    pub(super) fn crash(&self, node: NodeId) {
+        self.running.lock().remove(&node);
+        self.world.crash(SimNode(node as u32));
+    }
+
+    pub(super) fn log(&self, node: NodeId) -> Arc<RaftLog> {
+        self.running.lock().get(&node).expect("the node runs").log.clone()
+    }
+
+    pub(super) fn snapshots(&self, node: NodeId) -> Arc<SuiteSnapshots> {
+        self.running.lock().get(&node).expect("the node runs").snapshots.clone()
+    }
+
+    /// Cuts a node off from the others.
+    pub(super) fn cut_off(&self, node: NodeId, is_cut_off: bool) {
+        for other in self.numbers().filter(|other| *other != node) {
+            let (node, other) = (SimNode(node as u32), SimNode(other as u32));
+            self.world.set_blocked(node, other, is_cut_off);
+            self.world.set_blocked(other, node, is_cut_off);
+        }
+        let mut cut_off = self.cut_off.lock();
+        if is_cut_off {
+            cut_off.insert(node);
+        } else {
+            cut_off.remove(&node);
+        }
+    }
+
+    /// Waits until something is so.
+    pub(super) async fn until(&self, what: &str, is_so: impl Fn() -> bool) {
+        let runtime = self.driver();
+        let end = runtime.clock.monotonic() + PATIENCE;
+        while !is_so() {
+            assert!(runtime.clock.monotonic() < end, "waited in vain until {what}");
+            runtime.clock.sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// A node that leads and can be reached, other than `but`.
+    pub(super) async fn leader(&self, but: Option<NodeId>) -> NodeId {
+        let found = || {
+            let running = self.running.lock();
+            let cut_off = self.cut_off.lock();
+            let leads = |(node, is): (&NodeId, &Running)| {
+                let may = Some(*node) != but && !cut_off.contains(node);
+                let settled = is.log.0.leading() == Some(is.log.0.delivered().last().1);
+                (may && settled).then_some(*node)
+            };
+            running.iter().find_map(leads)
+        };
+        self.until("a member leads", || found().is_some()).await;
+        found().expect("it was there")
+    }
+}

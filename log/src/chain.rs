@@ -82,14 +82,14 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// The chain of a log that begins with this engine.
+    /// The chain of a log that begins with this engine, which needs to know nothing.
     pub fn first(log: LogId, engine: &str) -> Chain {
-        let first = LogletSpec {
-            incarnation: 1,
-            base: Position(0),
-            engine: engine.to_owned(),
-            parameters: String::new(),
-        };
+        Chain::first_with(log, engine, String::new())
+    }
+
+    /// The chain of a log that begins with this engine, and with what the engine is to know.
+    pub fn first_with(log: LogId, engine: &str, parameters: String) -> Chain {
+        let first = LogletSpec { incarnation: 1, base: Position(0), engine: engine.to_owned(), parameters };
         Chain { log, loglets: vec![first] }
     }
 

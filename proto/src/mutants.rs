@@ -215,6 +215,8 @@ pub enum Mutant {
     UnsyncedAcknowledged,
     /// A leader answers barriers without asking anybody.
     ReadWithoutQuorum,
+    /// A raft group that begins behind a snapshot does not say who belongs to it.
+    SnapshotWithoutMembers,
     /// A raft group forgets whatever it has delivered, not what its replica has no need of.
     PurgedAboveFloor,
 }
@@ -223,7 +225,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 106] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 107] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -329,6 +331,7 @@ impl Mutant {
         (Mutant::TruncationLost, &["raft", "log", "linearizability", "outcomes", "panic"]),
         (Mutant::UnsyncedAcknowledged, &["raft", "log", "linearizability", "outcomes", "panic"]),
         (Mutant::ReadWithoutQuorum, &["raft", "linearizability", "linearizability by search"]),
+        (Mutant::SnapshotWithoutMembers, &["raft", "convergence", "log", "panic"]),
         (Mutant::PurgedAboveFloor, &["raft", "log", "convergence", "panic"]),
         (Mutant::EarlierNotCut, &["units", "tests::planted_bugs_are_found"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),

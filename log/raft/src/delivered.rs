@@ -149,7 +149,9 @@ impl RaftStateMachine<TypeConfig> for Delivered {
         manifest: Option<Manifest>,
     ) -> Result<(), io::Error> {
         let manifest = manifest.ok_or_else(|| io::Error::other("a snapshot without its manifest"))?;
-        self.log.begins_with(meta.last_membership.clone());
+        let last = meta.last_log_id.ok_or_else(|| io::Error::other("a snapshot of nothing"))?;
+        // Before the replica takes it: a state may not be ahead of its log, whenever the power goes.
+        self.log.begin_behind(last, &meta.last_membership).await?;
         {
             let mut state = self.state.lock();
             state.last = meta.last_log_id;

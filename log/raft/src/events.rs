@@ -117,6 +117,17 @@ impl RaftEvents {
         match self.member.received().fetch(other, least).await {
             Ok(manifest) => {
                 self.member.runtime().note("raft: a member fetches a snapshot");
+                // A state may not be ahead of its log.
+                while self.member.delivered().last().0 < manifest.position {
+                    if self.member.fault().is_some() {
+                        return Ok(None);
+                    }
+                    tokio::select! {
+                        biased;
+                        _ = self.changes.changed() => {}
+                        _ = self.metrics.changed() => {}
+                    }
+                }
                 self.next = manifest.position.next();
                 Ok(Some(Event::Restore(manifest)))
             }

@@ -54,8 +54,6 @@ struct State {
     cache_bytes: usize,
     /// One more than the last index that is durable.
     durable: u64,
-    /// Of a snapshot that was installed, until the log begins behind it.
-    snapshot_members: Option<StoredMembers>,
 }
 
 impl State {
@@ -183,7 +181,6 @@ impl GroupLog {
             cache: BTreeMap::new(),
             cache_bytes: 0,
             durable: view.last.0,
-            snapshot_members: None,
         };
         let (flushes, receiver) = mpsc::unbounded_channel();
         let this = GroupLog { runtime: runtime.clone(), group, state: Arc::new(Mutex::new(state)), flushes };
@@ -210,9 +207,24 @@ impl GroupLog {
         self.state.lock().purged
     }
 
-    /// A snapshot was installed: the log will begin behind it, and these are its members.
-    pub(crate) fn begins_with(&self, members: StoredMembers) {
-        self.state.lock().snapshot_members = Some(members);
+    /// The log begins behind a record, which a snapshot has, with these members. Durable when it returns.
+    pub(crate) async fn begin_behind(&self, id: LogId, members: &StoredMembers) -> io::Result<()> {
+        let written = {
+            let mut state = self.state.lock();
+            if state.purged >= Some(id) {
+                return Ok(());
+            }
+            state.purged = Some(id);
+            state.last = state.last.max(Some(id));
+            state.committed = state.committed.max(Some(id));
+            state.forget(|index| index <= id.index);
+            state.durable = state.durable.max(id.index + 1);
+            let lost = mutants::is(Mutant::SnapshotWithoutMembers);
+            let members = (!lost).then(|| Builder::default().stored_members(members).done());
+            let (position, epoch) = (position_of(id.index), Epoch(id.leader_id.term));
+            self.group.write(vec![Write::Base { position, epoch, members }])
+        };
+        written.await.map_err(failed)
     }
 
     /// What is known to be committed since the start, or was before it.
@@ -423,22 +435,7 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
     }
 
     async fn purge(&mut self, id: LogId) -> Result<(), io::Error> {
-        let written = {
-            let mut state = self.state.lock();
-            if state.purged >= Some(id) {
-                return Ok(());
-            }
-            state.purged = Some(id);
-            state.last = state.last.max(Some(id));
-            state.committed = state.committed.max(Some(id));
-            state.forget(|index| index <= id.index);
-            state.durable = state.durable.max(id.index + 1);
-            let members = state.snapshot_members.take();
-            let members = members.map(|members| Builder::default().stored_members(&members).done());
-            let base =
-                Write::Base { position: position_of(id.index), epoch: Epoch(id.leader_id.term), members };
-            self.group.write(vec![base])
-        };
-        written.await.map_err(failed)
+        let members = self.members_at(id.index)?;
+        self.begin_behind(id, &members).await
     }
 }

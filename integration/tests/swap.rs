@@ -16,7 +16,7 @@ use clutch_proto::{
 };
 use clutch_runtime::simulated::{self, World};
 use clutch_server::{
-    Chains, ClusterFile, Node, NodeConfig, Peers, Roles,
+    Chains, ClusterFile, NewLogs, Node, NodeConfig, Peers, Roles,
     room::Room,
     stores::{IsHome, Rebuilt, StoreProvider},
 };
@@ -163,7 +163,8 @@ fn an_engine_that_does_nothing_is_an_engine() {
         engines: Engines::one("nothing", Arc::new(Nowhere)),
         chains: Arc::new(Chains::open(runtime.disk.clone(), "chains".into(), 0).expect("there is no file")),
         stores: Arc::new(Nowhere),
-        engine: "nothing".into(),
+        new_logs: NewLogs::of("nothing"),
+        accept: Arc::new(drop),
         keyring: Keyring::default(),
         system_key: [7; 32],
         process_usage: || None,

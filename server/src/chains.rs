@@ -92,6 +92,30 @@ impl From<Loglet> for registry::Segment {
     }
 }
 
+/// What logs begin with that nobody has begun yet: the same on all nodes of a cluster.
+#[derive(Clone)]
+pub struct NewLogs {
+    engine: String,
+    parameters: Arc<dyn Fn(LogId) -> String + Send + Sync>,
+}
+
+impl NewLogs {
+    /// This engine, which needs to know nothing.
+    pub fn of(engine: &str) -> NewLogs {
+        NewLogs::with(engine, |_| String::new())
+    }
+
+    /// This engine, and of each log what the engine is to know.
+    pub fn with(engine: &str, parameters: impl Fn(LogId) -> String + Send + Sync + 'static) -> NewLogs {
+        NewLogs { engine: engine.to_owned(), parameters: Arc::new(parameters) }
+    }
+
+    /// The chain that a log begins with.
+    pub(crate) fn chain(&self, log: LogId) -> Chain {
+        Chain::first_with(log, &self.engine, (self.parameters)(log))
+    }
+}
+
 /// The chains that a node knows. What is kept here is on its disk.
 pub struct Chains {
     disk: Arc<dyn Disk>,
@@ -170,14 +194,19 @@ pub(crate) fn refuse_older(engines: &Engines, chains: &BTreeMap<LogId, Chain>) -
 }
 
 /// Asks the registry for the chains of logs. Those that this node does not know are waited for, as long as it takes, and
-/// begin with `engine` where the registry has never heard of them; of the others it is asked once whether there is a newer one.
-pub(crate) async fn ask(client: &Client, logs: &[LogId], known: &Chains, engine: &str) -> Result<Vec<Chain>> {
+/// begin as `begin` says where the registry has never heard of them; of the others it is asked once whether there is a newer one.
+pub(crate) async fn ask(
+    client: &Client,
+    logs: &[LogId],
+    known: &Chains,
+    begin: &NewLogs,
+) -> Result<Vec<Chain>> {
     let runtime = client.runtime().clone();
     let (old, new): (Vec<LogId>, Vec<LogId>) = logs.iter().partition(|log| known.get(**log).is_some());
     let mut chains = Vec::new();
     for log in new {
         let chain = awaited(client, log).await?;
-        chains.push(chain.unwrap_or_else(|| Chain::first(log, engine)));
+        chains.push(chain.unwrap_or_else(|| begin.chain(log)));
     }
     // What was learned before the registry fell silent counts.
     let newer = runtime.timeout(NEWER_PATIENCE, async {

@@ -22,7 +22,7 @@ use clutch_proto::{
     session::{self, Request, Response, Role},
     types::Code,
 };
-use clutch_runtime::{Answers, BoxFuture, Handled, Handler, Held, HybridClock};
+use clutch_runtime::{Answers, BoxFuture, Handled, Handler, Held, HybridClock, PeerStream};
 use clutch_state_replica::{Answer, Freshness, ReplicaHandle};
 use prost::Message as _;
 
@@ -73,11 +73,15 @@ pub(crate) fn node_faults(blocks: &BTreeMap<u64, Arc<BlockService>>, room: &Room
 pub type ProcessUsage = fn() -> Option<(u64, u64)>;
 
 /// Requests share the handler without copying it.
-pub(crate) struct SharedHandler(pub(crate) Arc<NodeHandler>);
+pub(crate) struct SharedHandler {
+    pub(crate) node: Arc<NodeHandler>,
+    /// Takes the streams of other nodes.
+    pub(crate) accept: Arc<dyn Fn(PeerStream) + Send + Sync>,
+}
 
 impl Handler for SharedHandler {
     fn handle(&self, request: Bytes, answers: Answers) -> BoxFuture<Handled> {
-        let handler = self.0.clone();
+        let handler = self.node.clone();
         Box::pin(async move {
             let mut held = Held::default();
             let answer: Parts = match handler.respond(request, &answers, &mut held).await {
@@ -89,8 +93,12 @@ impl Handler for SharedHandler {
         })
     }
 
+    fn accept(&self, stream: PeerStream) {
+        (self.accept)(stream);
+    }
+
     fn is_serving(&self) -> bool {
-        let node = &self.0;
+        let node = &self.node;
         let replicas = node.registry.iter().chain(&node.cdc).chain(node.shards.values());
         node.ready.load(Ordering::Acquire) && replicas.into_iter().all(|replica| replica.fault().is_none())
     }

@@ -30,7 +30,7 @@ pub mod stores;
 #[cfg(feature = "rocks")]
 pub mod up;
 
-pub use chains::Chains;
+pub use chains::{Chains, NewLogs};
 pub use cluster_file::ClusterFile;
 pub use node::{Node, NodeConfig, Roles};
 pub use routes::Peers;

@@ -24,7 +24,7 @@ use clutch_proto::{
     state::Entry,
 };
 use clutch_registry::{Registry, RegistryFacts};
-use clutch_runtime::{Endpoint, HybridClock, Listening, Runtime, hlc::Start};
+use clutch_runtime::{Endpoint, HybridClock, Listening, PeerStream, Runtime, hlc::Start};
 use clutch_shard::{Keyring, Lifetimes, Pages, Shard, ShardFacts};
 use clutch_state::{Applier, Fault, Machine, StoreError, View, applier::batch_crc};
 use clutch_state_replica::{LeaderEvent, Replica, ReplicaConfig, ReplicaHandle, Restore, SharedFacts};
@@ -34,7 +34,7 @@ use tokio::sync::mpsc;
 
 use crate::{
     cdc_driver,
-    chains::{self, Chains},
+    chains::{self, Chains, NewLogs},
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
     keeper::{Keeper, Told},
@@ -96,8 +96,10 @@ pub struct NodeConfig {
     pub chains: Arc<Chains>,
     /// Its stores.
     pub stores: Arc<dyn StoreProvider>,
-    /// The name of the engine with which new logs begin.
-    pub engine: String,
+    /// What new logs begin with.
+    pub new_logs: NewLogs,
+    /// Takes the streams that other nodes open to this one.
+    pub accept: Arc<dyn Fn(PeerStream) + Send + Sync>,
     /// The block services' keys.
     pub keyring: Keyring,
     /// What the parts of the cluster know each other by.
@@ -249,7 +251,10 @@ impl Node {
             routes: routes.clone(),
             ready: ready.clone(),
         });
-        let listening = runtime.network.listen(&config.listen, Arc::new(SharedHandler(handler))).await?;
+        let listening = runtime
+            .network
+            .listen(&config.listen, Arc::new(SharedHandler { node: handler, accept: config.accept.clone() }))
+            .await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
         let client = own_client(&runtime, config.registry.clone(), &address, config.system_key, &clock);
         starter.asker.begin(client.clone(), routes.clone());
@@ -515,7 +520,7 @@ impl Starter<'_> {
     /// The registry's state, by the newest chain of its log that the file or the state itself knows.
     fn prepare_registry(&self) -> Result<Applier<Registry>> {
         let Self { config, .. } = self;
-        config.chains.keep([Chain::first(LogId::REGISTRY, &config.engine)])?;
+        config.chains.keep([config.new_logs.chain(LogId::REGISTRY)])?;
         // Before the state is compared with a life of the log that may be over.
         let chain = self.chain(LogId::REGISTRY);
         chains::refuse_older(&config.engines, &BTreeMap::from([(LogId::REGISTRY, chain)]))?;
@@ -539,7 +544,7 @@ impl Starter<'_> {
         if let Some(registry) = registry {
             let chain = |log: &LogId| {
                 let known = chain_in(registry, *log)?;
-                Ok(known.unwrap_or_else(|| Chain::first(*log, &config.engine)))
+                Ok(known.unwrap_or_else(|| config.new_logs.chain(*log)))
             };
             config.chains.keep(others.iter().map(chain).collect::<Result<Vec<Chain>>>()?)?;
         }
@@ -550,7 +555,7 @@ impl Starter<'_> {
             // With a clock of its own: the node's is set by what its logs say, which come next.
             let options = ClientOptions { cache_lifetime: Duration::ZERO, ..ClientOptions::default() };
             let client = Client::new(config.runtime.clone(), registries, options);
-            let learned = chains::ask(&client, &others, &config.chains, &config.engine).await?;
+            let learned = chains::ask(&client, &others, &config.chains, &config.new_logs).await?;
             config.chains.keep(learned)?;
         }
         let chains: BTreeMap<LogId, Chain> = logs.into_iter().map(|log| (log, self.chain(log))).collect();

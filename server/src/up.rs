@@ -28,7 +28,9 @@ use clutch_runtime::{Disk as _, Endpoint, Runtime, production::OsDisk};
 use clutch_shard::Lifetimes;
 
 use crate::{
-    Chains, ClusterFile, Node, NodeConfig, Roles, chains, clock_file, keys,
+    Chains, ClusterFile, Node, NodeConfig, Roles, chains,
+    chains::NewLogs,
+    clock_file, keys,
     retention::Retention,
     room::Room,
     routes::Peers,
@@ -230,7 +232,9 @@ impl Up {
             chains,
             process_usage: crate::handler::process_usage,
             stores: stores.clone(),
-            engine: LOCAL.into(),
+            new_logs: NewLogs::of(LOCAL),
+            // Nobody else keeps its logs.
+            accept: Arc::new(drop),
             keyring,
             system_key,
             lifetimes: config.lifetimes,

@@ -51,6 +51,11 @@ pub(crate) struct NodeHandler {
 }
 
 impl NodeHandler {
+    /// What answers for the node, and hands on the streams that others open.
+    pub(crate) fn shared(self, accept: &Arc<dyn Fn(PeerStream) + Send + Sync>) -> Arc<SharedHandler> {
+        Arc::new(SharedHandler { node: Arc::new(self), accept: accept.clone() })
+    }
+
     /// Adds what only the node knows.
     fn add_node(&self, reply: &mut AdminReply) {
         if let Some(status) = &mut reply.status {

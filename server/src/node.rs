@@ -36,7 +36,7 @@ use crate::{
     cdc_driver,
     chains::{self, Chains, NewLogs},
     cluster_file::ClusterFile,
-    handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
+    handler::{NodeHandler, ProcessUsage, node_faults},
     keeper::{Keeper, Told},
     members::Asker,
     placer::{Placer, Placing, Reigns},
@@ -236,7 +236,7 @@ impl Node {
         let members = routes.members(LogId::REGISTRY);
         registry_facts.update(|_| RegistryFacts { members });
         let ready = Arc::new(AtomicBool::new(false));
-        let handler = Arc::new(NodeHandler {
+        let handler = NodeHandler {
             cluster,
             clock: clock.clone(),
             system_key: config.system_key,
@@ -250,11 +250,8 @@ impl Node {
             room: config.room.clone(),
             routes: routes.clone(),
             ready: ready.clone(),
-        });
-        let listening = runtime
-            .network
-            .listen(&config.listen, Arc::new(SharedHandler { node: handler, accept: config.accept.clone() }))
-            .await?;
+        };
+        let listening = runtime.network.listen(&config.listen, handler.shared(&config.accept)).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
         let client = own_client(&runtime, config.registry.clone(), &address, config.system_key, &clock);
         starter.asker.begin(client.clone(), routes.clone());

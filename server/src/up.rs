@@ -216,8 +216,7 @@ impl Up {
         let chains =
             Arc::new(Chains::open(seam.disk.clone(), config.dir.join(chains::FILE), cluster.cluster_id()?)?);
         let replicas = cluster.shards as usize + 2;
-        let files = database_files();
-        let rocks = Arc::new(RocksStores::new(config.dir.join("state"), replicas, files));
+        let rocks = Arc::new(RocksStores::new(config.dir.join("state"), replicas, database_files()));
         let stores: Arc<dyn StoreProvider> = rocks.clone();
         let registered = advertised(&config);
         let node_config = NodeConfig {
@@ -233,7 +232,6 @@ impl Up {
             process_usage: crate::handler::process_usage,
             stores: stores.clone(),
             new_logs: NewLogs::of(LOCAL),
-            // Nobody else keeps its logs.
             accept: Arc::new(drop),
             keyring,
             system_key,

@@ -164,6 +164,17 @@ pub(crate) enum Command {
     },
 }
 
+/// What keeps the logs of simulated clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum FuzzEngine {
+    /// Logs outside the nodes, with every unpleasant outcome on demand.
+    Sim,
+    /// The engine of one node, on its simulated disk.
+    Local,
+    /// Consensus between nodes, on their simulated disks.
+    Raft,
+}
+
 /// What `clutch fuzz` lays stress on.
 #[derive(clap::ValueEnum, Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FuzzProfile {
@@ -200,10 +211,13 @@ pub(crate) struct FuzzArgs {
     /// What the scripts are like.
     #[arg(long, value_enum, default_value_t = FuzzProfile::Mixed, conflicts_with_all = ["trace", "script"])]
     pub(crate) profile: FuzzProfile,
-    /// Members of each log, 1 to 7: with more than one they elect a leader, faults strike leaders and followers, and all logs are
-    /// kept by the engine `sim`.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=i64::from(REPLICAS_MAX)), conflicts_with = "script")]
-    pub(crate) replicas: u32,
+    /// Members of each log, 1 to 7: with more than one they elect a leader, and faults strike leaders and followers. One when
+    /// nothing else is said, three with `--engine raft`.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=i64::from(REPLICAS_MAX)), conflicts_with = "script")]
+    pub(crate) replicas: Option<u32>,
+    /// What keeps the logs; with one member and nothing said, `local` or `sim` as drawn, with several `sim`.
+    #[arg(long, value_enum, conflicts_with = "script")]
+    pub(crate) engine: Option<FuzzEngine>,
     /// Threads, each with worlds of its own; one world never uses more than one.
     #[arg(long, value_name = "N", value_parser = parse_threads, conflicts_with = "script")]
     pub(crate) jobs: Option<usize>,

@@ -22,6 +22,7 @@ use clutch_integration::{
     pins::{self, Pin},
     run::run,
     script::Script,
+    sim_cluster::{Engine, Members},
 };
 
 /// What each script reaches, by as many threads as there are cores; with how many violations.
@@ -53,7 +54,11 @@ fn reach(scripts: &(dyn Fn(u64) -> Script + Sync), count: u64) -> (BTreeMap<u64,
 
 /// Every third one has logs of several members.
 fn fresh_script(seed: u64) -> Script {
-    generate_replicated(seed, Profile::Mixed, if seed.is_multiple_of(3) { 3 } else { 1 })
+    generate_replicated(
+        seed,
+        Profile::Mixed,
+        if seed.is_multiple_of(3) { Members::Of(Engine::Sim, 3) } else { Members::Drawn },
+    )
 }
 
 fn main() -> Result<()> {

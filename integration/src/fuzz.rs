@@ -13,6 +13,7 @@ use crate::{
     generate::{Profile, generate_replicated, strike},
     run::{Report, run},
     script::{Fault, Script},
+    sim_cluster::Members,
 };
 
 /// What to run.
@@ -26,8 +27,8 @@ pub struct Options {
     pub time: Option<Duration>,
     /// What the scripts are like.
     pub profile: Profile,
-    /// Members of each log; more than one with the engine `sim` alone.
-    pub replicas: u32,
+    /// What keeps the logs.
+    pub members: Members,
     /// Operations that came from elsewhere, each seed under its own faults; instead of generated ones.
     pub trace: Option<Script>,
     /// Threads, each with worlds of its own.
@@ -41,12 +42,10 @@ pub struct Options {
 impl Options {
     fn script(&self, seed: u64) -> Script {
         match &self.trace {
-            None => generate_replicated(seed, self.profile, self.replicas),
+            None => generate_replicated(seed, self.profile, self.members),
             Some(trace) => {
                 let mut script = trace.clone();
-                if self.replicas > 1 {
-                    script.replicate(self.replicas);
-                }
+                self.members.set(&mut script.cluster);
                 strike(&mut script, seed);
                 script
             }

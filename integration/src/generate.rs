@@ -8,7 +8,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{
     script::{Action, Event, Fault, Lane, Operation, Party, Script},
-    sim_cluster::{ClusterConfig, Engine},
+    sim_cluster::{ClusterConfig, Engine, Members},
 };
 
 /// What scripts are like.
@@ -103,15 +103,13 @@ const DIRECTORIES_MAX: usize = 40;
 
 /// Draws a script.
 pub fn generate(seed: u64, profile: Profile) -> Script {
-    generate_replicated(seed, profile, 1)
+    generate_replicated(seed, profile, Members::Drawn)
 }
 
-/// The same for logs of so many members, which only the engine `sim` can have.
-pub fn generate_replicated(seed: u64, profile: Profile, replicas: u32) -> Script {
+/// The same for logs that are kept so.
+pub fn generate_replicated(seed: u64, profile: Profile, members: Members) -> Script {
     let mut generator = Generator::new(seed, profile);
-    if replicas > 1 {
-        (generator.cluster.engine, generator.cluster.replicas) = (Engine::Sim, replicas);
-    }
+    members.set(&mut generator.cluster);
     generator.script()
 }
 
@@ -776,6 +774,7 @@ impl Generator {
         let lasting = self.lasting();
         let bad = self.bad_disks.choose(&mut self.rng).copied();
         let is_local = self.cluster.engine == Engine::Local;
+        let has_logs_on_disks = self.cluster.engine != Engine::Sim;
         Some(match kind {
             "loss" => Fault::Loss(self.rng.random_range(10..=300), lasting),
             "duplicate" => Fault::Duplicate(self.rng.random_range(20..=500), lasting),
@@ -789,7 +788,7 @@ impl Generator {
             "stall" => self.stall()?,
             "powercut" => {
                 let party = match self.cluster.engine {
-                    Engine::Local => self.server(),
+                    Engine::Local | Engine::Raft => self.server(),
                     Engine::Sim => Party::Disk(self.rng.random_range(0..self.cluster.disks)),
                 };
                 Fault::PowerCut(party, self.rng.random_range(0..12), lasting)
@@ -797,8 +796,8 @@ impl Generator {
             "pause" => Fault::Pause(self.party(), lasting),
             "slow" => Fault::Slow(self.server(), lasting),
             "move" if !is_local => Fault::Move(self.log_party(), lasting),
-            "unknown-committed" if !is_local => Fault::UnknownCommitted(self.log_party()),
-            "unknown-lost" if !is_local => Fault::UnknownLost(self.log_party()),
+            "unknown-committed" if !has_logs_on_disks => Fault::UnknownCommitted(self.log_party()),
+            "unknown-lost" if !has_logs_on_disks => Fault::UnknownLost(self.log_party()),
             // Instead of what only logs outside the nodes can do.
             "move" | "unknown-committed" | "unknown-lost" => Fault::Crash(self.log_party(), lasting),
             "skew" => Fault::Skew(self.party(), self.rng.random_range(-200..200)),
@@ -809,14 +808,14 @@ impl Generator {
             "flip" => Fault::Flip(bad?, self.rng.random()),
             "misdirect" => Fault::Misdirect(bad?),
             "disk-errors" => {
-                let party = match is_local && self.rng.random() {
+                let party = match has_logs_on_disks && self.rng.random() {
                     true => self.log_party(),
                     false => Party::Disk(self.rng.random_range(0..self.cluster.disks)),
                 };
                 Fault::DiskErrors(party, self.rng.random_range(20..500), lasting)
             }
             "full" => {
-                let party = match is_local && self.rng.random() {
+                let party = match has_logs_on_disks && self.rng.random() {
                     true => self.log_party(),
                     false => Party::Disk(self.rng.random_range(0..self.cluster.disks)),
                 };

@@ -27,6 +27,10 @@ pub struct Recording {
     violations: Mutex<Vec<String>>,
     /// Replicas that are given something else than the others, once.
     altered: Mutex<BTreeSet<(LogId, NodeId)>>,
+    /// Who was told last to lead each log, and in which reign.
+    leaders: Mutex<BTreeMap<LogId, (Epoch, NodeId)>>,
+    /// Up to where each replica's own log was trimmed, at most.
+    trimmed: Mutex<BTreeMap<(LogId, NodeId), Position>>,
 }
 
 impl Recording {
@@ -47,6 +51,30 @@ impl Recording {
     /// one from then on, and nobody says so.
     pub fn alter(&self, id: LogId, node: SimNode) {
         self.altered.lock().insert((id, u64::from(node.0)));
+    }
+
+    /// Who was told last to lead a log.
+    pub fn leader(&self, id: LogId) -> Option<NodeId> {
+        self.leaders.lock().get(&id).map(|(_, node)| *node)
+    }
+
+    /// Up to where a node's own log was trimmed, at most.
+    pub fn trimmed(&self, id: LogId, node: SimNode) -> Position {
+        self.trimmed.lock().get(&(id, u64::from(node.0))).copied().unwrap_or_default()
+    }
+
+    fn trims(&self, id: LogId, node: NodeId, upto: Position) {
+        let mut trimmed = self.trimmed.lock();
+        let known = trimmed.entry((id, node)).or_default();
+        *known = upto.max(*known);
+    }
+
+    fn led(&self, id: LogId, epoch: Epoch, node: NodeId) {
+        let mut leaders = self.leaders.lock();
+        let known = leaders.entry(id).or_insert((epoch, node));
+        if epoch >= known.0 {
+            *known = (epoch, node);
+        }
     }
 
     /// What a replica is given of a batch.
@@ -146,6 +174,7 @@ impl Log for RecordedLog {
                 self.id, self.node, floors.flushed
             ));
         }
+        self.recording.trims(self.id, self.node, floors.trim());
         self.log.set_floors(floors).await
     }
 
@@ -191,7 +220,9 @@ impl Events for RecordedEvents {
                     self.recording.violation(format!("{}: restored at {at}, behind {last}", self.id));
                 }
                 self.last = manifest.position;
+                self.recording.trims(self.id, self.node, manifest.position);
             }
+            Event::Leader { epoch, is_self: true, .. } => self.recording.led(self.id, *epoch, self.node),
             Event::Gap { to } => {
                 self.recording.skipped(self.id, self.last, *to);
                 self.last = *to;

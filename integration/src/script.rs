@@ -206,6 +206,11 @@ impl Fault {
         kind == "trim"
     }
 
+    /// Whether a kind is one of logs that live outside the nodes.
+    pub fn needs_logs_outside(kind: &str) -> bool {
+        matches!(kind, "unknown-committed" | "unknown-lost")
+    }
+
     /// Its kind.
     pub fn kind(&self) -> &'static str {
         match self {
@@ -392,7 +397,11 @@ impl fmt::Display for Script {
             c.disks,
             c.data_blocks,
             c.parity_blocks,
-            if c.engine == Engine::Sim { "sim" } else { "local" },
+            match c.engine {
+                Engine::Sim => "sim",
+                Engine::Local => "local",
+                Engine::Raft => "raft",
+            },
             c.flush_permille,
             c.page,
             if c.collide { "colliding" } else { "plain" },
@@ -639,11 +648,6 @@ pub const REPLICAS_MAX: u32 = 7;
 const LANES_MAX: u32 = 64;
 
 impl Script {
-    /// Gives each log so many members, as only the engine `sim` can.
-    pub fn replicate(&mut self, replicas: u32) {
-        (self.cluster.engine, self.cluster.replicas) = (Engine::Sim, replicas);
-    }
-
     fn cluster_line(&mut self, words: Words<'_>) -> Result<(), String> {
         for word in words.0 {
             let (key, value) = word.split_once('=').ok_or_else(|| format!("{word:?} is not key=value"))?;
@@ -665,6 +669,7 @@ impl Script {
                     self.cluster.engine = match value {
                         "sim" => Engine::Sim,
                         "local" => Engine::Local,
+                        "raft" => Engine::Raft,
                         _ => return Err(format!("{value:?} is not an engine; sim and local are")),
                     }
                 }
@@ -716,7 +721,7 @@ impl Script {
             return Err(format!("replicas: 1 to {REPLICAS_MAX}"));
         }
         if c.replicas > 1 && c.engine == Engine::Local {
-            return Err("replicas: the engine local has one; write engine=sim".into());
+            return Err("replicas: the engine local has one; write engine=sim or engine=raft".into());
         }
         if c.data_blocks == 0 || c.data_blocks > DATA_BLOCKS_MAX || c.parity_blocks > PARITY_BLOCKS_MAX {
             return Err(format!(

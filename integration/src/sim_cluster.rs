@@ -11,7 +11,9 @@ use clutch_blocks::label::Label;
 use clutch_client::{Client, ClientOptions, Observer, Reads, Registries};
 use clutch_log::{Bounds, Engine as LogEngine, Engines, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
+use clutch_log_raft::{Peers as RaftPeers, RaftEngine, Timing};
 use clutch_log_sim::{Keepers, SimEngine, SimLogs};
+use clutch_log_store::{Options as StoreOptions, Store as LogStore};
 use clutch_proto::{
     ServiceId, Time,
     admin::{AdminRequest, TakeCheckpoint, TrimLog, admin_request::Op},
@@ -19,11 +21,11 @@ use clutch_proto::{
     session::Role,
 };
 use clutch_runtime::{
-    Endpoint, Runtime,
+    Endpoint, PeerStream, Runtime,
     simulated::{NodeId, World},
 };
 use clutch_server::{
-    Chains, ClusterFile, Node, NodeConfig, Peers, Roles,
+    Chains, ClusterFile, NewLogs, Node, NodeConfig, Peers, Roles,
     room::Room,
     stores::{IsHome, Rebuilt, StoreProvider},
 };
@@ -89,6 +91,26 @@ pub enum Engine {
     Sim,
     /// The `local` engine, on the simulated disk of its node.
     Local,
+    /// The `raft` engine, on the simulated disks of its members.
+    Raft,
+}
+
+/// What keeps the logs of generated clusters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Members {
+    /// One of the engines that have one member, as drawn.
+    Drawn,
+    /// This engine, with so many members of each log.
+    Of(Engine, u32),
+}
+
+impl Members {
+    /// Makes a drawn cluster one of that kind.
+    pub fn set(self, cluster: &mut ClusterConfig) {
+        if let Members::Of(engine, replicas) = self {
+            (cluster.engine, cluster.replicas) = (engine, replicas);
+        }
+    }
 }
 
 /// What a cluster is made of.
@@ -169,6 +191,33 @@ fn open_local(runtime: &Runtime, recording: &Recording, node: NodeId) -> Option<
     opened.ok()
 }
 
+/// The members of groups that a node has, on its disk, and what takes streams for them; `None` when they cannot be opened.
+fn open_raft(
+    runtime: &Runtime,
+    recording: &Recording,
+    node: NodeId,
+    cluster: u64,
+) -> Option<(RaftEngine, Arc<RaftPeers>)> {
+    let options = StoreOptions {
+        node: u64::from(node.0),
+        cluster,
+        may_quarantine: true,
+        segment_bytes_max: 64 << 10,
+        ..StoreOptions::default()
+    };
+    let opened = LogStore::open(runtime, "log".into(), options);
+    if let Err(error @ LogFault::Corrupt { .. }) = &opened {
+        recording.violation(format!("node {} cannot open its logs: {error}", node.0));
+    }
+    let store = opened.ok()?;
+    for (id, fault) in store.quarantined() {
+        recording.violation(format!("node {} cannot open {id}: {fault}", node.0));
+    }
+    let addresses = Arc::new(|node| Some(endpoint(NodeId(u32::try_from(node).ok()?))));
+    let peers = RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), addresses);
+    Some((RaftEngine::new(runtime.clone(), store, peers.clone(), Timing::default()), peers))
+}
+
 /// What a node knows of its logs' chains; `None` when its disk does not say.
 fn open_chains(runtime: &Runtime, cluster: u64, seen: &Seen) -> Option<Arc<Chains>> {
     let Seen { recording, node, .. } = seen;
@@ -194,6 +243,49 @@ fn keepers(homes: &Homes, log: LogId) -> Keepers {
         [only] => Keepers::Leader(only),
         _ => Keepers::Members(nodes.into_iter().collect()),
     }
+}
+
+/// An engine by its name, and what takes streams for it.
+type Opened = (&'static str, Arc<dyn LogEngine>, Arc<dyn Fn(PeerStream) + Send + Sync>);
+
+/// Logs outside the nodes.
+fn sim_engine(runtime: &Runtime, node: NodeId, logs: SimLogs, homes: &Homes) -> Opened {
+    let (runtime, node, homes) = (runtime.clone(), u64::from(node.0), homes.clone());
+    let keepers = Arc::new(move |log| keepers(&homes, log));
+    ("sim", Arc::new(SimEngine { logs, runtime, node, keepers }), Arc::new(drop))
+}
+
+/// What keeps the logs of a node; `None` when they cannot be opened.
+fn open_engine(
+    engine: Engine,
+    runtime: &Runtime,
+    seen: &Seen,
+    cluster: u64,
+    logs: SimLogs,
+    homes: &Homes,
+) -> Option<Opened> {
+    Some(match engine {
+        Engine::Local => {
+            ("local", Arc::new(open_local(runtime, &seen.recording, seen.node)?), Arc::new(drop))
+        }
+        Engine::Raft => {
+            let (raft, peers) = open_raft(runtime, &seen.recording, seen.node, cluster)?;
+            ("raft", Arc::new(raft), Arc::new(move |stream| peers.accept(stream)))
+        }
+        Engine::Sim => sim_engine(runtime, seen.node, logs, homes),
+    })
+}
+
+/// What new logs begin with.
+fn new_logs(engine: &str, homes: Homes) -> NewLogs {
+    if engine != "raft" {
+        return NewLogs::of(engine);
+    }
+    NewLogs::with(engine, move |log| {
+        let members: Vec<u64> =
+            homes.lock().get(&log).into_iter().flatten().map(|node| u64::from(node.0)).collect();
+        clutch_log_raft::parameters(&members)
+    })
 }
 
 /// What every node begins its logs with: one engine, and everything written down that it delivers.
@@ -319,7 +411,11 @@ impl SimCluster {
     /// The node that leads a log, or has its only replica.
     pub fn home(&self, log: LogId) -> Option<NodeId> {
         let members = self.members(log);
-        let leads = |node: &&NodeId| self.logs.leader(log) == Some(u64::from(node.0));
+        let leader = match self.config.engine {
+            Engine::Raft => self.recording.leader(log),
+            Engine::Sim | Engine::Local => self.logs.leader(log),
+        };
+        let leads = |node: &&NodeId| leader == Some(u64::from(node.0));
         members.iter().find(leads).or(members.first()).copied()
     }
 
@@ -407,17 +503,11 @@ impl SimCluster {
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
             let seen = Seen { recording, images, node };
-            let (name, engine): (&str, Arc<dyn LogEngine>) = match engine == Engine::Local && has_logs {
-                true => match open_local(&runtime, &seen.recording, node) {
-                    Some(local) => ("local", Arc::new(local)),
-                    None => return failed.lock().push(node),
-                },
-                false => {
-                    let (runtime, node) = (runtime.clone(), u64::from(node.0));
-                    let keepers = Arc::new(move |log| keepers(&homes, log));
-                    ("sim", Arc::new(SimEngine { logs, runtime, node, keepers }))
-                }
+            let opened = match has_logs {
+                true => open_engine(engine, &runtime, &seen, id, logs, &homes),
+                false => Some(sim_engine(&runtime, node, logs, &homes)),
             };
+            let Some((name, engine, accept)) = opened else { return failed.lock().push(node) };
             let Some(chains) = open_chains(&runtime, id, &seen) else { return failed.lock().push(node) };
             let config = NodeConfig {
                 listen: endpoint(node),
@@ -429,7 +519,8 @@ impl SimCluster {
                 engines: engines(name, engine, &seen),
                 chains,
                 stores: Arc::new(stores),
-                engine: name.into(),
+                new_logs: new_logs(name, homes),
+                accept,
                 keyring,
                 system_key: [7; 32],
                 process_usage: || None,
@@ -472,16 +563,22 @@ impl SimCluster {
                 self.images.forget(node, log);
             }
         }
-        if self.config.engine == Engine::Sim {
+        match self.config.engine {
             // Checkpoints are all that is on it.
-            self.world.disk(node).wipe();
+            Engine::Sim => self.world.disk(node).wipe(),
+            // A member that has lost its votes is none any more.
+            Engine::Raft => self.world.disk(node).wipe_under(Path::new("state")),
+            Engine::Local => {}
         }
     }
 
     /// Whether a log loses nothing with a node's disk: another member has on its own what was trimmed.
     pub fn is_kept_without(&self, node: NodeId) -> bool {
         self.log_ids().into_iter().filter(|log| self.members(*log).contains(&node)).all(|log| {
-            let trimmed = self.logs.trimmed(log);
+            let trimmed = match self.config.engine {
+                Engine::Raft => self.recording.trimmed(log, node),
+                Engine::Sim | Engine::Local => self.logs.trimmed(log),
+            };
             let has = |member: &NodeId| *member != node && self.images.flushed(*member, log) >= trimmed;
             trimmed == Position(0) || self.members(log).iter().any(has)
         })
@@ -535,7 +632,7 @@ impl SimCluster {
     /// Gives a log's replica to a new node while the old one goes on, unaware. Returns both, old first; `None` when
     /// logs live on their nodes, or for the registry, whose address everybody knows.
     pub fn move_log(&self, log: LogId) -> Option<(NodeId, NodeId)> {
-        if self.config.engine == Engine::Local || log == LogId::REGISTRY {
+        if self.config.engine != Engine::Sim || log == LogId::REGISTRY {
             return None;
         }
         let new = {

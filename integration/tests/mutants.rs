@@ -6,6 +6,7 @@ use clutch_integration::{
     generate::{Profile, generate_replicated},
     hanging, just_started, late_placement, late_write, led_ahead, names, old_snapshot,
     run::run,
+    sim_cluster::{Engine, Members},
     slow_reader, steps,
 };
 use clutch_proto::mutants::{self, Mutant};
@@ -46,10 +47,14 @@ fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str)
         return find_apart(mutant, checker);
     }
     mutants::plant(Some(mutant));
-    let replicas = if checkers.first() == Some(&"replicas") { 3 } else { 1 };
+    let members = match checkers.first() {
+        Some(&"replicas") => Members::Of(Engine::Sim, 3),
+        Some(&"raft") => Members::Of(Engine::Raft, 3),
+        _ => Members::Drawn,
+    };
     let (mut others, mut found) = (std::collections::BTreeSet::new(), None);
     for seed in 1..=SEEDS_MAX {
-        let report = run(&generate_replicated(seed, Profile::Mixed, replicas));
+        let report = run(&generate_replicated(seed, Profile::Mixed, members));
         found = report.violations.iter().find(|v| checkers.contains(&v.checker)).map(|v| (seed, v.checker));
         if found.is_some() {
             break;

@@ -12,11 +12,12 @@ use clutch_integration::{
     generate::{Profile, generate_replicated},
     script::{Fault, Script},
     shrink::shrink,
+    sim_cluster::{Engine, Members},
 };
 use serde_json::json;
 
 use crate::{
-    args::{FuzzArgs, FuzzProfile},
+    args::{FuzzArgs, FuzzEngine, FuzzProfile},
     output::{self, talk},
 };
 
@@ -37,10 +38,39 @@ fn read_script(path: &Path) -> Result<Script> {
     text.parse().with_context(|| format!("{}: not a script", path.display()))
 }
 
+/// Members of each log where nothing is said of them.
+fn replicas_unsaid(args: &FuzzArgs) -> u32 {
+    match args.engine {
+        Some(FuzzEngine::Raft) => 3,
+        Some(FuzzEngine::Sim | FuzzEngine::Local) | None => 1,
+    }
+}
+
+fn engine_name(engine: FuzzEngine) -> &'static str {
+    match engine {
+        FuzzEngine::Sim => "sim",
+        FuzzEngine::Local => "local",
+        FuzzEngine::Raft => "raft",
+    }
+}
+
+fn members_of(args: &FuzzArgs) -> Result<Members> {
+    let replicas = args.replicas.unwrap_or(replicas_unsaid(args));
+    Ok(match args.engine {
+        None if replicas == 1 => Members::Drawn,
+        None | Some(FuzzEngine::Sim) => Members::Of(Engine::Sim, replicas),
+        Some(FuzzEngine::Raft) => Members::Of(Engine::Raft, replicas),
+        Some(FuzzEngine::Local) => {
+            ensure!(replicas == 1, "the engine local has one member: say --engine sim or --engine raft");
+            Members::Of(Engine::Local, 1)
+        }
+    })
+}
+
 pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
     let begin = Instant::now();
     if let (true, Some(seed)) = (args.print, args.seed) {
-        output::line(generate_replicated(seed, profile(args.profile).0, args.replicas))?;
+        output::line(generate_replicated(seed, profile(args.profile).0, members_of(args)?))?;
         return Ok(ExitCode::SUCCESS);
     }
     ensure!(!args.print, "--print needs --seed");
@@ -63,7 +93,7 @@ pub(crate) fn run(args: &FuzzArgs) -> Result<ExitCode> {
             "failures": failures,
             "seeds": summary.seeds,
             "first_seed": args.script.is_none().then(|| first_seed_of(args)),
-            "replicas": args.script.is_none().then_some(args.replicas),
+            "replicas": args.script.is_none().then(|| args.replicas.unwrap_or(replicas_unsaid(args))),
             "trace_hash": format!("{:016x}", summary.trace_hash),
             "coverage": summary.coverage,
             "seconds": begin.elapsed().as_secs_f64(),
@@ -115,7 +145,7 @@ fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
         seeds,
         time,
         profile: profile(args.profile).0,
-        replicas: args.replicas,
+        members: members_of(args)?,
         trace,
         jobs: args.jobs.unwrap_or(1),
         // A single seed is run to see a failure again: it may be one of determinism.
@@ -144,10 +174,12 @@ fn run_seeds(args: &FuzzArgs, begin: Instant) -> Result<Summary> {
 }
 
 fn short_of_faults(args: &FuzzArgs, summary: &Summary) -> Option<String> {
+    let replicas = args.replicas.unwrap_or(replicas_unsaid(args));
     let short: Vec<String> = summary
         .faults
         .iter()
-        .filter(|(kind, _)| args.replicas > 1 || !Fault::needs_members(kind))
+        .filter(|(kind, _)| replicas > 1 || !Fault::needs_members(kind))
+        .filter(|(kind, _)| args.engine != Some(FuzzEngine::Raft) || !Fault::needs_logs_outside(kind))
         .filter(|(_, count)| **count < args.require_faults)
         .map(|(kind, count)| format!("{kind} {count}"))
         .collect();
@@ -203,8 +235,12 @@ fn report_failure(args: &FuzzArgs, failure: &Failure) -> Result<serde_json::Valu
         (None, None) => format!("clutch fuzz --seed {} --profile {}", failure.seed, profile(args.profile).1),
     };
     let command = match args.replicas {
-        1 => command,
-        replicas => format!("{command} --replicas {replicas}"),
+        None => command,
+        Some(replicas) => format!("{command} --replicas {replicas}"),
+    };
+    let command = match args.engine {
+        None => command,
+        Some(engine) => format!("{command} --engine {}", engine_name(engine)),
     };
     let stored: Option<PathBuf> = match &args.script {
         Some(_) => None,

@@ -9,7 +9,7 @@ use super::{RESTART_PAUSE, Runner, client_node};
 use crate::{
     checkers::Violation,
     script::{Fault, Party},
-    sim_cluster::disk_node,
+    sim_cluster::{Engine, disk_node},
 };
 
 /// Members that hear nothing of their leader have elected another by then.
@@ -85,7 +85,7 @@ impl Runner {
             self.block(lonely, other, lasting);
             self.block(other, lonely, lasting);
         }
-        if self.cluster.config().replicas > 1 {
+        if self.cluster.config().replicas > 1 && self.cluster.config().engine == Engine::Sim {
             for log in self.cluster.log_ids() {
                 if self.cluster.members(log).contains(&lonely) {
                     self.deafen(log, lonely, lasting);
@@ -110,6 +110,14 @@ impl Runner {
 
     /// Cuts a member of a log off from the others.
     fn deafen(&mut self, log: LogId, node: NodeId, lasting: Duration) {
+        if self.cluster.config().engine == Engine::Raft {
+            let others = self.cluster.members(log).into_iter().filter(|other| *other != node);
+            for other in others.collect::<Vec<_>>() {
+                self.block(node, other, lasting);
+                self.block(other, node, lasting);
+            }
+            return;
+        }
         self.cluster.logs.set_deaf(log, u64::from(node.0), true);
         *self.deaf.entry((log, node)).or_default() += 1;
         self.end_after(lasting, End::Hear(log, node));
@@ -277,6 +285,10 @@ impl Runner {
             }
             Fault::Trim(party, member) => {
                 self.member(*party, *member).is_some_and(|(_, node)| !self.down.contains(&node))
+            }
+            // What a quorum has decided is nobody's to lose.
+            Fault::UnknownCommitted(_) | Fault::UnknownLost(_) => {
+                self.cluster.config().engine != Engine::Raft
             }
             Fault::Flip(disk, _) => !self.cluster.world.disk(disk_node(*disk)).files().is_empty(),
             _ => true,

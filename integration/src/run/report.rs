@@ -78,7 +78,7 @@ impl Runner {
         }
         let everything = seed.is_multiple_of(2);
         // Power cuts that have not come yet must not come any more, and replicas that failed start again.
-        let local = self.cluster.config().engine == Engine::Local;
+        let local = self.cluster.config().engine != Engine::Sim;
         nodes.retain(|n| everything || self.down.contains(n) || self.armed.contains_key(n) || local);
         for node in nodes {
             self.crash(node);

@@ -295,6 +295,13 @@ impl SimDisk {
         *tree = tree.fresh();
     }
 
+    /// Removes everything under a directory.
+    pub fn wipe_under(&self, dir: &Path) {
+        let mut tree = self.tree.lock();
+        tree.files.retain(|path, _| !path.starts_with(dir));
+        tree.durable.retain(|path, _| !path.starts_with(dir));
+    }
+
     /// Takes the disk away and leaves an empty directory in its place, as when it is not mounted.
     pub fn unmount(&self) -> Unmounted {
         let mut tree = self.tree.lock();

@@ -213,6 +213,10 @@ pub enum Mutant {
     TruncationLost,
     /// A member of a raft group says that its records are durable before they are.
     UnsyncedAcknowledged,
+    /// A reader of a raft group is given what is not durable on its own disk.
+    DeliveredUnsynced,
+    /// The leader of a raft group counts records as held by a member to which it has only sent them.
+    AppendAssumed,
     /// A leader answers barriers without asking anybody.
     ReadWithoutQuorum,
     /// A raft group that begins behind a snapshot does not say who belongs to it.
@@ -225,7 +229,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 107] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 109] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -327,12 +331,14 @@ impl Mutant {
         (Mutant::LaterLifeIgnored, &["begun anew"]),
         (Mutant::LoggedBeforeAsked, &["begun anew"]),
         (Mutant::AnyLifeServed, &["begun anew"]),
-        (Mutant::VoteNotSynced, &["raft", "log", "linearizability", "outcomes"]),
-        (Mutant::TruncationLost, &["raft", "log", "linearizability", "outcomes", "panic"]),
-        (Mutant::UnsyncedAcknowledged, &["raft", "log", "linearizability", "outcomes", "panic"]),
-        (Mutant::ReadWithoutQuorum, &["raft", "linearizability", "linearizability by search"]),
-        (Mutant::SnapshotWithoutMembers, &["raft", "convergence", "log", "panic"]),
-        (Mutant::PurgedAboveFloor, &["raft", "log", "convergence", "panic"]),
+        (Mutant::VoteNotSynced, &["units", "tests::votes::planted_bugs_are_found"]),
+        (Mutant::TruncationLost, &["units", "tests::nemesis::truncation::planted_bugs_are_found"]),
+        (Mutant::UnsyncedAcknowledged, &["units", "tests::nemesis::sync::planted_bugs_are_found"]),
+        (Mutant::DeliveredUnsynced, &["units", "tests::nemesis::delivery::planted_bugs_are_found"]),
+        (Mutant::AppendAssumed, &["units", "tests::nemesis::quorum::planted_bugs_are_found"]),
+        (Mutant::ReadWithoutQuorum, &["units", "tests::nemesis::barriers::planted_bugs_are_found"]),
+        (Mutant::SnapshotWithoutMembers, &["units", "tests::nemesis::members::planted_bugs_are_found"]),
+        (Mutant::PurgedAboveFloor, &["units", "tests::nemesis::floors::planted_bugs_are_found"]),
         (Mutant::EarlierNotCut, &["units", "tests::planted_bugs_are_found"]),
         (Mutant::OlderMapStored, &["units", "routes::tests::planted_bugs_are_found"]),
         (Mutant::RenewedHoweverLate, &["units", "verdict::tests::planted_bugs_are_found"]),

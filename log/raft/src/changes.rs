@@ -31,10 +31,12 @@ impl Member {
     pub(crate) async fn trim(&self, floors: Floors) -> Result<(), LogFault> {
         let Parts { delivered, log, runtime, .. } = &self.parts;
         let (last, _) = delivered.last();
-        floors.check(last).unwrap_or_else(|what| panic!("floors of {}: {what}", self.parts.id));
+        // What the replica has on its disk is committed, also when that is not known here yet, after a start.
+        let committed = last.max(log.group().view().last);
+        floors.check(committed).unwrap_or_else(|what| panic!("floors of {}: {what}", self.parts.id));
         let trim = match mutants::is(Mutant::PurgedAboveFloor) {
             true => last,
-            false => floors.trim(),
+            false => floors.trim().min(last),
         };
         let Some(index) = index_of(trim) else { return Ok(()) };
         if log.purged().is_none_or(|purged| purged.index < index) {

@@ -152,6 +152,7 @@ impl RaftStateMachine<TypeConfig> for Delivered {
         let last = meta.last_log_id.ok_or_else(|| io::Error::other("a snapshot of nothing"))?;
         // Before the replica takes it: a state may not be ahead of its log, whenever the power goes.
         self.log.begin_behind(last, &meta.last_membership).await?;
+        self.log.runtime().note("raft: a log begins behind a snapshot");
         {
             let mut state = self.state.lock();
             state.last = meta.last_log_id;

@@ -1,7 +1,10 @@
 //! A reader's place in a group's log.
+//!
+//! Invariant: nobody is given what is not durable here, although a quorum has it: a state would be ahead of its log after a crash.
 
 use async_trait::async_trait;
 use clutch_log::{Batch, Epoch, Event, Events, LogFault, NodeId, Position};
+use clutch_proto::mutants::{self, Mutant};
 use openraft::async_runtime::WatchReceiver as _;
 use std::{sync::Arc, time::Duration};
 
@@ -18,6 +21,8 @@ pub(crate) struct RaftEvents {
     member: Arc<Member>,
     changes: tokio::sync::watch::Receiver<u64>,
     resigning: tokio::sync::watch::Receiver<bool>,
+    /// The last position that is durable here: what a quorum has may come before it is.
+    durable: tokio::sync::watch::Receiver<Position>,
     metrics: openraft::type_config::alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>,
     next: Position,
     /// The reign that was told last, and who was said to lead in it.
@@ -36,6 +41,7 @@ impl RaftEvents {
         RaftEvents {
             changes: member.delivered().changes(),
             resigning: member.resigning(),
+            durable: member.log().group().last(),
             metrics: member.raft().metrics(),
             member,
             next,
@@ -62,9 +68,16 @@ impl RaftEvents {
             self.next = restored.position.next();
             return Ok(Some(Event::Restore(restored)));
         }
-        let end = sealed.map_or(last, |tail| tail.min(last));
+        let durable = match mutants::is(Mutant::DeliveredUnsynced) {
+            true => last,
+            false => *self.durable.borrow(),
+        };
+        let end = sealed.map_or(last, |tail| tail.min(last)).min(durable);
         if self.next <= end {
             return self.read();
+        }
+        if durable < last {
+            return Ok(None);
         }
         // Everything that is delivered was read. The reign of the last record is that of a leader whose own first one is
         // committed, so all earlier reigns are behind the reader; of a later one is told when its first record is.
@@ -100,6 +113,18 @@ impl RaftEvents {
         }))
     }
 
+    /// Waits until something is told.
+    async fn changed(&mut self) -> Result<(), LogFault> {
+        tokio::select! {
+            biased;
+            _ = self.changes.changed() => Ok(()),
+            _ = self.resigning.changed() => Ok(()),
+            _ = self.durable.changed() => Ok(()),
+            // Whoever tells it is gone, and nobody would wake the reader again.
+            told = self.metrics.changed() => told.map_err(|_| LogFault::Storage("the group has ended".into())),
+        }
+    }
+
     /// Where the record that comes next was trimmed here: a snapshot of another member has it.
     async fn fetched(&mut self) -> Result<Option<Event>, LogFault> {
         let purged = self.member.log().purged().map(|purged| crate::types::position_of(purged.index));
@@ -122,11 +147,7 @@ impl RaftEvents {
                     if self.member.fault().is_some() {
                         return Ok(None);
                     }
-                    tokio::select! {
-                        biased;
-                        _ = self.changes.changed() => {}
-                        _ = self.metrics.changed() => {}
-                    }
+                    self.changed().await?;
                 }
                 self.next = manifest.position.next();
                 Ok(Some(Event::Restore(manifest)))
@@ -147,6 +168,7 @@ impl Events for RaftEvents {
             // Seen before it is looked, so that what comes meanwhile is not missed.
             self.changes.borrow_and_update();
             self.resigning.borrow_and_update();
+            self.durable.borrow_and_update();
             if let Some(event) = self.ready()? {
                 return Ok(event);
             }
@@ -160,12 +182,7 @@ impl Events for RaftEvents {
                 }
                 continue;
             }
-            tokio::select! {
-                biased;
-                _ = self.changes.changed() => {}
-                _ = self.resigning.changed() => {}
-                _ = self.metrics.changed() => {}
-            }
+            self.changed().await?;
         }
     }
 }

@@ -108,6 +108,7 @@ impl Log for RaftLog {
         let metrics = member.metrics();
         let (term, leader) = member.standing();
         let (last, _) = member.parts.delivered.last();
+        let last = last.min(*member.parts.log.group().last().borrow());
         Status {
             epoch: Epoch(term),
             leader,

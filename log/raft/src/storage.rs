@@ -202,6 +202,11 @@ impl GroupLog {
         &self.group
     }
 
+    /// What the group runs on.
+    pub(crate) fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
     /// The record that was purged last.
     pub(crate) fn purged(&self) -> Option<LogId> {
         self.state.lock().purged

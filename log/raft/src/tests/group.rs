@@ -93,6 +93,21 @@ impl Nodes {
         self.world.crash(SimNode(node as u32));
     }
 
+    /// A node's log, if it runs.
+    pub(super) fn running(&self, node: NodeId) -> Option<Arc<RaftLog>> {
+        self.running.lock().get(&node).map(|running| running.log.clone())
+    }
+
+    pub(super) fn running_snapshots(&self, node: NodeId) -> Option<Arc<SuiteSnapshots>> {
+        self.running.lock().get(&node).map(|running| running.snapshots.clone())
+    }
+
+    /// The log of a node that believes to lead.
+    pub(super) fn any_leader(&self) -> Option<Arc<RaftLog>> {
+        let running = self.running.lock();
+        running.values().map(|is| is.log.clone()).find(|log| clutch_log::Log::status(&**log).is_self)
+    }
+
     pub(super) fn log(&self, node: NodeId) -> Arc<RaftLog> {
         self.running.lock().get(&node).expect("the node runs").log.clone()
     }

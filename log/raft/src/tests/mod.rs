@@ -1,6 +1,8 @@
 //! The conformance suite on three nodes of a simulated world, and what is raft's own.
 
 mod group;
+mod nemesis;
+mod votes;
 
 use std::time::Duration;
 

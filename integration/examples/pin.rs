@@ -52,13 +52,14 @@ fn reach(scripts: &(dyn Fn(u64) -> Script + Sync), count: u64) -> (BTreeMap<u64,
     (found.into_inner().expect("no thread panics"), violations.into_inner())
 }
 
-/// Every third one has logs of several members.
+/// Every third one has logs of several members, and one of six the raft engine.
 fn fresh_script(seed: u64) -> Script {
-    generate_replicated(
-        seed,
-        Profile::Mixed,
-        if seed.is_multiple_of(3) { Members::Of(Engine::Sim, 3) } else { Members::Drawn },
-    )
+    let members = match seed % 6 {
+        0 | 3 => Members::Of(Engine::Sim, 3),
+        5 => Members::Of(Engine::Raft, 3),
+        _ => Members::Drawn,
+    };
+    generate_replicated(seed, Profile::Mixed, members)
 }
 
 fn main() -> Result<()> {

@@ -42,6 +42,8 @@ step "simulation: fresh seeds"
 target/release/clutch fuzz --seeds 1000 --jobs 2 --repeat-every 20 --require-faults 100 --out "$scratch"
 step "simulation: fresh seeds, three members of each log"
 target/release/clutch fuzz --replicas 3 --seeds 300 --jobs 2 --repeat-every 20 --require-faults 20 --out "$scratch"
+step "simulation: fresh seeds on the raft engine"
+target/release/clutch fuzz --engine raft --seeds 150 --jobs 2 --repeat-every 10 --require-faults 5 --out "$scratch"
 step "simulation: the same traces in a debug build"
 first=$(date +%s)
 cargo run --release --quiet --package clutch-integration --example trace -- "$first" 40 >"$scratch/release"

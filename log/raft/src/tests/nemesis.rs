@@ -113,6 +113,11 @@ impl Trial {
         if let Some(snapshots) = self.nodes.running_snapshots(node) {
             snapshots.applied(at);
         }
+        // Or a power cut now would leave a state that is ahead of its log.
+        let held = self.nodes.running(node).map(|log| *log.0.log().group().last().borrow());
+        if let Some(held) = held.filter(|held| *held < at) {
+            self.seen.lock().wrong.push(format!("node {node} is given {at}, and its disk has {held}"));
+        }
         // A state is flushed now and then.
         if at.0.is_multiple_of(7) || matches!(event, Event::Restore(_)) {
             replica.flushed = at;

@@ -17,13 +17,15 @@
 //! the number of sets of voters (1: a set, 2: two while they change), of each the number and ids, then number and ids of all nodes.
 
 use bytes::{BufMut as _, Bytes, BytesMut};
-use clutch_log::{Manifest, Position, SnapshotFile};
+use clutch_log::{Epoch, Manifest, Position, SnapshotFile};
 use openraft::{EmptyNode, Membership, StoredMembership, impls::leader_id_std::LeaderId};
 
 use crate::types::{Command, Entry, LogId, Members, Payload, StoredMembers, Vote};
 
 /// The first bytes of a stream.
 pub(crate) const MAGIC: &[u8; 8] = b"CRAFT001";
+/// Indices are below this, so that counting on from one is safe.
+const INDEX_MAX: u64 = 1 << 62;
 /// What a frame has before its body.
 pub(crate) const HEADER_BYTES: usize = 22;
 
@@ -185,14 +187,28 @@ impl Reader {
         if self.0.is_empty() { Ok(()) } else { Err(Malformed("a message is longer than it should be")) }
     }
 
+    /// A reign, as far as they are counted: what is behind could be none's.
+    fn term(&mut self) -> Result<u64, Malformed> {
+        let term = self.u64()?;
+        if term < Epoch::OF_INCARNATION { Ok(term) } else { Err(Malformed("a reign that no log comes to")) }
+    }
+
+    fn index(&mut self) -> Result<u64, Malformed> {
+        let index = self.u64()?;
+        if index < INDEX_MAX { Ok(index) } else { Err(Malformed("an index that no log comes to")) }
+    }
+
     pub(crate) fn id(&mut self) -> Result<Option<LogId>, Malformed> {
         let is_there = self.flag()?;
-        let (term, index) = (self.u64()?, self.u64()?);
+        let (term, index) = (self.term()?, self.index()?);
+        if !is_there && (term, index) != (0, 0) {
+            return Err(Malformed("a record that is missing has an identity"));
+        }
         Ok(is_there.then(|| LogId::new(term.into(), index)))
     }
 
     pub(crate) fn vote(&mut self) -> Result<Vote, Malformed> {
-        let leader_id = LeaderId { term: self.u64()?, voted_for: self.u64()? };
+        let leader_id = LeaderId { term: self.term()?, voted_for: self.u64()? };
         Ok(Vote { leader_id, committed: self.flag()? })
     }
 
@@ -205,7 +221,15 @@ impl Reader {
     }
 
     fn ids(&mut self) -> Result<std::collections::BTreeSet<u64>, Malformed> {
-        (0..self.u32()?).map(|_| self.u64()).collect()
+        let mut ids = std::collections::BTreeSet::new();
+        for _ in 0..self.u32()? {
+            let id = self.u64()?;
+            if ids.last().is_some_and(|last| *last >= id) {
+                return Err(Malformed("nodes that are not in their order"));
+            }
+            ids.insert(id);
+        }
+        Ok(ids)
     }
 
     pub(crate) fn stored_members(&mut self) -> Result<StoredMembers, Malformed> {
@@ -217,7 +241,7 @@ impl Reader {
     }
 
     pub(crate) fn entry(&mut self) -> Result<Entry, Malformed> {
-        let log_id = LogId::new(self.u64()?.into(), self.u64()?);
+        let log_id = LogId::new(self.term()?.into(), self.index()?);
         let payload = match self.u8()? {
             0 => Payload::Blank,
             1 => {
@@ -232,7 +256,7 @@ impl Reader {
     }
 
     pub(crate) fn manifest(&mut self) -> Result<Manifest, Malformed> {
-        let (position, hash) = (Position(self.u64()?), self.array()?);
+        let (position, hash) = (Position(self.index()?), self.array()?);
         let file = |from: &mut Reader| {
             let name = String::from_utf8(from.bytes()?.into());
             let name = name.map_err(|_| Malformed("a file's name is no text"))?;

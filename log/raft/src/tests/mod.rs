@@ -1,6 +1,7 @@
 //! The conformance suite on three nodes of a simulated world, and what is raft's own.
 
 mod group;
+mod messages;
 mod nemesis;
 mod votes;
 

@@ -6,6 +6,7 @@ use std::{
 };
 
 use clutch_log::{ConfigId, Floors, LogFault, NodeId, Position};
+use clutch_log_store::MEMBERS_MAX;
 use clutch_proto::mutants::{self, Mutant};
 use openraft::{
     ChangeMembers, EmptyNode, RaftMetrics, async_runtime::WatchReceiver as _, raft::Precondition,
@@ -17,6 +18,8 @@ use crate::{
     types::{TypeConfig, index_of, position_of},
 };
 
+/// Records that one change of members may take.
+const CHANGE_RECORDS_MAX: usize = 4;
 /// How long a change of what openraft does may take before it is done later.
 const TRIGGER_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -107,6 +110,13 @@ impl Member {
             return Err(LogFault::Unsupported("a log needs a member that votes".into()));
         }
         let metrics = self.metrics();
+        // What goes beyond would end the group on every member; a trim makes room.
+        let kept = self.parts.log.group().view().members.len();
+        if kept + CHANGE_RECORDS_MAX >= MEMBERS_MAX {
+            return Err(LogFault::NoRoom(format!(
+                "{kept} changes of members are in the log, which keeps {MEMBERS_MAX}: take a checkpoint and trim the log first"
+            )));
+        }
         let present = config_of(&metrics);
         if present != expect {
             let (has, wants) = (present.0, expect.0);

@@ -79,7 +79,7 @@ impl Delivered {
         self.state.lock().snapshot = Some(meta);
     }
 
-    fn tell(&self) {
+    pub(crate) fn tell(&self) {
         self.changed.send_modify(|count| *count += 1);
     }
 }

@@ -6,15 +6,12 @@ use async_trait::async_trait;
 use clutch_log::{Batch, Epoch, Event, Events, LogFault, NodeId, Position};
 use clutch_proto::mutants::{self, Mutant};
 use openraft::async_runtime::WatchReceiver as _;
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
 use crate::{
     member::Member,
-    types::{Command, Payload, TypeConfig, index_of},
+    types::{Command, Payload, TypeConfig, index_of, position_of},
 };
-
-/// Before another member is asked for a snapshot.
-const AGAIN: Duration = Duration::from_millis(100);
 
 /// Reads what is delivered, and says who leads.
 pub(crate) struct RaftEvents {
@@ -28,8 +25,6 @@ pub(crate) struct RaftEvents {
     /// The reign that was told last, and who was said to lead in it.
     told: (u64, Option<NodeId>),
     sealed_told: bool,
-    /// Counts the members that were asked for a snapshot.
-    asked: usize,
 }
 
 fn storage(error: impl std::fmt::Display) -> LogFault {
@@ -47,7 +42,6 @@ impl RaftEvents {
             next,
             told: (0, None),
             sealed_told: false,
-            asked: 0,
         }
     }
 
@@ -125,39 +119,24 @@ impl RaftEvents {
         }
     }
 
-    /// Where the record that comes next was trimmed here: a snapshot of another member has it.
-    async fn fetched(&mut self) -> Result<Option<Event>, LogFault> {
-        let purged = self.member.log().purged().map(|purged| crate::types::position_of(purged.index));
+    /// Where the record that comes next was trimmed here: a snapshot of another member has it. A state may not be ahead of its
+    /// log, so it is told when that has come as far, durably.
+    fn restored(&mut self) -> Result<Option<Event>, LogFault> {
+        let purged = self.member.log().purged().map(|purged| position_of(purged.index));
         let Some(least) = purged.filter(|purged| *purged >= self.next) else { return Ok(None) };
         let me = self.member.node();
-        let others: Vec<NodeId> = {
-            let metrics = self.member.metrics();
-            metrics.membership_config.nodes().map(|(node, _)| *node).filter(|node| *node != me).collect()
-        };
-        if others.is_empty() {
+        let members: Vec<NodeId> =
+            self.member.metrics().membership_config.nodes().map(|(node, _)| *node).collect();
+        if members == [me] {
             return Err(LogFault::Trimmed { asked: self.next, first: least.next() });
         }
-        let other = others[self.asked % others.len()];
-        self.asked += 1;
-        match self.member.received().fetch(other, least).await {
-            Ok(manifest) => {
-                self.member.runtime().note("raft: a member fetches a snapshot");
-                // A state may not be ahead of its log.
-                while self.member.delivered().last().0 < manifest.position {
-                    if self.member.fault().is_some() {
-                        return Ok(None);
-                    }
-                    self.changed().await?;
-                }
-                self.next = manifest.position.next();
-                Ok(Some(Event::Restore(manifest)))
-            }
-            Err(error) => {
-                tracing::debug!(other, %error, "a snapshot does not come");
-                self.member.runtime().clock.sleep(AGAIN).await;
-                Ok(None)
-            }
+        let Some(manifest) = self.member.fetched(least) else { return Ok(None) };
+        let here = self.member.delivered().last().0.min(*self.durable.borrow());
+        if here < manifest.position {
+            return Ok(None);
         }
+        self.next = manifest.position.next();
+        Ok(Some(Event::Restore(manifest)))
     }
 }
 
@@ -175,12 +154,8 @@ impl Events for RaftEvents {
             if let Some(fault) = self.member.fault() {
                 return Err(LogFault::Storage(fault));
             }
-            let purged = self.member.log().purged();
-            if purged.is_some_and(|purged| crate::types::position_of(purged.index) >= self.next) {
-                if let Some(event) = self.fetched().await? {
-                    return Ok(event);
-                }
-                continue;
+            if let Some(event) = self.restored()? {
+                return Ok(event);
             }
             self.changed().await?;
         }

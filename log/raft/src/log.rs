@@ -52,14 +52,15 @@ impl Log for RaftLog {
     async fn read_barrier(&self, patience: Duration) -> Result<Position, LogFault> {
         let member = &self.0;
         if member.leading().is_some() {
-            return member.barrier_here(patience).await;
+            let position = member.barrier_here(patience).await?;
+            return Ok(member.up_to_the_end(position));
         }
         let Some(leader) = member.hint().filter(|leader| *leader != member.node()) else {
             return Err(LogFault::NoQuorum { waited: Duration::ZERO });
         };
         let asked = member.parts.peers.ask(leader, member.parts.id, Kind::Barrier, Bytes::new(), patience);
         match asked.await {
-            Ok(body) => Ok(Position(Reader(body).u64().map_err(storage)?)),
+            Ok(body) => Ok(member.up_to_the_end(Position(Reader(body).u64().map_err(storage)?))),
             Err(NoAnswer::Refused(..)) => Err(LogFault::NotLeader { hint: member.hint() }),
             Err(NoAnswer::Unreachable(..) | NoAnswer::Late(..)) => {
                 Err(LogFault::NoQuorum { waited: patience })
@@ -108,7 +109,7 @@ impl Log for RaftLog {
         let metrics = member.metrics();
         let (term, leader) = member.standing();
         let (last, _) = member.parts.delivered.last();
-        let last = last.min(*member.parts.log.group().last().borrow());
+        let last = member.up_to_the_end(last.min(*member.parts.log.group().last().borrow()));
         Status {
             epoch: Epoch(term),
             leader,

@@ -14,11 +14,15 @@ use std::{
     time::Duration,
 };
 
-use clutch_log::{Commit, LogFault, LogletId, NodeId, Outcome, Position, Progress, Refused, Rejected};
+use clutch_log::{
+    Commit, LogFault, LogletId, Manifest, NodeId, Outcome, Position, Progress, Refused, Rejected,
+};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::Runtime;
 use openraft::{
-    RaftMetrics, ReadPolicy, ServerState, async_runtime::WatchReceiver as _, errors::ClientWriteError,
+    Instant as _, RaftMetrics, ReadPolicy, ServerState,
+    async_runtime::WatchReceiver as _,
+    errors::{ClientWriteError, LinearizableReadError, RaftError},
     raft::ClientWriteResult,
 };
 use parking_lot::Mutex;
@@ -27,6 +31,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     delivered::Delivered,
     peers::Peers,
+    seam::SeamInstant,
     snapshots::{Received, Sent},
     storage::GroupLog,
     types::{Command, Raft, Taken, Teller, TypeConfig, position_of},
@@ -36,6 +41,9 @@ use crate::{
 pub(crate) const PROPOSAL_PATIENCE: Duration = Duration::from_secs(3);
 /// How often that is looked at.
 const SWEEP: Duration = Duration::from_millis(100);
+
+/// Before another member is asked for a snapshot.
+const AGAIN: Duration = Duration::from_millis(100);
 
 /// Where the fate of a proposal is told, until it was.
 type Slot = Arc<Mutex<Option<oneshot::Sender<Outcome>>>>;
@@ -81,11 +89,19 @@ pub(crate) struct Member {
     /// The last reign of this node that was given up; it stands for no other.
     pub(crate) resigned: Mutex<Option<u64>>,
     barriers: Arc<Mutex<Barriers>>,
+    fetched: Mutex<Fetched>,
     /// Told when a reign was given up.
     pub(crate) resigning: tokio::sync::watch::Sender<bool>,
     /// The next answer is lost on its way.
     #[cfg(test)]
     lose_next_answer: Mutex<bool>,
+}
+
+/// A snapshot that a reader needs, because what comes next was trimmed here.
+#[derive(Default)]
+struct Fetched {
+    is_coming: bool,
+    whole: Option<Manifest>,
 }
 
 /// Readers that share one question.
@@ -111,6 +127,7 @@ impl Member {
             queued_bytes: Arc::default(),
             resigned: Mutex::new(None),
             barriers: Arc::default(),
+            fetched: Mutex::default(),
             resigning: tokio::sync::watch::Sender::new(false),
             #[cfg(test)]
             lose_next_answer: Mutex::new(false),
@@ -173,6 +190,11 @@ impl Member {
         (metrics.current_term, leader)
     }
 
+    /// A position, or the end of the log where it lies behind that.
+    pub(crate) fn up_to_the_end(&self, position: Position) -> Position {
+        self.parts.delivered.sealed().map_or(position, |tail| tail.min(position))
+    }
+
     pub(crate) fn hint(&self) -> Option<NodeId> {
         self.standing().1
     }
@@ -206,6 +228,46 @@ impl Member {
             matched: matched(node),
         });
         members.collect()
+    }
+
+    /// The snapshot that reaches `least` and was fetched; it is fetched from now on where there is none. Readers come and go
+    /// meanwhile.
+    pub(crate) fn fetched(self: &Arc<Self>, least: Position) -> Option<Manifest> {
+        let mut fetched = self.fetched.lock();
+        let whole = fetched.whole.clone().filter(|whole| whole.position >= least);
+        if whole.is_none() && !std::mem::replace(&mut fetched.is_coming, true) {
+            let this = self.clone();
+            self.parts.runtime.spawn("raft fetch", async move { this.fetch(least).await });
+        }
+        whole
+    }
+
+    /// Fetches a snapshot from one of the others, as often as it takes.
+    async fn fetch(&self, least: Position) {
+        let Parts { runtime, received, delivered, .. } = &self.parts;
+        for turn in 0.. {
+            let others: Vec<NodeId> = {
+                let metrics = self.metrics();
+                let nodes = metrics.membership_config.nodes().map(|(node, _)| *node);
+                nodes.filter(|node| *node != self.node()).collect()
+            };
+            let other = others.get(turn % others.len().max(1)).copied();
+            if let Some(other) = other {
+                match received.fetch(other, least).await {
+                    Ok(manifest) => {
+                        runtime.note("raft: a member fetches a snapshot");
+                        *self.fetched.lock() = Fetched { is_coming: false, whole: Some(manifest) };
+                        return delivered.tell();
+                    }
+                    Err(error) => tracing::debug!(other, %error, "a snapshot does not come"),
+                }
+            }
+            if self.fault().is_some() {
+                self.fetched.lock().is_coming = false;
+                return;
+            }
+            runtime.clock.sleep(AGAIN).await;
+        }
     }
 
     /// Asks a quorum, as the leader, for the position that a read must have seen; who asks meanwhile shares the next question.
@@ -270,16 +332,20 @@ async fn ask_barriers(raft: Raft, barriers: Arc<Mutex<Barriers>>) {
             std::mem::take(&mut barriers.waiting)
         };
         // What comes from here on may have been acknowledged later, and waits for the next question.
+        let began = SeamInstant::now();
         let answer = match raft.get_read_log_id(ReadPolicy::ReadIndex).await {
             Ok((read, _)) => Ok(position_of(read.index())),
             Err(_) if mutants::is(Mutant::ReadWithoutQuorum) => {
                 let committed = raft.metrics().borrow_watched().cluster_committed;
                 Ok(committed.map_or(Position(0), |committed| position_of(committed.index)))
             }
-            Err(_) => {
-                let hint = raft.metrics().borrow_watched().current_leader;
-                Err(LogFault::NotLeader { hint })
+            Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => {
+                Err(LogFault::NoQuorum { waited: began.elapsed() })
             }
+            Err(RaftError::APIError(LinearizableReadError::ForwardToLeader(to))) => {
+                Err(LogFault::NotLeader { hint: to.leader_id })
+            }
+            Err(RaftError::Fatal(fatal)) => Err(storage(fatal)),
         };
         for told in waiting {
             // Who asked may have given up.

@@ -37,7 +37,6 @@ const FULL: Duration = Duration::from_millis(1);
 /// What became durable, and who is to be told.
 struct Flush {
     written: BoxFuture<Result<(), LogFault>>,
-    upto: u64,
     callback: IOFlushed<TypeConfig>,
 }
 
@@ -52,8 +51,6 @@ struct State {
     /// The newest records.
     cache: BTreeMap<u64, Entry>,
     cache_bytes: usize,
-    /// One more than the last index that is durable.
-    durable: u64,
 }
 
 impl State {
@@ -64,12 +61,12 @@ impl State {
         }
     }
 
-    /// Forgets the oldest that are durable, beyond the limit.
-    fn shrink(&mut self) {
+    /// Forgets the oldest that are durable, which the store says, beyond the limit.
+    fn shrink(&mut self, durable: Position) {
         while self.cache_bytes > CACHE_BYTES_MAX
             && self.cache.len() > 1
             && let Some(first) = self.cache.first_entry()
-            && *first.key() < self.durable
+            && position_of(*first.key()) <= durable
         {
             self.cache_bytes -= weight(&first.remove());
         }
@@ -180,7 +177,6 @@ impl GroupLog {
             purged,
             cache: BTreeMap::new(),
             cache_bytes: 0,
-            durable: view.last.0,
         };
         let (flushes, receiver) = mpsc::unbounded_channel();
         let this = GroupLog { runtime: runtime.clone(), group, state: Arc::new(Mutex::new(state)), flushes };
@@ -193,7 +189,7 @@ impl GroupLog {
             // What the others had committed may not have been durable here.
             state.committed = state.committed.min(state.last).max(state.purged);
         }
-        runtime.spawn("raft flush", flush(this.state.clone(), receiver));
+        runtime.spawn("raft flush", flush(this.state.clone(), this.group.last(), receiver));
         Ok(this)
     }
 
@@ -214,6 +210,7 @@ impl GroupLog {
 
     /// The log begins behind a record, which a snapshot has, with these members. Durable when it returns.
     pub(crate) async fn begin_behind(&self, id: LogId, members: &StoredMembers) -> io::Result<()> {
+        self.room().await;
         let written = {
             let mut state = self.state.lock();
             if state.purged >= Some(id) {
@@ -223,7 +220,6 @@ impl GroupLog {
             state.last = state.last.max(Some(id));
             state.committed = state.committed.max(Some(id));
             state.forget(|index| index <= id.index);
-            state.durable = state.durable.max(id.index + 1);
             let lost = mutants::is(Mutant::SnapshotWithoutMembers);
             let members = (!lost).then(|| Builder::default().stored_members(members).done());
             let (position, epoch) = (position_of(id.index), Epoch(id.leader_id.term));
@@ -305,14 +301,14 @@ impl GroupLog {
 }
 
 /// Tells openraft what has become durable, in the order in which it was written.
-async fn flush(state: Arc<Mutex<State>>, mut flushes: mpsc::UnboundedReceiver<Flush>) {
-    while let Some(Flush { written, upto, callback }) = flushes.recv().await {
+async fn flush(
+    state: Arc<Mutex<State>>,
+    durable: tokio::sync::watch::Receiver<Position>,
+    mut flushes: mpsc::UnboundedReceiver<Flush>,
+) {
+    while let Some(Flush { written, callback }) = flushes.recv().await {
         let ended = written.await.map_err(failed);
-        if ended.is_ok() {
-            let mut state = state.lock();
-            state.durable = state.durable.max(upto);
-            state.shrink();
-        }
+        state.lock().shrink(*durable.borrow());
         callback.io_completed(ended);
     }
 }
@@ -357,6 +353,7 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        self.room().await;
         let written = {
             let mut state = self.state.lock();
             let content = state.content(vote);
@@ -411,8 +408,7 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
                 let epoch = Epoch(vote.leader_id.term);
                 writes.push(Write::Vote(clutch_log_store::Vote { epoch, content }));
             }
-            let upto = index(state.last) + 1;
-            Flush { written: Box::pin(self.group.write(writes)), upto, callback }
+            Flush { written: Box::pin(self.group.write(writes)), callback }
         };
         if mutants::is(Mutant::UnsyncedAcknowledged) {
             let Flush { written, callback, .. } = flush;
@@ -424,12 +420,12 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        self.room().await;
         let from = last.map_or(0, |last| last.index + 1);
         let written = {
             let mut state = self.state.lock();
             state.last = last;
             state.forget(|index| index >= from);
-            state.durable = state.durable.min(from);
             let lost = mutants::is(Mutant::TruncationLost);
             (!lost).then(|| self.group.write(vec![Write::Truncate { from: position_of(from) }]))
         };

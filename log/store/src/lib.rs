@@ -53,6 +53,7 @@ pub use shared::Options;
 pub use span::Restart;
 pub use state::{TailRecord, Write};
 pub use vote::Vote;
+pub use writer::MEMBERS_MAX;
 
 /// All groups of a node; cheap to clone.
 ///

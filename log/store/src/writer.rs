@@ -27,7 +27,7 @@ const MARK_LAG_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of a vote or a members record: every segment begins with those of all groups.
 const KEPT_BYTES_MAX: usize = 16 << 10;
 /// Members records behind a group's base; a new base takes those before it away.
-const MEMBERS_MAX: usize = 32;
+pub const MEMBERS_MAX: usize = 32;
 /// Room that is set aside ahead of what is written.
 const AHEAD_BYTES: u64 = 4 << 20;
 

@@ -139,7 +139,8 @@ fn entry_of(kind: RecordKind, position: Position, epoch: Epoch, entries: Vec<Byt
         RecordKind::Batch => Payload::Normal(Command::Batch(entries)),
         RecordKind::Seal => Payload::Normal(Command::Seal),
         RecordKind::Members => {
-            let content = entries.into_iter().next().unwrap_or_default();
+            let content = entries.into_iter().next();
+            let content = content.ok_or_else(|| failed(format!("{position} names no members")))?;
             Payload::Membership(members_of(content).map_err(failed)?.membership().clone())
         }
         RecordKind::Groups

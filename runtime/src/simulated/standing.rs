@@ -19,19 +19,23 @@ pub(super) struct Standing {
 impl Standing {
     pub(super) fn on(shared: &Arc<Shared>, node: NodeId) -> Standing {
         let clock = SimClock { shared: shared.clone(), node, ppm: shared.monotonic_ppm(node) };
-        Standing { before: STANDING.replace(Some(clock)) }
+        Standing { before: set(Some(clock)) }
     }
 }
 
 impl Drop for Standing {
     fn drop(&mut self) {
-        // A thread that ends has nobody to act for.
-        let _ = STANDING.try_with(|standing| standing.replace(self.before.take()));
+        set(self.before.take());
     }
 }
 
+/// Whom the thread acted for before. A thread that ends may still drop a world, and acts for nobody.
+fn set(clock: Option<SimClock>) -> Option<SimClock> {
+    STANDING.try_with(|standing| standing.replace(clock)).ok().flatten()
+}
+
 fn with<T>(ask: impl FnOnce(&SimClock) -> T) -> Option<T> {
-    STANDING.with_borrow(|standing| standing.as_ref().map(ask))
+    STANDING.try_with(|standing| standing.borrow().as_ref().map(ask)).ok().flatten()
 }
 
 /// The node's monotonic clock; `None` outside of a world.

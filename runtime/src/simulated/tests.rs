@@ -250,3 +250,22 @@ fn what_is_spawned_without_a_runtime_belongs_to_who_spawned_it() {
     assert_eq!(draw(4), draw(4));
     assert_ne!(draw(4), draw(5));
 }
+
+#[test]
+fn a_thread_that_ends_drops_the_world_that_it_keeps() {
+    thread_local! {
+        static KEPT: std::cell::RefCell<Option<World>> = const { std::cell::RefCell::new(None) };
+    }
+    let keeper = std::thread::spawn(|| {
+        // Before the thread knows of any node, so that it forgets them first.
+        KEPT.with_borrow_mut(|kept| {
+            let world = World::new(1);
+            let node = world.node(NodeId(1));
+            let asleep = node.clock.sleep(Duration::from_secs(3600));
+            node.spawner.spawn("asleep", asleep);
+            world.run(NodeId(1), Duration::from_secs(1), async { ambient::monotonic() }).expect("ends");
+            *kept = Some(world);
+        });
+    });
+    keeper.join().expect("ends");
+}

@@ -516,6 +516,9 @@ impl Client {
                 return Heard::nothing(ClientError::Unknown(format!("{}: {refusal}", target.endpoint)));
             }
         }
+        if response.error.as_ref().is_some_and(|error| Code::try_from(error.code) == Ok(Code::ClockAhead)) {
+            self.inner.clock.refused();
+        }
         let at = AnsweredAt { position: response.position, time: response.time };
         let leader = (!response.leader.is_empty()).then(|| response.leader.as_str().into());
         let result = match response.error {

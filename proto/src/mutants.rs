@@ -89,6 +89,10 @@ pub enum Mutant {
     WallVouchesForAll,
     /// A clock that jumps ahead is believed at once.
     JumpBelieved,
+    /// A clock that jumps is followed with all that was saved up, each time that the machine wakes. A real bug once.
+    JumpSavedUp,
+    /// Who is refused as too far ahead follows his wall clock further ahead. A real bug once.
+    RefusedGoesOn,
     /// What a new process finds behind the mark is not written once more.
     TailNotWrittenAgain,
     /// A block that is in place already is proven without a sync.
@@ -229,7 +233,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 109] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 111] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -271,6 +275,8 @@ impl Mutant {
         (Mutant::UnknownTimeTold, &["late write"]),
         (Mutant::WallVouchesForAll, &["late write"]),
         (Mutant::JumpBelieved, &["clock"]),
+        (Mutant::JumpSavedUp, &["led ahead"]),
+        (Mutant::RefusedGoesOn, &["led ahead"]),
         (Mutant::TailNotWrittenAgain, &["log", "convergence", "outcomes", "state hash"]),
         (Mutant::SettledUnsynced, &["steps"]),
         (Mutant::GoneUnsynced, &["steps"]),

@@ -3,7 +3,8 @@
 //! A wall clock jumps: a wrong hardware clock, a correction after it, an operator's hand. What is stamped goes into logs
 //! for good, and deadlines and ages are counted by it, so the wall clock is followed at a bounded rate: time moves on with
 //! a steady clock, at most [`ELASTIC`] plus a sixteenth of the time that passed away from it. A small correction is
-//! followed at once, a jump of hours is not.
+//! followed at once out of what was saved up. A jump takes nothing of that: it is followed by a sixteenth of the time that
+//! the machine is awake, and not ahead while the others refuse what is stamped here.
 //!
 //! Invariants: [`HybridClock::stamp`] is above every time observed before it, so a cut of all logs at a time
 //! is causally closed. A sender too far ahead is refused instead of observed (Kulkarni et al., 2014). Nothing waits for a
@@ -37,6 +38,9 @@ pub const START_SLACK: Duration = Duration::from_millis(250);
 /// The same where nothing is known of how long the node was down.
 pub const DOWN_MAX: Duration = Duration::from_secs(24 * 60 * 60);
 
+/// Who was refused as too far ahead does not follow its wall clock ahead for so long.
+pub const REFUSED_FOR: Duration = Duration::from_secs(60);
+
 /// Shared by everything on a node.
 pub struct HybridClock {
     clock: Arc<dyn Clock>,
@@ -49,8 +53,12 @@ struct Pace {
     /// The time when it was looked at last, and the steady clock then.
     time: u64,
     steady: Duration,
+    /// The clock that stands still while the machine sleeps, then.
+    awake: Duration,
     /// Nanoseconds by which time may leave the steady clock's pace now.
     room: u64,
+    /// Until when, by the steady clock, the wall clock is not followed ahead.
+    refused_until: Duration,
     /// Whether the wall clock counts at all; else only what others say, and the steady clock.
     follows_wall: bool,
     /// Whether anybody who knows has said what time it is.
@@ -84,7 +92,9 @@ impl HybridClock {
         let pace = Pace {
             time: clock.now().0,
             steady: clock.steady(),
+            awake: clock.monotonic(),
             room: nanos(ELASTIC),
+            refused_until: Duration::ZERO,
             follows_wall: true,
             is_set: true,
             wall_ahead: 0,
@@ -147,6 +157,9 @@ impl HybridClock {
         let passed = nanos(steady.saturating_sub(pace.steady));
         pace.steady = pace.steady.max(steady);
         pace.room = pace.room.saturating_add(passed / SLEW).min(nanos(ELASTIC));
+        let awake = self.clock.monotonic();
+        let was_awake = nanos(awake.saturating_sub(pace.awake)).min(passed);
+        pace.awake = pace.awake.max(awake);
         let expected = pace.time.saturating_add(passed);
         let time;
         if !pace.follows_wall {
@@ -155,8 +168,17 @@ impl HybridClock {
             pace.excess -= step;
             time = expected - step;
         } else if wall > expected {
-            let step = (wall - expected).min(pace.room);
-            let step = if mutants::is(Mutant::JumpBelieved) { wall - expected } else { step };
+            let ahead = wall - expected;
+            let is_jump = ahead > nanos(ELASTIC) && !mutants::is(Mutant::JumpSavedUp);
+            let step = if mutants::is(Mutant::JumpBelieved) {
+                ahead
+            } else if steady < pace.refused_until {
+                0
+            } else if is_jump {
+                (was_awake / SLEW).min(pace.room)
+            } else {
+                ahead.min(pace.room)
+            };
             pace.room = pace.room.saturating_sub(step);
             time = expected + step;
         } else {
@@ -169,6 +191,14 @@ impl HybridClock {
         pace.time = time;
         pace.wall_ahead = i64::try_from(i128::from(wall) - i128::from(time)).unwrap_or(i64::MAX);
         time
+    }
+
+    /// Takes note that a peer has refused what was stamped here, as too far ahead of its own clock. Whichever of the two is right,
+    /// what is stamped here does no good while it is: the wall clock leads no further ahead for [`REFUSED_FOR`].
+    pub fn refused(&self) {
+        if !mutants::is(Mutant::RefusedGoesOn) {
+            self.pace.lock().refused_until = self.clock.steady().saturating_add(REFUSED_FOR);
+        }
     }
 
     /// Takes over what somebody says now who knows the cluster's time: its servers' answers.

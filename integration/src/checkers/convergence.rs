@@ -144,13 +144,13 @@ async fn all_at_rest(
     let begin = clock.monotonic();
     let mut left = String::new();
     while clock.monotonic() - begin <= MEMBERS_REST_MAX {
-        let mut all = Vec::new();
+        let (mut all, mut silent) = (Vec::new(), false);
         for member in members {
             let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
             match client.admin_at(member.clone(), role, number, request).await.map(|reply| reply.status) {
                 Ok(Some(status)) => all.push(status),
                 Ok(None) => return Err(format!("{member} gives no status")),
-                Err(error) => left = format!("{member} does not answer: {error}"),
+                Err(error) => (left, silent) = (format!("{member} does not answer: {error}"), true),
             }
         }
         if let Some(fault) = all.iter().find(|status| !status.fault.is_empty()) {
@@ -163,6 +163,7 @@ async fn all_at_rest(
                 return Ok(all);
             }
             [_] if all.len() == members.len() => left = format!("its members are at {at:?}"),
+            _ if silent => {}
             [_] => {}
             _ => left = format!("{} of its members lead", leaders.len()),
         }

@@ -2,6 +2,7 @@
 
 mod admission;
 mod files;
+mod peers;
 mod sessions;
 mod sockets;
 mod streams;

@@ -42,6 +42,7 @@ use self::service::{
 };
 use super::{
     admission::{AdmissionLayer, AnswerHeld, Budgets, LANE_BULK, LANE_HEADER, Share},
+    peers,
     sockets::{self, Meter, Metered},
     streams::{Incoming, Outgoing, Sending},
 };
@@ -204,7 +205,7 @@ impl Network for GrpcNetwork {
             requests: Arc::new(tokio::sync::Semaphore::new(SESSION_REQUESTS_MAX)),
         };
         let sessions = Arc::new(tokio::sync::Semaphore::new(SESSIONS_MAX));
-        let asked = handler.clone();
+        let (asked, accepting, stopping) = (handler.clone(), handler.clone(), stopped.clone());
         let service = SessionService { handler, stopped: stopped.clone(), sessions };
         let layer = AdmissionLayer(Budgets::new(), service.clone());
         let service = SessionServer::new(service)
@@ -216,7 +217,19 @@ impl Network for GrpcNetwork {
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .build_v1()
             .map_err(io::Error::other)?;
-        let incoming = sockets::accept(listener, sockets::connections_max(SESSIONS_MAX));
+        let take_stream: sockets::TakeStream = Arc::new(move |stream| {
+            let (handler, stopped) = (accepting.clone(), stopping.clone());
+            Box::pin(async move {
+                match peers::accept(stream, ended(stopped)).await {
+                    Ok((stream, ends)) => {
+                        handler.accept(stream);
+                        ends.await;
+                    }
+                    Err(error) => tracing::debug!(%error, "a stream between nodes does not come about"),
+                }
+            })
+        });
+        let incoming = sockets::accept(listener, sockets::connections_max(SESSIONS_MAX), take_stream);
         tokio::spawn(async move {
             let server = transport::Server::builder()
                 .layer(layer)
@@ -286,10 +299,7 @@ impl Network for GrpcNetwork {
     }
 
     async fn open(&self, to: &Endpoint) -> io::Result<PeerStream> {
-        Err(io::Error::new(
-            io::ErrorKind::Unsupported,
-            format!("open {to}: streams between nodes are to come"),
-        ))
+        peers::open(to).await
     }
 
     fn separate(&self) -> Option<Arc<dyn Network>> {

@@ -23,6 +23,9 @@ use tokio::{
 };
 use tonic::transport::server::Connected;
 
+use super::peers;
+use crate::BoxFuture;
+
 /// Where no more can be accepted, it is tried again after so long.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(200);
 /// How often connections are looked at.
@@ -190,8 +193,16 @@ pub(super) fn connections_max(most: usize) -> usize {
     most.min(files / 4).max(8)
 }
 
-/// Connections as they come, until the receiver goes. At most `most` are open at a time; others wait to be accepted.
-pub(super) fn accept(listener: TcpListener, most: usize) -> impl Stream<Item = io::Result<Metered>> + Send {
+/// Takes a connection that is a stream between nodes, and completes when that has ended.
+pub(super) type TakeStream = Arc<dyn Fn(TcpStream) -> BoxFuture<()> + Send + Sync>;
+
+/// Connections as they come, until the receiver goes. At most `most` are open at a time; others wait to be accepted. Those
+/// that are streams between nodes are not among them: `take_stream` gets them.
+pub(super) fn accept(
+    listener: TcpListener,
+    most: usize,
+    take_stream: TakeStream,
+) -> impl Stream<Item = io::Result<Metered>> + Send {
     let (sender, accepted) = mpsc::channel(1);
     let open = Arc::new(Semaphore::new(most));
     let meters: Arc<Mutex<Vec<Weak<Meter>>>> = Arc::default();
@@ -232,16 +243,41 @@ pub(super) fn accept(listener: TcpListener, most: usize) -> impl Stream<Item = i
                 }
             };
             is_full &= open.available_permits() == 0;
-            // Small answers must not wait for more; failing to say so only costs latency.
-            let _ = stream.set_nodelay(true);
-            let meter = Arc::new(Meter::default());
-            meters.lock().push(Arc::downgrade(&meter));
-            if sender.send(Ok(Metered { stream, meter, _permit: permit })).await.is_err() {
-                return;
-            }
+            tokio::spawn(begin(stream, permit, sender.clone(), meters.clone(), take_stream.clone()));
         }
     });
     tokio_stream::wrappers::ReceiverStream::new(accepted)
+}
+
+/// Hands a connection on when its first byte says what it is.
+async fn begin(
+    stream: TcpStream,
+    permit: Option<OwnedSemaphorePermit>,
+    sessions: mpsc::Sender<io::Result<Metered>>,
+    meters: Arc<Mutex<Vec<Weak<Meter>>>>,
+    take_stream: TakeStream,
+) {
+    let mut first = [0];
+    let is_stream = tokio::select! {
+        peeked = stream.peek(&mut first) => match peeked {
+            Ok(1..) => first[0] == peers::FIRST_BYTE,
+            // It is gone.
+            Ok(0) | Err(_) => return,
+        },
+        () = tokio::time::sleep(UNUSED_MAX) => return,
+        () = sessions.closed() => return,
+    };
+    if is_stream {
+        drop(sessions);
+        take_stream(stream).await;
+        return;
+    }
+    // Small answers must not wait for more; failing to say so only costs latency.
+    let _ = stream.set_nodelay(true);
+    let meter = Arc::new(Meter::default());
+    meters.lock().push(Arc::downgrade(&meter));
+    // Nobody listens any more.
+    let _ = sessions.send(Ok(Metered { stream, meter, _permit: permit })).await;
 }
 
 /// What was seen of a connection when it was looked at.

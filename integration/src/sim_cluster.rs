@@ -47,6 +47,8 @@ pub const CDC: NodeId = NodeId(2);
 const OPERATOR: NodeId = NodeId(499);
 /// The first client's node.
 pub const CLIENT: NodeId = NodeId(500);
+/// What the nodes of a simulated cluster know each other by.
+const SYSTEM_KEY: [u8; 32] = [7; 32];
 /// Nanoseconds since 1970 when a simulated world begins.
 const SIM_START: u64 = clutch_runtime::simulated::START_NS;
 /// Nodes from here on take over roles of others.
@@ -214,7 +216,7 @@ fn open_raft(
         recording.violation(format!("node {} cannot open {id}: {fault}", node.0));
     }
     let addresses = Arc::new(|node| Some(endpoint(NodeId(u32::try_from(node).ok()?))));
-    let peers = RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), addresses);
+    let peers = RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), SYSTEM_KEY, addresses);
     Some((RaftEngine::new(runtime.clone(), store, peers.clone(), Timing::default()), peers))
 }
 
@@ -522,7 +524,7 @@ impl SimCluster {
                 new_logs: new_logs(name, homes),
                 accept,
                 keyring,
-                system_key: [7; 32],
+                system_key: SYSTEM_KEY,
                 process_usage: || None,
                 lifetimes: LIFETIMES,
                 pages,

@@ -213,6 +213,12 @@ pub enum Mutant {
     OlderMapStored,
     /// A member of a raft group answers for its vote before that is durable.
     VoteNotSynced,
+    /// Who opens a stream is believed to have the cluster's key.
+    AnyProofTaken,
+    /// Whoever answers is believed to have the cluster's key.
+    AnyAnswerTaken,
+    /// A node asks every peer to prove the same.
+    ChallengeRepeated,
     /// What a new leader's records replace is only taken away in memory.
     TruncationLost,
     /// A member of a raft group says that its records are durable before they are.
@@ -233,7 +239,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 111] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 114] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -338,6 +344,9 @@ impl Mutant {
         (Mutant::LoggedBeforeAsked, &["begun anew"]),
         (Mutant::AnyLifeServed, &["begun anew"]),
         (Mutant::VoteNotSynced, &["units", "tests::votes::planted_bugs_are_found"]),
+        (Mutant::AnyProofTaken, &["units", "tests::greetings::planted_bugs_are_found"]),
+        (Mutant::AnyAnswerTaken, &["units", "tests::greetings::planted_bugs_are_found"]),
+        (Mutant::ChallengeRepeated, &["units", "tests::greetings::planted_bugs_are_found"]),
         (Mutant::TruncationLost, &["units", "tests::nemesis::truncation::planted_bugs_are_found"]),
         (Mutant::UnsyncedAcknowledged, &["units", "tests::nemesis::sync::planted_bugs_are_found"]),
         (Mutant::DeliveredUnsynced, &["units", "tests::nemesis::delivery::planted_bugs_are_found"]),

@@ -1,7 +1,6 @@
 //! What members of a group tell each other and write down, byte by byte. All numbers are little-endian.
 //!
-//! A stream begins with a hello in each direction's first frame: `CRAFT001`, cluster (8), the sender's node (8), the node that it
-//! believes to speak to (8). Every other frame:
+//! A stream begins with a greeting (`greeting.rs`). Every frame after it:
 //!
 //! | offset | bytes | what |
 //! |---|---|---|
@@ -22,8 +21,6 @@ use openraft::{EmptyNode, Membership, StoredMembership, impls::leader_id_std::Le
 
 use crate::types::{Command, Entry, LogId, Members, Payload, StoredMembers, Vote};
 
-/// The first bytes of a stream.
-pub(crate) const MAGIC: &[u8; 8] = b"CRAFT001";
 /// Indices are below this, so that counting on from one is safe.
 const INDEX_MAX: u64 = 1 << 62;
 /// What a frame has before its body.
@@ -118,32 +115,6 @@ impl Frame {
     }
 }
 
-/// Who speaks to whom.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Hello {
-    pub(crate) cluster: u64,
-    pub(crate) from: u64,
-    pub(crate) to: u64,
-}
-
-impl Hello {
-    pub(crate) fn encode(self) -> Bytes {
-        let mut bytes = BytesMut::from(&MAGIC[..]);
-        [self.cluster, self.from, self.to].into_iter().for_each(|number| bytes.put_u64_le(number));
-        bytes.freeze()
-    }
-
-    pub(crate) fn decode(bytes: Bytes) -> Result<Hello, Malformed> {
-        let mut from = Reader(bytes);
-        if from.take(MAGIC.len())? != MAGIC[..] {
-            return Err(Malformed("no stream between members of logs of this build"));
-        }
-        let hello = Hello { cluster: from.u64()?, from: from.u64()?, to: from.u64()? };
-        from.end()?;
-        Ok(hello)
-    }
-}
-
 /// Takes bytes apart.
 pub(crate) struct Reader(pub(crate) Bytes);
 
@@ -154,7 +125,7 @@ impl Reader {
         if self.0.len() < count { Err(SHORT) } else { Ok(self.0.split_to(count)) }
     }
 
-    fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
+    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], Malformed> {
         self.take(N).map(|bytes| std::array::from_fn(|at| bytes[at]))
     }
 

@@ -12,6 +12,7 @@ mod changes;
 mod codec;
 mod delivered;
 mod events;
+mod greeting;
 mod log;
 mod member;
 mod messages;

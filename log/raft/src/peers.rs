@@ -3,8 +3,8 @@
 //! Who asks opens the stream and says who it is; answers come back on it, in any order. A stream that breaks leaves everything on it
 //! unknown, and the next question opens another.
 //!
-//! Invariant: a node of another cluster, one that speaks to somebody else, and another incarnation of a log are refused before a
-//! byte of consensus is looked at.
+//! Invariant: who does not have the cluster's key, a node of another cluster, one that looks for somebody else, and another incarnation
+//! of a log are refused before a byte of consensus is looked at.
 
 use std::{
     collections::BTreeMap,
@@ -22,7 +22,10 @@ use clutch_runtime::{BoxFuture, Endpoint, PeerStream, Runtime};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
-use crate::codec::{Form, Frame, Hello, Kind};
+use crate::{
+    codec::{Form, Frame, Kind},
+    greeting::{self, Identity},
+};
 
 /// A group as the streams see it.
 pub(crate) trait Group: Send + Sync {
@@ -65,31 +68,61 @@ struct Asked {
 /// The streams of one node.
 pub struct Peers {
     runtime: Runtime,
-    cluster: u64,
-    node: NodeId,
+    me: Identity,
     addresses: Addresses,
     links: Mutex<BTreeMap<NodeId, mpsc::UnboundedSender<Asked>>>,
     groups: Mutex<BTreeMap<u64, Arc<dyn Group>>>,
     next: AtomicU64,
+    said: Said,
+}
+
+/// What was said of streams that do not come about: they are tried many times in a second.
+#[derive(Default)]
+struct Said(Mutex<BTreeMap<String, Duration>>);
+
+/// A node that cannot be reached is tried again after so long.
+const OPEN_AGAIN: Duration = Duration::from_millis(50);
+/// The same is said again after so long.
+const SAY_AGAIN: Duration = Duration::from_secs(60);
+/// So many things are remembered.
+const SAID_MAX: usize = 64;
+
+impl Said {
+    /// Whether it was not said of late.
+    fn is_news(&self, what: &str, now: Duration) -> bool {
+        let mut said = self.0.lock();
+        said.retain(|_, at| now.saturating_sub(*at) < SAY_AGAIN);
+        if said.contains_key(what) || said.len() >= SAID_MAX {
+            return false;
+        }
+        said.insert(what.to_owned(), now);
+        true
+    }
 }
 
 impl Peers {
-    /// The streams of a node that keeps logs of this cluster.
-    pub fn new(runtime: Runtime, cluster: u64, node: NodeId, addresses: Addresses) -> Arc<Peers> {
+    /// The streams of a node that keeps logs of this cluster, whose nodes know each other by this key.
+    pub fn new(
+        runtime: Runtime,
+        cluster: u64,
+        node: NodeId,
+        key: [u8; 32],
+        addresses: Addresses,
+    ) -> Arc<Peers> {
         Arc::new(Peers {
             runtime,
-            cluster,
-            node,
+            me: Identity { cluster, node, key },
             addresses,
             links: Mutex::default(),
             groups: Mutex::default(),
             next: AtomicU64::new(1),
+            said: Said::default(),
         })
     }
 
     /// The node that asks.
     pub(crate) fn node(&self) -> NodeId {
-        self.node
+        self.me.node
     }
 
     /// Answers what others ask of a group from now on.
@@ -130,15 +163,19 @@ impl Peers {
                 Err(mpsc::error::SendError(asked)) => asked,
             },
         };
-        let (link, questions) = mpsc::unbounded_channel();
+        let (link, mut questions) = mpsc::unbounded_channel();
         // Its receiver is right here.
         let _ = link.send(asked);
         links.insert(to, link);
         let (this, runtime) = (self.clone(), self.runtime.clone());
         self.runtime.spawn("raft link", async move {
-            if let Err(error) = this.run_link(to, questions).await {
+            if let Err(error) = this.run_link(to, &mut questions).await {
                 runtime.note("raft: a stream cannot be opened");
-                tracing::debug!(to, %error, "a stream between members of logs");
+                if this.said.is_news(&error.to_string(), runtime.clock.monotonic()) {
+                    tracing::warn!(%error, "cannot speak to another node");
+                }
+                // Each group asks many times in a second; what is asked meanwhile is asked in vain.
+                runtime.clock.sleep(OPEN_AGAIN).await;
             }
         });
     }
@@ -147,17 +184,16 @@ impl Peers {
     async fn run_link(
         &self,
         to: NodeId,
-        mut questions: mpsc::UnboundedReceiver<Asked>,
+        questions: &mut mpsc::UnboundedReceiver<Asked>,
     ) -> std::io::Result<()> {
         let none = || std::io::Error::other(format!("the address of node {to} is not known"));
         let address = (self.addresses)(to).ok_or_else(none)?;
-        let PeerStream { sender, mut receiver } = self.runtime.network.open(&address).await?;
-        let hello = Hello { cluster: self.cluster, from: self.node, to }.encode();
+        let mut stream = self.runtime.network.open(&address).await?;
+        let greeted = greeting::open(&self.runtime, &self.me, to, &mut stream).await;
+        greeted.map_err(|why| std::io::Error::other(format!("node {to} at {address}: {why}")))?;
+        let PeerStream { sender, mut receiver } = stream;
         let waiting: Mutex<BTreeMap<u64, Answer>> = Mutex::default();
         let write = async {
-            if sender.send(hello).await.is_err() {
-                return;
-            }
             while let Some(Asked { number, frame, answer }) = questions.recv().await {
                 if answer.is_closed() {
                     continue;
@@ -192,26 +228,18 @@ impl Peers {
     pub fn accept(self: &Arc<Self>, stream: PeerStream) {
         let (this, runtime) = (self.clone(), self.runtime.clone());
         self.runtime.spawn("raft accept", async move {
-            if let Err(why) = this.answer(stream).await {
+            if let Err(why) = this.clone().answer(stream).await {
                 runtime.note("raft: a stream is refused");
-                tracing::warn!(%why, "a stream between members of logs is refused");
+                if this.said.is_news(&why, runtime.clock.monotonic()) {
+                    tracing::warn!(%why, "another node is refused");
+                }
             }
         });
     }
 
-    async fn answer(self: Arc<Self>, stream: PeerStream) -> Result<(), String> {
+    async fn answer(self: Arc<Self>, mut stream: PeerStream) -> Result<(), String> {
+        let from = greeting::accept(&self.runtime, &self.me, &mut stream).await?;
         let PeerStream { sender, mut receiver } = stream;
-        let Some(first) = receiver.recv().await else { return Ok(()) };
-        let hello = Hello::decode(first).map_err(|error| error.to_string())?;
-        if hello.cluster != self.cluster {
-            return Err(format!("node {} is of cluster {:x}, not of this one", hello.from, hello.cluster));
-        }
-        if hello.to != self.node {
-            return Err(format!(
-                "node {} speaks to node {}; this is node {}: correct its address",
-                hello.from, hello.to, self.node
-            ));
-        }
         // Appends of a group keep their order; all else is answered when it is ready.
         let mut appends: BTreeMap<u64, mpsc::UnboundedSender<Frame>> = BTreeMap::new();
         while let Some(bytes) = receiver.recv().await {
@@ -224,7 +252,7 @@ impl Peers {
             if frame.kind != Kind::Append {
                 let sender = sender.clone();
                 self.runtime.spawn("raft answer", async move {
-                    let answered = group.answer(frame.kind, frame.body.clone(), hello.from).await;
+                    let answered = group.answer(frame.kind, frame.body.clone(), from).await;
                     answer_with(&sender, &frame, answered).await;
                 });
                 continue;

@@ -19,6 +19,7 @@ use crate::{Peers, RaftEngine, RaftLog, Timing, parameters};
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) const CLUSTER: u64 = 7;
+pub(super) const KEY: [u8; 32] = [5; 32];
 
 /// Takes streams, and nothing else.
 struct Accepts(Arc<Peers>);
@@ -72,7 +73,7 @@ impl Nodes {
         let on = runtime.clone();
         runtime.spawn("boot", async move {
             let addresses = Arc::new(|node| Some(endpoint(node)));
-            let peers = Peers::new(on.clone(), CLUSTER, node, addresses);
+            let peers = Peers::new(on.clone(), CLUSTER, node, KEY, addresses);
             let handler = Arc::new(Accepts(peers.clone()));
             let listening = on.network.listen(&endpoint(node), handler).await.expect("a free name");
             let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };

@@ -10,7 +10,7 @@ use openraft::{
 
 use super::*;
 use crate::{
-    codec::{Builder, Form, Frame, Hello, Kind, Reader},
+    codec::{Builder, Form, Frame, Kind, Reader},
     messages as of,
     types::{Command, Entry, LogId, Payload, Vote},
 };
@@ -77,8 +77,6 @@ fn again(number: usize, bytes: Bytes) -> Option<Bytes> {
 
 #[test]
 fn messages_have_their_golden_bytes() {
-    let hello = Hello { cluster: 7, from: 1, to: 2 }.encode();
-    assert_eq!(hex(&hello), "4352414654303031070000000000000001000000000000000200000000000000");
     let (kind, form) = (Kind::Barrier, Form::Answer);
     let frame = Frame { kind, form, group: 0x0002_0000_0007, number: 9, body: Bytes::from_static(b"ab") };
     assert_eq!(hex(&frame.encode()[..18]), "070107000000020000000900000000000000");

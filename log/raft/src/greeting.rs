@@ -1,0 +1,173 @@
+//! How two nodes get to know each other on a new stream, before a byte of consensus is looked at.
+//!
+//! Who opens the stream sends a hello: `CRAFT002`, cluster (8), the own node (8), the node that it believes to speak to (8), 32 random
+//! bytes. The other answers with 32 random bytes and a MAC over the hello and these; or with a refusal, `CRAFTNO!` and a text. The first
+//! proves in turn that it has the key, by a MAC over the same. All numbers are little-endian; a MAC is BLAKE3 under the cluster's
+//! key (32 bytes), over the purpose, the hello and the random bytes.
+//!
+//! Invariants: neither side believes the other before it has seen a MAC over bytes that it has drawn itself, so nothing that was heard
+//! on another stream is of any use; who cannot prove anything learns no more than what he has said himself. Frames are not protected after
+//! that: who can change what is on the way between nodes is not kept out.
+
+use std::time::Duration;
+
+use bytes::{BufMut as _, Bytes, BytesMut};
+use clutch_log::NodeId;
+use clutch_proto::mutants::{self, Mutant};
+use clutch_runtime::{PeerStream, Runtime};
+
+use crate::codec::{Malformed, Reader};
+
+/// How long one side waits for the other's next word.
+const PATIENCE: Duration = Duration::from_secs(2);
+const HELLO: &[u8; 8] = b"CRAFT002";
+const REFUSED: &[u8; 8] = b"CRAFTNO!";
+const NONCE_BYTES: usize = 32;
+const MAC_BYTES: usize = 32;
+/// A refusal's text is no longer.
+const TEXT_BYTES_MAX: usize = 512;
+
+/// What a node knows of its cluster and of itself.
+#[derive(Clone)]
+pub(crate) struct Identity {
+    pub(crate) cluster: u64,
+    pub(crate) node: NodeId,
+    /// What the cluster's nodes know each other by.
+    pub(crate) key: [u8; 32],
+}
+
+/// Who speaks to whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Hello {
+    pub(crate) cluster: u64,
+    pub(crate) from: NodeId,
+    pub(crate) to: NodeId,
+    pub(crate) nonce: [u8; NONCE_BYTES],
+}
+
+impl Hello {
+    pub(crate) fn encode(&self) -> Bytes {
+        let mut bytes = BytesMut::from(&HELLO[..]);
+        [self.cluster, self.from, self.to].into_iter().for_each(|number| bytes.put_u64_le(number));
+        bytes.put_slice(&self.nonce);
+        bytes.freeze()
+    }
+
+    pub(crate) fn decode(bytes: Bytes) -> Result<Hello, Malformed> {
+        let mut from = Reader(bytes);
+        if from.take(HELLO.len())? != HELLO[..] {
+            return Err(Malformed("no stream between members of logs of this build"));
+        }
+        let (cluster, node, to) = (from.u64()?, from.u64()?, from.u64()?);
+        let hello = Hello { cluster, from: node, to, nonce: from.array()? };
+        from.end()?;
+        Ok(hello)
+    }
+}
+
+/// Under which name a MAC is made: what one side has said is never what the other is to say.
+#[derive(Clone, Copy)]
+enum Purpose {
+    Answer,
+    Proof,
+}
+
+fn mac(key: &[u8; 32], purpose: Purpose, hello: &Bytes, nonce: &[u8]) -> [u8; MAC_BYTES] {
+    let name: &[u8] = match purpose {
+        Purpose::Answer => b"clutch raft answer",
+        Purpose::Proof => b"clutch raft proof.",
+    };
+    let mut hasher = blake3::Hasher::new_keyed(key);
+    hasher.update(name).update(hello).update(nonce);
+    *hasher.finalize().as_bytes()
+}
+
+/// Without telling by the time that it takes how much of it is right.
+fn is_same(one: &[u8], other: [u8; MAC_BYTES]) -> bool {
+    <[u8; MAC_BYTES]>::try_from(one).is_ok_and(|one| blake3::Hash::from(one) == blake3::Hash::from(other))
+}
+
+fn nonce(runtime: &Runtime) -> [u8; NONCE_BYTES] {
+    let mut nonce = [0; NONCE_BYTES];
+    runtime.random.fill(&mut nonce);
+    nonce
+}
+
+async fn next(runtime: &Runtime, stream: &mut PeerStream) -> Result<Bytes, String> {
+    match runtime.timeout(PATIENCE, stream.receiver.recv()).await {
+        Some(Some(bytes)) => Ok(bytes),
+        Some(None) => Err("it ends the stream".into()),
+        None => Err(format!("it says nothing for {} s", PATIENCE.as_secs())),
+    }
+}
+
+/// Greets the node at the other end of a stream that was opened to it.
+///
+/// # Errors
+/// When it refuses, or does not know the cluster's key.
+pub(crate) async fn open(
+    runtime: &Runtime,
+    me: &Identity,
+    to: NodeId,
+    stream: &mut PeerStream,
+) -> Result<(), String> {
+    let hello = Hello { cluster: me.cluster, from: me.node, to, nonce: nonce(runtime) }.encode();
+    let gone = |_| "it ends the stream".to_owned();
+    stream.sender.send(hello.clone()).await.map_err(gone)?;
+    let answer = next(runtime, stream).await?;
+    if let Some(text) = answer.strip_prefix(&REFUSED[..]) {
+        return Err(String::from_utf8_lossy(&text[..text.len().min(TEXT_BYTES_MAX)]).into_owned());
+    }
+    if answer.len() != NONCE_BYTES + MAC_BYTES {
+        return Err("it speaks another language".into());
+    }
+    let (drawn, proven) = answer.split_at(NONCE_BYTES);
+    if !is_same(proven, mac(&me.key, Purpose::Answer, &hello, drawn)) && !mutants::is(Mutant::AnyAnswerTaken)
+    {
+        return Err("it has another key than this node (keys/cluster.key)".into());
+    }
+    let proof = mac(&me.key, Purpose::Proof, &hello, drawn);
+    stream.sender.send(Bytes::copy_from_slice(&proof)).await.map_err(gone)
+}
+
+/// Greets whoever has opened a stream to this node; which node it is.
+///
+/// # Errors
+/// When it is none of the cluster's, or wants another.
+pub(crate) async fn accept(
+    runtime: &Runtime,
+    me: &Identity,
+    stream: &mut PeerStream,
+) -> Result<NodeId, String> {
+    let first = next(runtime, stream).await?;
+    let said = Hello::decode(first.clone()).map_err(|error| error.to_string()).and_then(|hello| {
+        let Hello { cluster, from, to, .. } = hello;
+        match (cluster == me.cluster, to == me.node) {
+            (false, _) => Err(format!("node {from} is of cluster {cluster:016x}, not of this one")),
+            (_, false) => {
+                Err(format!("node {from} looks for node {to}; this is node {}: correct its address", me.node))
+            }
+            (true, true) => Ok(from),
+        }
+    });
+    let from = match said {
+        Ok(from) => from,
+        Err(why) => {
+            let text = [&REFUSED[..], &why.as_bytes()[..why.len().min(TEXT_BYTES_MAX)]].concat();
+            // It may have gone.
+            let _ = stream.sender.send(text.into()).await;
+            return Err(why);
+        }
+    };
+    let drawn = if mutants::is(Mutant::ChallengeRepeated) { [7; NONCE_BYTES] } else { nonce(runtime) };
+    let answer = [drawn, mac(&me.key, Purpose::Answer, &first, &drawn)].concat();
+    let gone = |_| "it ends the stream".to_owned();
+    stream.sender.send(answer.into()).await.map_err(gone)?;
+    let proof = next(runtime, stream).await?;
+    if !is_same(&proof, mac(&me.key, Purpose::Proof, &first, &drawn)) && !mutants::is(Mutant::AnyProofTaken) {
+        return Err(format!(
+            "who says that it is node {from} has another key than this node (keys/cluster.key)"
+        ));
+    }
+    Ok(from)
+}

@@ -1,0 +1,208 @@
+//! Who is let in, and whom a node believes: with every key that is not the cluster's, and with what was heard elsewhere.
+
+use bytes::Bytes;
+use clutch_proto::mutants::{self, Mutant};
+use clutch_runtime::{
+    Answers, BoxFuture, Handled, Handler, PeerStream, Runtime,
+    simulated::{NodeId as SimNode, World},
+};
+use parking_lot::Mutex;
+
+use super::*;
+use crate::greeting::{self, Hello, Identity};
+
+const CLUSTER: u64 = 7;
+const KEY: [u8; 32] = [5; 32];
+const AT: &str = "greeted";
+
+fn identity(cluster: u64, node: NodeId, key: u8) -> Identity {
+    Identity { cluster, node, key: [key; 32] }
+}
+
+/// Greets whoever comes, and writes down what came of it.
+struct Greets(Runtime, Arc<Mutex<Vec<Result<NodeId, String>>>>);
+
+impl Handler for Greets {
+    fn handle(&self, _: Bytes, _: Answers) -> BoxFuture<Handled> {
+        Box::pin(async { Handled::default() })
+    }
+
+    fn accept(&self, mut stream: PeerStream) {
+        let (runtime, greeted) = (self.0.clone(), self.1.clone());
+        self.0.spawn("greets", async move {
+            let me = identity(CLUSTER, 1, KEY[0]);
+            let outcome = greeting::accept(&runtime, &me, &mut stream).await;
+            greeted.lock().push(outcome);
+            // It stays open while the other looks.
+            while stream.receiver.recv().await.is_some() {}
+        });
+    }
+}
+
+/// What an opener does with a new stream.
+type Opener = Box<dyn FnOnce(Runtime, PeerStream) -> BoxFuture<Result<(), String>> + Send>;
+
+/// What node 1 makes of an opener, and what the opener makes of node 1.
+fn meet(opener: Opener) -> (Option<Result<NodeId, String>>, Result<(), String>) {
+    let world = World::new(1);
+    let (node, other) = (world.node(SimNode(1)), world.node(SimNode(2)));
+    let greeted: Arc<Mutex<Vec<Result<NodeId, String>>>> = Arc::default();
+    let handler = Arc::new(Greets(node.clone(), greeted.clone()));
+    let opened = world.run(SimNode(2), Duration::from_secs(60), async move {
+        let _listening = node.network.listen(&AT.into(), handler).await.expect("a free name");
+        let stream = other.network.open(&AT.into()).await.expect("it listens");
+        let opened = opener(other.clone(), stream).await;
+        other.clock.sleep(Duration::from_secs(10)).await;
+        opened
+    });
+    let greeted = greeted.lock().pop();
+    (greeted, opened.expect("ends"))
+}
+
+/// One that does as it should, as somebody.
+fn honest(cluster: u64, to: NodeId, key: u8) -> Opener {
+    Box::new(move |runtime, mut stream| {
+        Box::pin(async move { greeting::open(&runtime, &identity(cluster, 2, key), to, &mut stream).await })
+    })
+}
+
+/// One that says these frames, whatever it hears; what it heard.
+fn saying(frames: Vec<Bytes>, heard: Arc<Mutex<Vec<Bytes>>>) -> Opener {
+    Box::new(move |runtime, mut stream| {
+        Box::pin(async move {
+            for frame in frames {
+                // The other side may have had enough.
+                let _ = stream.sender.send(frame).await;
+                if let Some(Some(frame)) =
+                    runtime.timeout(Duration::from_secs(1), stream.receiver.recv()).await
+                {
+                    heard.lock().push(frame);
+                }
+            }
+            Ok(())
+        })
+    })
+}
+
+/// What a good opener says when it meets node 1, as somebody who listens hears it.
+fn overheard() -> Vec<Bytes> {
+    let said: Arc<Mutex<Vec<Bytes>>> = Arc::default();
+    let on_the_way = said.clone();
+    let opener: Opener = Box::new(move |runtime, PeerStream { sender, mut receiver }| {
+        Box::pin(async move {
+            let (own, mut taken) = tokio::sync::mpsc::channel::<Bytes>(4);
+            let (given, from_other) = tokio::sync::mpsc::channel(4);
+            let mut stream = PeerStream { sender: own, receiver: from_other };
+            let me = identity(CLUSTER, 2, KEY[0]);
+            let relay = async {
+                while let Some(frame) = taken.recv().await {
+                    on_the_way.lock().push(frame.clone());
+                    if sender.send(frame).await.is_err() {
+                        return;
+                    }
+                    if on_the_way.lock().len() == 1
+                        && let Some(answer) = receiver.recv().await
+                    {
+                        // It waits for it.
+                        let _ = given.send(answer).await;
+                    }
+                }
+            };
+            let greets = async {
+                let opened = greeting::open(&runtime, &me, 1, &mut stream).await;
+                drop(stream);
+                opened
+            };
+            tokio::join!(greets, relay).0
+        })
+    });
+    assert_eq!(meet(opener), (Some(Ok(2)), Ok(())));
+    let said = std::mem::take(&mut *said.lock());
+    assert_eq!(said.len(), 2);
+    said
+}
+
+/// Meets a node that says it is node 1 and answers so.
+fn believes(answer: Bytes) -> bool {
+    let world = World::new(1);
+    let runtime = world.node(SimNode(2));
+    let opened = world.run(SimNode(2), Duration::from_secs(60), async move {
+        let (sender, mut asked) = tokio::sync::mpsc::channel(4);
+        let (answers, receiver) = tokio::sync::mpsc::channel(4);
+        answers.send(answer).await.expect("there is room");
+        let mut stream = PeerStream { sender, receiver };
+        let opened = greeting::open(&runtime, &identity(CLUSTER, 2, KEY[0]), 1, &mut stream).await;
+        asked.close();
+        opened
+    });
+    opened.expect("ends").is_ok()
+}
+
+/// Who was let in, or believed, and should not have been; who was not, and should.
+fn wrong() -> Vec<&'static str> {
+    let mut wrong = Vec::new();
+    let mut check = |what: &'static str, is_good: bool| wrong.extend((!is_good).then_some(what));
+    check("a node of the cluster", meet(honest(CLUSTER, 1, KEY[0])) == (Some(Ok(2)), Ok(())));
+    for (what, cluster, to, key) in [
+        ("another key", CLUSTER, 1, 6),
+        ("another cluster", CLUSTER + 1, 1, KEY[0]),
+        ("somebody else's address", CLUSTER, 3, KEY[0]),
+    ] {
+        let (greeted, opened) = meet(honest(cluster, to, key));
+        check(what, matches!(greeted, Some(Err(_))) && opened.is_err());
+    }
+    let hello = Hello { cluster: CLUSTER, from: 2, to: 1, nonce: [9; 32] }.encode();
+    let said = overheard();
+    let heard: Arc<Mutex<Vec<Bytes>>> = Arc::default();
+    for (what, frames) in [
+        ("nothing but a hello", vec![hello.clone()]),
+        ("a made-up proof", vec![hello.clone(), Bytes::from_static(&[0; 32])]),
+        ("no proof", vec![hello.clone(), Bytes::new()]),
+        ("no hello", vec![Bytes::from_static(b"PRI * HTTP/2.0")]),
+        ("silence", vec![]),
+        ("what was said on another stream", said.clone()),
+        ("a proof of another stream", vec![hello.clone(), said[1].clone()]),
+    ] {
+        let (greeted, _) = meet(saying(frames, heard.clone()));
+        check(what, matches!(greeted, Some(Err(_))));
+    }
+    // What the node has said itself is no proof.
+    let heard: Arc<Mutex<Vec<Bytes>>> = Arc::default();
+    meet(saying(vec![hello.clone()], heard.clone())).1.expect("it says what it is told");
+    let own = heard.lock().pop().expect("it answers a hello");
+    let (greeted, _) = meet(saying(vec![hello, own.slice(32..)], Arc::default()));
+    check("its own answer", matches!(greeted, Some(Err(_))));
+    check("an answer to somebody else", !believes(own));
+    check("a made-up answer", !believes(Bytes::from_static(&[3; 64])));
+    check("an answer that is cut off", !believes(Bytes::from_static(&[3; 63])));
+    wrong
+}
+
+#[test]
+fn only_who_has_the_key_is_let_in_and_believed() {
+    assert_eq!(wrong(), Vec::<&str>::new());
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    for mutant in [Mutant::AnyProofTaken, Mutant::AnyAnswerTaken, Mutant::ChallengeRepeated] {
+        mutants::plant(Some(mutant));
+        let is_planted = mutants::planted().is_some();
+        let found = if is_planted { wrong() } else { Vec::new() };
+        mutants::plant(None);
+        assert_eq!(!found.is_empty(), is_planted, "{mutant:?}");
+    }
+}
+
+#[test]
+fn greetings_have_their_golden_bytes() {
+    let hello = Hello { cluster: 7, from: 1, to: 2, nonce: [0xab; 32] };
+    let bytes = hello.encode();
+    let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let start = "4352414654303032070000000000000001000000000000000200000000000000";
+    assert_eq!(hex, format!("{start}{}", "ab".repeat(32)));
+    assert_eq!(Hello::decode(bytes.clone()).ok(), Some(hello));
+    for length in 0..bytes.len() {
+        assert!(Hello::decode(bytes.slice(..length)).is_err(), "{length} bytes");
+    }
+}

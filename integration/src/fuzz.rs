@@ -45,7 +45,7 @@ impl Options {
             None => generate_replicated(seed, self.profile, self.members),
             Some(trace) => {
                 let mut script = trace.clone();
-                self.members.set(&mut script.cluster);
+                self.members.set(seed, &mut script.cluster);
                 strike(&mut script, seed);
                 script
             }

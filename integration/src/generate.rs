@@ -109,7 +109,7 @@ pub fn generate(seed: u64, profile: Profile) -> Script {
 /// The same for logs that are kept so.
 pub fn generate_replicated(seed: u64, profile: Profile, members: Members) -> Script {
     let mut generator = Generator::new(seed, profile);
-    members.set(&mut generator.cluster);
+    members.set(seed, &mut generator.cluster);
     generator.script()
 }
 
@@ -140,6 +140,7 @@ fn draw_cluster(rng: &mut ChaCha8Rng, seed: u64, data_blocks: u32, parity_blocks
         // And in every fifth one many names have one hash.
         collide: seed % 5 == 4,
         replicas: 1,
+        joint: false,
     }
 }
 

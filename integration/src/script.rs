@@ -392,7 +392,7 @@ impl fmt::Display for Script {
         writeln!(f, "seed {}", self.seed)?;
         writeln!(
             f,
-            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}{}",
+            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}{}{}",
             c.shards,
             c.disks,
             c.data_blocks,
@@ -407,7 +407,8 @@ impl fmt::Display for Script {
             if c.collide { "colliding" } else { "plain" },
             self.clients,
             // One is not said: stored scripts stay as they are.
-            if c.replicas == 1 { String::new() } else { format!(" replicas={}", c.replicas) }
+            if c.replicas == 1 { String::new() } else { format!(" replicas={}", c.replicas) },
+            if c.joint { " nodes=joint" } else { "" }
         )?;
         self.events.iter().try_for_each(|event| writeln!(f, "{event}"))
     }
@@ -637,6 +638,7 @@ pub fn default_cluster() -> ClusterConfig {
         page: 0,
         collide: false,
         replicas: 1,
+        joint: false,
     }
 }
 
@@ -659,6 +661,13 @@ impl Script {
                 "page" => self.cluster.page = number()?,
                 "clients" => self.clients = number()?,
                 "replicas" => self.cluster.replicas = number()?,
+                "nodes" => {
+                    self.cluster.joint = match value {
+                        "apart" => false,
+                        "joint" => true,
+                        _ => return Err(format!("{value:?} are no nodes; apart and joint are")),
+                    }
+                }
                 "policy" => {
                     let parts =
                         value.split_once('+').and_then(|(d, p)| Some((d.parse().ok()?, p.parse().ok()?)));
@@ -670,7 +679,7 @@ impl Script {
                         "sim" => Engine::Sim,
                         "local" => Engine::Local,
                         "raft" => Engine::Raft,
-                        _ => return Err(format!("{value:?} is not an engine; sim and local are")),
+                        _ => return Err(format!("{value:?} is not an engine; sim, local and raft are")),
                     }
                 }
                 "names" => {
@@ -682,7 +691,7 @@ impl Script {
                 }
                 _ => {
                     return Err(format!(
-                        "{key:?} is not known; shards, disks, policy, engine, flush, page, names, clients, replicas are"
+                        "{key:?} is not known; shards, disks, policy, engine, flush, page, names, clients, replicas, nodes are"
                     ));
                 }
             }
@@ -722,6 +731,9 @@ impl Script {
         }
         if c.replicas > 1 && c.engine == Engine::Local {
             return Err("replicas: the engine local has one; write engine=sim or engine=raft".into());
+        }
+        if c.joint && (c.replicas == 1 || c.engine != Engine::Raft) {
+            return Err("nodes: joint ones keep logs of several members; write engine=raft replicas=3".into());
         }
         if c.data_blocks == 0 || c.data_blocks > DATA_BLOCKS_MAX || c.parity_blocks > PARITY_BLOCKS_MAX {
             return Err(format!(

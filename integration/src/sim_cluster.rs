@@ -107,10 +107,12 @@ pub enum Members {
 }
 
 impl Members {
-    /// Makes a drawn cluster one of that kind.
-    pub fn set(self, cluster: &mut ClusterConfig) {
+    /// Makes a cluster that was drawn with this seed one of that kind.
+    pub fn set(self, seed: u64, cluster: &mut ClusterConfig) {
         if let Members::Of(engine, replicas) = self {
             (cluster.engine, cluster.replicas) = (engine, replicas);
+            // Odd and even seeds differ in how they end.
+            cluster.joint = engine == Engine::Raft && replicas > 1 && seed / 2 % 2 == 1;
         }
     }
 }
@@ -136,6 +138,8 @@ pub struct ClusterConfig {
     pub collide: bool,
     /// Members of each log, each on a node of its own, that elect their leader; 1 for a log that whoever opens it leads.
     pub replicas: u32,
+    /// Whether a node has a member of every log, as small clusters have; else each member has a node of its own.
+    pub joint: bool,
 }
 
 impl ClusterConfig {
@@ -151,6 +155,7 @@ impl ClusterConfig {
             page: 0,
             collide: false,
             replicas: 1,
+            joint: false,
         }
     }
 
@@ -371,7 +376,10 @@ impl SimCluster {
             config.parity_blocks,
         )
         .expect("within the limits");
-        let members = |first| (0..config.replicas).map(|member| member_node(first, member)).collect();
+        let members = |first| {
+            let first = if config.joint { REGISTRY } else { first };
+            (0..config.replicas).map(|member| member_node(first, member)).collect()
+        };
         let mut homes = BTreeMap::from([(LogId::REGISTRY, members(REGISTRY)), (LogId::CDC, members(CDC))]);
         homes.extend((0..config.shards).map(|n| (LogId::shard(n), members(shard_node(n)))));
         let images = SimImages::new(config.flush_permille);
@@ -514,6 +522,7 @@ impl SimCluster {
             let config = NodeConfig {
                 listen: endpoint(node),
                 advertise: None,
+                failure_domain: None,
                 registry: Some(registries),
                 peers,
                 cluster,

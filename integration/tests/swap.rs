@@ -156,6 +156,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         runtime: runtime.clone(),
         listen: "node1".into(),
         advertise: None,
+        failure_domain: None,
         registry: None,
         peers: Peers::new(),
         cluster: ClusterFile::generate(&runtime, 1, 1, 1, 0).expect("within the limits"),

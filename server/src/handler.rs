@@ -24,6 +24,7 @@ use clutch_proto::{
 };
 use clutch_runtime::{Answers, BoxFuture, Handled, Handler, Held, HybridClock, PeerStream};
 use clutch_state_replica::{Answer, Freshness, ReplicaHandle};
+use parking_lot::RwLock;
 use prost::Message as _;
 
 use crate::{
@@ -46,6 +47,8 @@ pub(crate) struct NodeHandler {
     pub(crate) incarnations: BTreeMap<LogId, u32>,
     pub(crate) room: Arc<Room>,
     pub(crate) routes: Arc<Routes>,
+    /// Whether what is not here is perhaps still to come.
+    pub(crate) is_starting: bool,
     /// Everything has started.
     pub(crate) ready: Arc<AtomicBool>,
 }
@@ -53,7 +56,7 @@ pub(crate) struct NodeHandler {
 impl NodeHandler {
     /// What answers for the node, and hands on the streams that others open.
     pub(crate) fn shared(self, accept: &Arc<dyn Fn(PeerStream) + Send + Sync>) -> Arc<SharedHandler> {
-        Arc::new(SharedHandler { node: Arc::new(self), accept: accept.clone() })
+        Arc::new(SharedHandler { node: RwLock::new(Arc::new(self)), accept: accept.clone() })
     }
 
     /// Adds what only the node knows.
@@ -79,14 +82,21 @@ pub type ProcessUsage = fn() -> Option<(u64, u64)>;
 
 /// Requests share the handler without copying it.
 pub(crate) struct SharedHandler {
-    pub(crate) node: Arc<NodeHandler>,
+    node: RwLock<Arc<NodeHandler>>,
     /// Takes the streams of other nodes.
-    pub(crate) accept: Arc<dyn Fn(PeerStream) + Send + Sync>,
+    accept: Arc<dyn Fn(PeerStream) + Send + Sync>,
+}
+
+impl SharedHandler {
+    /// Requests that come from now on are for this.
+    pub(crate) fn serve(&self, node: NodeHandler) {
+        *self.node.write() = Arc::new(node);
+    }
 }
 
 impl Handler for SharedHandler {
     fn handle(&self, request: Bytes, answers: Answers) -> BoxFuture<Handled> {
-        let handler = self.node.clone();
+        let handler = self.node.read().clone();
         Box::pin(async move {
             let mut held = Held::default();
             let answer: Parts = match handler.respond(request, &answers, &mut held).await {
@@ -103,7 +113,7 @@ impl Handler for SharedHandler {
     }
 
     fn is_serving(&self) -> bool {
-        let node = &self.node;
+        let node = self.node.read().clone();
         let replicas = node.registry.iter().chain(&node.cdc).chain(node.shards.values());
         node.ready.load(Ordering::Acquire) && replicas.into_iter().all(|replica| replica.fault().is_none())
     }
@@ -164,6 +174,10 @@ impl NodeHandler {
         let request =
             Request::decode(bytes).map_err(|e| Refusal::malformed(format!("decode request: {e}")))?;
         let role = self.admit(&request)?;
+        let not_here = |code: Code, what: String| match self.is_starting {
+            true => Refusal::new(Code::NotReady, "this node is starting; try again"),
+            false => Refusal::new(code, what),
+        };
         let replica = match role {
             Role::Registry => self.registry.as_ref(),
             Role::Cdc => self.cdc.as_ref(),
@@ -171,7 +185,7 @@ impl NodeHandler {
             Role::Blocks => {
                 let service = self.blocks.get(&request.number);
                 let service = service.ok_or_else(|| {
-                    Refusal::new(
+                    not_here(
                         Code::WrongService,
                         format!("block service {:016x} is not on this node", request.number),
                     )
@@ -186,7 +200,7 @@ impl NodeHandler {
             }
         };
         let replica = replica.ok_or_else(|| {
-            Refusal::new(Code::WrongShard, format!("{role:?} {} is not on this node", request.number))
+            not_here(Code::WrongShard, format!("{role:?} {} is not on this node", request.number))
         })?;
         // What is too large is refused below, and not looked through for that.
         let may_be_large = request.body.len() <= METADATA_REQUEST_BYTES_MAX;

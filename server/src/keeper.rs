@@ -40,6 +40,8 @@ const SPACE_STEP: u64 = 32;
 pub(crate) struct Keeper {
     pub(crate) client: Client,
     pub(crate) address: String,
+    /// What its disks fail with; each by itself when `None`.
+    pub(crate) failure_domain: Option<String>,
     /// Which logs are led here.
     pub(crate) reigns: Arc<Reigns>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
@@ -151,7 +153,8 @@ impl Keeper {
             let moved = told.is_none_or(|told| {
                 is_news(*told, (capacity_bytes, available_bytes)) && !mutants::is(Mutant::SpaceReportedOnce)
             });
-            let failure_domain = format!("{}/{id:x}", self.address);
+            let by_itself = || format!("{}/{id:x}", self.address);
+            let failure_domain = self.failure_domain.clone().unwrap_or_else(by_itself);
             let is_known = rows.get(id).is_some_and(|row| {
                 (&row.address, &row.failure_domain) == (&self.address, &failure_domain)
                     && Some(&(row.capacity_bytes, row.available_bytes)) == told

@@ -44,7 +44,14 @@ fn read_or_create(runtime: &Runtime, path: &Path) -> Result<Vec<Key>> {
     if !path.exists() {
         create(runtime, path)?;
     }
-    let mode = path.metadata()?.permissions().mode() & 0o777;
+    read(path)
+}
+
+fn read(path: &Path) -> Result<Vec<Key>> {
+    let metadata = path.metadata().with_context(|| {
+        format!("look at {}: restore it from a copy, or copy it from another node", path.display())
+    })?;
+    let mode = metadata.permissions().mode() & 0o777;
     ensure!(
         mode & 0o077 == 0,
         "{} can be read by others (mode {mode:o}); run chmod 600 on it",
@@ -70,14 +77,39 @@ fn parse(line: &str) -> Result<Key> {
     Ok(Key { epoch: epoch.parse().context("the epoch is not a number")?, secret })
 }
 
+/// Reads the key that the parts of the cluster know each other by, where others have made it.
+pub fn read_system_key(dir: &Path) -> Result<[u8; 32]> {
+    Ok(read(&dir.join("cluster.key"))?.into_iter().max_by_key(|k| k.epoch).context("no key")?.secret)
+}
+
+/// Reads the keys of these services, where others have made them: a key that is made anew is of no use to anybody.
+pub fn load(dir: &Path, services: &[u64]) -> Result<Keyring> {
+    let mut keyring = Keyring::default();
+    for service in services {
+        for key in read(&dir.join(format!("{service:016x}.key")))? {
+            keyring.add(ServiceId(*service), key);
+        }
+    }
+    Ok(keyring)
+}
+
+/// The same key in another file.
+pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
+    write(to, &std::fs::read(from).with_context(|| format!("read {}", from.display()))?)
+}
+
 fn create(runtime: &Runtime, path: &Path) -> Result<()> {
     let mut secret = [0u8; 32];
     runtime.random.fill(&mut secret);
     let digits: String = secret.iter().map(|b| format!("{b:02x}")).collect();
+    write(path, format!("1 {digits}\n").as_bytes())
+}
+
+fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     let temporary = path.with_extension("new");
     let _ = std::fs::remove_file(&temporary);
     let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-    writeln!(file, "1 {digits}")?;
+    file.write_all(bytes)?;
     file.sync_all()?;
     std::fs::rename(&temporary, path)?;
     std::fs::File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;

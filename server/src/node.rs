@@ -36,7 +36,7 @@ use crate::{
     cdc_driver,
     chains::{self, Chains, NewLogs},
     cluster_file::ClusterFile,
-    handler::{NodeHandler, ProcessUsage, node_faults},
+    handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
     keeper::{Keeper, Told},
     members::Asker,
     placer::{Placer, Placing, Reigns},
@@ -82,6 +82,8 @@ pub struct NodeConfig {
     pub listen: Endpoint,
     /// What others reach it by; the address that was bound when `None`.
     pub advertise: Option<String>,
+    /// What its disks fail with; each disk fails by itself when `None`.
+    pub failure_domain: Option<String>,
     /// Where the registry's members are; this node itself when `None`.
     pub registry: Option<Registries>,
     /// Where the nodes are that logs have members on, this one among them; empty where every log has one member.
@@ -125,7 +127,7 @@ pub struct NodeConfig {
 /// A running node. Dropping it closes the endpoint; [`Node::stop`] also flushes.
 pub struct Node {
     listening: Box<dyn Listening>,
-    replicas: Vec<ReplicaHandle>,
+    replicas: Vec<(LogId, ReplicaHandle)>,
     stopping: Arc<AtomicBool>,
     client: Client,
     notices: Vec<String>,
@@ -157,141 +159,82 @@ impl Node {
         notices: &Mutex<Vec<String>>,
         started: &Mutex<Vec<Replicating>>,
     ) -> Result<Node> {
-        let runtime = config.runtime.clone();
-        let cluster = config.cluster.cluster_id()?;
-        let clock = Arc::new(clock_of(&config));
         let (reigns, heard) = Reigns::new();
         let starter = Starter {
             config: &config,
             reigns: reigns.clone(),
-            cluster,
-            clock: clock.clone(),
+            cluster: config.cluster.cluster_id()?,
+            clock: Arc::new(clock_of(&config)),
             activity: Arc::new(AtomicU64::new(0)),
             notices,
             started,
             asker: Asker::default(),
+            ready: Arc::new(AtomicBool::new(false)),
         };
-        let facts = Arc::new(SharedFacts::new(ShardFacts {
-            cluster,
-            keyring: Arc::new(config.keyring.clone()),
-            lifetimes: config.lifetimes,
-            pages: config.pages,
-            services: Arc::default(),
-        }));
-
-        // All states are opened and compared with their logs before anything is appended to any of these.
-        let registry = config.roles.registry.then(|| starter.prepare_registry()).transpose()?;
-        starter.learn_chains(registry.as_ref()).await?;
-        let mut prepared = Vec::new();
-        for number in &config.roles.shards {
-            prepared.push((*number, starter.prepare::<Shard>(LogId::shard(*number))?));
-        }
-        let cdc = config.roles.cdc.then(|| starter.prepare::<Cdc>(LogId::CDC)).transpose()?;
-        let ended = registry.iter().map(Applier::time).chain(prepared.iter().map(|(_, shard)| shard.time()));
-        let ended = ended.chain(cdc.iter().map(Applier::time)).max();
-        if let Some(ended) = ended {
-            let states_ended = ended;
-            let ended = ended.max(starter.logs_end()?);
-            let since = if mutants::is(Mutant::DownSinceStates) { states_ended } else { ended };
-            let start = clock.begin(ended, (config.down)(since), config.accept_clock);
-            notices.lock().extend(clock_notice(start));
-        }
+        let facts = starter.shard_facts();
         let registry_facts = Arc::new(SharedFacts::new(RegistryFacts::default()));
-        let registry = match (registry, registry_facts.clone(), registry_genesis(&config.cluster)?) {
-            (Some(applier), facts, genesis) => {
-                Some(starter.start(LogId::REGISTRY, applier, facts, genesis).await?.0)
-            }
-            (None, ..) => None,
-        };
-        let mut shards = BTreeMap::new();
-        for (number, applier) in prepared {
-            let genesis = shard_genesis(&config.cluster, number)?;
-            let started = starter.start(LogId::shard(number), applier, facts.clone(), genesis).await?;
-            shards.insert(number, started.0);
+        let mut serving = Serving::default();
+        let mut registry = config.roles.registry.then(|| starter.prepare_registry()).transpose()?;
+        let mut door = None;
+        if starter.registry_serves_first()
+            && let Some(applier) = registry.take()
+        {
+            starter.begin_clock([applier.time()])?;
+            serving.registry = Some(starter.start_registry(applier, registry_facts.clone()).await?);
+            door = Some(starter.open_door(&serving).await?);
         }
-        let cdc = match cdc {
-            Some(applier) => {
-                let facts = Arc::new(SharedFacts::new(()));
-                Some(starter.start(LogId::CDC, applier, facts, cdc_genesis(cluster)).await?)
-            }
-            None => None,
-        };
-        let mut blocks = BTreeMap::new();
-        for (service, dir) in &config.roles.disks {
-            let store = BlockStore::open(runtime.disk.clone(), dir.clone(), cluster, ServiceId(*service))
-                .with_context(|| format!("open disk {}", dir.display()))?;
-            let store = match config.reserve_on.contains(service) {
-                true => store.with_reserve(config.room.reserve_bytes()),
-                false => store,
-            };
-            let keys = config.keyring.of(ServiceId(*service)).to_vec();
-            let service_of_disk = BlockService::new(runtime.clone(), clock.clone(), store, cluster, keys)
-                .with_skew_ms_max(config.clock_skew_ms_max);
-            blocks.insert(*service, Arc::new(service_of_disk));
-        }
+        starter.learn_chains(registry.as_ref()).await?;
+        let cdc = starter.start_others(registry, &mut serving, &registry_facts, &facts).await?;
+        serving.blocks = starter.open_disks()?;
 
-        let replicas = started.lock().clone();
-        let logs = replicas.iter().map(|(id, _, log)| (*id, log.clone()));
-        let routes = Arc::new(Routes::new(config.peers.clone(), logs));
-        let members = routes.members(LogId::REGISTRY);
-        registry_facts.update(|_| RegistryFacts { members });
-        let ready = Arc::new(AtomicBool::new(false));
-        let handler = NodeHandler {
-            cluster,
-            clock: clock.clone(),
-            system_key: config.system_key,
-            registry,
-            cdc: cdc.as_ref().map(|(handle, _)| handle.clone()),
-            shards: shards.clone(),
-            blocks: blocks.clone(),
-            process_usage: config.process_usage,
-            engines: config.engines.clone(),
-            incarnations: starter.incarnations(),
-            room: config.room.clone(),
-            routes: routes.clone(),
-            ready: ready.clone(),
+        let routes = starter.routes();
+        registry_facts.update(|_| RegistryFacts { members: routes.members(LogId::REGISTRY) });
+        let door = match door {
+            Some(door) => door,
+            None => starter.open_door(&serving).await?,
         };
-        let listening = runtime.network.listen(&config.listen, handler.shared(&config.accept)).await?;
-        let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
-        let client = own_client(&runtime, config.registry.clone(), &address, config.system_key, &clock);
+        door.handler.serve(starter.handler(&serving, routes.clone(), false));
+        let Door { listening, address, client, .. } = door;
         starter.asker.begin(client.clone(), routes.clone());
+        let replicas = started.lock().clone();
         for (_, replica, log) in &replicas {
-            caught_up(&runtime, replica, &**log).await?;
+            caught_up(&config.runtime, replica, &**log).await?;
         }
         let stopping = Arc::new(AtomicBool::new(false));
-        watch_room(&runtime, config.room.clone(), stopping.clone());
+        watch_room(&config.runtime, config.room.clone(), stopping.clone());
         let placed = Placing {
             address: address.clone(),
             shard_count: config.cluster.shards,
-            chains: config.chains,
+            chains: config.chains.clone(),
             routes,
         };
         let placer = Placer::new(client.clone(), placed, reigns.clone(), heard);
         let keeper = Keeper {
             client: client.clone(),
             address,
+            failure_domain: config.failure_domain.clone(),
             reigns,
-            blocks: blocks.clone(),
-            shards,
+            blocks: serving.blocks.clone(),
+            shards: serving.shards,
             facts,
             told: Told::default(),
         };
         placer.ask().await?;
         if let Some((handle, events)) = cdc {
-            runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
+            config.runtime.spawn("cdc driver", cdc_driver::run(client.clone(), handle, events));
         }
         keeper.run(stopping.clone()).await?;
         placer.run(stopping.clone()).await?;
-        ready.store(true, Ordering::Release);
+        starter.ready.store(true, Ordering::Release);
         Ok(Node {
             listening,
-            replicas: replicas.into_iter().map(|(_, handle, _)| handle).collect(),
+            replicas: replicas.into_iter().map(|(id, handle, _)| (id, handle)).collect(),
             stopping,
             client,
             notices: Vec::new(),
-            clock,
-            blocks,
-            room: config.room,
+            clock: starter.clock.clone(),
+            blocks: serving.blocks,
+            room: config.room.clone(),
         })
     }
 
@@ -322,7 +265,8 @@ impl Node {
 
     /// Why replicas have stopped for good, and whether any goes on.
     pub fn faults(&self) -> (Vec<String>, bool) {
-        let faults: Vec<String> = self.replicas.iter().filter_map(|r| r.fault().map(str::to_owned)).collect();
+        let faults: Vec<String> =
+            self.replicas.iter().filter_map(|(_, r)| r.fault().map(str::to_owned)).collect();
         let serves = faults.len() < self.replicas.len() || self.replicas.is_empty();
         (faults, serves)
     }
@@ -330,7 +274,7 @@ impl Node {
     /// Ends cleanly: what is applied is flushed, so that the next start need not replay it.
     pub async fn stop(self) {
         self.stopping.store(true, Ordering::Relaxed);
-        for replica in &self.replicas {
+        for (_, replica) in &self.replicas {
             replica.stop().await;
         }
     }
@@ -483,6 +427,24 @@ fn chain_in(registry: &Applier<Registry>, log: LogId) -> Result<Option<Chain>> {
     Ok(chain.map(|chain| Chain::from_wire(log, &chain)).transpose()?)
 }
 
+/// What of a node answers requests.
+#[derive(Default)]
+struct Serving {
+    registry: Option<ReplicaHandle>,
+    cdc: Option<ReplicaHandle>,
+    shards: BTreeMap<u32, ReplicaHandle>,
+    blocks: BTreeMap<u64, Arc<BlockService>>,
+}
+
+/// Where a node is asked.
+struct Door {
+    listening: Box<dyn Listening>,
+    handler: Arc<SharedHandler>,
+    /// What others reach it by.
+    address: String,
+    client: Client,
+}
+
 struct Starter<'a> {
     config: &'a NodeConfig,
     /// Where the reigns of all replicas are told.
@@ -496,6 +458,8 @@ struct Starter<'a> {
     asker: Asker,
     /// Replicas that run, so that they are stopped when the start fails.
     started: &'a Mutex<Vec<Replicating>>,
+    /// Whether everything has started.
+    ready: Arc<AtomicBool>,
 }
 
 /// A replica and its log.
@@ -509,9 +473,138 @@ impl Starter<'_> {
         self.config.chains.get(id).expect("chains are learned before logs are opened")
     }
 
-    /// In which life each log of this node is.
+    /// In which life each log of this node is, as far as that is known yet.
     fn incarnations(&self) -> BTreeMap<LogId, u32> {
-        self.config.roles.logs().into_iter().map(|id| (id, self.chain(id).incarnation())).collect()
+        let incarnation = |id| Some((id, self.config.chains.get(id)?.incarnation()));
+        self.config.roles.logs().into_iter().filter_map(incarnation).collect()
+    }
+
+    /// Whether the registry serves before it is known what keeps the other logs. Where each of its members keeps others of its logs, too,
+    /// nobody could say that else: all of them would wait for each other.
+    fn registry_serves_first(&self) -> bool {
+        self.config.roles.registry && self.has_others() && self.config.roles.logs().len() > 1
+    }
+
+    fn shard_facts(&self) -> Arc<SharedFacts<ShardFacts>> {
+        let config = self.config;
+        Arc::new(SharedFacts::new(ShardFacts {
+            cluster: self.cluster,
+            keyring: Arc::new(config.keyring.clone()),
+            lifetimes: config.lifetimes,
+            pages: config.pages,
+            services: Arc::default(),
+        }))
+    }
+
+    /// Begins the clock where the logs ended, whose states end at these times.
+    fn begin_clock(&self, states: impl IntoIterator<Item = Time>) -> Result<()> {
+        let Some(states_end) = states.into_iter().max() else { return Ok(()) };
+        let ended = states_end.max(self.logs_end()?);
+        let since = if mutants::is(Mutant::DownSinceStates) { states_end } else { ended };
+        let start = self.clock.begin(ended, (self.config.down)(since), self.config.accept_clock);
+        self.notices.lock().extend(clock_notice(start));
+        Ok(())
+    }
+
+    async fn start_registry(
+        &self,
+        applier: Applier<Registry>,
+        facts: Arc<SharedFacts<RegistryFacts>>,
+    ) -> Result<ReplicaHandle> {
+        let genesis = registry_genesis(&self.config.cluster)?;
+        Ok(self.start(LogId::REGISTRY, applier, facts, genesis).await?.0)
+    }
+
+    /// Starts shards and CDC, and the registry where that does not serve yet. All states are opened and compared with their logs
+    /// before anything is appended to any of these.
+    async fn start_others(
+        &self,
+        registry: Option<Applier<Registry>>,
+        serving: &mut Serving,
+        registry_facts: &Arc<SharedFacts<RegistryFacts>>,
+        facts: &Arc<SharedFacts<ShardFacts>>,
+    ) -> Result<Option<Started<Cdc>>> {
+        let roles = &self.config.roles;
+        let mut shards = Vec::new();
+        for number in &roles.shards {
+            shards.push((*number, self.prepare::<Shard>(LogId::shard(*number))?));
+        }
+        let cdc = roles.cdc.then(|| self.prepare::<Cdc>(LogId::CDC)).transpose()?;
+        if serving.registry.is_none() {
+            let times =
+                registry.iter().map(Applier::time).chain(shards.iter().map(|(_, shard)| shard.time()));
+            self.begin_clock(times.chain(cdc.iter().map(Applier::time)))?;
+        }
+        if let Some(applier) = registry {
+            serving.registry = Some(self.start_registry(applier, registry_facts.clone()).await?);
+        }
+        for (number, applier) in shards {
+            let genesis = shard_genesis(&self.config.cluster, number)?;
+            let started = self.start(LogId::shard(number), applier, facts.clone(), genesis).await?;
+            serving.shards.insert(number, started.0);
+        }
+        let Some(applier) = cdc else { return Ok(None) };
+        let facts = Arc::new(SharedFacts::new(()));
+        let started = self.start(LogId::CDC, applier, facts, cdc_genesis(self.cluster)).await?;
+        serving.cdc = Some(started.0.clone());
+        Ok(Some(started))
+    }
+
+    fn open_disks(&self) -> Result<BTreeMap<u64, Arc<BlockService>>> {
+        let config = self.config;
+        let mut blocks = BTreeMap::new();
+        for (service, dir) in &config.roles.disks {
+            let disk = config.runtime.disk.clone();
+            let store = BlockStore::open(disk, dir.clone(), self.cluster, ServiceId(*service))
+                .with_context(|| format!("open disk {}", dir.display()))?;
+            let store = match config.reserve_on.contains(service) {
+                true => store.with_reserve(config.room.reserve_bytes()),
+                false => store,
+            };
+            let keys = config.keyring.of(ServiceId(*service)).to_vec();
+            let (runtime, clock) = (config.runtime.clone(), self.clock.clone());
+            let of_disk = BlockService::new(runtime, clock, store, self.cluster, keys)
+                .with_skew_ms_max(config.clock_skew_ms_max);
+            blocks.insert(*service, Arc::new(of_disk));
+        }
+        Ok(blocks)
+    }
+
+    /// Where the logs that run are led.
+    fn routes(&self) -> Arc<Routes> {
+        let started = self.started.lock();
+        let logs = started.iter().map(|(id, _, log)| (*id, log.clone()));
+        Arc::new(Routes::new(self.config.peers.clone(), logs))
+    }
+
+    fn handler(&self, serving: &Serving, routes: Arc<Routes>, is_starting: bool) -> NodeHandler {
+        NodeHandler {
+            cluster: self.cluster,
+            clock: self.clock.clone(),
+            system_key: self.config.system_key,
+            registry: serving.registry.clone(),
+            cdc: serving.cdc.clone(),
+            shards: serving.shards.clone(),
+            blocks: serving.blocks.clone(),
+            process_usage: self.config.process_usage,
+            engines: self.config.engines.clone(),
+            incarnations: self.incarnations(),
+            room: self.config.room.clone(),
+            routes,
+            is_starting,
+            ready: self.ready.clone(),
+        }
+    }
+
+    /// Listens. What is not served yet is said to be starting.
+    async fn open_door(&self, serving: &Serving) -> Result<Door> {
+        let config = self.config;
+        let handler = self.handler(serving, self.routes(), true).shared(&config.accept);
+        let listening = config.runtime.network.listen(&config.listen, handler.clone()).await?;
+        let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
+        let client =
+            own_client(&config.runtime, config.registry.clone(), &address, config.system_key, &self.clock);
+        Ok(Door { listening, handler, address, client })
     }
 
     /// The registry's state, by the newest chain of its log that the file or the state itself knows.
@@ -605,7 +698,8 @@ impl Starter<'_> {
     fn logs_end(&self) -> Result<Time> {
         let mut end = Time(0);
         for id in self.config.roles.logs() {
-            let (engines, chain) = (&self.config.engines, self.chain(id));
+            // What nobody has begun has no end.
+            let (engines, Some(chain)) = (&self.config.engines, self.config.chains.get(id)) else { continue };
             let last = engines.bounds(&chain).and_then(|bounds| engines.batch(&chain, bounds.last));
             let last = last.with_context(|| format!("read the log of {id}"))?;
             let entries = last.iter().flat_map(|batch| &batch.entries);

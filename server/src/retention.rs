@@ -14,7 +14,7 @@ use clutch_proto::{
     admin::{AdminReply, AdminRequest, Status, TakeCheckpoint, TrimLog, admin_request::Op},
     session::Role,
 };
-use clutch_runtime::{HybridClock, Runtime};
+use clutch_runtime::{Endpoint, HybridClock, Runtime};
 use clutch_state::applier;
 
 use crate::stores::{RocksStores, StoreProvider as _, log_name};
@@ -31,6 +31,8 @@ const LOOK_MAX: Duration = Duration::from_secs(10 * 60);
 pub struct Retention {
     /// Asks the replicas.
     pub client: Client,
+    /// Where those of this process are asked.
+    pub at: Endpoint,
     /// What the checkpoints lie in.
     pub stores: Arc<RocksStores>,
     /// All logs.
@@ -77,7 +79,7 @@ impl Retention {
 
     async fn ask(&self, id: LogId, op: Op) -> Result<AdminReply> {
         let role = Role::try_from(i32::from(id.role)).context("a role")?;
-        Ok(self.client.admin(role, id.number, AdminRequest { op: Some(op) }).await?)
+        Ok(self.client.admin_at(self.at.clone(), role, id.number, AdminRequest { op: Some(op) }).await?)
     }
 
     async fn one(

@@ -24,7 +24,7 @@ use clutch_client_maintenance::collector::{self, CollectOptions};
 use clutch_log::{Engines, LogId};
 use clutch_log_local::{LocalEngine, Options};
 use clutch_proto::ServiceId;
-use clutch_runtime::{Disk as _, Endpoint, Runtime, production::OsDisk};
+use clutch_runtime::{Disk as _, Endpoint, HybridClock, Runtime, production::OsDisk};
 use clutch_shard::Lifetimes;
 
 use crate::{
@@ -80,7 +80,7 @@ const FILES_PER_REPLICA: u64 = 6;
 const FILES_BESIDE: u64 = 52;
 
 /// Refuses to start more shards than there can be files for.
-fn check_files(shards: u32) -> Result<()> {
+pub(crate) fn check_files(shards: u32) -> Result<()> {
     let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap_or(u64::MAX);
     let needed = (u64::from(shards) + 2) * FILES_PER_REPLICA + FILES_BESIDE;
     if needed > most {
@@ -92,13 +92,14 @@ fn check_files(shards: u32) -> Result<()> {
     Ok(())
 }
 
-fn database_files() -> usize {
+/// How many files all databases may keep open.
+pub(crate) fn database_files() -> usize {
     let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
     most.and_then(|most| usize::try_from(most / 2).ok()).unwrap_or(DATABASE_FILES_MAX).min(DATABASE_FILES_MAX)
 }
 
 /// Requests of the background collector in a second: a small part of what a shard can do.
-const COLLECT_REQUESTS_PER_S: u32 = 2000;
+pub(crate) const COLLECT_REQUESTS_PER_S: u32 = 2000;
 
 /// A running cluster and the lock on its directory.
 pub struct Up {
@@ -114,7 +115,7 @@ pub struct Up {
 }
 
 /// Makes a directory and its parents, durably: also those that a process made that did not come to its sync.
-fn make_durable(dir: &Path) -> std::io::Result<()> {
+pub(crate) fn make_durable(dir: &Path) -> std::io::Result<()> {
     let dir = std::path::absolute(dir)?;
     OsDisk.create_dir_all(&dir)?;
     dir.parent().map_or(Ok(()), |parent| OsDisk.sync_dir(parent))
@@ -223,6 +224,7 @@ impl Up {
             runtime,
             listen: config.listen,
             advertise: registered.clone(),
+            failure_domain: None,
             registry: None,
             peers: Peers::new(),
             cluster: cluster.clone(),
@@ -258,19 +260,12 @@ impl Up {
         }
         if let Some(keep) = config.retain_log {
             let logs = [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..cluster.shards).map(LogId::shard));
+            let at = node.endpoint().clone();
             let retention =
-                Retention { client: node.client().sibling(), stores: rocks, logs: logs.collect(), keep };
+                Retention { client: node.client().sibling(), at, stores: rocks, logs: logs.collect(), keep };
             node.client().runtime().spawn("retention", retention.run(node.clock().clone()));
         }
-        clock_file::write(&seam, &config.dir, node.clock().now());
-        let (clock, dir, runtime) = (node.clock().clone(), config.dir.clone(), seam.clone());
-        seam.spawn("clock file", async move {
-            loop {
-                runtime.clock.sleep(clock_file::PERIOD).await;
-                let (runtime_of_write, dir, now) = (runtime.clone(), dir.clone(), clock.now());
-                runtime.blocking(move || clock_file::write(&runtime_of_write, &dir, now)).await;
-            }
-        });
+        keep_clock_file(&seam, &config.dir, node.clock());
         Ok(Up { node, cluster, created, registered, dir: config.dir, runtime: seam, _lock: lock })
     }
 
@@ -290,6 +285,19 @@ impl Up {
         self.node.stop().await;
         clock_file::write(&self.runtime, &self.dir, clock.now());
     }
+}
+
+/// Writes down what time it is, now and again and again.
+pub(crate) fn keep_clock_file(runtime: &Runtime, dir: &Path, clock: &Arc<HybridClock>) {
+    clock_file::write(runtime, dir, clock.now());
+    let (clock, dir, seam) = (clock.clone(), dir.to_owned(), runtime.clone());
+    runtime.spawn("clock file", async move {
+        loop {
+            seam.clock.sleep(clock_file::PERIOD).await;
+            let (seam_of_write, dir, now) = (seam.clone(), dir.clone(), clock.now());
+            seam.blocking(move || clock_file::write(&seam_of_write, &dir, now)).await;
+        }
+    });
 }
 
 /// A cluster of its own in a new directory, with labelled disks.
@@ -368,7 +376,7 @@ impl Traces {
 }
 
 /// Disks that take room from logs or states.
-fn on_the_same_file_system(dir: &Path, disks: &[(u64, PathBuf)]) -> Vec<u64> {
+pub(crate) fn on_the_same_file_system(dir: &Path, disks: &[(u64, PathBuf)]) -> Vec<u64> {
     use std::os::unix::fs::MetadataExt as _;
     let device = |path: &Path| path.metadata().ok().map(|metadata| metadata.dev());
     let ours = [device(&dir.join("log")), device(&dir.join("state"))];
@@ -421,7 +429,11 @@ pub fn label_disk(runtime: &Runtime, dir: &Path, number: u32) -> Result<PathBuf>
 }
 
 /// Starts the node. A state that turns out to be damaged while its log is replayed is built anew, once.
-async fn start_node(config: NodeConfig, stores: &dyn StoreProvider, cluster: &ClusterFile) -> Result<Node> {
+pub(crate) async fn start_node(
+    config: NodeConfig,
+    stores: &dyn StoreProvider,
+    cluster: &ClusterFile,
+) -> Result<Node> {
     let logs: Vec<LogId> =
         [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..cluster.shards).map(LogId::shard)).collect();
     let mut tried: BTreeSet<LogId> = BTreeSet::new();

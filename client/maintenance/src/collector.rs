@@ -430,10 +430,15 @@ pub async fn run(client: Client, options: CollectOptions, pause: Duration) {
     let clock = client.runtime().clock.clone();
     loop {
         clock.sleep(pause).await;
-        match collect(&client, options).await {
-            Ok(done) if done.failures.is_empty() => tracing::debug!(?done, "collected"),
-            Ok(done) => tracing::warn!(failures = ?done.failures, "collected, but for some"),
-            Err(error) => tracing::warn!(%error, "collect"),
-        }
+        pass(&client, &options).await;
+    }
+}
+
+/// Collects once, and logs what came of it.
+pub async fn pass(client: &Client, options: &CollectOptions) {
+    match collect(client, *options).await {
+        Ok(done) if done.failures.is_empty() => tracing::debug!(?done, "collected"),
+        Ok(done) => tracing::warn!(failures = ?done.failures, "collected, but for some"),
+        Err(error) => tracing::warn!(%error, "collect"),
     }
 }

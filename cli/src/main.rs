@@ -12,7 +12,7 @@ mod remote;
 use std::{io::IsTerminal as _, process::ExitCode, sync::Arc};
 
 use anyhow::Result;
-use args::{Cli, Command};
+use args::{Cli, ClusterCommand, Command};
 use clap::Parser as _;
 use clutch_client::{Client, ClientError, ClientOptions};
 use clutch_runtime::production;
@@ -58,7 +58,7 @@ fn main() -> ExitCode {
     };
     let as_json = cli.command.wants_json();
     // `up` stops in its own way, and a simulation holds the thread: the system ends it.
-    let guarded = !matches!(cli.command, Command::Up(_) | Command::Fuzz(_));
+    let guarded = !matches!(cli.command, Command::Up(_) | Command::Node(_) | Command::Fuzz(_));
     let code = runtime.block_on(async {
         match guarded {
             true => match interrupt::guard(run(cli)).await {
@@ -127,6 +127,8 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     };
     match &cli.command {
         Command::Up(args) => commands::up::run(runtime, args).await,
+        Command::Node(args) => commands::node::run(runtime, args).await,
+        Command::Cluster(ClusterCommand::Init(args)) => commands::cluster::init(&runtime, args),
         Command::Status(args) => commands::status::run(&client()?, args).await,
         Command::Fs(command) => commands::fs::run(Arc::new(client()?), command).await,
         Command::Log(command) => commands::log::run(client, command).await,

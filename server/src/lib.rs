@@ -2,7 +2,8 @@
 //! store.
 //!
 //! [`node`] starts roles over whatever runtime, logs and stores it is given; [`up`] gives it the embedded
-//! defaults: the `local` log engine and RocksDB under one directory. [`replay`] runs logs again, offline or from a
+//! defaults: the `local` log engine and RocksDB under one directory, [`several`] one node of a cluster of several: the
+//! `raft` engine. [`replay`] runs logs again, offline or from a
 //! running cluster.
 
 pub mod cdc_driver;
@@ -25,6 +26,8 @@ pub mod rewind;
 pub mod room;
 pub mod routes;
 mod services;
+#[cfg(feature = "rocks")]
+pub mod several;
 mod snapshots;
 pub mod stores;
 #[cfg(feature = "rocks")]

@@ -45,6 +45,8 @@ const LAYERS: &[(&str, &[&str])] = &[
             "runtime",
             "log",
             "log-local",
+            "log-raft",
+            "log-store",
             "state",
             "state-buffered",
             "state-replica",

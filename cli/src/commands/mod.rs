@@ -1,12 +1,14 @@
 //! One module for each command.
 
 pub(crate) mod bench;
+pub(crate) mod cluster;
 pub(crate) mod collect;
 pub(crate) mod disk;
 pub(crate) mod fs;
 pub(crate) mod fsck;
 pub(crate) mod fuzz;
 pub(crate) mod log;
+pub(crate) mod node;
 pub(crate) mod shell;
 pub(crate) mod status;
 pub(crate) mod up;

@@ -17,7 +17,7 @@ const OPEN_FILES_LOW: u64 = 4096;
 
 /// Raises the limit of open files as far as it goes without privileges: the usual soft limit of 1,024 is for programs that
 /// use `select`, and databases and sessions need more.
-fn raise_open_files() {
+pub(crate) fn raise_open_files() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     if limit.current < limit.maximum || limit.maximum.is_none() {

@@ -1,0 +1,73 @@
+#!/bin/sh
+# Three nodes of a cluster as processes on 127.0.0.1, for trials and tests.
+#
+#   scripts/three.sh DIR PORT            start them on PORT, PORT+1 and PORT+2, wait until they serve, and print how to reach them
+#   scripts/three.sh DIR PORT start N    start node N again
+#   scripts/three.sh DIR PORT stop       stop those that run
+#
+# 4 shards, 8 disks, policy 4+2. What each node says is in DIR/nN/out, its process in DIR/nN/pid. CLUTCH_BIN names another binary than
+# the one that was built here.
+set -eu
+
+usage() {
+    echo "usage: $0 DIR PORT [start N | stop]" >&2
+    exit 2
+}
+
+[ $# -eq 2 ] || [ $# -eq 3 ] || [ $# -eq 4 ] || usage
+dir=$1
+port=$2
+case $port in
+'' | *[!0-9]*) usage ;;
+esac
+clutch=${CLUTCH_BIN:-$(dirname "$0")/../target/release/clutch}
+[ -x "$clutch" ] || {
+    echo "$0: $clutch is not there; build it: cargo build --release -p clutch-cli" >&2
+    exit 1
+}
+registry=127.0.0.1:$port,127.0.0.1:$((port + 1)),127.0.0.1:$((port + 2))
+
+runs() {
+    [ -f "$dir/n$1/pid" ] && kill -0 "$(cat "$dir/n$1/pid")" 2>/dev/null
+}
+
+start() {
+    if runs "$1"; then
+        echo "$0: node $1 runs already (process $(cat "$dir/n$1/pid"))" >&2
+        return 0
+    fi
+    # In a session of its own: what ends this shell does not end the node.
+    setsid "$clutch" node --config "$dir/n$1/node.toml" >>"$dir/n$1/out" 2>&1 </dev/null &
+    echo $! >"$dir/n$1/pid"
+}
+
+case ${3:-} in
+'')
+    if [ ! -d "$dir/n1" ]; then
+        "$clutch" cluster init --dir "$dir" --node "127.0.0.1:$port" --node "127.0.0.1:$((port + 1))" \
+            --node "127.0.0.1:$((port + 2))" --shards 4 --disks 8 --policy 4+2 >&2
+    fi
+    for n in 1 2 3; do start $n; done
+    if ! CLUTCH_REGISTRY=$registry "$clutch" status --wait 60 >"$dir/status" 2>&1; then
+        cat "$dir/status" >&2
+        for n in 1 2 3; do
+            echo "--- node $n:" >&2
+            tail -n 5 "$dir/n$n/out" >&2
+        done
+        exit 1
+    fi
+    echo "export CLUTCH_REGISTRY=$registry"
+    ;;
+start)
+    case ${4:-} in
+    1 | 2 | 3) start "$4" ;;
+    *) usage ;;
+    esac
+    ;;
+stop)
+    for n in 1 2 3; do
+        if runs $n; then kill "$(cat "$dir/n$n/pid")"; fi
+    done
+    ;;
+*) usage ;;
+esac

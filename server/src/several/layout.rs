@@ -1,0 +1,386 @@
+//! The directory of one node of several, and how those of a new cluster are made.
+//!
+//! ```text
+//! DIR/node.toml        how the node runs; the operator's
+//! DIR/node.json        which node of which cluster it is; never changed
+//! DIR/cluster.json     what the cluster is made of, the same on all nodes
+//! DIR/keys/            the cluster's key and those of all block services, mode 0600
+//! DIR/log/identity     whose logs these are
+//! DIR/blocks/<n>/      the n-th disk of this node
+//! ```
+//!
+//! and what a node makes itself: `lock`, `chains`, `clock`, `log/`, `state/`.
+//!
+//! Invariant: a node whose logs are not those that its `node.json` tells of does not start, for a member whose log is gone has
+//! forgotten its votes.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clutch_blocks::label::Label;
+use clutch_log::NodeId;
+use clutch_proto::ServiceId;
+use clutch_runtime::Runtime;
+use serde::{Deserialize, Serialize};
+
+use crate::{ClusterFile, keys};
+
+/// The layout that this build writes.
+const LAYOUT: u32 = 1;
+/// Nodes of a new cluster.
+pub const NODES_MAX: usize = 7;
+/// Where a node says which it is.
+const NODE_FILE: &str = "node.json";
+/// How a node runs.
+pub const SETTINGS_FILE: &str = "node.toml";
+
+/// Which node a directory is.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NodeFile {
+    layout: u32,
+    /// The cluster, in hexadecimal.
+    pub cluster: String,
+    /// Its number in the cluster.
+    pub node: NodeId,
+    /// Drawn when the directory was made: another one with the same number is another node.
+    pub identity: String,
+    /// The nodes that the logs' first members are on.
+    pub founders: Vec<NodeId>,
+    /// Its disks, in hexadecimal: the n-th, counted from 0, lies in `blocks/n`.
+    pub disks: Vec<String>,
+}
+
+/// How a node runs, as an operator says.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    /// Where it listens.
+    pub listen: String,
+    /// What others reach it by; its address among `nodes` when nothing is said.
+    pub advertise: Option<String>,
+    /// What its disks fail with: blocks of a file are spread over failure domains. The node when nothing is said.
+    pub failure_domain: Option<String>,
+    /// Where each node of the cluster is, by its number.
+    nodes: BTreeMap<String, String>,
+    /// A log segment is closed when it is larger than this.
+    #[serde(default = "segment_mib")]
+    pub segment_mib: u64,
+    /// What blocks leave free of the file system of logs and states.
+    pub reserve_mib: Option<u64>,
+    /// Rest of the collector between two passes; 0 for none.
+    #[serde(default = "collect_every_s")]
+    pub collect_every_s: u64,
+    /// How far apart the cluster's clocks may be.
+    #[serde(default = "clock_skew_s")]
+    pub clock_skew_s: u64,
+    /// How far back logs can be replayed, for example `12h`; `all` for whole logs.
+    pub retain_log: Option<String>,
+}
+
+fn segment_mib() -> u64 {
+    64
+}
+
+fn collect_every_s() -> u64 {
+    60
+}
+
+fn clock_skew_s() -> u64 {
+    60
+}
+
+/// What a directory says of its node.
+pub struct Layout {
+    /// The directory.
+    pub dir: PathBuf,
+    /// Which node.
+    pub file: NodeFile,
+    /// Of which cluster.
+    pub cluster: ClusterFile,
+    /// How it runs.
+    pub settings: Settings,
+    /// Where all nodes are.
+    pub nodes: BTreeMap<NodeId, String>,
+}
+
+impl Settings {
+    fn nodes(&self) -> Result<BTreeMap<NodeId, String>> {
+        let mut nodes = BTreeMap::new();
+        for (number, address) in &self.nodes {
+            let node = number.parse().ok().filter(|node: &NodeId| *node > 0);
+            let node = node.with_context(|| format!("[nodes]: {number:?} is not the number of a node"))?;
+            check_address(address).with_context(|| format!("[nodes]: node {node}"))?;
+            nodes.insert(node, address.clone());
+        }
+        Ok(nodes)
+    }
+
+    fn check(&self) -> Result<()> {
+        check_address(&self.listen).context("listen")?;
+        if let Some(address) = &self.advertise {
+            check_address(address).context("advertise")?;
+        }
+        let within = |what: &str, value: u64, least: u64, most: u64| {
+            ensure!((least..=most).contains(&value), "{what} = {value}: {least} to {most} are allowed");
+            Ok(())
+        };
+        within("segment_mib", self.segment_mib, 1, 4096)?;
+        within("reserve_mib", self.reserve_mib.unwrap_or(0), 0, 1 << 20)?;
+        within("collect_every_s", self.collect_every_s, 0, 31_536_000)?;
+        within("clock_skew_s", self.clock_skew_s, 0, 3600)?;
+        let domain = self.failure_domain.as_deref();
+        ensure!(domain.is_none_or(|domain| !domain.trim().is_empty()), "failure_domain must not be empty");
+        Ok(())
+    }
+}
+
+fn check_address(address: &str) -> Result<()> {
+    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
+    ensure!(
+        port.is_some_and(|port| port.parse::<u16>().is_ok()),
+        "{address:?} is no address: write HOST:PORT, for example 127.0.0.1:7400"
+    );
+    Ok(())
+}
+
+impl Layout {
+    /// Reads the directory in which a `node.toml` lies.
+    ///
+    /// # Errors
+    /// When something is missing, damaged, or does not belong together; it says what to do.
+    pub fn read(runtime: &Runtime, settings: &Path) -> Result<Layout> {
+        let path = match settings.is_dir() {
+            true => settings.join(SETTINGS_FILE),
+            false => settings.to_owned(),
+        };
+        let text = fs::read_to_string(&path).with_context(|| {
+            format!("read {}: name the node.toml of a node (clutch cluster init makes them)", path.display())
+        })?;
+        let settings: Settings =
+            toml::from_str(&text).with_context(|| format!("{} is not as it should be", path.display()))?;
+        settings.check().with_context(|| format!("{} is not as it should be", path.display()))?;
+        let nodes = settings.nodes().with_context(|| format!("{} is not as it should be", path.display()))?;
+        let dir = std::path::absolute(&path)?.parent().unwrap_or(Path::new("/")).to_owned();
+        let of_node = dir.join(NODE_FILE);
+        let bytes = fs::read(&of_node).with_context(|| {
+            format!(
+                "read {}: without it this is no node any more. Restore it from a copy; if the disk was lost, all of the node \
+                 was, and it must not come back under its number",
+                of_node.display()
+            )
+        })?;
+        let file: NodeFile = serde_json::from_slice(&bytes)
+            .with_context(|| format!("{} is damaged; restore it from a copy", of_node.display()))?;
+        ensure!(
+            file.layout == LAYOUT,
+            "{}: layout {} is not known to this build, which knows {LAYOUT}",
+            of_node.display(),
+            file.layout
+        );
+        let cluster = ClusterFile::read(runtime, &dir)?.with_context(|| {
+            format!("{} is missing; copy it from another node", dir.join("cluster.json").display())
+        })?;
+        ensure!(
+            cluster.cluster == file.cluster,
+            "{} is of cluster {}, and node.json of {}: put back the ones that belong together",
+            dir.join("cluster.json").display(),
+            cluster.cluster,
+            file.cluster
+        );
+        let layout = Layout { dir, file, cluster, settings, nodes };
+        layout.check()?;
+        Ok(layout)
+    }
+
+    fn check(&self) -> Result<()> {
+        let missing = self.file.founders.iter().find(|node| !self.nodes.contains_key(node));
+        if let Some(node) = missing {
+            bail!("node.toml: [nodes] does not say where node {node} is, which keeps logs of this cluster");
+        }
+        let known: BTreeSet<&String> = self.cluster.disks.iter().collect();
+        ensure!(
+            self.file.disks.iter().all(|disk| known.contains(disk)),
+            "node.json names disks that cluster.json does not: put back the ones that belong together"
+        );
+        let path = self.dir.join("log").join("identity");
+        let found = fs::read_to_string(&path).unwrap_or_default();
+        ensure!(
+            found.trim() == self.file.identity,
+            "{} {}: this is not the log of node {}. Put its log back. If that is lost, the node must not vote any more: what it \
+             promised is lost, too, and acknowledged work could be undone. Its number is not used again",
+            path.display(),
+            if found.is_empty() { "is missing" } else { "is of another node" },
+            self.file.node
+        );
+        Ok(())
+    }
+
+    /// What others reach the node by.
+    pub fn advertised(&self) -> String {
+        let said = self.settings.advertise.clone();
+        said.or_else(|| self.nodes.get(&self.file.node).cloned())
+            .unwrap_or_else(|| self.settings.listen.clone())
+    }
+
+    /// Its disks: service ids and where they lie.
+    pub fn disks(&self) -> Result<Vec<(u64, PathBuf)>> {
+        let place = |(number, id): (usize, &String)| {
+            let id = u64::from_str_radix(id, 16).context("node.json: a disk's id is not hexadecimal")?;
+            Ok((id, self.dir.join("blocks").join(number.to_string())))
+        };
+        self.file.disks.iter().enumerate().map(place).collect()
+    }
+}
+
+/// A cluster that is to be made.
+#[derive(Clone, Debug)]
+pub struct NewCluster {
+    /// Its nodes' directories are made in here: `n1`, `n2` and so on.
+    pub dir: PathBuf,
+    /// Where the nodes will listen; node 1 first.
+    pub nodes: Vec<String>,
+    /// Metadata shards.
+    pub shards: u32,
+    /// Disks, spread over the nodes.
+    pub disks: u32,
+    /// Data and parity blocks.
+    pub policy: (u32, u32),
+}
+
+impl NewCluster {
+    /// Makes the directories of all nodes, durably: all, or none.
+    ///
+    /// # Errors
+    /// When the numbers are not allowed, or the directory is not empty.
+    pub fn create(&self, runtime: &Runtime) -> Result<ClusterFile> {
+        ensure!(
+            (1..=NODES_MAX).contains(&self.nodes.len()),
+            "{} nodes: 1 to {NODES_MAX} are allowed; three bear the loss of one, five of two",
+            self.nodes.len()
+        );
+        self.nodes.iter().try_for_each(|address| check_address(address))?;
+        let distinct: BTreeSet<&String> = self.nodes.iter().collect();
+        ensure!(distinct.len() == self.nodes.len(), "two nodes have the same address");
+        let (data, parity) = self.policy;
+        let cluster = ClusterFile::generate(runtime, self.shards, self.disks, data, parity)?;
+        let dir = std::path::absolute(&self.dir)?;
+        let is_empty = || fs::read_dir(&dir).is_ok_and(|mut names| names.next().is_none());
+        ensure!(
+            !dir.exists() || is_empty(),
+            "{} exists and is not empty; choose another directory",
+            dir.display()
+        );
+        let parent = dir.parent().context("the root directory is none for a cluster")?;
+        runtime.disk.create_dir_all(parent)?;
+        let name = dir.file_name().context("the root directory is none for a cluster")?;
+        let made = parent.join(format!(".{}.clutch-init", name.to_string_lossy()));
+        if made.exists() {
+            // What an earlier creation did not come to the end of: nobody has used it.
+            fs::remove_dir_all(&made).with_context(|| format!("remove {}", made.display()))?;
+        }
+        for number in 1..=self.nodes.len() {
+            self.create_node(runtime, &made, &cluster, number)
+                .with_context(|| format!("make the directory of node {number}"))?;
+        }
+        if dir.exists() {
+            fs::remove_dir(&dir)?;
+        }
+        fs::rename(&made, &dir).with_context(|| format!("name {}", dir.display()))?;
+        runtime.disk.sync_dir(parent)?;
+        Ok(cluster)
+    }
+
+    /// The disks of a node: the n-th disk belongs to the n-th node, and around again.
+    fn disks_of(&self, cluster: &ClusterFile, number: usize) -> Vec<String> {
+        let count = self.nodes.len();
+        cluster.disks.iter().skip(number - 1).step_by(count).cloned().collect()
+    }
+
+    fn create_node(
+        &self,
+        runtime: &Runtime,
+        made: &Path,
+        cluster: &ClusterFile,
+        number: usize,
+    ) -> Result<()> {
+        let dir = made.join(format!("n{number}"));
+        let disk = &*runtime.disk;
+        disk.create_dir_all(&dir)?;
+        let keys = dir.join("keys");
+        match number {
+            1 => {
+                keys::system_key(runtime, &keys)?;
+                keys::load_or_create(runtime, &keys, &cluster.service_ids()?)?;
+            }
+            _ => copy_keys(runtime, &made.join("n1").join("keys"), &keys)?,
+        }
+        let file = NodeFile {
+            layout: LAYOUT,
+            cluster: cluster.cluster.clone(),
+            node: number as NodeId,
+            identity: format!("{:016x}{:016x}", runtime.random.u64(), runtime.random.u64()),
+            founders: (1..=self.nodes.len() as NodeId).collect(),
+            disks: self.disks_of(cluster, number),
+        };
+        for (n, id) in file.disks.iter().enumerate() {
+            let service = ServiceId(u64::from_str_radix(id, 16).context("made by generate")?);
+            let label = Label { cluster: cluster.cluster_id()?, service, created: runtime.clock.now() };
+            label.write(disk, &dir.join("blocks").join(n.to_string()))?;
+        }
+        let log = dir.join("log");
+        disk.create_dir_all(&log)?;
+        disk.replace(&log.join("identity"), format!("{}\n", file.identity).as_bytes())?;
+        disk.create_dir_all(&dir.join("state"))?;
+        disk.replace(&dir.join(NODE_FILE), &serde_json::to_vec_pretty(&file)?)?;
+        disk.replace(&dir.join(SETTINGS_FILE), self.settings_of(number).as_bytes())?;
+        disk.replace(&dir.join("cluster.json"), &serde_json::to_vec_pretty(cluster)?)?;
+        disk.sync_dir(&dir)?;
+        disk.sync_dir(made)?;
+        Ok(())
+    }
+
+    fn settings_of(&self, number: usize) -> String {
+        let mut text = format!(
+            "# How node {number} runs: clutch node --config {SETTINGS_FILE}\n\n\
+             # Where it listens; on another machine perhaps 0.0.0.0 and the port.\n\
+             listen = \"{}\"\n\n\
+             # Blocks of a file are spread over failure domains: say the rack where machines of one fail together.\n\
+             #failure_domain = \"{number}\"\n\n\
+             # Everything else, with what holds when nothing is said:\n\
+             #advertise = \"HOST:PORT\"   # what others reach it by: its address below\n\
+             #segment_mib = {}\n\
+             #reserve_mib = 1024          # a sixteenth of the file system, and at most this\n\
+             #collect_every_s = {}\n\
+             #clock_skew_s = {}\n\
+             #retain_log = \"all\"         # or an age, for example \"7d\"\n\n\
+             # Where the nodes of the cluster are, the same on all of them.\n\
+             [nodes]\n",
+            self.nodes[number - 1],
+            segment_mib(),
+            collect_every_s(),
+            clock_skew_s(),
+        );
+        for (number, address) in (1..).zip(&self.nodes) {
+            text += &format!("{number} = \"{address}\"\n");
+        }
+        text
+    }
+}
+
+/// The same keys for another node.
+fn copy_keys(runtime: &Runtime, from: &Path, to: &Path) -> Result<()> {
+    let disk = &*runtime.disk;
+    disk.create_dir_all(to)?;
+    fs::set_permissions(to, fs::Permissions::from_mode(0o700))?;
+    for name in disk.list(from)? {
+        keys::copy(&from.join(&name), &to.join(&name))?;
+    }
+    disk.sync_dir(to)?;
+    Ok(())
+}

@@ -1,0 +1,234 @@
+//! One node of a cluster of several: a process with a member of every log, and disks.
+//!
+//! Logs are kept by the engine `raft`, states by RocksDB, all under the node's directory ([`layout`]). The nodes find each other by
+//! the addresses in their settings.
+
+pub mod layout;
+
+use std::{
+    fs::File,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clutch_client::Registries;
+use clutch_client_maintenance::collector::{self, CollectOptions};
+use clutch_log::{Engines, LogId, NodeId};
+use clutch_log_raft::{Peers as Streams, RaftEngine, Timing};
+use clutch_log_store::{Options, Store};
+use clutch_proto::{
+    admin::{AdminRequest, Status, admin_request::Op},
+    session::Role,
+};
+use clutch_runtime::{Endpoint, Runtime};
+use clutch_shard::{Lifetimes, Pages};
+
+use self::layout::Layout;
+use crate::{
+    Chains, Node, NodeConfig, Peers, Roles, chains,
+    chains::NewLogs,
+    clock_file, keys,
+    retention::Retention,
+    room::Room,
+    stores::{RocksStores, StoreProvider},
+    up,
+};
+
+/// The engine that logs begin with here.
+const RAFT: &str = "raft";
+
+/// How a node is started, beside what its directory says.
+#[derive(Clone, Debug)]
+pub struct StartOptions {
+    /// Its `node.toml`, or the directory with it.
+    pub settings: PathBuf,
+    /// Believe a wall clock that is further ahead than the node can have been down.
+    pub accept_clock: bool,
+    /// How far back every log can be replayed; `None` for whole logs. What the settings say is read by whoever asks.
+    pub retain_log: Option<Duration>,
+}
+
+/// A running node, and the lock on its directory.
+pub struct Several {
+    node: Node,
+    layout: Layout,
+    runtime: Runtime,
+    _lock: File,
+}
+
+impl Several {
+    /// Starts the node and returns when it serves: when its logs are led by it or by others, and it has caught up with them.
+    ///
+    /// # Errors
+    /// When its directory is not as it should be, or in use, or its address is taken.
+    pub async fn start(runtime: Runtime, options: StartOptions) -> Result<Several> {
+        let layout = Layout::read(&runtime, &options.settings)?;
+        let listen = &layout.settings.listen;
+        drop(tokio::net::TcpListener::bind(listen).await.with_context(|| {
+            format!("listen on {listen}: say a free address of this machine in node.toml")
+        })?);
+        let lock = up::lock(&layout.dir)?;
+        let started = start_on(&runtime, &layout, &options).await;
+        let (node, stores) = started
+            .with_context(|| format!("start node {} in {}", layout.file.node, layout.dir.display()))?;
+        let collector = layout.settings.collect_every_s;
+        if collector > 0 {
+            runtime.spawn(
+                "collector",
+                collect(node.client().sibling(), own(&layout), Duration::from_secs(collector)),
+            );
+        }
+        if let Some(keep) = options.retain_log {
+            let client = node.client().sibling();
+            let logs = logs(layout.cluster.shards);
+            let retention = Retention { client, at: own(&layout), stores, logs, keep };
+            runtime.spawn("retention", retention.run(node.clock().clone()));
+        }
+        up::keep_clock_file(&runtime, &layout.dir, node.clock());
+        Ok(Several { node, layout, runtime, _lock: lock })
+    }
+
+    /// What it runs.
+    pub fn node(&self) -> &Node {
+        &self.node
+    }
+
+    /// What its directory says.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Ends cleanly.
+    pub async fn stop(self) {
+        let clock = self.node.clock().clone();
+        self.node.stop().await;
+        clock_file::write(&self.runtime, &self.layout.dir, clock.now());
+    }
+}
+
+fn logs(shards: u32) -> Vec<LogId> {
+    [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..shards).map(LogId::shard)).collect()
+}
+
+/// Where this node can be asked.
+fn own(layout: &Layout) -> Endpoint {
+    layout.advertised().as_str().into()
+}
+
+/// Opens the store of all logs, and the engine on it.
+async fn open_engine(
+    runtime: &Runtime,
+    layout: &Layout,
+    key: [u8; 32],
+) -> Result<(RaftEngine, Arc<Streams>)> {
+    let cluster = layout.cluster.cluster_id()?;
+    let (seam, dir) = (runtime.clone(), layout.dir.join("log"));
+    let store_options = Options {
+        segment_bytes_max: layout.settings.segment_mib << 20,
+        cluster,
+        node: layout.file.node,
+        may_quarantine: true,
+        ..Options::default()
+    };
+    let store = tokio::task::spawn_blocking(move || Store::open(&seam, dir, store_options)).await?;
+    let store = store
+        .with_context(|| format!("the logs in {} cannot be opened", layout.dir.join("log").display()))?;
+    if let Some((id, fault)) = store.quarantined().into_iter().next() {
+        bail!(
+            "the log {id} is damaged here: {fault}. The other nodes have what it had, if most of them run. This member must not \
+             vote any more: do not remove the log, and let the node rest until it can be replaced"
+        );
+    }
+    let nodes = layout.nodes.clone();
+    let address = move |node: NodeId| nodes.get(&node).map(|address| Endpoint::from(address.as_str()));
+    let streams = Streams::new(runtime.clone(), cluster, layout.file.node, key, Arc::new(address));
+    Ok((RaftEngine::new(runtime.clone(), store, streams.clone(), Timing::default()), streams))
+}
+
+async fn start_on(
+    runtime: &Runtime,
+    layout: &Layout,
+    options: &StartOptions,
+) -> Result<(Node, Arc<RocksStores>)> {
+    let (dir, cluster) = (&layout.dir, &layout.cluster);
+    up::check_files(cluster.shards)?;
+    let keys_dir = dir.join("keys");
+    let system_key = keys::read_system_key(&keys_dir)?;
+    let keyring = keys::load(&keys_dir, &cluster.service_ids()?)?;
+    let disks = layout.disks()?;
+    let places = vec![dir.join("log"), dir.join("state")];
+    for place in &places {
+        up::make_durable(place).with_context(|| format!("make {}", place.display()))?;
+    }
+    let reserve = layout.settings.reserve_mib.map(|mib| mib << 20);
+    let room = Arc::new(Room::new(runtime.disk.clone(), places, reserve, Some(dir)));
+    room.release_for_start();
+    let (engine, streams) = open_engine(runtime, layout, system_key).await?;
+    let known = Chains::open(runtime.disk.clone(), dir.join(chains::FILE), cluster.cluster_id()?)?;
+    let replicas = cluster.shards as usize + 2;
+    let rocks = Arc::new(RocksStores::new(dir.join("state"), replicas, up::database_files()));
+    let stores: Arc<dyn StoreProvider> = rocks.clone();
+    let endpoint = |address: &String| Endpoint::from(address.as_str());
+    let peers: Peers = layout.nodes.iter().map(|(node, address)| (*node, endpoint(address))).collect();
+    let registries = Registries::new(peers.values().cloned().collect()).context("[nodes] names none")?;
+    let founders = layout.file.founders.clone();
+    let config = NodeConfig {
+        runtime: runtime.clone(),
+        listen: layout.settings.listen.as_str().into(),
+        advertise: Some(layout.advertised()),
+        failure_domain: Some(
+            layout.settings.failure_domain.clone().unwrap_or_else(|| layout.file.node.to_string()),
+        ),
+        registry: Some(registries),
+        peers,
+        cluster: cluster.clone(),
+        roles: Roles {
+            registry: true,
+            cdc: true,
+            shards: (0..cluster.shards).collect(),
+            disks: disks.clone(),
+        },
+        engines: Engines::one(RAFT, Arc::new(engine)),
+        chains: Arc::new(known),
+        stores: stores.clone(),
+        new_logs: NewLogs::with(RAFT, move |_| clutch_log_raft::parameters(&founders)),
+        accept: Arc::new(move |stream| streams.accept(stream)),
+        keyring,
+        system_key,
+        lifetimes: Lifetimes::default(),
+        pages: Pages::default(),
+        clock_skew_ms_max: layout.settings.clock_skew_s * 1000,
+        down: {
+            let (runtime, dir) = (runtime.clone(), dir.clone());
+            Arc::new(move |last| clock_file::down_since(&runtime, &dir, last))
+        },
+        accept_clock: options.accept_clock,
+        room: room.clone(),
+        reserve_on: up::on_the_same_file_system(dir, &disks),
+        process_usage: crate::handler::process_usage,
+    };
+    let node = up::start_node(config, &*stores, cluster).await?;
+    room.hold_again();
+    Ok((node, rocks))
+}
+
+/// Collects again and again while this node leads the registry, so that one node of all does.
+async fn collect(client: clutch_client::Client, own: Endpoint, pause: Duration) {
+    let options = CollectOptions { requests_per_s: up::COLLECT_REQUESTS_PER_S, ..CollectOptions::default() };
+    let clock = client.runtime().clock.clone();
+    loop {
+        clock.sleep(pause).await;
+        let request = AdminRequest { op: Some(Op::Status(Status {})) };
+        let asked = client.admin_at(own.clone(), Role::Registry, 0, request).await;
+        if asked.ok().and_then(|reply| reply.status).is_some_and(|status| status.leading) {
+            collector::pass(&client, &options).await;
+        }
+    }
+}
+
+/// A directory of a node, as commands that look after it are told.
+pub fn is_node_dir(dir: &Path) -> bool {
+    dir.join(layout::SETTINGS_FILE).exists()
+}

@@ -213,6 +213,8 @@ pub enum Mutant {
     OlderMapStored,
     /// A member of a raft group answers for its vote before that is durable.
     VoteNotSynced,
+    /// Every record that is read looks its place up again, and keeps all that was read with it. A real bug once.
+    CursorForgotten,
     /// Who opens a stream is believed to have the cluster's key.
     AnyProofTaken,
     /// Whoever answers is believed to have the cluster's key.
@@ -239,7 +241,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 114] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 115] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -344,6 +346,7 @@ impl Mutant {
         (Mutant::LoggedBeforeAsked, &["begun anew"]),
         (Mutant::AnyLifeServed, &["begun anew"]),
         (Mutant::VoteNotSynced, &["units", "tests::votes::planted_bugs_are_found"]),
+        (Mutant::CursorForgotten, &["units", "tests::reads::planted_bugs_are_found"]),
         (Mutant::AnyProofTaken, &["units", "tests::greetings::planted_bugs_are_found"]),
         (Mutant::AnyAnswerTaken, &["units", "tests::greetings::planted_bugs_are_found"]),
         (Mutant::ChallengeRepeated, &["units", "tests::greetings::planted_bugs_are_found"]),

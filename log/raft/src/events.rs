@@ -4,6 +4,7 @@
 
 use async_trait::async_trait;
 use clutch_log::{Batch, Epoch, Event, Events, LogFault, NodeId, Position};
+use clutch_log_store::Cursor;
 use clutch_proto::mutants::{self, Mutant};
 use openraft::async_runtime::WatchReceiver as _;
 use std::sync::Arc;
@@ -20,6 +21,8 @@ pub(crate) struct RaftEvents {
     resigning: tokio::sync::watch::Receiver<bool>,
     /// The last position that is durable here: what a quorum has may come before it is.
     durable: tokio::sync::watch::Receiver<Position>,
+    /// Where what is not in memory any more is read.
+    cursor: Cursor,
     metrics: openraft::type_config::alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>,
     next: Position,
     /// The reign that was told last, and who was said to lead in it.
@@ -37,6 +40,7 @@ impl RaftEvents {
             changes: member.delivered().changes(),
             resigning: member.resigning(),
             durable: member.log().group().last(),
+            cursor: member.log().group().cursor(),
             metrics: member.raft().metrics(),
             member,
             next,
@@ -94,7 +98,8 @@ impl RaftEvents {
     /// The record that comes next, which is delivered; `None` where it was trimmed.
     fn read(&mut self) -> Result<Option<Event>, LogFault> {
         let index = index_of(self.next).expect("positions begin at 1");
-        let Some(entry) = self.member.log().entry(index).map_err(storage)? else { return Ok(None) };
+        let entry = self.member.log().entry_by(&mut self.cursor, index).map_err(storage)?;
+        let Some(entry) = entry else { return Ok(None) };
         let position = self.next;
         self.next = position.next();
         Ok(Some(match entry.payload {
@@ -109,6 +114,7 @@ impl RaftEvents {
 
     /// Waits until something is told.
     async fn changed(&mut self) -> Result<(), LogFault> {
+        self.cursor.rest();
         tokio::select! {
             biased;
             _ = self.changes.changed() => Ok(()),

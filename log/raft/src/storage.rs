@@ -10,7 +10,7 @@ use std::{collections::BTreeMap, fmt, io, ops::Bound, ops::RangeBounds, sync::Ar
 
 use bytes::Bytes;
 use clutch_log::{Epoch, LogFault, Position};
-use clutch_log_store::{RecordKind, StoredGroup, Write};
+use clutch_log_store::{Cursor, RecordKind, StoredGroup, Write};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::{BoxFuture, Runtime};
 use openraft::{
@@ -182,7 +182,7 @@ impl GroupLog {
         let (flushes, receiver) = mpsc::unbounded_channel();
         let this = GroupLog { runtime: runtime.clone(), group, state: Arc::new(Mutex::new(state)), flushes };
         if view.last > base {
-            let last = this.stored(view.last.0 - 1)?;
+            let last = this.stored(&mut this.group.cursor(), view.last.0 - 1)?;
             this.state.lock().last = Some(last.log_id);
         }
         {
@@ -251,6 +251,11 @@ impl GroupLog {
 
     /// A record that is here.
     pub(crate) fn entry(&self, index: u64) -> io::Result<Option<Entry>> {
+        self.entry_by(&mut self.group.cursor(), index)
+    }
+
+    /// The same for who reads one after the other: where they lie is looked up once, and each part of a segment is read once.
+    pub(crate) fn entry_by(&self, cursor: &mut Cursor, index: u64) -> io::Result<Option<Entry>> {
         {
             let state = self.state.lock();
             if let Some(entry) = state.cache.get(&index) {
@@ -262,12 +267,15 @@ impl GroupLog {
                 return Ok(None);
             }
         }
-        self.stored(index).map(Some)
+        match mutants::is(Mutant::CursorForgotten) {
+            true => self.stored(&mut self.group.cursor(), index).map(Some),
+            false => self.stored(cursor, index).map(Some),
+        }
     }
 
-    fn stored(&self, index: u64) -> io::Result<Entry> {
+    fn stored(&self, cursor: &mut Cursor, index: u64) -> io::Result<Entry> {
         let position = position_of(index);
-        let record = self.group.cursor().at(position).map_err(failed)?;
+        let record = cursor.at(position).map_err(failed)?;
         let record =
             record.ok_or_else(|| failed(format!("{position} of {} is in no segment", self.group.id())))?;
         assert_eq!(record.batch.position, position, "the store gives what it was asked for");
@@ -275,9 +283,9 @@ impl GroupLog {
     }
 
     fn entries(&self, from: u64, until: u64, bytes_max: usize) -> io::Result<Vec<Entry>> {
-        let (mut entries, mut bytes) = (Vec::new(), 0);
+        let (mut entries, mut bytes, mut cursor) = (Vec::new(), 0, self.group.cursor());
         for index in from..until {
-            match self.entry(index)? {
+            match self.entry_by(&mut cursor, index)? {
                 Some(entry) => {
                     bytes += weight(&entry);
                     entries.push(entry);

@@ -143,6 +143,8 @@ impl SegmentReader {
         };
         let (payload_at, length) = (at + RECORD_HEADER_BYTES as u64, u64::from(header.payload_len));
         let payload = self.bytes(payload_at, header.payload_len as usize)?;
+        // One that lies alone would keep all that was read with it.
+        let payload = if self.ahead < READ_AHEAD { Bytes::copy_from_slice(&payload) } else { payload };
         let is_whole = payload.len() == header.payload_len as usize;
         let decoded =
             decode_payload(&header, payload).map_err(|what| self.corrupt(at, header.position, what));
@@ -201,11 +203,13 @@ pub(crate) struct GroupReader {
     id: LogletId,
     segment: Option<(u64, SegmentReader)>,
     places: Option<Places>,
+    /// What comes behind the record that was read last: who goes on there reads ahead.
+    next: Option<Position>,
 }
 
 impl GroupReader {
     pub(crate) fn new(shared: Arc<Shared>, id: LogletId) -> GroupReader {
-        GroupReader { shared, id, segment: None, places: None }
+        GroupReader { shared, id, segment: None, places: None, next: None }
     }
 
     /// The group's record at a position; `None` where no segment has it.
@@ -227,7 +231,8 @@ impl GroupReader {
                 .get((at + RECORDS_AHEAD).min(p.offsets.len() - 1))
                 .map(|o| u64::from(*o).saturating_sub(offset))
         });
-        let dense = later.is_some_and(|later| later <= READ_AHEAD as u64);
+        let goes_on = self.next.replace(position.next()) == Some(position);
+        let dense = goes_on && later.is_some_and(|later| later <= READ_AHEAD as u64);
         segment.ahead = if dense { READ_AHEAD } else { READ_LEAST };
         segment.record_at(offset, self.id, position).map(Some)
     }

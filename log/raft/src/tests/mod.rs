@@ -4,6 +4,7 @@ mod greetings;
 mod group;
 mod messages;
 mod nemesis;
+mod reads;
 mod votes;
 
 use std::time::Duration;

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
     }
     let cli = Cli::parse_from(args::registry_log_flag(std::env::args_os()));
     // Simulated clusters are full of faults on purpose; their complaints are not news.
-    let level = if matches!(cli.command, Command::Fuzz(_)) { "off" } else { "warn" };
+    let level = if matches!(cli.command, Command::Fuzz(_)) { "off" } else { "warn,openraft=error" };
     let filter = tracing_subscriber::EnvFilter::try_from_env("CLUTCH_LOG").unwrap_or_else(|_| level.into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)

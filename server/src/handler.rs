@@ -67,6 +67,9 @@ impl NodeHandler {
             status.node_faults = node_faults(&self.blocks, &self.room);
             status.log_bytes = self.engines.bytes();
             status.clock_ahead_ms = self.clock.wall_ahead_ms();
+            for member in &mut status.members {
+                member.address = self.routes.address(member.node);
+            }
         }
     }
 }

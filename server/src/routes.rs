@@ -20,6 +20,11 @@ impl Routes {
         Routes { peers, logs: logs.collect() }
     }
 
+    /// Where a node is; empty where that is not known.
+    pub(crate) fn address(&self, node: NodeId) -> String {
+        self.peers.get(&node).map(Endpoint::to_string).unwrap_or_default()
+    }
+
     /// Gives up the reign of this node in a log.
     pub(crate) fn resign(&self, log: LogId) {
         if let Some(log) = self.logs.get(&log) {
@@ -30,7 +35,7 @@ impl Routes {
     /// Where a log is led, as far as this node knows; empty when it does not.
     pub(crate) fn leader(&self, log: LogId) -> String {
         let leader = self.logs.get(&log).and_then(|log| log.status().leader);
-        leader.and_then(|node| self.peers.get(&node)).map(Endpoint::to_string).unwrap_or_default()
+        leader.map(|node| self.address(node)).unwrap_or_default()
     }
 
     /// The other members of a log, and where they are.

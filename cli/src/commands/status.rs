@@ -11,7 +11,7 @@ use std::{
 use anyhow::Result;
 use clutch_client::{Client, ClientError};
 use clutch_proto::{
-    admin::{AdminRequest, Status, StatusReply, admin_request::Op},
+    admin::{AdminReply, AdminRequest, LogMember, Status, StatusReply, admin_request::Op},
     registry::Map,
     session::Role,
 };
@@ -29,6 +29,28 @@ const CLOCK_OFF_MS: i64 = 5000;
 pub(crate) struct ReplicaStatus {
     pub(crate) name: String,
     pub(crate) status: Result<StatusReply, ClientError>,
+    /// What the members of its log say, where there are several.
+    members: Vec<MemberStatus>,
+}
+
+/// A member of a log and what it says of itself.
+struct MemberStatus {
+    member: LogMember,
+    status: Result<StatusReply, ClientError>,
+}
+
+impl MemberStatus {
+    /// How many positions it is behind one.
+    fn lag(&self, last: u64) -> Option<u64> {
+        self.status.as_ref().ok().map(|status| last.saturating_sub(status.applied_position))
+    }
+
+    fn fault(&self) -> Option<String> {
+        match &self.status {
+            Ok(status) => (!status.fault.is_empty()).then(|| status.fault.clone()),
+            Err(error) => Some(error.to_string()),
+        }
+    }
 }
 
 impl ReplicaStatus {
@@ -58,13 +80,31 @@ async fn ask(client: &Client, map: &Map) -> Vec<ReplicaStatus> {
     asked.extend(map.shards.iter().map(|s| (Role::Shard, s.shard, format!("shard {}", s.shard))));
     // Side by side: one that does not answer must not hold up the others.
     let answers = asked.into_iter().map(|(role, number, name)| async move {
-        let request = AdminRequest { op: Some(Op::Status(Status {})) };
-        let status = client.admin(role, number, request).await;
-        let status = status
-            .and_then(|r| r.status.ok_or_else(|| ClientError::Unreachable("no status in the answer".into())));
-        ReplicaStatus { name, status }
+        let status = status_in(client.admin(role, number, status_request()).await);
+        let members = match &status {
+            Ok(status) => ask_members(client, role, number, status).await,
+            Err(_) => Vec::new(),
+        };
+        ReplicaStatus { name, status, members }
     });
     futures_util::future::join_all(answers).await
+}
+
+fn status_request() -> AdminRequest {
+    AdminRequest { op: Some(Op::Status(Status {})) }
+}
+
+fn status_in(reply: Result<AdminReply, ClientError>) -> Result<StatusReply, ClientError> {
+    reply.and_then(|r| r.status.ok_or_else(|| ClientError::Unreachable("no status in the answer".into())))
+}
+
+/// Asks each member of a log of several.
+async fn ask_members(client: &Client, role: Role, number: u32, status: &StatusReply) -> Vec<MemberStatus> {
+    let asked = status.members.iter().filter(|member| !member.address.is_empty()).map(|member| async move {
+        let reply = client.admin_at(member.address.as_str().into(), role, number, status_request()).await;
+        MemberStatus { member: member.clone(), status: status_in(reply) }
+    });
+    futures_util::future::join_all(asked).await
 }
 
 /// What is known of the cluster.
@@ -101,6 +141,11 @@ impl Picture {
             .iter()
             .filter_map(|replica| Some(format!("{}: {}", replica.name, replica.fault()?)))
             .collect();
+        for replica in &self.replicas {
+            let of_members = replica.members.iter().filter_map(|of| Some((of.member.node, of.fault()?)));
+            faults
+                .extend(of_members.map(|(node, fault)| format!("{} on node {node}: {fault}", replica.name)));
+        }
         faults.extend(self.map_fault.iter().map(|fault| format!("the registry gives no map: {fault}")));
         let of_nodes: BTreeSet<&String> = self
             .replicas
@@ -144,11 +189,8 @@ impl Picture {
 }
 
 async fn ask_registry(client: &Client) -> Vec<ReplicaStatus> {
-    let request = AdminRequest { op: Some(Op::Status(Status {})) };
-    let status = client.admin(Role::Registry, 0, request).await;
-    let status = status
-        .and_then(|r| r.status.ok_or_else(|| ClientError::Unreachable("no status in the answer".into())));
-    vec![ReplicaStatus { name: "registry".into(), status }]
+    let status = status_in(client.admin(Role::Registry, 0, status_request()).await);
+    vec![ReplicaStatus { name: "registry".into(), status, members: Vec::new() }]
 }
 
 pub(crate) async fn run(client: &Client, args: &StatusArgs) -> Result<ExitCode> {
@@ -205,18 +247,57 @@ fn document(picture: &Picture) -> serde_json::Value {
             })
         })
         .collect();
+    let logs: Vec<_> = picture.replicas.iter().filter_map(log).collect();
     let serving = picture.is_serving();
     json!({
         "serving": serving, "ready": serving, "faults": picture.faults(),
-        "cluster": format!("{:016x}", picture.map.cluster), "replicas": replicas, "block_services": services,
+        "cluster": format!("{:016x}", picture.map.cluster), "replicas": replicas, "logs": logs, "block_services": services,
         "log_bytes": output::number(picture.log_bytes()), "clock_ahead_ms": picture.clock_ahead_ms(),
     })
+}
+
+/// Who keeps a log, and how far each has come.
+fn log(replica: &ReplicaStatus) -> Option<serde_json::Value> {
+    let status = replica.status.as_ref().ok()?;
+    let member = |of: &MemberStatus| {
+        json!({
+            "node": of.member.node, "address": of.member.address, "voter": of.member.voter,
+            "applied": of.status.as_ref().ok().map(|s| s.applied_position), "lag": of.lag(status.log_last),
+            "hash": of.status.as_ref().ok().map(|s| hex(&s.hash)), "fault": of.fault().unwrap_or_default(),
+        })
+    };
+    let members: Vec<_> = match status.members.len() {
+        0 | 1 => vec![json!({
+            "node": status.leader, "address": "", "voter": true, "applied": status.applied_position,
+            "lag": status.log_last.saturating_sub(status.applied_position), "hash": hex(&status.hash), "fault": status.fault,
+        })],
+        _ => replica.members.iter().map(member).collect(),
+    };
+    Some(json!({
+        "name": replica.name, "leader": status.leader, "epoch": status.epoch, "replicas": members,
+    }))
+}
+
+/// Who keeps a log, for people: who leads, who lags, and who does not answer.
+fn members(replica: &ReplicaStatus, status: &StatusReply) -> String {
+    let one = |of: &MemberStatus| {
+        let node = of.member.node;
+        match (of.fault(), of.lag(status.applied_position)) {
+            (Some(_), _) => format!("{node} FAILS"),
+            (None, _) if node == status.leader => format!("{node} leads"),
+            (None, None | Some(0)) => node.to_string(),
+            (None, Some(lag)) => format!("{node} lags {lag}"),
+        }
+    };
+    replica.members.iter().map(one).collect::<Vec<_>>().join(", ")
 }
 
 fn print(picture: &Picture) -> Result<()> {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
-    table.set_header(["replica", "state", "applied", "log", "state hash", "checks"]);
+    let mut header = vec!["replica", "state", "applied", "log", "state hash", "checks"];
+    header.extend(picture.replicas.iter().any(|r| !r.members.is_empty()).then_some("on nodes"));
+    table.set_header(header);
     for replica in &picture.replicas {
         match &replica.status {
             Ok(s) => table.add_row([
@@ -230,6 +311,7 @@ fn print(picture: &Picture) -> Result<()> {
                 format!("{}..{}", s.log_first, s.log_last),
                 hex(&s.hash),
                 format!("{} equal, {} not compared", s.checks_compared, s.checks_not_compared),
+                members(replica, s),
             ]),
             Err(_) => table.add_row([replica.name.clone(), "no answer".to_owned()]),
         };

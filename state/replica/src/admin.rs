@@ -3,12 +3,12 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use clutch_log::{Event, Floors, Log, LogFault, Position};
+use clutch_log::{Event, Floors, Log, LogFault, Position, Progress};
 use clutch_proto::{
     Refusal,
     admin::{
-        AdminReply, AdminRequest, HashReply, LogBatch, LogReply, RescanReply, Row, ScanReply, ScanRows,
-        StatusReply, admin_request::Op,
+        AdminReply, AdminRequest, HashReply, LogBatch, LogMember, LogReply, RescanReply, Row, ScanReply,
+        ScanRows, StatusReply, admin_request::Op,
     },
     limits::SCAN_BYTES_MAX,
     mutants::{self, Mutant},
@@ -120,7 +120,14 @@ impl<M: Machine> Replica<M> {
     }
 
     fn status(&self) -> AdminResult {
-        let bounds = self.config.log.status().bounds;
+        let log = self.config.log.status();
+        let bounds = log.bounds;
+        let member = |progress: Progress| LogMember {
+            node: progress.member.node,
+            voter: progress.member.voter,
+            matched: progress.matched.map_or(0, |position| position.0),
+            ..LogMember::default()
+        };
         let checks = self.applier.checks();
         let status = StatusReply {
             name: self.config.name.clone(),
@@ -137,6 +144,8 @@ impl<M: Machine> Replica<M> {
             checks_undecided: checks.undecided,
             fault: self.fault.get().cloned().unwrap_or_default(),
             checkpoints: self.checkpoints()?.iter().map(|p| p.0).collect(),
+            leader: log.leader.unwrap_or(0),
+            members: log.members.into_iter().map(member).collect(),
             ..StatusReply::default()
         };
         Ok(AdminReply { status: Some(status), ..AdminReply::default() })

@@ -27,8 +27,11 @@ clutch=${CLUTCH_BIN:-$(dirname "$0")/../target/release/clutch}
 }
 registry=127.0.0.1:$port,127.0.0.1:$((port + 1)),127.0.0.1:$((port + 2))
 
+# Whether the process is there and is this node: one that has ended and that nobody has waited for has no command line, and the number
+# may be another's by now.
 runs() {
-    [ -f "$dir/n$1/pid" ] && kill -0 "$(cat "$dir/n$1/pid")" 2>/dev/null
+    [ -f "$dir/n$1/pid" ] || return 1
+    tr "\\0" " " <"/proc/$(cat "$dir/n$1/pid")/cmdline" 2>/dev/null | grep -qF -- "$dir/n$1/node.toml"
 }
 
 start() {

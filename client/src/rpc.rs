@@ -175,6 +175,8 @@ pub(crate) struct Inner {
     pub(crate) suspects: Mutex<std::collections::BTreeMap<u64, Duration>>,
     /// Spans that were written with less parity than their policy says.
     pub(crate) less_parity: AtomicU64,
+    /// When the last of them was.
+    pub(crate) less_parity_at: Mutex<Option<Duration>>,
 }
 
 #[derive(Default)]
@@ -296,6 +298,7 @@ impl Client {
                 policies: Mutex::default(),
                 suspects: Mutex::default(),
                 less_parity: AtomicU64::new(0),
+                less_parity_at: Mutex::default(),
             }),
         }
     }

@@ -38,6 +38,10 @@ const PLACEMENTS_MAX: usize = 6;
 /// Pauses between further tries, as long as what failed may pass.
 const PLACEMENT_PAUSE_MIN: Duration = Duration::from_millis(250);
 const PLACEMENT_PAUSE_MAX: Duration = Duration::from_secs(4);
+/// Services that cannot be reached are waited for so long before a span is written without them, with less parity. Who has just done
+/// that does it again at once for as long as the second says.
+const LESS_PARITY_AFTER: Duration = Duration::from_secs(3);
+const LESS_PARITY_FOR: Duration = Duration::from_secs(30);
 /// Failures that an error lists at most, besides the last ones.
 const FAILURES_SHOWN: usize = 16;
 /// Times one block is tried on its service.
@@ -150,6 +154,7 @@ impl Client {
                 written => {
                     if written.is_ok() && less.is_some() {
                         self.inner.less_parity.fetch_add(1, Ordering::Relaxed);
+                        *lock(&self.inner.less_parity_at) = Some(clock.monotonic());
                     }
                     return written;
                 }
@@ -173,6 +178,7 @@ impl Client {
         let clock = self.inner.runtime.clock.clone();
         let mut may_pass = false;
         let mut pause = PLACEMENT_PAUSE_MIN;
+        let began = clock.monotonic();
         for attempt in 0.. {
             if attempt > 0 && (clock.monotonic() >= end || attempt >= PLACEMENTS_MAX && !may_pass) {
                 break;
@@ -187,26 +193,24 @@ impl Client {
                 avoid = never.services.clone();
             }
             let initiate = InitiateSpan {
-                content: to.content,
-                cookie: to.cookie.clone(),
-                offset,
-                size: encoded.size,
-                crc: encoded.crc,
-                shape: Some(encoded.shape),
-                cell_crcs: encoded.cell_crcs.clone(),
                 storage_class,
                 avoid_services: avoid.clone(),
                 avoid_failure_domains: never.domains.clone(),
+                ..initiation(to, offset, encoded)
             };
+            let avoids = avoid.len() > never.services.len();
+            let lacks = |error: &ClientError| avoids && error.code() == Some(Code::NoSpace);
             let span = match self.shard(Op::InitiateSpan(initiate)).await {
                 Ok(Reply::Span(span)) => span,
                 Ok(_) => return Err(ClientError::unexpected("a span")),
-                // Services that failed for somebody else are better than none, and what hangs may come back.
+                // Those that can be reached are too few for all of it, and the others have had their time.
                 Err(error)
-                    if error.code() == Some(Code::NoSpace)
-                        && (attempt < 2 || may_pass && clock.monotonic() < end)
-                        && avoid.len() > never.services.len() =>
+                    if lacks(&error) && encoded.shape.parity_blocks > 1 && self.had_their_time(began) =>
                 {
+                    return Err(error);
+                }
+                // Services that failed for somebody else are better than none, and what hangs may come back.
+                Err(error) if lacks(&error) && (attempt < 2 || may_pass && clock.monotonic() < end) => {
                     self.inner.runtime.note("write: suspects are better than none");
                     if attempt >= 2 {
                         clock.sleep(pause).await;
@@ -250,6 +254,14 @@ impl Client {
         let text = format!("a span could not be written anywhere: {}", failures.join("; "));
         // What hangs has room, and less parity would not help.
         Err(if may_pass { ClientError::Unreachable(text) } else { Refusal::new(Code::NoSpace, text).into() })
+    }
+
+    /// Whether services that cannot be reached have been waited for long enough since `began`.
+    fn had_their_time(&self, began: Duration) -> bool {
+        let now = self.inner.runtime.clock.monotonic();
+        let was_just_done = *lock(&self.inner.less_parity_at);
+        now.saturating_sub(began) >= LESS_PARITY_AFTER
+            || was_just_done.is_some_and(|at| now.saturating_sub(at) < LESS_PARITY_FOR)
     }
 
     /// Writes all blocks of a span at once; proofs in their order, or which services failed.
@@ -307,6 +319,20 @@ impl Client {
         let codec = Arc::new(codec);
         codecs.insert((data_blocks, parity_blocks), codec.clone());
         Ok(codec)
+    }
+}
+
+/// What a shard is told of a span that is to be written, anywhere.
+fn initiation(to: &Draft, offset: u64, encoded: &Encoded) -> InitiateSpan {
+    InitiateSpan {
+        content: to.content,
+        cookie: to.cookie.clone(),
+        offset,
+        size: encoded.size,
+        crc: encoded.crc,
+        shape: Some(encoded.shape),
+        cell_crcs: encoded.cell_crcs.clone(),
+        ..InitiateSpan::default()
     }
 }
 

@@ -1,0 +1,240 @@
+//! Three nodes as processes: they come up by two commands, bear the loss of any one, and refuse what is not theirs.
+
+mod support;
+
+use std::{
+    fs,
+    net::TcpListener,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    time::{Duration, Instant},
+};
+
+use support::{CLUTCH, noise};
+
+/// Nodes that `scripts/three.sh` started; they end with this.
+struct Three {
+    dir: PathBuf,
+    port: u16,
+}
+
+/// The first of three ports that nobody listens on.
+fn free_ports() -> u16 {
+    let is_free = |port: u16| TcpListener::bind(("127.0.0.1", port)).is_ok();
+    let start = 20_000 + (std::process::id() % 2000) as u16 * 5;
+    let mut ports = (start..u16::MAX - 3).step_by(3);
+    ports.find(|port| (*port..port + 3).all(is_free)).expect("there are free ports")
+}
+
+fn text(output: &Output) -> String {
+    [&output.stdout[..], &output.stderr[..]].map(String::from_utf8_lossy).concat()
+}
+
+impl Three {
+    fn start(dir: &Path) -> Three {
+        let three = Three { dir: dir.to_owned(), port: free_ports() };
+        let started = three.script(&[]);
+        assert!(started.status.success(), "{}", text(&started));
+        let printed = String::from_utf8_lossy(&started.stdout).into_owned();
+        assert_eq!(printed.trim(), format!("export CLUTCH_REGISTRY={}", three.registry()));
+        three
+    }
+
+    fn registry(&self) -> String {
+        let address = |n: u16| format!("127.0.0.1:{}", self.port + n);
+        [0, 1, 2].map(address).join(",")
+    }
+
+    fn script(&self, arguments: &[&str]) -> Output {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/three.sh");
+        let mut command = Command::new(script);
+        command.env("CLUTCH_BIN", CLUTCH).arg(&self.dir).arg(self.port.to_string()).args(arguments);
+        command.output().expect("runs")
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(CLUTCH).args(arguments).env("CLUTCH_REGISTRY", self.registry()).output().expect("runs")
+    }
+
+    fn ok(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn logs(&self) -> Vec<serde_json::Value> {
+        let status: serde_json::Value =
+            serde_json::from_str(&self.ok(&["status", "--json", "--wait", "60"])).expect("JSON");
+        status["logs"].as_array().expect("logs").clone()
+    }
+
+    fn kill(&self, node: u64) {
+        let pid = fs::read_to_string(self.dir.join(format!("n{node}/pid"))).expect("a process");
+        let killed = Command::new("kill").args(["-9", pid.trim()]).status();
+        assert!(killed.is_ok_and(|status| status.success()), "kill node {node}");
+    }
+
+    /// Waits until every member of every log has all of it.
+    fn whole(&self) {
+        let begin = Instant::now();
+        let is_whole = |log: &serde_json::Value| {
+            let members = log["replicas"].as_array().expect("members");
+            members.len() == 3 && members.iter().all(|member| member["lag"] == 0 && member["fault"] == "")
+        };
+        while !self.logs().iter().all(is_whole) {
+            assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", self.logs());
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    fn said(&self, node: u64) -> String {
+        fs::read_to_string(self.dir.join(format!("n{node}/out"))).unwrap_or_default()
+    }
+}
+
+impl Drop for Three {
+    fn drop(&mut self) {
+        for node in 1..=3 {
+            if let Ok(pid) = fs::read_to_string(self.dir.join(format!("n{node}/pid"))) {
+                // It may have ended.
+                let _ = Command::new("kill").args(["-9", pid.trim()]).output();
+            }
+        }
+    }
+}
+
+#[test]
+fn three_nodes_bear_the_loss_of_any_one() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    let (local, back) = (temporary.path().join("local"), temporary.path().join("back"));
+    fs::write(&local, noise(300_000, 1)).expect("written");
+    let (local, back) = (local.to_str().expect("a name"), back.to_str().expect("a name"));
+    three.ok(&["fs", "put", local, "/file"]);
+    three.whole();
+    for victim in 1..=3u64 {
+        let led: Vec<String> = three
+            .logs()
+            .iter()
+            .filter(|log| log["leader"] == victim)
+            .map(|log| log["name"].to_string())
+            .collect();
+        three.kill(victim);
+        three.ok(&["fs", "mkdir", "-p", &format!("/lost{victim}/a/b")]);
+        three.ok(&["fs", "get", "/file", back, "--force"]);
+        assert_eq!(fs::read(back).expect("read"), fs::read(local).expect("read"), "without node {victim}");
+        // Five disks are left, or six.
+        three.ok(&["fs", "put", local, &format!("/lost{victim}/file")]);
+        let now = three.logs();
+        assert!(now.iter().all(|log| log["leader"] != victim && log["leader"] != 0), "{led:?}: {now:?}");
+        let started = three.script(&["start", &victim.to_string()]);
+        assert!(started.status.success(), "{}", text(&started));
+        three.whole();
+    }
+    three.ok(&["fsck"]);
+    let names = three.ok(&["fs", "ls", "/"]);
+    for victim in 1..=3 {
+        assert!(names.contains(&format!("lost{victim}")), "{names}");
+        three.ok(&["fs", "get", &format!("/lost{victim}/file"), back, "--force"]);
+        assert_eq!(
+            fs::read(back).expect("read"),
+            fs::read(local).expect("read"),
+            "of when {victim} was lost"
+        );
+    }
+    // One that is told to stop says so and ends well.
+    assert!(three.script(&["stop"]).status.success());
+    let begin = Instant::now();
+    while !three.said(1).contains("clutch: stopped") {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{}", three.said(1));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[test]
+fn a_node_with_another_key_is_refused_and_the_others_go_on() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    three.kill(3);
+    let key = three.dir.join("n3/keys/cluster.key");
+    fs::write(&key, format!("1 {}\n", "ab".repeat(32))).expect("written");
+    assert!(three.script(&["start", "3"]).status.success());
+    let begin = Instant::now();
+    while !three.said(3).contains("it has another key than this node") {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{}", three.said(3));
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    three.ok(&["fs", "mkdir", "/without"]);
+    assert!(three.logs().iter().all(|log| log["leader"] != 3), "{:?}", three.logs());
+}
+
+#[test]
+fn directories_that_are_not_as_they_should_be_are_refused_with_advice() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let dir = temporary.path().join("cluster");
+    let init = |dir: &Path, nodes: &[&str], more: &[&str]| {
+        let mut command = Command::new(CLUTCH);
+        command.args(["cluster", "init", "--dir"]).arg(dir);
+        for node in nodes {
+            command.args(["--node", node]);
+        }
+        command.args(more).output().expect("runs")
+    };
+    let nodes = ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"];
+    for (nodes, more, advice) in [
+        (&nodes[..0], &[][..], "--node"),
+        (&["127.0.0.1:1", "127.0.0.1:1"], &[], "same address"),
+        (&["127.0.0.1"], &[], "HOST:PORT"),
+        (&nodes, &["--policy", "40+2"], "1 to 16 data blocks"),
+        (&["h:1", "h:2", "h:3", "h:4", "h:5", "h:6", "h:7", "h:8"], &[], "1 to 7"),
+    ] {
+        let output = init(&dir, nodes, more);
+        assert!(!output.status.success() && text(&output).contains(advice), "{advice}: {}", text(&output));
+        assert!(!dir.exists(), "{advice}: nothing is made");
+    }
+    let made = init(&dir, &nodes, &[]);
+    assert!(made.status.success(), "{}", text(&made));
+    assert!(text(&init(&dir, &nodes, &[])).contains("is not empty"));
+    let node = |what: &Path| {
+        text(&Command::new(CLUTCH).args(["node", "--config"]).arg(what).output().expect("runs"))
+    };
+    assert!(node(&temporary.path().join("nowhere/node.toml")).contains("clutch cluster init makes them"));
+    // Each change on a copy of its own.
+    let changed = |change: &dyn Fn(&Path)| {
+        let copy = temporary.path().join("copy");
+        let _ = fs::remove_dir_all(&copy);
+        let copied = Command::new("cp").arg("-a").arg(dir.join("n1")).arg(&copy).status();
+        assert!(copied.is_ok_and(|status| status.success()));
+        change(&copy);
+        let said = node(&copy.join("node.toml"));
+        assert!(!said.contains("panicked"), "{said}");
+        said
+    };
+    let write = |name: &'static str, bytes: &'static str| {
+        move |dir: &Path| fs::write(dir.join(name), bytes).expect("written")
+    };
+    let remove = |name: &'static str| move |dir: &Path| fs::remove_file(dir.join(name)).expect("removed");
+    assert!(changed(&remove("node.json")).contains("must not come back under its number"));
+    assert!(changed(&write("node.json", "{")).contains("restore it from a copy"));
+    assert!(changed(&remove("cluster.json")).contains("copy it from another node"));
+    assert!(changed(&remove("log/identity")).contains("must not vote any more"));
+    assert!(changed(&write("log/identity", "0")).contains("is of another node"));
+    assert!(changed(&remove("keys/cluster.key")).contains("copy it from another node"));
+    assert!(changed(&write("node.toml", "listen = \"here\"\n[nodes]\n")).contains("HOST:PORT"));
+    assert!(
+        changed(&write("node.toml", "listen = \"127.0.0.1:1\"\nlisten_on = 1\n[nodes]\n"))
+            .contains("listen_on")
+    );
+    assert!(
+        changed(&write("node.toml", "listen = \"127.0.0.1:1\"\n[nodes]\n1 = \"127.0.0.1:1\"\n"))
+            .contains("does not say where node 2 is")
+    );
+    assert!(
+        changed(&|dir: &Path| {
+            let key = dir.join("keys/cluster.key");
+            fs::set_permissions(key, fs::Permissions::from_mode(0o644)).expect("changed");
+        })
+        .contains("chmod 600")
+    );
+}

@@ -160,7 +160,12 @@ impl NodeHandler {
         if let Some(tag) = request.tag.as_ref().filter(|tag| tag.client < SYSTEM_CLIENTS)
             && !is_system_mac(&self.system_key, tag, &request.body, &request.system_mac)
         {
-            return Err(Refusal::new(Code::Permission, "client ids below 16 are the cluster's own"));
+            // A node that has another key than the others must not have the last word: who leads has.
+            let leads = log_of(role, request.number).is_none_or(|log| self.routes.leads(log));
+            return Err(match leads {
+                true => Refusal::new(Code::Permission, "client ids below 16 are the cluster's own"),
+                false => Refusal::new(Code::NotLeader, "this node does not lead the log"),
+            });
         }
         Ok(role)
     }

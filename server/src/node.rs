@@ -50,6 +50,8 @@ use crate::{
 pub const SPAN_BYTES: u32 = 8 << 20;
 /// How often a node looks at the room for its logs and states.
 const LOOK_AT_ROOM: Duration = Duration::from_millis(250);
+/// A node that stops waits so long for others to lead what it has led.
+const HAND_OVER_MAX: Duration = Duration::from_secs(1);
 
 /// Which roles a node has.
 #[derive(Clone, Debug, Default)]
@@ -127,7 +129,7 @@ pub struct NodeConfig {
 /// A running node. Dropping it closes the endpoint; [`Node::stop`] also flushes.
 pub struct Node {
     listening: Box<dyn Listening>,
-    replicas: Vec<(LogId, ReplicaHandle)>,
+    replicas: Vec<Replicating>,
     stopping: Arc<AtomicBool>,
     client: Client,
     notices: Vec<String>,
@@ -228,7 +230,7 @@ impl Node {
         starter.ready.store(true, Ordering::Release);
         Ok(Node {
             listening,
-            replicas: replicas.into_iter().map(|(id, handle, _)| (id, handle)).collect(),
+            replicas,
             stopping,
             client,
             notices: Vec::new(),
@@ -266,15 +268,34 @@ impl Node {
     /// Why replicas have stopped for good, and whether any goes on.
     pub fn faults(&self) -> (Vec<String>, bool) {
         let faults: Vec<String> =
-            self.replicas.iter().filter_map(|(_, r)| r.fault().map(str::to_owned)).collect();
+            self.replicas.iter().filter_map(|(_, r, _)| r.fault().map(str::to_owned)).collect();
         let serves = faults.len() < self.replicas.len() || self.replicas.is_empty();
         (faults, serves)
+    }
+
+    /// Lets others lead what is led here, so that nobody has to notice first that this node is gone.
+    async fn hand_over(&self) {
+        let clock = self.client.runtime().clock.clone();
+        let end = clock.monotonic() + HAND_OVER_MAX;
+        let mut led = Vec::new();
+        for (_, _, log) in &self.replicas {
+            let status = log.status();
+            if status.is_self && status.members.len() > 1 {
+                log.resign();
+                led.push((log, status.epoch));
+            }
+        }
+        // Who cannot, because the others are gone, stops all the same.
+        while led.iter().any(|(log, epoch)| log.status().epoch <= *epoch) && clock.monotonic() < end {
+            clock.sleep(Duration::from_millis(10)).await;
+        }
     }
 
     /// Ends cleanly: what is applied is flushed, so that the next start need not replay it.
     pub async fn stop(self) {
         self.stopping.store(true, Ordering::Relaxed);
-        for (_, replica) in &self.replicas {
+        self.hand_over().await;
+        for (_, replica, _) in &self.replicas {
             replica.stop().await;
         }
     }

@@ -25,6 +25,11 @@ impl Routes {
         self.peers.get(&node).map(Endpoint::to_string).unwrap_or_default()
     }
 
+    /// Whether this node leads a log.
+    pub(crate) fn leads(&self, log: LogId) -> bool {
+        self.logs.get(&log).is_some_and(|log| log.status().is_self)
+    }
+
     /// Gives up the reign of this node in a log.
     pub(crate) fn resign(&self, log: LogId) {
         if let Some(log) = self.logs.get(&log) {

@@ -51,14 +51,18 @@ case ${3:-} in
             --node "127.0.0.1:$((port + 2))" --shards 4 --disks 8 --policy 4+2 >&2
     fi
     for n in 1 2 3; do start $n; done
-    if ! CLUTCH_REGISTRY=$registry "$clutch" status --wait 60 >"$dir/status" 2>&1; then
+    # All three, not just most of them.
+    tries=0
+    until CLUTCH_REGISTRY=$registry "$clutch" status --wait 20 >"$dir/status" 2>&1 && grep -q '^everything serves$' "$dir/status"; do
+        tries=$((tries + 1))
+        [ $tries -lt 100 ] && sleep 0.2 && continue
         cat "$dir/status" >&2
         for n in 1 2 3; do
             echo "--- node $n:" >&2
             tail -n 5 "$dir/n$n/out" >&2
         done
         exit 1
-    fi
+    done
     echo "export CLUTCH_REGISTRY=$registry"
     ;;
 start)

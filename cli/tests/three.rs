@@ -198,6 +198,39 @@ fn a_node_with_another_key_is_refused_and_the_others_go_on() {
 }
 
 #[test]
+fn a_node_that_has_lost_its_log_does_not_come_back() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    three.whole();
+    three.kill(3);
+    let dir = three.dir.join("n3");
+    fs::remove_dir_all(dir.join("log")).expect("removed");
+    fs::create_dir(dir.join("log")).expect("made");
+    let node = || {
+        let output = Command::new(CLUTCH).args(["node", "--config"]).arg(&dir).output().expect("runs");
+        assert!(!output.status.success());
+        text(&output)
+    };
+    assert!(node().contains("must not vote any more"), "it knows that itself");
+    let up = Command::new(CLUTCH).args(["up", "--dir"]).arg(&dir).output().expect("runs");
+    assert!(text(&up).contains("is the directory of a node of several"), "{}", text(&up));
+    // As it was made at first: it cannot know, and the others do.
+    for name in ["state", "begun", "chains", "clock"] {
+        let path = dir.join(name);
+        let _ = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+    }
+    three.start_again(3);
+    let begin = Instant::now();
+    let said = || three.said(1) + &three.said(2);
+    while !said().contains("node 3 is not the one that was met under its number before") {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{}", said());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    three.ok(&["fs", "mkdir", "/without"]);
+    assert!(three.logs().iter().all(|log| log["leader"] != 3), "{:?}", three.logs());
+}
+
+#[test]
 fn directories_that_are_not_as_they_should_be_are_refused_with_advice() {
     let temporary = tempfile::tempdir().expect("a directory");
     let dir = temporary.path().join("cluster");
@@ -209,7 +242,9 @@ fn directories_that_are_not_as_they_should_be_are_refused_with_advice() {
         }
         command.args(more).output().expect("runs")
     };
-    let nodes = ["127.0.0.1:1", "127.0.0.1:2", "127.0.0.1:3"];
+    let port = free_ports();
+    let nodes = [0, 1, 2].map(|n| format!("127.0.0.1:{}", port + n));
+    let nodes = [&*nodes[0], &nodes[1], &nodes[2]];
     for (nodes, more, advice) in [
         (&nodes[..0], &[][..], "--node"),
         (&["127.0.0.1:1", "127.0.0.1:1"], &[], "same address"),
@@ -246,8 +281,8 @@ fn directories_that_are_not_as_they_should_be_are_refused_with_advice() {
     assert!(changed(&remove("node.json")).contains("must not come back under its number"));
     assert!(changed(&write("node.json", "{")).contains("restore it from a copy"));
     assert!(changed(&remove("cluster.json")).contains("copy it from another node"));
-    assert!(changed(&remove("log/identity")).contains("must not vote any more"));
-    assert!(changed(&write("log/identity", "0")).contains("is of another node"));
+    assert!(changed(&write("begun", "")).contains("must not vote any more"));
+    assert!(changed(&write("log/identities", "1 0\n")).contains("must not vote any more"));
     assert!(changed(&remove("keys/cluster.key")).contains("copy it from another node"));
     assert!(changed(&write("node.toml", "listen = \"here\"\n[nodes]\n")).contains("HOST:PORT"));
     assert!(

@@ -445,6 +445,7 @@ async fn judge(trial: &Trial, operator: &Client, times: BTreeMap<&str, Vec<Durat
         println!("VIOLATION {what}");
     }
     ensure!(wrong.is_empty(), "{} violations", wrong.len());
+    ensure!(failed.is_empty(), "{} operations failed", failed.len());
     println!("no violations");
     Ok(())
 }

@@ -11,7 +11,7 @@ use clutch_blocks::label::Label;
 use clutch_client::{Client, ClientOptions, Observer, Reads, Registries};
 use clutch_log::{Bounds, Engine as LogEngine, Engines, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
-use clutch_log_raft::{Peers as RaftPeers, RaftEngine, Timing};
+use clutch_log_raft::{Identities, Peers as RaftPeers, RaftEngine, Timing};
 use clutch_log_sim::{Keepers, SimEngine, SimLogs};
 use clutch_log_store::{Options as StoreOptions, Store as LogStore};
 use clutch_proto::{
@@ -221,7 +221,17 @@ fn open_raft(
         recording.violation(format!("node {} cannot open {id}: {fault}", node.0));
     }
     let addresses = Arc::new(|node| Some(endpoint(NodeId(u32::try_from(node).ok()?))));
-    let peers = RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), SYSTEM_KEY, addresses);
+    let is_new = || Ok(store.groups().is_empty());
+    let opened = Identities::open(runtime, "log/identities".into(), u64::from(node.0), is_new);
+    // The disk may not answer; what was written and does not fit is a loss.
+    if let Err(error) = opened.as_ref().map_err(std::io::Error::kind).map(drop)
+        && error == std::io::ErrorKind::InvalidData
+    {
+        recording.violation(format!("node {} has lost its identity", node.0));
+    }
+    let identities = opened.ok()?;
+    let peers =
+        RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), SYSTEM_KEY, identities, addresses);
     Some((RaftEngine::new(runtime.clone(), store, peers.clone(), Timing::default()), peers))
 }
 

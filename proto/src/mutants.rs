@@ -219,6 +219,8 @@ pub enum Mutant {
     AnyProofTaken,
     /// Whoever answers is believed to have the cluster's key.
     AnyAnswerTaken,
+    /// A node that comes back with another identity is spoken to.
+    AnyIdentityTaken,
     /// A node asks every peer to prove the same.
     ChallengeRepeated,
     /// What a new leader's records replace is only taken away in memory.
@@ -241,7 +243,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 115] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 116] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -349,6 +351,7 @@ impl Mutant {
         (Mutant::CursorForgotten, &["units", "tests::reads::planted_bugs_are_found"]),
         (Mutant::AnyProofTaken, &["units", "tests::greetings::planted_bugs_are_found"]),
         (Mutant::AnyAnswerTaken, &["units", "tests::greetings::planted_bugs_are_found"]),
+        (Mutant::AnyIdentityTaken, &["units", "identities::tests::planted_bugs_are_found"]),
         (Mutant::ChallengeRepeated, &["units", "tests::greetings::planted_bugs_are_found"]),
         (Mutant::TruncationLost, &["units", "tests::nemesis::truncation::planted_bugs_are_found"]),
         (Mutant::UnsyncedAcknowledged, &["units", "tests::nemesis::sync::planted_bugs_are_found"]),

@@ -740,6 +740,15 @@ impl Starter<'_> {
     /// Refuses a log that is not the one that a state was made from.
     fn compare<M: Machine>(&self, id: LogId, applier: &Applier<M>, log: Bounds) -> Result<()> {
         let (position, crc) = applier.last_batch();
+        let batch = self.config.engines.batch(&self.chain(id), position);
+        let batch = batch.with_context(|| format!("read the log of {id}"))?;
+        let is_same = batch.as_ref().is_none_or(|batch| batch_crc(&batch.entries) == crc);
+        ensure!(
+            position <= log.last && is_same || !self.has_others(),
+            "the log of {id} here is not the one that its state at {position} was made from: it was lost in part, or is a copy of \
+             another time. This node must not vote any more, for it may have forgotten what it promised: put the right log \
+             back, or leave the node stopped"
+        );
         ensure!(
             position <= log.last,
             "the log of {id} ends at position {}, but its state is at {position}: the log is older than the state, or it is \
@@ -747,10 +756,8 @@ impl Starter<'_> {
              every log away (DIR/state), so that it is built from the log",
             log.last
         );
-        let batch = self.config.engines.batch(&self.chain(id), position);
-        let batch = batch.with_context(|| format!("read the log of {id}"))?;
         ensure!(
-            batch.is_none_or(|batch| batch_crc(&batch.entries) == crc),
+            is_same,
             "the state of {id} at position {position} was made from another log than the one that is here: one of the two \
              is a copy of another time. Put the right one back; or, to go on with this log, move the state of every log \
              away (DIR/state), so that it is built from the log"

@@ -34,6 +34,7 @@ use crate::{
     retention::Retention,
     room::Room,
     routes::Peers,
+    several::layout::Layout,
     stores::{RocksStores, StoreProvider},
 };
 
@@ -128,6 +129,18 @@ fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
     Ok(std::fs::metadata(path).is_ok_and(|named| (named.dev(), named.ino()) == (ours.dev(), ours.ino())))
 }
 
+/// Refuses the directory of a node of several, whose logs others have, too.
+pub fn refuse_node(dir: &Path) -> Result<()> {
+    ensure!(
+        !crate::several::is_node_dir(dir),
+        "{} is the directory of a node of several: start it with clutch node --config {}. What works on the logs of `clutch up` \
+         does not work on it yet",
+        dir.display(),
+        dir.join(crate::several::layout::SETTINGS_FILE).display()
+    );
+    Ok(())
+}
+
 /// Takes the lock that a process holds while it runs on a directory.
 pub fn lock(dir: &Path) -> Result<File> {
     make_durable(dir).with_context(|| format!("make {}", dir.display()))?;
@@ -162,6 +175,7 @@ impl Up {
             format!("listen on {}: choose a free address of this machine with --listen", config.listen)
         })?);
         let dir = config.dir.clone();
+        refuse_node(&dir)?;
         let (had_dir, had_lock) = (dir.exists(), dir.join("lock").exists());
         // Held while it is looked at, and while something is removed again: what another process makes is not touched.
         let lock = lock(&dir)?;
@@ -404,7 +418,10 @@ pub fn label_disk(runtime: &Runtime, dir: &Path, number: u32) -> Result<PathBuf>
     let _lock = lock(dir)?;
     let cluster = ClusterFile::read(runtime, dir)?
         .with_context(|| format!("{} has no cluster.json; name a directory of `clutch up`", dir.display()))?;
-    let services = cluster.service_ids()?;
+    let services = match crate::several::is_node_dir(dir) {
+        true => Layout::read(runtime, dir)?.disks()?.into_iter().map(|(service, _)| service).collect(),
+        false => cluster.service_ids()?,
+    };
     let service = services
         .get(number as usize)
         .with_context(|| format!("disk {number}: there are {}, counted from 0", services.len()))?;

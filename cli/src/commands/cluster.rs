@@ -35,6 +35,13 @@ pub(crate) fn init(runtime: &Runtime, args: &InitArgs) -> Result<ExitCode> {
         talk!("  note: {count} nodes bear the loss of {}, as {} do", (count - 1) / 2, count - 1);
     }
     let blocks = policy.0 + policy.1;
+    let on_one = blocks.div_ceil(count as u32);
+    if on_one > policy.1 {
+        talk!(
+            "  note: a file has up to {on_one} blocks on one node and bears the loss of {}: with a node away it cannot be read",
+            policy.1
+        );
+    }
     if *disks < blocks {
         talk!(
             "  note: files over 255 bytes need {blocks} disks and there are {disks}; writing one will be refused (no space)"

@@ -40,6 +40,7 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
             let logs = match dir {
                 Some(dir) => {
                     let runtime = clutch_runtime::production::runtime();
+                    up::refuse_node(dir)?;
                     let cluster = ClusterFile::read(&runtime, dir)?.with_context(|| {
                         format!("{} has no cluster.json; name a directory of `clutch up`", dir.display())
                     })?;
@@ -144,6 +145,7 @@ async fn list_checkpoints(client: &Client, as_json: bool) -> Result<ExitCode> {
 
 async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> Result<ExitCode> {
     let runtime = clutch_runtime::production::runtime();
+    up::refuse_node(dir)?;
     let rewind = Rewind::new(&runtime, dir)?;
     let _lock = up::lock(dir)?;
     let say = |text: String| if as_json { Ok(()) } else { output::line(text) };

@@ -1,13 +1,14 @@
 //! How two nodes get to know each other on a new stream, before a byte of consensus is looked at.
 //!
-//! Who opens the stream sends a hello: `CRAFT002`, cluster (8), the own node (8), the node that it believes to speak to (8), 32 random
-//! bytes. The other answers with 32 random bytes and a MAC over the hello and these; or with a refusal, `CRAFTNO!` and a text. The first
-//! proves in turn that it has the key, by a MAC over the same. All numbers are little-endian; a MAC is BLAKE3 under the cluster's
-//! key (32 bytes), over the purpose, the hello and the random bytes.
+//! Who opens the stream sends a hello: `CRAFT003`, cluster (8), the own node (8), the node that it believes to speak to (8), the own
+//! identity (16), 32 random bytes. The other answers with its identity (16), 32 random bytes, and a MAC over the hello and these; or
+//! with a refusal, `CRAFTNO!` and a text. The first proves in turn that it has the key, by a MAC over the same. All numbers are
+//! little-endian; a MAC is BLAKE3 under the cluster's key (32 bytes), over the purpose, the hello, the identity and the random bytes.
 //!
 //! Invariants: neither side believes the other before it has seen a MAC over bytes that it has drawn itself, so nothing that was heard
-//! on another stream is of any use; who cannot prove anything learns no more than what he has said himself. Frames are not protected after
-//! that: who can change what is on the way between nodes is not kept out.
+//! on another stream is of any use; who cannot prove anything learns whether he has found the node that he looked for, and no more. A node
+//! that has another identity than the one that was met first under its number is refused: it has lost its log, and its votes with
+//! that (`identities.rs`). Frames are not protected after that: who can change what is on the way between nodes is not kept out.
 
 use std::time::Duration;
 
@@ -16,22 +17,29 @@ use clutch_log::NodeId;
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::{PeerStream, Runtime};
 
-use crate::codec::{Malformed, Reader};
+use crate::{
+    codec::{Malformed, Reader},
+    identities::{IDENTITY_BYTES, Identities, Identity as Drawn},
+};
 
 /// How long one side waits for the other's next word.
 const PATIENCE: Duration = Duration::from_secs(2);
-const HELLO: &[u8; 8] = b"CRAFT002";
+const HELLO: &[u8; 8] = b"CRAFT003";
 const REFUSED: &[u8; 8] = b"CRAFTNO!";
 const NONCE_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
+/// What the MACs are made over, of what the answering node says: its identity, and what it has drawn.
+const DRAWN_BYTES: usize = IDENTITY_BYTES + NONCE_BYTES;
 /// A refusal's text is no longer.
 const TEXT_BYTES_MAX: usize = 512;
 
 /// What a node knows of its cluster and of itself.
 #[derive(Clone)]
-pub(crate) struct Identity {
+pub(crate) struct Me {
     pub(crate) cluster: u64,
     pub(crate) node: NodeId,
+    /// Who it is, and whom it has met.
+    pub(crate) identities: Identities,
     /// What the cluster's nodes know each other by.
     pub(crate) key: [u8; 32],
 }
@@ -42,6 +50,7 @@ pub(crate) struct Hello {
     pub(crate) cluster: u64,
     pub(crate) from: NodeId,
     pub(crate) to: NodeId,
+    pub(crate) identity: Drawn,
     pub(crate) nonce: [u8; NONCE_BYTES],
 }
 
@@ -49,6 +58,7 @@ impl Hello {
     pub(crate) fn encode(&self) -> Bytes {
         let mut bytes = BytesMut::from(&HELLO[..]);
         [self.cluster, self.from, self.to].into_iter().for_each(|number| bytes.put_u64_le(number));
+        bytes.put_slice(&self.identity);
         bytes.put_slice(&self.nonce);
         bytes.freeze()
     }
@@ -59,7 +69,7 @@ impl Hello {
             return Err(Malformed("no stream between members of logs of this build"));
         }
         let (cluster, node, to) = (from.u64()?, from.u64()?, from.u64()?);
-        let hello = Hello { cluster, from: node, to, nonce: from.array()? };
+        let hello = Hello { cluster, from: node, to, identity: from.array()?, nonce: from.array()? };
         from.end()?;
         Ok(hello)
     }
@@ -107,25 +117,28 @@ async fn next(runtime: &Runtime, stream: &mut PeerStream) -> Result<Bytes, Strin
 /// When it refuses, or does not know the cluster's key.
 pub(crate) async fn open(
     runtime: &Runtime,
-    me: &Identity,
+    me: &Me,
     to: NodeId,
     stream: &mut PeerStream,
 ) -> Result<(), String> {
-    let hello = Hello { cluster: me.cluster, from: me.node, to, nonce: nonce(runtime) }.encode();
+    let (identity, nonce) = (me.identities.own(), nonce(runtime));
+    let hello = Hello { cluster: me.cluster, from: me.node, to, identity, nonce }.encode();
     let gone = |_| "it ends the stream".to_owned();
     stream.sender.send(hello.clone()).await.map_err(gone)?;
     let answer = next(runtime, stream).await?;
     if let Some(text) = answer.strip_prefix(&REFUSED[..]) {
         return Err(String::from_utf8_lossy(&text[..text.len().min(TEXT_BYTES_MAX)]).into_owned());
     }
-    if answer.len() != NONCE_BYTES + MAC_BYTES {
+    if answer.len() != DRAWN_BYTES + MAC_BYTES {
         return Err("it speaks another language".into());
     }
-    let (drawn, proven) = answer.split_at(NONCE_BYTES);
+    let (drawn, proven) = answer.split_at(DRAWN_BYTES);
     if !is_same(proven, mac(&me.key, Purpose::Answer, &hello, drawn)) && !mutants::is(Mutant::AnyAnswerTaken)
     {
         return Err("it has another key than this node (keys/cluster.key)".into());
     }
+    let found = Drawn::try_from(&drawn[..IDENTITY_BYTES]).expect("so many bytes were taken");
+    me.identities.meet(runtime, to, found).await?;
     let proof = mac(&me.key, Purpose::Proof, &hello, drawn);
     stream.sender.send(Bytes::copy_from_slice(&proof)).await.map_err(gone)
 }
@@ -134,24 +147,20 @@ pub(crate) async fn open(
 ///
 /// # Errors
 /// When it is none of the cluster's, or wants another.
-pub(crate) async fn accept(
-    runtime: &Runtime,
-    me: &Identity,
-    stream: &mut PeerStream,
-) -> Result<NodeId, String> {
+pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) -> Result<NodeId, String> {
     let first = next(runtime, stream).await?;
     let said = Hello::decode(first.clone()).map_err(|error| error.to_string()).and_then(|hello| {
-        let Hello { cluster, from, to, .. } = hello;
+        let Hello { cluster, from, to, identity, .. } = hello;
         match (cluster == me.cluster, to == me.node) {
             (false, _) => Err(format!("node {from} is of cluster {cluster:016x}, not of this one")),
             (_, false) => {
-                Err(format!("node {from} looks for node {to}; this is node {}: correct its address", me.node))
+                Err(format!("node {from} looks for node {to}, which is another: correct its address"))
             }
-            (true, true) => Ok(from),
+            (true, true) => Ok((from, identity)),
         }
     });
-    let from = match said {
-        Ok(from) => from,
+    let (from, identity) = match said {
+        Ok(said) => said,
         Err(why) => {
             let text = [&REFUSED[..], &why.as_bytes()[..why.len().min(TEXT_BYTES_MAX)]].concat();
             // It may have gone.
@@ -160,7 +169,8 @@ pub(crate) async fn accept(
         }
     };
     let drawn = if mutants::is(Mutant::ChallengeRepeated) { [7; NONCE_BYTES] } else { nonce(runtime) };
-    let answer = [drawn, mac(&me.key, Purpose::Answer, &first, &drawn)].concat();
+    let drawn = [&me.identities.own()[..], &drawn].concat();
+    let answer = [&drawn[..], &mac(&me.key, Purpose::Answer, &first, &drawn)].concat();
     let gone = |_| "it ends the stream".to_owned();
     stream.sender.send(answer.into()).await.map_err(gone)?;
     let proof = next(runtime, stream).await?;
@@ -169,5 +179,6 @@ pub(crate) async fn accept(
             "who says that it is node {from} has another key than this node (keys/cluster.key)"
         ));
     }
+    me.identities.meet(runtime, from, identity).await?;
     Ok(from)
 }

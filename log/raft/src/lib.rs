@@ -13,6 +13,7 @@ mod codec;
 mod delivered;
 mod events;
 mod greeting;
+mod identities;
 mod log;
 mod member;
 mod messages;
@@ -33,6 +34,7 @@ use clutch_log_store::{RecordKind, Store};
 use clutch_runtime::Runtime;
 use openraft::{Config, EmptyNode, SnapshotPolicy};
 
+pub use identities::Identities;
 pub use log::RaftLog;
 use member::{Member, Parts};
 pub use peers::{Addresses, Peers};

@@ -24,7 +24,8 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     codec::{Form, Frame, Kind},
-    greeting::{self, Identity},
+    greeting::{self, Me},
+    identities::Identities,
 };
 
 /// A group as the streams see it.
@@ -68,7 +69,7 @@ struct Asked {
 /// The streams of one node.
 pub struct Peers {
     runtime: Runtime,
-    me: Identity,
+    me: Me,
     addresses: Addresses,
     links: Mutex<BTreeMap<NodeId, mpsc::UnboundedSender<Asked>>>,
     groups: Mutex<BTreeMap<u64, Arc<dyn Group>>>,
@@ -107,11 +108,12 @@ impl Peers {
         cluster: u64,
         node: NodeId,
         key: [u8; 32],
+        identities: Identities,
         addresses: Addresses,
     ) -> Arc<Peers> {
         Arc::new(Peers {
             runtime,
-            me: Identity { cluster, node, key },
+            me: Me { cluster, node, identities, key },
             addresses,
             links: Mutex::default(),
             groups: Mutex::default(),

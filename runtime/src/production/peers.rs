@@ -99,10 +99,15 @@ fn begin(stream: TcpStream, short: u64) -> (PeerStream, impl Future<Output = ()>
     let (given, receiver) = mpsc::channel(WAITING_MAX);
     let moves = async move {
         let (from, to) = stream.into_split();
+        let mut writing = std::pin::pin!(write(to, frames));
         let ended = tokio::select! {
             ended = read(from, &given, short) => ended,
-            ended = write(to, frames) => ended,
-            () = given.closed() => Ok(()),
+            ended = &mut writing => ended,
+            // What was said before, perhaps why, still goes out.
+            () = given.closed() => {
+                let rest = tokio::time::timeout(CONNECT_TIMEOUT, writing).await;
+                rest.unwrap_or(Ok(()))
+            }
         };
         if let Err(error) = ended {
             tracing::debug!(%error, "a stream between nodes ends");

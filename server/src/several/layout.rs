@@ -5,14 +5,13 @@
 //! DIR/node.json        which node of which cluster it is; never changed
 //! DIR/cluster.json     what the cluster is made of, the same on all nodes
 //! DIR/keys/            the cluster's key and those of all block services, mode 0600
-//! DIR/log/identity     whose logs these are
 //! DIR/blocks/<n>/      the n-th disk of this node
 //! ```
 //!
-//! and what a node makes itself: `lock`, `chains`, `clock`, `log/`, `state/`.
+//! and what a node makes itself: `lock`, `chains`, `clock`, `log/` with `identities`, `state/`, and `begun` when it has begun to keep logs.
 //!
-//! Invariant: a node whose logs are not those that its `node.json` tells of does not start, for a member whose log is gone has
-//! forgotten its votes.
+//! Invariant: a node that has begun does not start without its logs, for a member whose log is gone has forgotten its votes; and one
+//! that begins anew under its number, in a directory as it was made at first, is refused by those who have met it before.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -48,8 +47,6 @@ pub struct NodeFile {
     pub cluster: String,
     /// Its number in the cluster.
     pub node: NodeId,
-    /// Drawn when the directory was made: another one with the same number is another node.
-    pub identity: String,
     /// The nodes that the logs' first members are on.
     pub founders: Vec<NodeId>,
     /// Its disks, in hexadecimal: the n-th, counted from 0, lies in `blocks/n`.
@@ -116,7 +113,7 @@ impl Settings {
             let node = number.parse().ok().filter(|node: &NodeId| *node > 0);
             let node = node.with_context(|| format!("[nodes]: {number:?} is not the number of a node"))?;
             check_address(address).with_context(|| format!("[nodes]: node {node}"))?;
-            nodes.insert(node, address.clone());
+            ensure!(nodes.insert(node, address.clone()).is_none(), "[nodes]: node {node} is there twice");
         }
         Ok(nodes)
     }
@@ -207,16 +204,6 @@ impl Layout {
         ensure!(
             self.file.disks.iter().all(|disk| known.contains(disk)),
             "node.json names disks that cluster.json does not: put back the ones that belong together"
-        );
-        let path = self.dir.join("log").join("identity");
-        let found = fs::read_to_string(&path).unwrap_or_default();
-        ensure!(
-            found.trim() == self.file.identity,
-            "{} {}: this is not the log of node {}. Put its log back. If that is lost, the node must not vote any more: what it \
-             promised is lost, too, and acknowledged work could be undone. Its number is not used again",
-            path.display(),
-            if found.is_empty() { "is missing" } else { "is of another node" },
-            self.file.node
         );
         Ok(())
     }
@@ -324,7 +311,6 @@ impl NewCluster {
             layout: LAYOUT,
             cluster: cluster.cluster.clone(),
             node: number as NodeId,
-            identity: format!("{:016x}{:016x}", runtime.random.u64(), runtime.random.u64()),
             founders: (1..=self.nodes.len() as NodeId).collect(),
             disks: self.disks_of(cluster, number),
         };
@@ -333,9 +319,7 @@ impl NewCluster {
             let label = Label { cluster: cluster.cluster_id()?, service, created: runtime.clock.now() };
             label.write(disk, &dir.join("blocks").join(n.to_string()))?;
         }
-        let log = dir.join("log");
-        disk.create_dir_all(&log)?;
-        disk.replace(&log.join("identity"), format!("{}\n", file.identity).as_bytes())?;
+        disk.create_dir_all(&dir.join("log"))?;
         disk.create_dir_all(&dir.join("state"))?;
         disk.replace(&dir.join(NODE_FILE), &serde_json::to_vec_pretty(&file)?)?;
         disk.replace(&dir.join(SETTINGS_FILE), self.settings_of(number).as_bytes())?;

@@ -16,7 +16,7 @@ use anyhow::{Context as _, Result, bail};
 use clutch_client::Registries;
 use clutch_client_maintenance::collector::{self, CollectOptions};
 use clutch_log::{Engines, LogId, NodeId};
-use clutch_log_raft::{Peers as Streams, RaftEngine, Timing};
+use clutch_log_raft::{Identities, Peers as Streams, RaftEngine, Timing};
 use clutch_log_store::{Options, Store};
 use clutch_proto::{
     admin::{AdminRequest, Status, admin_request::Op},
@@ -36,6 +36,8 @@ use crate::{
     up,
 };
 
+/// A file that is there since the node has begun to keep logs.
+const BEGUN: &str = "begun";
 /// The engine that logs begin with here.
 const RAFT: &str = "raft";
 
@@ -66,10 +68,10 @@ impl Several {
     pub async fn start(runtime: Runtime, options: StartOptions) -> Result<Several> {
         let layout = Layout::read(&runtime, &options.settings)?;
         let listen = &layout.settings.listen;
+        let lock = up::lock(&layout.dir)?;
         drop(tokio::net::TcpListener::bind(listen).await.with_context(|| {
             format!("listen on {listen}: say a free address of this machine in node.toml")
         })?);
-        let lock = up::lock(&layout.dir)?;
         let started = start_on(&runtime, &layout, &options).await;
         let (node, stores) = started
             .with_context(|| format!("start node {} in {}", layout.file.node, layout.dir.display()))?;
@@ -77,13 +79,13 @@ impl Several {
         if collector > 0 {
             runtime.spawn(
                 "collector",
-                collect(node.client().sibling(), own(&layout), Duration::from_secs(collector)),
+                collect(node.client().sibling(), node.endpoint().clone(), Duration::from_secs(collector)),
             );
         }
         if let Some(keep) = options.retain_log {
             let client = node.client().sibling();
             let logs = logs(layout.cluster.shards);
-            let retention = Retention { client, at: own(&layout), stores, logs, keep };
+            let retention = Retention { client, at: node.endpoint().clone(), stores, logs, keep };
             runtime.spawn("retention", retention.run(node.clock().clone()));
         }
         up::keep_clock_file(&runtime, &layout.dir, node.clock());
@@ -112,11 +114,6 @@ fn logs(shards: u32) -> Vec<LogId> {
     [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..shards).map(LogId::shard)).collect()
 }
 
-/// Where this node can be asked.
-fn own(layout: &Layout) -> Endpoint {
-    layout.advertised().as_str().into()
-}
-
 /// Opens the store of all logs, and the engine on it.
 async fn open_engine(
     runtime: &Runtime,
@@ -141,9 +138,26 @@ async fn open_engine(
              vote any more: do not remove the log, and let the node rest until it can be replaced"
         );
     }
+    let (seam, path, node) = (runtime.clone(), layout.dir.join("log").join("identities"), layout.file.node);
+    let (has_logs, begun) = (!store.groups().is_empty(), layout.dir.join(BEGUN));
+    let identities = tokio::task::spawn_blocking(move || {
+        let is_new = || Ok(!has_logs && !seam.disk.exists(&begun));
+        let identities = Identities::open(&seam, path, node, is_new)?;
+        // From now on a node without logs is one that has lost them.
+        seam.disk.replace(&begun, b"")?;
+        Ok::<_, std::io::Error>(identities)
+    });
+    let identities = identities.await?.with_context(|| {
+        format!(
+            "the log in {} is not the one that this node has kept. Put its log back. If that is lost, the node must not vote any \
+             more: what it promised is lost, too, and acknowledged work could be undone",
+            layout.dir.join("log").display()
+        )
+    })?;
     let nodes = layout.nodes.clone();
     let address = move |node: NodeId| nodes.get(&node).map(|address| Endpoint::from(address.as_str()));
-    let streams = Streams::new(runtime.clone(), cluster, layout.file.node, key, Arc::new(address));
+    let streams =
+        Streams::new(runtime.clone(), cluster, layout.file.node, key, identities, Arc::new(address));
     Ok((RaftEngine::new(runtime.clone(), store, streams.clone(), Timing::default()), streams))
 }
 
@@ -222,8 +236,10 @@ async fn collect(client: clutch_client::Client, own: Endpoint, pause: Duration) 
         clock.sleep(pause).await;
         let request = AdminRequest { op: Some(Op::Status(Status {})) };
         let asked = client.admin_at(own.clone(), Role::Registry, 0, request).await;
-        if asked.ok().and_then(|reply| reply.status).is_some_and(|status| status.leading) {
-            collector::pass(&client, &options).await;
+        match asked.map(|reply| reply.status.is_some_and(|status| status.leading)) {
+            Ok(true) => collector::pass(&client, &options).await,
+            Ok(false) => {}
+            Err(error) => tracing::warn!(%error, "ask this node whether it is to collect"),
         }
     }
 }

@@ -9,14 +9,18 @@ use clutch_runtime::{
 use parking_lot::Mutex;
 
 use super::*;
-use crate::greeting::{self, Hello, Identity};
+use crate::{
+    Identities,
+    greeting::{self, Hello, Me},
+};
 
 const CLUSTER: u64 = 7;
 const KEY: [u8; 32] = [5; 32];
 const AT: &str = "greeted";
 
-fn identity(cluster: u64, node: NodeId, key: u8) -> Identity {
-    Identity { cluster, node, key: [key; 32] }
+fn identity(runtime: &Runtime, cluster: u64, node: NodeId, key: u8) -> Me {
+    let identities = Identities::open(runtime, "identities".into(), node, || Ok(true)).expect("is there");
+    Me { cluster, node, identities, key: [key; 32] }
 }
 
 /// Greets whoever comes, and writes down what came of it.
@@ -30,7 +34,7 @@ impl Handler for Greets {
     fn accept(&self, mut stream: PeerStream) {
         let (runtime, greeted) = (self.0.clone(), self.1.clone());
         self.0.spawn("greets", async move {
-            let me = identity(CLUSTER, 1, KEY[0]);
+            let me = identity(&runtime, CLUSTER, 1, KEY[0]);
             let outcome = greeting::accept(&runtime, &me, &mut stream).await;
             greeted.lock().push(outcome);
             // It stays open while the other looks.
@@ -62,7 +66,9 @@ fn meet(opener: Opener) -> (Option<Result<NodeId, String>>, Result<(), String>) 
 /// One that does as it should, as somebody.
 fn honest(cluster: u64, to: NodeId, key: u8) -> Opener {
     Box::new(move |runtime, mut stream| {
-        Box::pin(async move { greeting::open(&runtime, &identity(cluster, 2, key), to, &mut stream).await })
+        Box::pin(async move {
+            greeting::open(&runtime, &identity(&runtime, cluster, 2, key), to, &mut stream).await
+        })
     })
 }
 
@@ -93,7 +99,7 @@ fn overheard() -> Vec<Bytes> {
             let (own, mut taken) = tokio::sync::mpsc::channel::<Bytes>(4);
             let (given, from_other) = tokio::sync::mpsc::channel(4);
             let mut stream = PeerStream { sender: own, receiver: from_other };
-            let me = identity(CLUSTER, 2, KEY[0]);
+            let me = identity(&runtime, CLUSTER, 2, KEY[0]);
             let relay = async {
                 while let Some(frame) = taken.recv().await {
                     on_the_way.lock().push(frame.clone());
@@ -131,7 +137,7 @@ fn believes(answer: Bytes) -> bool {
         let (answers, receiver) = tokio::sync::mpsc::channel(4);
         answers.send(answer).await.expect("there is room");
         let mut stream = PeerStream { sender, receiver };
-        let opened = greeting::open(&runtime, &identity(CLUSTER, 2, KEY[0]), 1, &mut stream).await;
+        let opened = greeting::open(&runtime, &identity(&runtime, CLUSTER, 2, KEY[0]), 1, &mut stream).await;
         asked.close();
         opened
     });
@@ -151,7 +157,7 @@ fn wrong() -> Vec<&'static str> {
         let (greeted, opened) = meet(honest(cluster, to, key));
         check(what, matches!(greeted, Some(Err(_))) && opened.is_err());
     }
-    let hello = Hello { cluster: CLUSTER, from: 2, to: 1, nonce: [9; 32] }.encode();
+    let hello = Hello { cluster: CLUSTER, from: 2, to: 1, identity: [4; 16], nonce: [9; 32] }.encode();
     let said = overheard();
     let heard: Arc<Mutex<Vec<Bytes>>> = Arc::default();
     for (what, frames) in [
@@ -170,17 +176,44 @@ fn wrong() -> Vec<&'static str> {
     let heard: Arc<Mutex<Vec<Bytes>>> = Arc::default();
     meet(saying(vec![hello.clone()], heard.clone())).1.expect("it says what it is told");
     let own = heard.lock().pop().expect("it answers a hello");
-    let (greeted, _) = meet(saying(vec![hello, own.slice(32..)], Arc::default()));
+    let (greeted, _) = meet(saying(vec![hello, own.slice(48..)], Arc::default()));
     check("its own answer", matches!(greeted, Some(Err(_))));
     check("an answer to somebody else", !believes(own));
-    check("a made-up answer", !believes(Bytes::from_static(&[3; 64])));
-    check("an answer that is cut off", !believes(Bytes::from_static(&[3; 63])));
+    check("a made-up answer", !believes(Bytes::from_static(&[3; 80])));
+    check("an answer that is cut off", !believes(Bytes::from_static(&[3; 79])));
     wrong
 }
 
 #[test]
 fn only_who_has_the_key_is_let_in_and_believed() {
     assert_eq!(wrong(), Vec::<&str>::new());
+}
+
+#[test]
+fn a_node_that_was_another_before_is_spoken_to_by_nobody() {
+    let world = World::new(1);
+    let [one, two, three] = [1, 2, 3].map(|node| world.node(SimNode(node)));
+    let greeted: Arc<Mutex<Vec<Result<NodeId, String>>>> = Arc::default();
+    let handler = Arc::new(Greets(one.clone(), greeted.clone()));
+    let again = Arc::new(Greets(three.clone(), Arc::default()));
+    let opened = world.run(SimNode(2), Duration::from_secs(60), async move {
+        let _first = one.network.listen(&AT.into(), handler).await.expect("a free name");
+        let _second = three.network.listen(&"again".into(), again).await.expect("a free name");
+        let open = async |runtime: &Runtime, at: &str| {
+            let mut stream = runtime.network.open(&at.into()).await.expect("it listens");
+            let me = identity(runtime, CLUSTER, 2, KEY[0]);
+            let opened = greeting::open(runtime, &me, 1, &mut stream).await;
+            runtime.clock.sleep(Duration::from_secs(5)).await;
+            opened
+        };
+        // Node 2, then another disk under its number; and another disk under the number of node 1.
+        (open(&two, AT).await, open(&three, AT).await, open(&two, "again").await)
+    });
+    let (first, _, other) = opened.expect("ends");
+    assert_eq!(first, Ok(()));
+    assert!(other.is_err_and(|why| why.contains("forgotten its votes")));
+    let greeted = std::mem::take(&mut *greeted.lock());
+    assert!(matches!(&greeted[..], [Ok(2), Err(why)] if why.contains("forgotten its votes")), "{greeted:?}");
 }
 
 #[test]
@@ -196,11 +229,11 @@ fn planted_bugs_are_found() {
 
 #[test]
 fn greetings_have_their_golden_bytes() {
-    let hello = Hello { cluster: 7, from: 1, to: 2, nonce: [0xab; 32] };
+    let hello = Hello { cluster: 7, from: 1, to: 2, identity: [0xcd; 16], nonce: [0xab; 32] };
     let bytes = hello.encode();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    let start = "4352414654303032070000000000000001000000000000000200000000000000";
-    assert_eq!(hex, format!("{start}{}", "ab".repeat(32)));
+    let start = "4352414654303033070000000000000001000000000000000200000000000000";
+    assert_eq!(hex, format!("{start}{}{}", "cd".repeat(16), "ab".repeat(32)));
     assert_eq!(Hello::decode(bytes.clone()).ok(), Some(hello));
     for length in 0..bytes.len() {
         assert!(Hello::decode(bytes.slice(..length)).is_err(), "{length} bytes");

@@ -15,11 +15,16 @@ use clutch_runtime::{
 };
 use parking_lot::Mutex;
 
-use crate::{Peers, RaftEngine, RaftLog, Timing, parameters};
+use crate::{Identities, Peers, RaftEngine, RaftLog, Timing, parameters};
 
 pub(super) const PATIENCE: Duration = Duration::from_secs(30);
 pub(super) const CLUSTER: u64 = 7;
 pub(super) const KEY: [u8; 32] = [5; 32];
+
+/// Whom a node has met.
+pub(super) fn identities(runtime: &Runtime, node: NodeId) -> Identities {
+    Identities::open(runtime, "identities".into(), node, || Ok(true)).expect("is there")
+}
 
 /// Takes streams, and nothing else.
 struct Accepts(Arc<Peers>);
@@ -73,7 +78,7 @@ impl Nodes {
         let on = runtime.clone();
         runtime.spawn("boot", async move {
             let addresses = Arc::new(|node| Some(endpoint(node)));
-            let peers = Peers::new(on.clone(), CLUSTER, node, KEY, addresses);
+            let peers = Peers::new(on.clone(), CLUSTER, node, KEY, identities(&on, node), addresses);
             let handler = Arc::new(Accepts(peers.clone()));
             let listening = on.network.listen(&endpoint(node), handler).await.expect("a free name");
             let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };

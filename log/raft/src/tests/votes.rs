@@ -41,7 +41,14 @@ fn votes_twice(seeds: u64) -> u64 {
             nodes.leader(None).await;
             let (member, runtime) = (1, nodes.driver());
             let addresses = Arc::new(|node| Some(format!("node{node}").as_str().into()));
-            let peers = Peers::new(runtime, group::CLUSTER, 9, group::KEY, addresses);
+            let peers = Peers::new(
+                runtime.clone(),
+                group::CLUSTER,
+                9,
+                group::KEY,
+                group::identities(&runtime, 9),
+                addresses,
+            );
             // The others are gone, so that nobody else's reign comes in between.
             [2, 3].into_iter().for_each(|node| nodes.crash(node));
             // Of the writes that follow one is the vote.

@@ -1,0 +1,188 @@
+//! Who a node is, and whom it has met under each number.
+//!
+//! An identity is drawn when a node begins to keep logs, and lies beside them. A node whose logs were lost, or were copied back from
+//! another time or place, comes with another one, and nobody speaks to it: it has forgotten its votes.
+//!
+//! File: a line for each node, the own one first (`NODE IDENTITY`, a number and 32 hexadecimal digits), and CRC-32 of these lines, 8
+//! hexadecimal digits.
+//!
+//! Invariant: a node that was met is on the disk before anything that it says counts.
+
+use std::{collections::BTreeMap, fmt::Write as _, io, path::PathBuf, sync::Arc};
+
+use clutch_log::NodeId;
+use clutch_proto::mutants::{self, Mutant};
+use clutch_runtime::{Disk, Runtime};
+use parking_lot::Mutex;
+
+pub(crate) const IDENTITY_BYTES: usize = 16;
+/// Drawn once for each disk that keeps logs.
+pub(crate) type Identity = [u8; IDENTITY_BYTES];
+
+/// The identities that a node knows; cheap to clone.
+#[derive(Clone)]
+pub struct Identities {
+    disk: Arc<dyn Disk>,
+    path: PathBuf,
+    node: NodeId,
+    own: Identity,
+    met: Arc<Mutex<BTreeMap<NodeId, Identity>>>,
+}
+
+fn encode(node: NodeId, own: &Identity, met: &BTreeMap<NodeId, Identity>) -> String {
+    let mut text = String::new();
+    for (node, identity) in std::iter::once((&node, own)).chain(met) {
+        let digits: String = identity.iter().map(|byte| format!("{byte:02x}")).collect();
+        // Writing to a string does not fail.
+        let _ = writeln!(text, "{node} {digits}");
+    }
+    let crc = crc32fast::hash(text.as_bytes());
+    format!("{text}{crc:08x}\n")
+}
+
+/// The lines of a file; `None` when it is damaged.
+fn decode(bytes: &[u8]) -> Option<Vec<(NodeId, Identity)>> {
+    let text = std::str::from_utf8(bytes).ok()?;
+    let (lines, crc) = text.strip_suffix('\n')?.rsplit_once('\n')?;
+    let lines = format!("{lines}\n");
+    if crc != format!("{:08x}", crc32fast::hash(lines.as_bytes())) {
+        return None;
+    }
+    let line = |line: &str| {
+        let (node, digits) = line.split_once(' ')?;
+        let mut identity = Identity::default();
+        for (at, byte) in identity.iter_mut().enumerate() {
+            *byte = u8::from_str_radix(digits.get(2 * at..2 * at + 2)?, 16).ok()?;
+        }
+        Some((node.parse().ok()?, identity)).filter(|_| digits.len() == 2 * IDENTITY_BYTES)
+    };
+    lines.lines().map(line).collect()
+}
+
+impl Identities {
+    /// Those of a file, or a new one of a node that has kept nothing yet: `is_new` says whether that is so. Blocks on the disk.
+    ///
+    /// # Errors
+    /// When the file cannot be read, is damaged, is another node's, or is missing although there are logs.
+    pub fn open(
+        runtime: &Runtime,
+        path: PathBuf,
+        node: NodeId,
+        is_new: impl FnOnce() -> io::Result<bool>,
+    ) -> io::Result<Identities> {
+        let disk = runtime.disk.clone();
+        let damaged =
+            |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("{} {what}", path.display()));
+        let (own, met) = if disk.exists(&path) {
+            let mut known = decode(&disk.read(&path)?).ok_or_else(|| damaged("is damaged"))?.into_iter();
+            match known.next() {
+                Some((own_node, own)) if own_node == node => (own, known.collect()),
+                _ => return Err(damaged("is of another node")),
+            }
+        } else {
+            if !is_new()? {
+                return Err(damaged("is missing, and there are logs"));
+            }
+            let mut own = Identity::default();
+            runtime.random.fill(&mut own);
+            disk.replace(&path, encode(node, &own, &BTreeMap::new()).as_bytes())?;
+            (own, BTreeMap::new())
+        };
+        Ok(Identities { disk, path, node, own, met: Arc::new(Mutex::new(met)) })
+    }
+
+    /// The node's own.
+    pub(crate) fn own(&self) -> Identity {
+        self.own
+    }
+
+    /// Takes note of a node that has proven that it is of the cluster.
+    ///
+    /// # Errors
+    /// When another one was met under its number.
+    pub(crate) async fn meet(
+        &self,
+        runtime: &Runtime,
+        node: NodeId,
+        identity: Identity,
+    ) -> Result<(), String> {
+        let this = self.clone();
+        let met = runtime.blocking(move || this.meet_on_disk(node, identity)).await;
+        met.unwrap_or_else(|| Err("this node stops".into()))
+    }
+
+    fn meet_on_disk(&self, node: NodeId, identity: Identity) -> Result<(), String> {
+        let mut met = self.met.lock();
+        match met.get(&node) {
+            Some(known) if *known == identity || mutants::is(Mutant::AnyIdentityTaken) => Ok(()),
+            Some(_) => Err(format!(
+                "node {node} is not the one that was met under its number before: its logs were lost or replaced, so it has \
+                 forgotten its votes and must not come back under that number"
+            )),
+            None => {
+                let mut all = met.clone();
+                all.insert(node, identity);
+                let text = encode(self.node, &self.own, &all);
+                self.disk.replace(&self.path, text.as_bytes()).map_err(|error| error.to_string())?;
+                *met = all;
+                Ok(())
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use clutch_runtime::simulated::{NodeId as SimNode, World};
+
+    use super::*;
+
+    #[test]
+    fn golden_identities_and_every_flip() {
+        let met = BTreeMap::from([(2, [0xab; IDENTITY_BYTES]), (10, [1; IDENTITY_BYTES])]);
+        let bytes = encode(1, &[7; IDENTITY_BYTES], &met).into_bytes();
+        let lines = ["1 07070707070707070707070707070707", "2 abababababababababababababababab"];
+        assert!(String::from_utf8_lossy(&bytes).starts_with(&lines.join("\n")));
+        let read = decode(&bytes).expect("reads");
+        assert_eq!(read, [(1, [7; 16]), (2, [0xab; 16]), (10, [1; 16])]);
+        for bit in 0..bytes.len() * 8 {
+            let mut flipped = bytes.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            assert_eq!(decode(&flipped), None, "bit {bit}");
+        }
+    }
+
+    /// Whether a node is refused that comes with another identity than before, also by one that was started again.
+    fn is_refused() -> bool {
+        let world = World::new(1);
+        let runtime = world.node(SimNode(1));
+        let open = |is_new: bool| Identities::open(&runtime, "identities".into(), 1, || Ok(is_new));
+        let identities = open(true).expect("is made");
+        identities.meet_on_disk(2, [1; 16]).expect("the first one");
+        identities.meet_on_disk(2, [1; 16]).expect("the same again");
+        let again = open(false).expect("is there");
+        assert_eq!(again.own(), identities.own());
+        again.meet_on_disk(2, [2; 16]).is_err() && identities.meet_on_disk(2, [2; 16]).is_err()
+    }
+
+    #[test]
+    fn who_has_lost_its_logs_is_refused() {
+        assert!(is_refused());
+        let world = World::new(2);
+        let runtime = world.node(SimNode(1));
+        let path = Path::new("identities").to_owned();
+        assert!(Identities::open(&runtime, path.clone(), 1, || Ok(false)).is_err(), "there are logs");
+        Identities::open(&runtime, path.clone(), 1, || Ok(true)).expect("is made");
+        assert!(Identities::open(&runtime, path, 3, || Ok(false)).is_err(), "it is node 1's");
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::AnyIdentityTaken));
+        let (is_planted, is_refused) = (mutants::planted().is_some(), is_refused());
+        mutants::plant(None);
+        assert_ne!(is_planted, is_refused);
+    }
+}

@@ -31,7 +31,7 @@ registry=127.0.0.1:$port,127.0.0.1:$((port + 1)),127.0.0.1:$((port + 2))
 # may be another's by now.
 runs() {
     [ -f "$dir/n$1/pid" ] || return 1
-    tr "\\0" " " <"/proc/$(cat "$dir/n$1/pid")/cmdline" 2>/dev/null | grep -qF -- "$dir/n$1/node.toml"
+    { tr '\0' ' ' <"/proc/$(cat "$dir/n$1/pid")/cmdline"; } 2>/dev/null | grep -qF -- "$dir/n$1/node.toml"
 }
 
 start() {

@@ -130,9 +130,10 @@ impl Client {
         // Patience is for the whole of it, however often it is tried.
         let clock = self.inner.runtime.clock.clone();
         let end = clock.monotonic().saturating_add(self.inner.options.patience);
+        let mut trying = Trying { end, failed: Vec::new() };
         loop {
             let encoded = less.as_ref().unwrap_or(encoded);
-            match self.write_span_as(to, offset, encoded, storage_class, never, end).await {
+            match self.write_span_as(to, offset, encoded, storage_class, never, &mut trying).await {
                 // Disks are missing: bytes with less parity are better than none, as long as they have some.
                 Err(error) if error.code() == Some(Code::NoSpace) && encoded.shape.parity_blocks > 1 => {
                     self.inner.runtime.note("write: a span gets less parity than its policy says");
@@ -169,15 +170,16 @@ impl Client {
         encoded: &Encoded,
         storage_class: u32,
         never: &Never,
-        end: Duration,
+        trying: &mut Trying,
     ) -> Result<Span, ClientError> {
+        let end = trying.end;
         let mut avoid = never.services.clone();
-        avoid.extend(self.suspects().into_iter().filter(|service| !never.services.contains(service)));
-        avoid.truncate(AVOID_MAX);
+        add(&mut avoid, &self.suspects());
+        // Those that failed a while ago for this span are no better for not being suspects any more.
+        add(&mut avoid, &trying.failed);
         let mut failures: Vec<String> = Vec::new();
         let clock = self.inner.runtime.clock.clone();
-        let mut may_pass = false;
-        let mut pause = PLACEMENT_PAUSE_MIN;
+        let (mut may_pass, mut pause) = (false, PLACEMENT_PAUSE_MIN);
         let began = clock.monotonic();
         for attempt in 0.. {
             if attempt > 0 && (clock.monotonic() >= end || attempt >= PLACEMENTS_MAX && !may_pass) {
@@ -243,9 +245,8 @@ impl Client {
                     failures.truncate(FAILURES_SHOWN);
                     for (service, error) in failed {
                         self.suspect(service);
-                        if !avoid.contains(&service) && avoid.len() < AVOID_MAX {
-                            avoid.push(service);
-                        }
+                        add(&mut avoid, &[service]);
+                        add(&mut trying.failed, &[service]);
                         failures.push(format!("service {service:016x}: {error}"));
                     }
                 }
@@ -319,6 +320,23 @@ impl Client {
         let codec = Arc::new(codec);
         codecs.insert((data_blocks, parity_blocks), codec.clone());
         Ok(codec)
+    }
+}
+
+/// How far the writing of a span has come.
+struct Trying {
+    /// When it is given up.
+    end: Duration,
+    /// Services that have failed for it.
+    failed: Vec<u64>,
+}
+
+/// Adds services, each once, as many as may be avoided.
+fn add(to: &mut Vec<u64>, services: &[u64]) {
+    for service in services {
+        if !to.contains(service) && to.len() < AVOID_MAX {
+            to.push(*service);
+        }
     }
 }
 

@@ -28,6 +28,7 @@ use crate::{
     ClusterFile, clock_file,
     replay::{self, Places, Report, Until},
     stores::RocksStores,
+    up,
 };
 
 /// What becomes of one log.
@@ -73,9 +74,7 @@ impl Rewind {
     /// # Errors
     /// It is none.
     pub fn new(runtime: &Runtime, dir: &Path) -> Result<Rewind> {
-        let cluster = ClusterFile::read(runtime, dir)?.with_context(|| {
-            format!("{} has no cluster.json; name a directory of `clutch up`", dir.display())
-        })?;
+        let cluster = up::cluster_in(runtime, dir)?;
         Ok(Rewind { runtime: runtime.clone(), dir: dir.to_owned(), cluster })
     }
 

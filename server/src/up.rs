@@ -130,7 +130,7 @@ fn is_at(file: &File, path: &Path) -> std::io::Result<bool> {
 }
 
 /// Refuses the directory of a node of several, whose logs others have, too.
-pub fn refuse_node(dir: &Path) -> Result<()> {
+fn refuse_node(dir: &Path) -> Result<()> {
     ensure!(
         !crate::several::is_node_dir(dir),
         "{} is the directory of a node of several: start it with clutch node --config {}. What works on the logs of `clutch up` \
@@ -139,6 +139,13 @@ pub fn refuse_node(dir: &Path) -> Result<()> {
         dir.join(crate::several::layout::SETTINGS_FILE).display()
     );
     Ok(())
+}
+
+/// What a directory of `up` holds, for commands that work on it.
+pub fn cluster_in(runtime: &Runtime, dir: &Path) -> Result<ClusterFile> {
+    refuse_node(dir)?;
+    ClusterFile::read(runtime, dir)?
+        .with_context(|| format!("{} has no cluster.json; name a directory of `clutch up`", dir.display()))
 }
 
 /// Takes the lock that a process holds while it runs on a directory.

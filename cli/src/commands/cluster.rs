@@ -26,7 +26,7 @@ pub(crate) fn init(runtime: &Runtime, args: &InitArgs) -> Result<ExitCode> {
         policy.1
     );
     talk!(
-        "  carry n2 to n{count} to their machines; they hold keys, so keep them from others. Then, on each:"
+        "  carry each to its machine and keep no copy; it holds keys, so keep it from others. Then start it there:"
     );
     talk!("    clutch node --config {}/n1/node.toml", dir.display());
     talk!("  and for commands:");

@@ -15,7 +15,6 @@ use clutch_proto::{
 };
 use clutch_runtime::production::OsDisk;
 use clutch_server::{
-    ClusterFile,
     replay::{self, Places, Report, Until},
     rewind::{Line, Plan, Rewind},
     up,
@@ -40,11 +39,7 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
             let logs = match dir {
                 Some(dir) => {
                     let runtime = clutch_runtime::production::runtime();
-                    up::refuse_node(dir)?;
-                    let cluster = ClusterFile::read(&runtime, dir)?.with_context(|| {
-                        format!("{} has no cluster.json; name a directory of `clutch up`", dir.display())
-                    })?;
-                    chosen(which, cluster.shards)?
+                    chosen(which, up::cluster_in(&runtime, dir)?.shards)?
                 }
                 None => chosen(which, client()?.map().await?.shards.len() as u32)?,
             };
@@ -145,7 +140,6 @@ async fn list_checkpoints(client: &Client, as_json: bool) -> Result<ExitCode> {
 
 async fn rewind(dir: &Path, to_time: Option<u64>, yes: bool, as_json: bool) -> Result<ExitCode> {
     let runtime = clutch_runtime::production::runtime();
-    up::refuse_node(dir)?;
     let rewind = Rewind::new(&runtime, dir)?;
     let _lock = up::lock(dir)?;
     let say = |text: String| if as_json { Ok(()) } else { output::line(text) };

@@ -112,7 +112,7 @@ impl Settings {
         for (number, address) in &self.nodes {
             let node = number.parse().ok().filter(|node: &NodeId| *node > 0);
             let node = node.with_context(|| format!("[nodes]: {number:?} is not the number of a node"))?;
-            check_address(address).with_context(|| format!("[nodes]: node {node}"))?;
+            check_reached(address).with_context(|| format!("[nodes]: node {node}"))?;
             ensure!(nodes.insert(node, address.clone()).is_none(), "[nodes]: node {node} is there twice");
         }
         Ok(nodes)
@@ -121,7 +121,7 @@ impl Settings {
     fn check(&self) -> Result<()> {
         check_address(&self.listen).context("listen")?;
         if let Some(address) = &self.advertise {
-            check_address(address).context("advertise")?;
+            check_reached(address).context("advertise")?;
         }
         let within = |what: &str, value: u64, least: u64, most: u64| {
             ensure!((least..=most).contains(&value), "{what} = {value}: {least} to {most} are allowed");
@@ -138,10 +138,22 @@ impl Settings {
 }
 
 fn check_address(address: &str) -> Result<()> {
-    let port = address.rsplit_once(':').filter(|(host, _)| !host.is_empty()).map(|(_, port)| port);
+    let (host, port) = address.rsplit_once(':').unwrap_or_default();
+    let is_host = !host.is_empty() && (!host.contains(':') || host.starts_with('[') && host.ends_with(']'));
     ensure!(
-        port.is_some_and(|port| port.parse::<u16>().is_ok()),
-        "{address:?} is no address: write HOST:PORT, for example 127.0.0.1:7400"
+        is_host && !host.contains(',') && port.parse::<u16>().is_ok_and(|port| port > 0),
+        "{address:?} is no address: write HOST:PORT, for example 127.0.0.1:7400 or [::1]:7400"
+    );
+    Ok(())
+}
+
+/// The same, by which others reach a node.
+fn check_reached(address: &str) -> Result<()> {
+    check_address(address)?;
+    let host = address.rsplit_once(':').map_or("", |(host, _)| host);
+    ensure!(
+        !["0.0.0.0", "[::]", "*"].contains(&host),
+        "nobody reaches a node by {address:?}: name the machine, and let the node listen on that in its node.toml"
     );
     Ok(())
 }
@@ -159,8 +171,10 @@ impl Layout {
         let text = fs::read_to_string(&path).with_context(|| {
             format!("read {}: name the node.toml of a node (clutch cluster init makes them)", path.display())
         })?;
-        let settings: Settings =
-            toml::from_str(&text).with_context(|| format!("{} is not as it should be", path.display()))?;
+        let settings: Settings = toml::from_str(&text).map_err(|error| {
+            let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
+            anyhow::anyhow!("{} is not as it should be: line {line}: {}", path.display(), error.message())
+        })?;
         settings.check().with_context(|| format!("{} is not as it should be", path.display()))?;
         let nodes = settings.nodes().with_context(|| format!("{} is not as it should be", path.display()))?;
         let dir = std::path::absolute(&path)?.parent().unwrap_or(Path::new("/")).to_owned();
@@ -251,7 +265,7 @@ impl NewCluster {
             "{} nodes: 1 to {NODES_MAX} are allowed; three bear the loss of one, five of two",
             self.nodes.len()
         );
-        self.nodes.iter().try_for_each(|address| check_address(address))?;
+        self.nodes.iter().try_for_each(|address| check_reached(address))?;
         let distinct: BTreeSet<&String> = self.nodes.iter().collect();
         ensure!(distinct.len() == self.nodes.len(), "two nodes have the same address");
         let (data, parity) = self.policy;

@@ -51,9 +51,10 @@ case ${3:-} in
             --node "127.0.0.1:$((port + 2))" --shards 4 --disks 8 --policy 4+2 >&2
     fi
     for n in 1 2 3; do start $n; done
-    # All three, not just most of them.
+    # All three, not just most of them, and all disks.
     tries=0
-    until CLUTCH_REGISTRY=$registry "$clutch" status --wait 20 >"$dir/status" 2>&1 && grep -q '^everything serves$' "$dir/status"; do
+    until CLUTCH_REGISTRY=$registry "$clutch" status --wait 20 >"$dir/status" 2>&1 &&
+        grep -q '^everything serves$' "$dir/status" && grep -q '^block services: 8,' "$dir/status"; do
         tries=$((tries + 1))
         [ $tries -lt 100 ] && sleep 0.2 && continue
         cat "$dir/status" >&2
@@ -63,6 +64,8 @@ case ${3:-} in
         done
         exit 1
     done
+    # Shards hear of new disks every two seconds: what is written before may lie on those of two nodes alone.
+    sleep 3
     echo "export CLUTCH_REGISTRY=$registry"
     ;;
 start)

@@ -77,6 +77,13 @@ impl Three {
         let pid = fs::read_to_string(self.dir.join(format!("n{node}/pid"))).expect("a process");
         let killed = Command::new("kill").args(["-9", pid.trim()]).status();
         assert!(killed.is_ok_and(|status| status.success()), "kill node {node}");
+        // One that nobody has waited for has no command line.
+        let command = PathBuf::from(format!("/proc/{}/cmdline", pid.trim()));
+        let begin = Instant::now();
+        while fs::read(&command).is_ok_and(|line| !line.is_empty()) {
+            assert!(begin.elapsed() < Duration::from_secs(60), "node {node} does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     /// Waits until every member of every log has all of it.
@@ -211,7 +218,8 @@ fn a_node_that_has_lost_its_log_does_not_come_back() {
         assert!(!output.status.success());
         text(&output)
     };
-    assert!(node().contains("must not vote any more"), "it knows that itself");
+    let said = node();
+    assert!(said.contains("must not vote any more"), "it knows that itself: {said}");
     let up = Command::new(CLUTCH).args(["up", "--dir"]).arg(&dir).output().expect("runs");
     assert!(text(&up).contains("is the directory of a node of several"), "{}", text(&up));
     // As it was made at first: it cannot know, and the others do.

@@ -1,7 +1,6 @@
 //! Who is let in, and whom a node believes: with every key that is not the cluster's, and with what was heard elsewhere.
 
 use bytes::Bytes;
-use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::{
     Answers, BoxFuture, Handled, Handler, PeerStream, Runtime,
     simulated::{NodeId as SimNode, World},
@@ -216,15 +215,26 @@ fn a_node_that_was_another_before_is_spoken_to_by_nobody() {
     assert!(matches!(&greeted[..], [Ok(2), Err(why)] if why.contains("forgotten its votes")), "{greeted:?}");
 }
 
-#[test]
-fn planted_bugs_are_found() {
-    for mutant in [Mutant::AnyProofTaken, Mutant::AnyAnswerTaken, Mutant::ChallengeRepeated] {
-        mutants::plant(Some(mutant));
-        let is_planted = mutants::planted().is_some();
-        let found = if is_planted { wrong() } else { Vec::new() };
-        mutants::plant(None);
-        assert_eq!(!found.is_empty(), is_planted, "{mutant:?}");
-    }
+macro_rules! planted {
+    ($($module:ident: $mutant:ident,)*) => {
+        $(mod $module {
+            #[test]
+            fn planted_bugs_are_found() {
+                use clutch_proto::mutants::{self, Mutant};
+                mutants::plant(Some(Mutant::$mutant));
+                let is_planted = mutants::planted().is_some();
+                let found = if is_planted { super::wrong() } else { Vec::new() };
+                mutants::plant(None);
+                assert_eq!(!found.is_empty(), is_planted);
+            }
+        })*
+    };
+}
+
+planted! {
+    proof: AnyProofTaken,
+    answer: AnyAnswerTaken,
+    challenge: ChallengeRepeated,
 }
 
 #[test]

@@ -191,13 +191,13 @@ fn only_who_has_the_key_is_let_in_and_believed() {
 #[test]
 fn a_node_that_was_another_before_is_spoken_to_by_nobody() {
     let world = World::new(1);
-    let [one, two, three] = [1, 2, 3].map(|node| world.node(SimNode(node)));
+    let [one, two, three, four] = [1, 2, 3, 4].map(|node| world.node(SimNode(node)));
     let greeted: Arc<Mutex<Vec<Result<NodeId, String>>>> = Arc::default();
     let handler = Arc::new(Greets(one.clone(), greeted.clone()));
-    let again = Arc::new(Greets(three.clone(), Arc::default()));
+    let again = Arc::new(Greets(four.clone(), Arc::default()));
     let opened = world.run(SimNode(2), Duration::from_secs(60), async move {
         let _first = one.network.listen(&AT.into(), handler).await.expect("a free name");
-        let _second = three.network.listen(&"again".into(), again).await.expect("a free name");
+        let _second = four.network.listen(&"again".into(), again).await.expect("a free name");
         let open = async |runtime: &Runtime, at: &str| {
             let mut stream = runtime.network.open(&at.into()).await.expect("it listens");
             let me = identity(runtime, CLUSTER, 2, KEY[0]);

@@ -49,6 +49,8 @@ type Opener = Box<dyn FnOnce(Runtime, PeerStream) -> BoxFuture<Result<(), String
 fn meet(opener: Opener) -> (Option<Result<NodeId, String>>, Result<(), String>) {
     let world = World::new(1);
     let (node, other) = (world.node(SimNode(1)), world.node(SimNode(2)));
+    // Before anything else is drawn: node 1 is the same whoever comes, as it is outside of worlds.
+    identity(&node, CLUSTER, 1, KEY[0]);
     let greeted: Arc<Mutex<Vec<Result<NodeId, String>>>> = Arc::default();
     let handler = Arc::new(Greets(node.clone(), greeted.clone()));
     let opened = world.run(SimNode(2), Duration::from_secs(60), async move {

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use clutch_log::LogId;
 use clutch_proto::limits::{DATA_BLOCKS_MAX, PARITY_BLOCKS_MAX, SHARDS_MAX};
 use clutch_runtime::Runtime;
 use serde::{Deserialize, Serialize};
@@ -79,6 +80,12 @@ impl ClusterFile {
     /// The cluster's id.
     pub fn cluster_id(&self) -> Result<u64> {
         u64::from_str_radix(&self.cluster, 16).context("the cluster's id is not hexadecimal")
+    }
+
+    /// The logs of all roles.
+    pub fn logs(&self) -> Vec<LogId> {
+        let shards = (0..self.shards).map(LogId::shard);
+        [LogId::REGISTRY, LogId::CDC].into_iter().chain(shards).collect()
     }
 
     /// The disks' service ids.

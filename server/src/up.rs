@@ -280,10 +280,9 @@ impl Up {
             node.client().runtime().spawn("collector", collector::run(client, options, pause));
         }
         if let Some(keep) = config.retain_log {
-            let logs = [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..cluster.shards).map(LogId::shard));
+            let logs = cluster.logs();
             let at = node.endpoint().clone();
-            let retention =
-                Retention { client: node.client().sibling(), at, stores: rocks, logs: logs.collect(), keep };
+            let retention = Retention { client: node.client().sibling(), at, stores: rocks, logs, keep };
             node.client().runtime().spawn("retention", retention.run(node.clock().clone()));
         }
         keep_clock_file(&seam, &config.dir, node.clock());
@@ -458,8 +457,7 @@ pub(crate) async fn start_node(
     stores: &dyn StoreProvider,
     cluster: &ClusterFile,
 ) -> Result<Node> {
-    let logs: Vec<LogId> =
-        [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..cluster.shards).map(LogId::shard)).collect();
+    let logs = cluster.logs();
     let mut tried: BTreeSet<LogId> = BTreeSet::new();
     loop {
         let error = match Node::start(config.clone()).await {

@@ -9,6 +9,7 @@ pub(crate) mod fsck;
 pub(crate) mod fuzz;
 pub(crate) mod log;
 pub(crate) mod node;
+pub(crate) mod serving;
 pub(crate) mod shell;
 pub(crate) mod status;
 pub(crate) mod up;

@@ -7,36 +7,14 @@ use clutch_runtime::Runtime;
 use clutch_server::up::{Up, UpConfig};
 use clutch_shard::Lifetimes;
 
+use super::serving::{Stops, raise_open_files};
 use crate::{
     args::{Keep, UpArgs, seconds},
     output::talk,
 };
 
-/// Below this many open files a cluster of many shards, or one with many clients, meets the limit.
-const OPEN_FILES_LOW: u64 = 4096;
-
-/// Raises the limit of open files as far as it goes without privileges: the usual soft limit of 1,024 is for programs that
-/// use `select`, and databases and sessions need more.
-pub(crate) fn raise_open_files() {
-    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-    let limit = getrlimit(Resource::Nofile);
-    if limit.current < limit.maximum || limit.maximum.is_none() {
-        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-        if let Err(error) = setrlimit(Resource::Nofile, raised) {
-            tracing::warn!(%error, "raise the limit of open files");
-        }
-    }
-    if let Some(most) = getrlimit(Resource::Nofile).current.filter(|most| *most < OPEN_FILES_LOW) {
-        talk!(
-            "clutch: at most {most} files may be open at a time (ulimit -n); {OPEN_FILES_LOW} or more are advised"
-        );
-    }
-}
-
 pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
-    let mut interrupted = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::interrupt())?;
-    let mut terminated = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::terminate())?;
-    let mut hung_up = tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup())?;
+    let mut stops = Stops::new()?;
     let started = std::time::Instant::now();
     raise_open_files();
     let config = UpConfig {
@@ -59,9 +37,7 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     };
     let up = tokio::select! {
         up = Up::start(runtime, config) => up?,
-        _ = interrupted.recv() => return Ok(ExitCode::FAILURE),
-        _ = terminated.recv() => return Ok(ExitCode::FAILURE),
-        _ = hung_up.recv() => return Ok(ExitCode::FAILURE),
+        () = stops.next() => return Ok(ExitCode::FAILURE),
     };
     let cluster = &up.cluster;
     let address = up.node().endpoint();
@@ -100,34 +76,6 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     for notice in up.node().notices().iter().chain(&up.node().node_faults()) {
         talk!("  note: {notice}");
     }
-    let ended_by_fault = tokio::select! {
-        _ = interrupted.recv() => false,
-        _ = terminated.recv() => false,
-        _ = hung_up.recv() => false,
-        faults = useless(&up) => {
-            for fault in faults {
-                talk!("clutch: {fault}");
-            }
-            talk!("clutch: no replica serves any more");
-            true
-        }
-    };
-    talk!("clutch: stopping");
-    tokio::select! {
-        () = up.stop() => talk!("clutch: stopped"),
-        _ = interrupted.recv() => talk!("clutch: stopped without flushing; the next start replays the log"),
-    }
-    // Whoever supervises the process must notice.
-    Ok(if ended_by_fault { ExitCode::FAILURE } else { ExitCode::SUCCESS })
-}
-
-/// Completes when nothing useful is served any more: all replicas have stopped for good. Why they have.
-async fn useless(up: &Up) -> Vec<String> {
-    loop {
-        let (faults, serves) = up.node().faults();
-        if !serves {
-            return faults;
-        }
-        tokio::time::sleep(Duration::from_millis(500)).await;
-    }
+    let ended_by_fault = stops.serve(up.node()).await;
+    Ok(stops.end(up.stop(), ended_by_fault).await)
 }

@@ -5,17 +5,12 @@
 
 pub mod layout;
 
-use std::{
-    fs::File,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{fs::File, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
 use clutch_client::Registries;
 use clutch_client_maintenance::collector::{self, CollectOptions};
-use clutch_log::{Engines, LogId, NodeId};
+use clutch_log::{Engines, NodeId};
 use clutch_log_raft::{Identities, Peers as Streams, RaftEngine, Timing};
 use clutch_log_store::{Options, Store};
 use clutch_proto::{
@@ -44,8 +39,6 @@ const RAFT: &str = "raft";
 /// How a node is started, beside what its directory says.
 #[derive(Clone, Debug)]
 pub struct StartOptions {
-    /// Its `node.toml`, or the directory with it.
-    pub settings: PathBuf,
     /// Believe a wall clock that is further ahead than the node can have been down.
     pub accept_clock: bool,
     /// How far back every log can be replayed; `None` for whole logs. What the settings say is read by whoever asks.
@@ -64,9 +57,8 @@ impl Several {
     /// Starts the node and returns when it serves: when its logs are led by it or by others, and it has caught up with them.
     ///
     /// # Errors
-    /// When its directory is not as it should be, or in use, or its address is taken.
-    pub async fn start(runtime: Runtime, options: StartOptions) -> Result<Several> {
-        let layout = Layout::read(&runtime, &options.settings)?;
+    /// When its directory is in use, or its address is taken.
+    pub async fn start(runtime: Runtime, layout: Layout, options: StartOptions) -> Result<Several> {
         let listen = &layout.settings.listen;
         let lock = up::lock(&layout.dir)?;
         drop(tokio::net::TcpListener::bind(listen).await.with_context(|| {
@@ -84,8 +76,8 @@ impl Several {
         }
         if let Some(keep) = options.retain_log {
             let client = node.client().sibling();
-            let logs = logs(layout.cluster.shards);
-            let retention = Retention { client, at: node.endpoint().clone(), stores, logs, keep };
+            let (at, logs) = (node.endpoint().clone(), layout.cluster.logs());
+            let retention = Retention { client, at, stores, logs, keep };
             runtime.spawn("retention", retention.run(node.clock().clone()));
         }
         up::keep_clock_file(&runtime, &layout.dir, node.clock());
@@ -108,10 +100,6 @@ impl Several {
         self.node.stop().await;
         clock_file::write(&self.runtime, &self.layout.dir, clock.now());
     }
-}
-
-fn logs(shards: u32) -> Vec<LogId> {
-    [LogId::REGISTRY, LogId::CDC].into_iter().chain((0..shards).map(LogId::shard)).collect()
 }
 
 /// Opens the store of all logs, and the engine on it.

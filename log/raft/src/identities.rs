@@ -1,7 +1,7 @@
 //! Who a node is, and whom it has met under each number.
 //!
-//! An identity is drawn when a node begins to keep logs, and lies beside them. A node whose logs were lost, or were copied back from
-//! another time or place, comes with another one, and nobody speaks to it: it has forgotten its votes.
+//! An identity is drawn when a node begins to keep logs, and lies beside them. A node whose logs were lost, and that begins anew, comes
+//! with another one, and nobody speaks to it: it has forgotten its votes. An older copy of the node's own logs is not told apart.
 //!
 //! File: a line for each node, the own one first (`NODE IDENTITY`, a number and 32 hexadecimal digits), and CRC-32 of these lines, 8
 //! hexadecimal digits.
@@ -27,6 +27,8 @@ pub struct Identities {
     node: NodeId,
     own: Identity,
     met: Arc<Mutex<BTreeMap<NodeId, Identity>>>,
+    /// Whose turn it is to write the file: a disk that stands still holds up nobody who was met before.
+    turn: Arc<tokio::sync::Mutex<()>>,
 }
 
 fn encode(node: NodeId, own: &Identity, met: &BTreeMap<NodeId, Identity>) -> String {
@@ -88,7 +90,7 @@ impl Identities {
             disk.replace(&path, encode(node, &own, &BTreeMap::new()).as_bytes())?;
             (own, BTreeMap::new())
         };
-        Ok(Identities { disk, path, node, own, met: Arc::new(Mutex::new(met)) })
+        Ok(Identities { disk, path, node, own, met: Arc::new(Mutex::new(met)), turn: Arc::default() })
     }
 
     /// The node's own.
@@ -106,34 +108,40 @@ impl Identities {
         node: NodeId,
         identity: Identity,
     ) -> Result<(), String> {
-        let this = self.clone();
-        let met = runtime.blocking(move || this.meet_on_disk(node, identity)).await;
-        met.unwrap_or_else(|| Err("this node stops".into()))
+        if let Some(known) = self.known(node, identity) {
+            return known;
+        }
+        let _turn = self.turn.lock().await;
+        // Another stream of it may have been first.
+        if let Some(known) = self.known(node, identity) {
+            return known;
+        }
+        let mut all = self.met.lock().clone();
+        all.insert(node, identity);
+        let (this, text) = (self.clone(), encode(self.node, &self.own, &all));
+        let written = runtime.blocking(move || this.disk.replace(&this.path, text.as_bytes())).await;
+        let written = written.ok_or("this node stops")?;
+        written.map_err(|error| format!("write down who node {node} is: {error}"))?;
+        self.met.lock().insert(node, identity);
+        Ok(())
     }
 
-    fn meet_on_disk(&self, node: NodeId, identity: Identity) -> Result<(), String> {
-        let mut met = self.met.lock();
-        match met.get(&node) {
-            Some(known) if *known == identity || mutants::is(Mutant::AnyIdentityTaken) => Ok(()),
-            Some(_) => Err(format!(
-                "node {node} is not the one that was met under its number before: its logs were lost or replaced, so it has \
-                 forgotten its votes and must not come back under that number"
-            )),
-            None => {
-                let mut all = met.clone();
-                all.insert(node, identity);
-                let text = encode(self.node, &self.own, &all);
-                self.disk.replace(&self.path, text.as_bytes()).map_err(|error| error.to_string())?;
-                *met = all;
-                Ok(())
-            }
+    /// What is to be said of a node that was met; `None` where none was under that number.
+    fn known(&self, node: NodeId, identity: Identity) -> Option<Result<(), String>> {
+        let known = *self.met.lock().get(&node)?;
+        if known == identity || mutants::is(Mutant::AnyIdentityTaken) {
+            return Some(Ok(()));
         }
+        Some(Err(format!(
+            "node {node} is not the one that was met under its number before: its logs were lost or replaced, so it has \
+             forgotten its votes and must not come back under that number"
+        )))
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::{path::Path, time::Duration};
 
     use clutch_runtime::simulated::{NodeId as SimNode, World};
 
@@ -158,13 +166,17 @@ mod tests {
     fn is_refused() -> bool {
         let world = World::new(1);
         let runtime = world.node(SimNode(1));
-        let open = |is_new: bool| Identities::open(&runtime, "identities".into(), 1, || Ok(is_new));
-        let identities = open(true).expect("is made");
-        identities.meet_on_disk(2, [1; 16]).expect("the first one");
-        identities.meet_on_disk(2, [1; 16]).expect("the same again");
-        let again = open(false).expect("is there");
-        assert_eq!(again.own(), identities.own());
-        again.meet_on_disk(2, [2; 16]).is_err() && identities.meet_on_disk(2, [2; 16]).is_err()
+        let refused = world.run(SimNode(1), Duration::from_secs(60), async move {
+            let open = |is_new: bool| Identities::open(&runtime, "identities".into(), 1, || Ok(is_new));
+            let identities = open(true).expect("is made");
+            identities.meet(&runtime, 2, [1; 16]).await.expect("the first one");
+            identities.meet(&runtime, 2, [1; 16]).await.expect("the same again");
+            let again = open(false).expect("is there");
+            assert_eq!(again.own(), identities.own());
+            let other = (again.meet(&runtime, 2, [2; 16]).await, identities.meet(&runtime, 2, [2; 16]).await);
+            other.0.is_err() && other.1.is_err()
+        });
+        refused.expect("ends")
     }
 
     #[test]

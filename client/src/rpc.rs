@@ -457,9 +457,15 @@ impl Client {
         how: How,
     ) -> Heard {
         let cluster = self.inner.routes.cluster();
+        let time = self.inner.clock.highest();
         let system_mac = match (&self.inner.options.system_key, &tag, &body) {
             (Some(key), Some(tag), Body::Encoded(body)) if tag.client < certificate::SYSTEM_CLIENTS => {
                 certificate::system_mac(key, tag, body)
+            }
+            (Some(key), None, Body::Encoded(body)) if how.admin => {
+                let (role, number) = (target.role as i32, target.number);
+                let claims = certificate::AdminClaims { cluster, role, number, time };
+                Bytes::copy_from_slice(&certificate::admin_mac(key, claims, body))
             }
             _ => Bytes::new(),
         };
@@ -473,7 +479,7 @@ impl Client {
             system_mac,
             role: target.role as i32,
             number: target.number,
-            time: self.inner.clock.highest().0,
+            time: time.0,
             incarnation: u64::from(target.incarnation),
             tag,
             body: Bytes::new(),

@@ -231,7 +231,7 @@ fn open_raft(
     }
     let identities = opened.ok()?;
     let peers =
-        RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), SYSTEM_KEY, identities, addresses);
+        RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), SYSTEM_KEY, identities, "", addresses);
     Some((RaftEngine::new(runtime.clone(), store, peers.clone(), Timing::default()), peers))
 }
 
@@ -454,7 +454,7 @@ impl SimCluster {
     fn peers(&self) -> Peers {
         let nodes = self.homes.lock().values().filter(|all| all.len() > 1).flatten().copied().collect();
         let nodes: BTreeSet<NodeId> = nodes;
-        nodes.into_iter().map(|node| (u64::from(node.0), endpoint(node))).collect()
+        Peers::fixed(nodes.into_iter().map(|node| (u64::from(node.0), endpoint(node))).collect())
     }
 
     /// All logs.

@@ -158,7 +158,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         advertise: None,
         failure_domain: None,
         registry: None,
-        peers: Peers::new(),
+        peers: Peers::none(),
         cluster: ClusterFile::generate(&runtime, 1, 1, 1, 0).expect("within the limits"),
         roles: Roles { registry: true, cdc: true, shards: vec![0], disks: Vec::new() },
         engines: Engines::one("nothing", Arc::new(Nowhere)),

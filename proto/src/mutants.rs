@@ -217,6 +217,10 @@ pub enum Mutant {
     CursorForgotten,
     /// Who opens a stream is believed to have the cluster's key.
     AnyProofTaken,
+    /// Members that do not answer are made voters, so many that nothing can be committed.
+    SilentVotersTaken,
+    /// Whoever asks changes the members of logs.
+    AnybodyAdministers,
     /// Whoever answers is believed to have the cluster's key.
     AnyAnswerTaken,
     /// A node that comes back with another identity is spoken to.
@@ -243,7 +247,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 116] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 118] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -350,6 +354,11 @@ impl Mutant {
         (Mutant::VoteNotSynced, &["units", "tests::votes::planted_bugs_are_found"]),
         (Mutant::CursorForgotten, &["units", "tests::reads::planted_bugs_are_found"]),
         (Mutant::AnyProofTaken, &["units", "tests::greetings::proof::planted_bugs_are_found"]),
+        (Mutant::SilentVotersTaken, &["units", "tests::members::silent::planted_bugs_are_found"]),
+        (
+            Mutant::AnybodyAdministers,
+            &["tools", "who_has_not_the_key_of_a_cluster_does_not_change_its_members"],
+        ),
         (Mutant::AnyAnswerTaken, &["units", "tests::greetings::answer::planted_bugs_are_found"]),
         (Mutant::AnyIdentityTaken, &["units", "identities::tests::planted_bugs_are_found"]),
         (Mutant::ChallengeRepeated, &["units", "tests::greetings::challenge::planted_bugs_are_found"]),

@@ -13,10 +13,10 @@ use clutch_blocks::BlockService;
 use clutch_log::{Engines, LogId, Position};
 use clutch_proto::{
     Parts, Refusal, Time,
-    admin::{AdminReply, AdminRequest},
+    admin::{AdminReply, AdminRequest, KnownNode, admin_request::Op},
     answer,
     blocks::BlocksReply,
-    certificate::{SYSTEM_CLIENTS, is_system_mac},
+    certificate::{AdminClaims, SYSTEM_CLIENTS, is_admin_mac, is_system_mac},
     limits::{MESSAGE_BYTES_MAX, METADATA_REQUEST_BYTES_MAX},
     mutants::{self, Mutant},
     session::{self, Request, Response, Role},
@@ -31,6 +31,9 @@ use crate::{
     room::Room,
     routes::{Routes, log_of},
 };
+
+/// An administrative request that changes something is good for so long, by the cluster's time.
+const ADMIN_LIFETIME_NS: u64 = 60_000_000_000;
 
 /// The roles of a node, as seen from the network.
 pub(crate) struct NodeHandler {
@@ -67,9 +70,11 @@ impl NodeHandler {
             status.node_faults = node_faults(&self.blocks, &self.room);
             status.log_bytes = self.engines.bytes();
             status.clock_ahead_ms = self.clock.wall_ahead_ms();
-            for member in &mut status.members {
-                member.address = self.routes.address(member.node);
-            }
+            let nodes = self.routes.nodes();
+            let address = |node: &u64| nodes.get(node).map(ToString::to_string).unwrap_or_default();
+            status.members.iter_mut().for_each(|member| member.address = address(&member.node));
+            status.nodes =
+                nodes.keys().map(|node| KnownNode { node: *node, address: address(node) }).collect();
         }
     }
 }
@@ -170,6 +175,33 @@ impl NodeHandler {
         Ok(role)
     }
 
+    /// Refuses what changes a cluster from who does not show that he has its key, and members that nobody could find.
+    fn admit_operator(&self, op: &AdminRequest, request: &Request) -> Result<(), Refusal> {
+        let members = match &op.op {
+            Some(Op::Reconfigure(change)) => &change.members[..],
+            Some(Op::MoveLeader(_)) => &[],
+            _ => return Ok(()),
+        };
+        let Request { cluster, role, number, time, .. } = *request;
+        let claims = AdminClaims { cluster, role, number, time: Time(time) };
+        let is_now = self.clock.told().0.abs_diff(time) <= ADMIN_LIFETIME_NS;
+        let is_proven = is_admin_mac(&self.system_key, claims, &request.body, &request.system_mac);
+        if !((is_proven && is_now && cluster == self.cluster) || mutants::is(Mutant::AnybodyAdministers)) {
+            let text = "only who has the cluster's key changes its members: name keys/cluster.key of a node with --key";
+            return Err(Refusal::new(Code::Permission, text));
+        }
+        match members.iter().find(|member| self.routes.address(member.node).is_empty()) {
+            Some(unknown) => {
+                let text = format!(
+                    "node {} is not known here: start it, and wait until it has greeted this node",
+                    unknown.node
+                );
+                Err(Refusal::new(Code::NotFound, text))
+            }
+            None => Ok(()),
+        }
+    }
+
     async fn dispatch(
         &self,
         bytes: Bytes,
@@ -216,8 +248,9 @@ impl NodeHandler {
             if may_be_large { answer::bytes_max(role, request.admin, &request.body) } else { 0 };
         *held = answers.pages.hold(answer_bytes).await;
         if request.admin {
-            let op = AdminRequest::decode(request.body)
+            let op = AdminRequest::decode(request.body.clone())
                 .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
+            self.admit_operator(&op, &request)?;
             let mut reply = Box::pin(replica.admin(op)).await?;
             self.add_node(&mut reply);
             return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));

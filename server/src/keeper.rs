@@ -20,11 +20,12 @@ use clutch_proto::{
     registry::{Map, RegisterServices, registry_request::Op},
     shard, types,
 };
+use clutch_registry::RegistryFacts;
 use clutch_shard::ShardFacts;
 use clutch_state_replica::{ReplicaHandle, SharedFacts};
 use prost::Message as _;
 
-use crate::{chains, placer::Reigns, services};
+use crate::{chains, placer::Reigns, routes::Routes, services};
 
 /// How often a node compares what it knows with the registry.
 const REFRESH: Duration = Duration::from_secs(2);
@@ -47,6 +48,9 @@ pub(crate) struct Keeper {
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) facts: Arc<SharedFacts<ShardFacts>>,
+    /// Where the members of logs are, of which clients are told the registry's.
+    pub(crate) routes: Arc<Routes>,
+    pub(crate) registry_facts: Arc<SharedFacts<RegistryFacts>>,
     pub(crate) told: Told,
 }
 
@@ -71,6 +75,12 @@ fn is_news(told: (u64, u64), found: (u64, u64)) -> bool {
     told.1.abs_diff(found.1) > step
         || told.0.abs_diff(found.0) > found.0 / SPACE_STEP
         || (told.1 == 0) != (found.1 == 0)
+}
+
+/// Clients of the registry here are told where its members are now.
+pub(crate) fn tell_members(routes: &Routes, facts: &SharedFacts<RegistryFacts>) {
+    let members = routes.members(LogId::REGISTRY);
+    facts.update(|_| RegistryFacts { members: members.clone() });
 }
 
 impl Keeper {
@@ -119,6 +129,7 @@ impl Keeper {
 
     /// Compares with the registry: it learns of this node's disks, and the shards here of all.
     async fn round(&mut self) -> Result<()> {
+        tell_members(&self.routes, &self.registry_facts);
         // Also while the registry does not answer: what becomes of disks is said.
         let spaces = self.look_at_disks().await;
         // Before the map is asked for: what is logged in a reign is of a map of that reign, so none that is older than what an

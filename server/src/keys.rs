@@ -79,7 +79,12 @@ fn parse(line: &str) -> Result<Key> {
 
 /// Reads the key that the parts of the cluster know each other by, where others have made it.
 pub fn read_system_key(dir: &Path) -> Result<[u8; 32]> {
-    Ok(read(&dir.join("cluster.key"))?.into_iter().max_by_key(|k| k.epoch).context("no key")?.secret)
+    read_key(&dir.join("cluster.key"))
+}
+
+/// Reads the key that the parts of a cluster know each other by, from that file.
+pub fn read_key(path: &Path) -> Result<[u8; 32]> {
+    Ok(read(path)?.into_iter().max_by_key(|key| key.epoch).context("no key")?.secret)
 }
 
 /// Reads the keys of these services, where others have made them: a key that is made anew is of no use to anybody.

@@ -10,7 +10,7 @@ use bytes::Bytes;
 use clutch_client::Client;
 use clutch_log::{LogId, NodeId, Position};
 use clutch_proto::{
-    admin::{AdminRequest, HashAt, admin_request::Op},
+    admin::{AdminRequest, HashAt, Status, admin_request::Op},
     session::Role,
 };
 use clutch_runtime::Endpoint;
@@ -52,13 +52,25 @@ impl Asker {
     }
 }
 
+impl Asker {
+    /// Whether the leader of a log, where one answers, has other members than this node.
+    pub(crate) async fn leader_has_no(&self, log: LogId, own: NodeId) -> bool {
+        let Some((client, routes)) = self.0.get() else { return false };
+        let (role, number) = role_of(log);
+        let asked = routes.others(log).into_iter().map(|(_, endpoint)| async move {
+            let request = AdminRequest { op: Some(Op::Status(Status {})) };
+            let asked = client.admin_at(endpoint, role, number, request);
+            let status = client.runtime().timeout(ASK_FOR, asked).await?.ok()?.status?;
+            let has = status.members.iter().any(|member| member.node == own);
+            Some(status.leading && !has)
+        });
+        join_all(asked).await.into_iter().flatten().any(|has_no| has_no)
+    }
+}
+
 /// A member's hash, when it has come so far; `None` when it has forgotten it.
 async fn hash_at(client: &Client, endpoint: Endpoint, log: LogId, position: Position) -> Option<Bytes> {
-    let (role, number) = match log {
-        LogId::REGISTRY => (Role::Registry, 0),
-        LogId::CDC => (Role::Cdc, 0),
-        shard => (Role::Shard, shard.number),
-    };
+    let (role, number) = role_of(log);
     loop {
         let request = AdminRequest { op: Some(Op::HashAt(HashAt { position: position.0 })) };
         let reply = client.admin_at(endpoint.clone(), role, number, request).await;
@@ -71,5 +83,13 @@ async fn hash_at(client: &Client, endpoint: Endpoint, log: LogId, position: Posi
             }
         }
         client.runtime().clock.sleep(ASK_AGAIN).await;
+    }
+}
+
+fn role_of(log: LogId) -> (Role, u32) {
+    match log {
+        LogId::REGISTRY => (Role::Registry, 0),
+        LogId::CDC => (Role::Cdc, 0),
+        shard => (Role::Shard, shard.number),
     }
 }

@@ -15,7 +15,7 @@ use bytes::Bytes;
 use clutch_blocks::{BlockService, BlockStore};
 use clutch_cdc::Cdc;
 use clutch_client::{Client, ClientOptions, Registries};
-use clutch_log::{Bounds, Chain, Engines, Log, LogId, Position};
+use clutch_log::{Bounds, Chain, Engines, Log, LogId, NodeId, Position};
 use clutch_proto::{
     ServiceId, Time, cdc,
     mutants::{self, Mutant},
@@ -37,7 +37,7 @@ use crate::{
     chains::{self, Chains, NewLogs},
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
-    keeper::{Keeper, Told},
+    keeper::{self, Keeper, Told},
     members::Asker,
     placer::{Placer, Placing, Reigns},
     room::Room,
@@ -50,6 +50,8 @@ use crate::{
 pub const SPAN_BYTES: u32 = 8 << 20;
 /// How often a node looks at the room for its logs and states.
 const LOOK_AT_ROOM: Duration = Duration::from_millis(250);
+/// Who hears of no leader asks the others after so long whether they have one.
+const ASK_OTHERS: Duration = Duration::from_secs(1);
 /// A node that stops waits so long for others to lead what it has led.
 const HAND_OVER_MAX: Duration = Duration::from_secs(1);
 
@@ -88,7 +90,7 @@ pub struct NodeConfig {
     pub failure_domain: Option<String>,
     /// Where the registry's members are; this node itself when `None`.
     pub registry: Option<Registries>,
-    /// Where the nodes are that logs have members on, this one among them; empty where every log has one member.
+    /// Where the nodes are that logs may have members on.
     pub peers: Peers,
     /// The cluster.
     pub cluster: ClusterFile,
@@ -130,6 +132,8 @@ pub struct NodeConfig {
 pub struct Node {
     listening: Box<dyn Listening>,
     replicas: Vec<Replicating>,
+    /// Logs that this node was no member of when it started.
+    not_kept: usize,
     stopping: Arc<AtomicBool>,
     client: Client,
     notices: Vec<String>,
@@ -190,7 +194,7 @@ impl Node {
         serving.blocks = starter.open_disks()?;
 
         let routes = starter.routes();
-        registry_facts.update(|_| RegistryFacts { members: routes.members(LogId::REGISTRY) });
+        keeper::tell_members(&routes, &registry_facts);
         let door = match door {
             Some(door) => door,
             None => starter.open_door(&serving).await?,
@@ -199,16 +203,13 @@ impl Node {
         let Door { listening, address, client, .. } = door;
         starter.asker.begin(client.clone(), routes.clone());
         let replicas = started.lock().clone();
-        for (_, replica, log) in &replicas {
-            caught_up(&config.runtime, replica, &**log).await?;
-        }
-        let stopping = Arc::new(AtomicBool::new(false));
-        watch_room(&config.runtime, config.room.clone(), stopping.clone());
+        let not_kept = starter.catch_up(&replicas).await?;
+        let stopping = watch_room(&config.runtime, config.room.clone());
         let placed = Placing {
             address: address.clone(),
             shard_count: config.cluster.shards,
             chains: config.chains.clone(),
-            routes,
+            routes: routes.clone(),
         };
         let placer = Placer::new(client.clone(), placed, reigns.clone(), heard);
         let keeper = Keeper {
@@ -219,6 +220,8 @@ impl Node {
             blocks: serving.blocks.clone(),
             shards: serving.shards,
             facts,
+            routes,
+            registry_facts,
             told: Told::default(),
         };
         placer.ask().await?;
@@ -231,6 +234,7 @@ impl Node {
         Ok(Node {
             listening,
             replicas,
+            not_kept,
             stopping,
             client,
             notices: Vec::new(),
@@ -238,6 +242,11 @@ impl Node {
             blocks: serving.blocks,
             room: config.room.clone(),
         })
+    }
+
+    /// How many logs this node was no member of when it started, and how many it would keep.
+    pub fn not_kept(&self) -> (usize, usize) {
+        (self.not_kept, self.replicas.len())
     }
 
     /// Where the node listens.
@@ -319,10 +328,12 @@ fn own_client(
     Client::new(runtime.clone(), registries, options)
 }
 
-/// Looks at the room for logs and states again and again.
-fn watch_room(runtime: &Runtime, room: Arc<Room>, stopping: Arc<AtomicBool>) {
+/// Looks at the room for logs and states again and again, until what it returns is set.
+fn watch_room(runtime: &Runtime, room: Arc<Room>) -> Arc<AtomicBool> {
     let clock = runtime.clock.clone();
     let seam = runtime.clone();
+    let node_stops = Arc::new(AtomicBool::new(false));
+    let stopping = node_stops.clone();
     runtime.spawn("room", async move {
         while !stopping.load(Ordering::Relaxed) {
             let room = room.clone();
@@ -330,6 +341,7 @@ fn watch_room(runtime: &Runtime, room: Arc<Room>, stopping: Arc<AtomicBool>) {
             clock.sleep(LOOK_AT_ROOM).await;
         }
     });
+    node_stops
 }
 
 /// Who has no logs goes by what those say who have.
@@ -365,10 +377,18 @@ fn clock_notice(start: Start) -> Option<String> {
     Some(notice)
 }
 
-/// Waits until a replica has applied its log and leads, or follows whoever does, however long that takes.
-async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle, log: &dyn Log) -> Result<()> {
+/// Waits until a replica has applied its log and leads, or follows whoever does, however long that takes. Where this node, whose number
+/// is `own`, is no member of the log, or none yet, there is nothing to wait for: what it is sent when it becomes one is applied then.
+/// Whether it is one.
+async fn caught_up(
+    runtime: &Runtime,
+    (id, replica, log): &Replicating,
+    own: Option<NodeId>,
+    others: &Asker,
+) -> Result<bool> {
     use clutch_proto::admin::{AdminRequest, Status, admin_request};
     let mut last_told = runtime.clock.monotonic();
+    let mut last_asked = last_told;
     // What was committed when a leader was first known: not what has come since, which may come faster than it is applied.
     let mut followed = None;
     loop {
@@ -376,9 +396,13 @@ async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle, log: &dyn Log) ->
         let status = reply.status.context("an answer without a status")?;
         ensure!(status.fault.is_empty(), "{}: {}", status.name, status.fault);
         if status.leading {
-            return Ok(());
+            return Ok(true);
         }
         let seen = log.status();
+        if own.is_some_and(|own| seen.members.iter().all(|progress| progress.member.node != own)) {
+            runtime.note("node: starts as no member");
+            return Ok(false);
+        }
         let has_ended = seen.sealed.filter(|tail| status.applied_position >= tail.0);
         if let Some(tail) = has_ended.filter(|_| seen.is_self || seen.leader.is_none()) {
             bail!(
@@ -391,8 +415,21 @@ async fn caught_up(runtime: &Runtime, replica: &ReplicaHandle, log: &dyn Log) ->
             let target = *followed.get_or_insert(seen.bounds.last.0);
             if status.applied_position >= target {
                 runtime.note("node: starts as a follower");
-                return Ok(());
+                // The leader that it remembers may know it no more.
+                let is_none = match own {
+                    Some(own) => others.leader_has_no(*id, own).await,
+                    None => false,
+                };
+                return Ok(!is_none);
             }
+        }
+        // Who is no member any more is told nothing, not even that.
+        if let Some(own) = own.filter(|_| runtime.clock.monotonic() - last_asked > ASK_OTHERS) {
+            if others.leader_has_no(*id, own).await {
+                runtime.note("node: starts as no member any more");
+                return Ok(false);
+            }
+            last_asked = runtime.clock.monotonic();
         }
         if runtime.clock.monotonic() - last_told > Duration::from_secs(5) {
             last_told = runtime.clock.monotonic();
@@ -673,6 +710,17 @@ impl Starter<'_> {
         chains::refuse_older(&config.engines, &chains)
     }
 
+    /// Waits until all replicas have caught up; how many logs this node is no member of.
+    async fn catch_up(&self, replicas: &[Replicating]) -> Result<usize> {
+        let mut not_kept = 0;
+        for replicating in replicas {
+            let own = self.config.peers.own();
+            let is_member = caught_up(&self.config.runtime, replicating, own, &self.asker).await?;
+            not_kept += usize::from(!is_member);
+        }
+        Ok(not_kept)
+    }
+
     /// Opens a state and compares it with its log. One that is damaged, missing behind a trimmed log, or of somebody else is
     /// built anew; one that the log does not reach is refused.
     fn prepare<M: Machine>(&self, id: LogId) -> Result<Applier<M>> {
@@ -767,7 +815,7 @@ impl Starter<'_> {
 
     /// Whether the logs here have members elsewhere.
     fn has_others(&self) -> bool {
-        self.config.peers.len() > 1
+        self.config.peers.are_several()
     }
 
     /// Puts the state of a checkpoint in the place of the one that there is, and opens it.

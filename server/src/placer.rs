@@ -28,6 +28,8 @@ use crate::{
 
 /// Pause before the registry is told again what it did not hear.
 const AGAIN: Duration = Duration::from_millis(200);
+/// How often it is looked whether a log that is led here has other members by now.
+const LOOK_AT_MEMBERS: Duration = Duration::from_secs(2);
 
 /// Which logs are led by this node at the moment.
 pub(crate) struct Reigns {
@@ -149,7 +151,8 @@ impl Placer {
             while !stopping.load(Ordering::Relaxed) {
                 match self.place().await {
                     Ok(()) => {
-                        if self.heard.recv().await.is_none() {
+                        let runtime = self.client.runtime().clone();
+                        if let Some(None) = runtime.timeout(LOOK_AT_MEMBERS, self.heard.recv()).await {
                             return;
                         }
                     }

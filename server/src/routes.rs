@@ -6,8 +6,48 @@ use clutch_log::{Log, LogId, NodeId};
 use clutch_proto::session::Role;
 use clutch_runtime::Endpoint;
 
-/// Addresses of nodes that logs may have members on, this one among them; empty where every log has one member.
-pub type Peers = BTreeMap<NodeId, Endpoint>;
+/// The nodes that logs may have members on, this one among them, and where they are, as far as that is known now; none where every
+/// log has one member. Cheap to clone.
+#[derive(Clone)]
+pub struct Peers {
+    own: Option<NodeId>,
+    nodes: Arc<dyn Fn() -> BTreeMap<NodeId, Endpoint> + Send + Sync>,
+}
+
+impl Peers {
+    /// None: every log has one member.
+    pub fn none() -> Peers {
+        Peers::fixed(BTreeMap::new())
+    }
+
+    /// These, for good.
+    pub fn fixed(nodes: BTreeMap<NodeId, Endpoint>) -> Peers {
+        Peers { own: None, nodes: Arc::new(move || nodes.clone()) }
+    }
+
+    /// Those that it says whenever it is asked, of which members may come and go; `own` is this node.
+    pub fn known(
+        own: NodeId,
+        nodes: impl Fn() -> BTreeMap<NodeId, Endpoint> + Send + Sync + 'static,
+    ) -> Peers {
+        Peers { own: Some(own), nodes: Arc::new(nodes) }
+    }
+
+    /// This node, where members of logs may come and go.
+    pub(crate) fn own(&self) -> Option<NodeId> {
+        self.own
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> BTreeMap<NodeId, Endpoint> {
+        (self.nodes)()
+    }
+
+    /// Whether logs may have several members.
+    pub(crate) fn are_several(&self) -> bool {
+        self.all().len() > 1
+    }
+}
 
 /// The logs of a node, and where their members are.
 pub(crate) struct Routes {
@@ -22,7 +62,12 @@ impl Routes {
 
     /// Where a node is; empty where that is not known.
     pub(crate) fn address(&self, node: NodeId) -> String {
-        self.peers.get(&node).map(Endpoint::to_string).unwrap_or_default()
+        self.peers.all().get(&node).map(Endpoint::to_string).unwrap_or_default()
+    }
+
+    /// All nodes that are known, and where they are.
+    pub(crate) fn nodes(&self) -> BTreeMap<NodeId, Endpoint> {
+        self.peers.all()
     }
 
     /// Whether this node leads a log.
@@ -50,7 +95,8 @@ impl Routes {
         let others = status.members.into_iter().map(|progress| progress.member.node);
         // Whoever asks leads.
         let others = others.filter(|node| Some(*node) != status.leader);
-        others.filter_map(|node| Some((node, self.peers.get(&node)?.clone()))).collect()
+        let nodes = self.peers.all();
+        others.filter_map(|node| Some((node, nodes.get(&node)?.clone()))).collect()
     }
 
     /// Where the members of a log are; none when this node is the only one.
@@ -59,7 +105,8 @@ impl Routes {
         if members.len() < 2 {
             return Vec::new();
         }
-        let known = members.iter().filter_map(|progress| self.peers.get(&progress.member.node));
+        let nodes = self.peers.all();
+        let known = members.iter().filter_map(|progress| nodes.get(&progress.member.node));
         known.map(Endpoint::to_string).collect()
     }
 }

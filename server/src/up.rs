@@ -247,7 +247,7 @@ impl Up {
             advertise: registered.clone(),
             failure_domain: None,
             registry: None,
-            peers: Peers::new(),
+            peers: Peers::none(),
             cluster: cluster.clone(),
             roles,
             engines: Engines::one(LOCAL, Arc::new(engine)),

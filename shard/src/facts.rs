@@ -1,6 +1,6 @@
 //! What a shard's shell knows and its log does not: the services' keys and addresses.
 
-use std::{collections::BTreeMap, sync::Arc};
+use std::{borrow::Cow, collections::BTreeMap, fmt, sync::Arc};
 
 use clutch_proto::{
     BlockId, ServiceId, Time,
@@ -14,10 +14,18 @@ use clutch_proto::{
     types::{Block, BlockService, Span},
 };
 
-/// The keys of block services. Two epochs of a service may be live at a time; the newest signs.
-#[derive(Clone, Debug, Default)]
+/// The keys of block services. Two epochs of a service may be live at a time; the newest signs. A service that has no key of its own
+/// was added after its cluster was made, and has one that follows from the cluster's.
+#[derive(Clone, Default)]
 pub struct Keyring {
     keys: BTreeMap<ServiceId, Vec<Key>>,
+    cluster_key: Option<[u8; 32]>,
+}
+
+impl fmt::Debug for Keyring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Keyring").field("keys", &self.keys).finish_non_exhaustive()
+    }
 }
 
 impl Keyring {
@@ -30,9 +38,19 @@ impl Keyring {
         keys.truncate(2);
     }
 
+    /// The same, for a cluster whose nodes share this key.
+    #[must_use]
+    pub fn with_cluster_key(self, cluster_key: [u8; 32]) -> Keyring {
+        Keyring { cluster_key: Some(cluster_key), ..self }
+    }
+
     /// The live keys of a service, newest first.
-    pub fn of(&self, service: ServiceId) -> &[Key] {
-        self.keys.get(&service).map_or(&[], Vec::as_slice)
+    pub fn of(&self, service: ServiceId) -> Cow<'_, [Key]> {
+        match (self.keys.get(&service), &self.cluster_key) {
+            (Some(keys), _) => Cow::Borrowed(keys.as_slice()),
+            (None, Some(cluster_key)) => Cow::Owned(vec![Key::derived(cluster_key, service)]),
+            (None, None) => Cow::Borrowed(&[]),
+        }
     }
 }
 
@@ -101,7 +119,7 @@ impl ShardFacts {
     /// Whether a proof says that a block was written as its span wants it.
     pub(crate) fn proves_written(&self, proof: &[u8], block: &Block, size: u32) -> bool {
         let service = ServiceId(block.service_id);
-        Claims::verify(proof, self.keyring.of(service)).is_ok_and(|claims| {
+        Claims::verify(proof, &self.keyring.of(service)).is_ok_and(|claims| {
             claims.operation == Operation::Written
                 && claims.cluster == self.cluster
                 && claims.service == service
@@ -114,7 +132,7 @@ impl ShardFacts {
     /// Whether a proof says that a block was erased.
     pub(crate) fn proves_erased(&self, proof: &[u8], block: &Block) -> bool {
         let service = ServiceId(block.service_id);
-        Claims::verify(proof, self.keyring.of(service)).is_ok_and(|claims| {
+        Claims::verify(proof, &self.keyring.of(service)).is_ok_and(|claims| {
             claims.operation == Operation::Erased
                 && claims.cluster == self.cluster
                 && claims.service == service

@@ -40,6 +40,13 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
         started.elapsed().as_secs_f64()
     );
     talk!("  listening on {}, reached as {}", node.endpoint(), layout.advertised());
+    let (number, (not_kept, logs)) = (layout.file.node, node.not_kept());
+    if not_kept > 0 {
+        talk!(
+            "  note: it is no member of {not_kept} of {logs} logs, and serves its disks. To make it one: clutch cluster add-replica \
+             {number}"
+        );
+    }
     for notice in node.notices().iter().chain(&node.node_faults()) {
         talk!("  note: {notice}");
     }

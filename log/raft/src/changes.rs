@@ -9,7 +9,10 @@ use clutch_log::{ConfigId, Floors, LogFault, NodeId, Position};
 use clutch_log_store::MEMBERS_MAX;
 use clutch_proto::mutants::{self, Mutant};
 use openraft::{
-    ChangeMembers, EmptyNode, RaftMetrics, async_runtime::WatchReceiver as _, raft::Precondition,
+    ChangeMembers, EmptyNode, Instant as _, RaftMetrics,
+    async_runtime::WatchReceiver as _,
+    errors::{ClientWriteError, RaftError},
+    raft::Precondition,
 };
 
 use crate::{
@@ -20,6 +23,8 @@ use crate::{
 
 /// Records that one change of members may take.
 const CHANGE_RECORDS_MAX: usize = 4;
+/// A member that has not answered for so long is not counted on when members change.
+const HEARD_WITHIN: Duration = Duration::from_secs(2);
 /// How long a change of what openraft does may take before it is done later.
 const TRIGGER_PATIENCE: Duration = Duration::from_secs(2);
 
@@ -109,6 +114,12 @@ impl Member {
         if voters.is_empty() {
             return Err(LogFault::Unsupported("a log needs a member that votes".into()));
         }
+        if !voters.contains(&self.node()) {
+            return Err(LogFault::Unsupported(format!(
+                "node {} leads the log and is to be no voter of it: let another lead first",
+                self.node()
+            )));
+        }
         let metrics = self.metrics();
         // What goes beyond would end the group on every member; a trim makes room.
         let kept = self.parts.log.group().view().members.len();
@@ -124,23 +135,66 @@ impl Member {
                 "the members are those of configuration {has}, and not of {wants}: look again"
             )));
         }
+        self.check_heard(&metrics, &voters)?;
         let known: BTreeSet<NodeId> = metrics.membership_config.nodes().map(|(node, _)| *node).collect();
         let wanted: BTreeSet<NodeId> = members.iter().map(|member| member.node).collect();
         let mut id = *metrics.membership_config.log_id();
         let new: BTreeMap<NodeId, EmptyNode> =
             wanted.difference(&known).map(|node| (*node, EmptyNode {})).collect();
         let voting: BTreeSet<NodeId> = metrics.membership_config.voter_ids().collect();
+        // One that an earlier leader did not come to the end of.
+        let is_between = metrics.membership_config.membership().get_joint_config().len() > 1;
         let gone: BTreeSet<NodeId> = known.difference(&wanted).copied().collect();
         let steps = [
             (!new.is_empty()).then_some(ChangeMembers::AddNodes(new)),
-            (voting != voters).then_some(ChangeMembers::ReplaceAllVoters(voters)),
+            (voting != voters || is_between).then_some(ChangeMembers::ReplaceAllVoters(voters)),
             (!gone.is_empty()).then_some(ChangeMembers::RemoveNodes(gone)),
         ];
         for step in steps.into_iter().flatten() {
             let only = [Precondition::LastMembershipLogId { last_membership_log_id: id }];
-            let changed = self.raft.change_membership_if(step, true, only).await.map_err(storage)?;
-            id = Some(changed.log_id);
+            let changed = self.raft.change_membership_if(step, true, only).await;
+            id = Some(changed.map_err(|error| self.not_changed(error))?.log_id);
         }
+        self.parts.runtime.note("raft: members have changed");
         Ok(ConfigId(id.map_or(0, |id| position_of(id.index).0)))
+    }
+
+    /// Refuses voters of which so few answer that nothing could be committed any more, not even another change.
+    fn check_heard(
+        &self,
+        metrics: &RaftMetrics<TypeConfig>,
+        voters: &BTreeSet<NodeId>,
+    ) -> Result<(), LogFault> {
+        let is_heard = |node: &NodeId| {
+            let heard = metrics.heartbeat.as_ref().and_then(|heard| heard.get(node)).copied().flatten();
+            *node == self.node() || heard.is_some_and(|heard| heard.elapsed() < HEARD_WITHIN)
+        };
+        let heard = voters.iter().filter(|node| is_heard(node)).count();
+        if heard * 2 > voters.len() || mutants::is(Mutant::SilentVotersTaken) {
+            return Ok(());
+        }
+        let silent: Vec<String> = voters.iter().filter(|n| !is_heard(n)).map(ToString::to_string).collect();
+        Err(LogFault::Unsupported(format!(
+            "of the {} voters that there would be, node {} does not answer the leader: the log would stand still. Add who is new \
+             without a vote first, or wait",
+            voters.len(),
+            silent.join(", node ")
+        )))
+    }
+
+    /// Why members were not changed, or not all of the way.
+    fn not_changed(&self, error: RaftError<TypeConfig, ClientWriteError<TypeConfig>>) -> LogFault {
+        match error {
+            RaftError::APIError(ClientWriteError::ForwardToLeader(to)) => {
+                LogFault::NotLeader { hint: to.leader_id }
+            }
+            RaftError::APIError(ClientWriteError::LogEntryDiscarded(_)) => {
+                LogFault::NotLeader { hint: self.hint() }
+            }
+            RaftError::APIError(error) => {
+                LogFault::Unsupported(format!("{error}: look again, and try again"))
+            }
+            RaftError::Fatal(fatal) => storage(fatal),
+        }
     }
 }

@@ -1,14 +1,14 @@
 //! How two nodes get to know each other on a new stream, before a byte of consensus is looked at.
 //!
-//! Who opens the stream sends a hello: `CRAFT003`, cluster (8), the own node (8), the node that it believes to speak to (8), the own
-//! identity (16), 32 random bytes. The other answers with its identity (16), 32 random bytes, and a MAC over the hello and these; or
+//! Who opens the stream sends a hello: `CRAFT004`, cluster (8), the own node (8), the node that it believes to speak to (8), the own
+//! identity (16), 32 random bytes, and the address that it is reached by (at most 255 printable bytes of ASCII, perhaps none). The other answers with its identity (16), 32 random bytes, and a MAC over the hello and these; or
 //! with a refusal, `CRAFTNO!` and a text. The first proves in turn that it has the key, by a MAC over the same. All numbers are
 //! little-endian; a MAC is BLAKE3 under the cluster's key (32 bytes), over the purpose, the hello, the identity and the random bytes.
 //!
 //! Invariants: neither side believes the other before it has seen a MAC over bytes that it has drawn itself, so nothing that was heard
 //! on another stream is of any use; who cannot prove anything learns whether he has found the node that he looked for, and no more. A node
 //! that has another identity than the one that was met first under its number is refused: it has lost its log, and its votes with
-//! that (`identities.rs`). Frames are not protected after that: who can change what is on the way between nodes is not kept out.
+//! that (`identities.rs`). The address of who was proven to be a node counts from then on, so a node is found where it went. Frames are not protected after that: who can change what is on the way between nodes is not kept out.
 
 use std::time::Duration;
 
@@ -24,10 +24,12 @@ use crate::{
 
 /// How long one side waits for the other's next word.
 const PATIENCE: Duration = Duration::from_secs(2);
-const HELLO: &[u8; 8] = b"CRAFT003";
+const HELLO: &[u8; 8] = b"CRAFT004";
 const REFUSED: &[u8; 8] = b"CRAFTNO!";
 const NONCE_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
+/// An address is no longer.
+const ADDRESS_BYTES_MAX: usize = 255;
 /// What the MACs are made over, of what the answering node says: its identity, and what it has drawn.
 const DRAWN_BYTES: usize = IDENTITY_BYTES + NONCE_BYTES;
 /// A refusal's text is no longer.
@@ -42,16 +44,19 @@ pub(crate) struct Me {
     pub(crate) identities: Identities,
     /// What the cluster's nodes know each other by.
     pub(crate) key: [u8; 32],
+    /// What others reach it by; empty where they know by themselves.
+    pub(crate) address: String,
 }
 
 /// Who speaks to whom.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Hello {
     pub(crate) cluster: u64,
     pub(crate) from: NodeId,
     pub(crate) to: NodeId,
     pub(crate) identity: Drawn,
     pub(crate) nonce: [u8; NONCE_BYTES],
+    pub(crate) address: String,
 }
 
 impl Hello {
@@ -60,6 +65,7 @@ impl Hello {
         [self.cluster, self.from, self.to].into_iter().for_each(|number| bytes.put_u64_le(number));
         bytes.put_slice(&self.identity);
         bytes.put_slice(&self.nonce);
+        bytes.put_slice(self.address.as_bytes());
         bytes.freeze()
     }
 
@@ -69,9 +75,12 @@ impl Hello {
             return Err(Malformed("no stream between members of logs of this build"));
         }
         let (cluster, node, to) = (from.u64()?, from.u64()?, from.u64()?);
-        let hello = Hello { cluster, from: node, to, identity: from.array()?, nonce: from.array()? };
-        from.end()?;
-        Ok(hello)
+        let (identity, nonce) = (from.array()?, from.array()?);
+        if from.0.len() > ADDRESS_BYTES_MAX || !from.0.iter().all(u8::is_ascii_graphic) {
+            return Err(Malformed("no address of a node"));
+        }
+        let address = String::from_utf8_lossy(&from.0).into_owned();
+        Ok(Hello { cluster, from: node, to, identity, nonce, address })
     }
 }
 
@@ -122,7 +131,8 @@ pub(crate) async fn open(
     stream: &mut PeerStream,
 ) -> Result<(), String> {
     let (identity, nonce) = (me.identities.own(), nonce(runtime));
-    let hello = Hello { cluster: me.cluster, from: me.node, to, identity, nonce }.encode();
+    let address = me.address.clone();
+    let hello = Hello { cluster: me.cluster, from: me.node, to, identity, nonce, address }.encode();
     let gone = |_| "it ends the stream".to_owned();
     stream.sender.send(hello.clone()).await.map_err(gone)?;
     let answer = next(runtime, stream).await?;
@@ -138,7 +148,7 @@ pub(crate) async fn open(
         return Err("it has another key than this node (keys/cluster.key)".into());
     }
     let found = Drawn::try_from(&drawn[..IDENTITY_BYTES]).expect("so many bytes were taken");
-    me.identities.meet(runtime, to, found).await?;
+    me.identities.meet(runtime, to, found, "").await?;
     let proof = mac(&me.key, Purpose::Proof, &hello, drawn);
     stream.sender.send(Bytes::copy_from_slice(&proof)).await.map_err(gone)
 }
@@ -150,16 +160,16 @@ pub(crate) async fn open(
 pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) -> Result<NodeId, String> {
     let first = next(runtime, stream).await?;
     let said = Hello::decode(first.clone()).map_err(|error| error.to_string()).and_then(|hello| {
-        let Hello { cluster, from, to, identity, .. } = hello;
+        let Hello { cluster, from, to, identity, address, .. } = hello;
         match (cluster == me.cluster, to == me.node) {
             (false, _) => Err(format!("node {from} is of cluster {cluster:016x}, not of this one")),
             (_, false) => {
                 Err(format!("node {from} looks for node {to}, which is another: correct its address"))
             }
-            (true, true) => Ok((from, identity)),
+            (true, true) => Ok((from, identity, address)),
         }
     });
-    let (from, identity) = match said {
+    let (from, identity, address) = match said {
         Ok(said) => said,
         Err(why) => {
             let text = [&REFUSED[..], &why.as_bytes()[..why.len().min(TEXT_BYTES_MAX)]].concat();
@@ -179,6 +189,6 @@ pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) 
             "who says that it is node {from} has another key than this node (keys/cluster.key)"
         ));
     }
-    me.identities.meet(runtime, from, identity).await?;
+    me.identities.meet(runtime, from, identity, &address).await?;
     Ok(from)
 }

@@ -1,10 +1,10 @@
-//! Who a node is, and whom it has met under each number.
+//! Who a node is, whom it has met under each number, and where that one said that it is.
 //!
 //! An identity is drawn when a node begins to keep logs, and lies beside them. A node whose logs were lost, and that begins anew, comes
 //! with another one, and nobody speaks to it: it has forgotten its votes. An older copy of the node's own logs is not told apart.
 //!
-//! File: a line for each node, the own one first (`NODE IDENTITY`, a number and 32 hexadecimal digits), and CRC-32 of these lines, 8
-//! hexadecimal digits.
+//! File: a line for each node, the own one first (`NODE IDENTITY ADDRESS`, a number, 32 hexadecimal digits, and an address, which may be
+//! missing with the space before it), and CRC-32 of these lines, 8 hexadecimal digits.
 //!
 //! Invariant: a node that was met is on the disk before anything that it says counts.
 
@@ -19,6 +19,14 @@ pub(crate) const IDENTITY_BYTES: usize = 16;
 /// Drawn once for each disk that keeps logs.
 pub(crate) type Identity = [u8; IDENTITY_BYTES];
 
+/// A node that was met.
+#[derive(Clone, Debug, PartialEq, Eq)]
+struct Met {
+    identity: Identity,
+    /// Where it has said last that it is; empty where it never did.
+    address: String,
+}
+
 /// The identities that a node knows; cheap to clone.
 #[derive(Clone)]
 pub struct Identities {
@@ -26,24 +34,26 @@ pub struct Identities {
     path: PathBuf,
     node: NodeId,
     own: Identity,
-    met: Arc<Mutex<BTreeMap<NodeId, Identity>>>,
+    met: Arc<Mutex<BTreeMap<NodeId, Met>>>,
     /// Whose turn it is to write the file: a disk that stands still holds up nobody who was met before.
     turn: Arc<tokio::sync::Mutex<()>>,
 }
 
-fn encode(node: NodeId, own: &Identity, met: &BTreeMap<NodeId, Identity>) -> String {
+fn encode(node: NodeId, own: Identity, met: &BTreeMap<NodeId, Met>) -> String {
     let mut text = String::new();
-    for (node, identity) in std::iter::once((&node, own)).chain(met) {
+    let own = Met { identity: own, address: String::new() };
+    for (node, Met { identity, address }) in std::iter::once((&node, &own)).chain(met) {
         let digits: String = identity.iter().map(|byte| format!("{byte:02x}")).collect();
+        let space = if address.is_empty() { "" } else { " " };
         // Writing to a string does not fail.
-        let _ = writeln!(text, "{node} {digits}");
+        let _ = writeln!(text, "{node} {digits}{space}{address}");
     }
     let crc = crc32fast::hash(text.as_bytes());
     format!("{text}{crc:08x}\n")
 }
 
 /// The lines of a file; `None` when it is damaged.
-fn decode(bytes: &[u8]) -> Option<Vec<(NodeId, Identity)>> {
+fn decode(bytes: &[u8]) -> Option<Vec<(NodeId, Met)>> {
     let text = std::str::from_utf8(bytes).ok()?;
     let (lines, crc) = text.strip_suffix('\n')?.rsplit_once('\n')?;
     let lines = format!("{lines}\n");
@@ -51,12 +61,14 @@ fn decode(bytes: &[u8]) -> Option<Vec<(NodeId, Identity)>> {
         return None;
     }
     let line = |line: &str| {
-        let (node, digits) = line.split_once(' ')?;
+        let (node, met) = line.split_once(' ')?;
+        let (digits, address) = met.split_once(' ').unwrap_or((met, ""));
         let mut identity = Identity::default();
         for (at, byte) in identity.iter_mut().enumerate() {
             *byte = u8::from_str_radix(digits.get(2 * at..2 * at + 2)?, 16).ok()?;
         }
-        Some((node.parse().ok()?, identity)).filter(|_| digits.len() == 2 * IDENTITY_BYTES)
+        let met = Met { identity, address: address.to_owned() };
+        Some((node.parse().ok()?, met)).filter(|_| digits.len() == 2 * IDENTITY_BYTES)
     };
     lines.lines().map(line).collect()
 }
@@ -78,7 +90,7 @@ impl Identities {
         let (own, met) = if disk.exists(&path) {
             let mut known = decode(&disk.read(&path)?).ok_or_else(|| damaged("is damaged"))?.into_iter();
             match known.next() {
-                Some((own_node, own)) if own_node == node => (own, known.collect()),
+                Some((own_node, own)) if own_node == node => (own.identity, known.collect()),
                 _ => return Err(damaged("is of another node")),
             }
         } else {
@@ -87,7 +99,7 @@ impl Identities {
             }
             let mut own = Identity::default();
             runtime.random.fill(&mut own);
-            disk.replace(&path, encode(node, &own, &BTreeMap::new()).as_bytes())?;
+            disk.replace(&path, encode(node, own, &BTreeMap::new()).as_bytes())?;
             (own, BTreeMap::new())
         };
         Ok(Identities { disk, path, node, own, met: Arc::new(Mutex::new(met)), turn: Arc::default() })
@@ -98,7 +110,17 @@ impl Identities {
         self.own
     }
 
-    /// Takes note of a node that has proven that it is of the cluster.
+    /// All nodes that were met, and where they have said that they are; empty where one has not.
+    pub fn met(&self) -> BTreeMap<NodeId, String> {
+        self.met.lock().iter().map(|(node, met)| (*node, met.address.clone())).collect()
+    }
+
+    /// Where a node has said last that it is.
+    pub fn address(&self, node: NodeId) -> Option<String> {
+        self.met.lock().get(&node).map(|met| met.address.clone()).filter(|address| !address.is_empty())
+    }
+
+    /// Takes note of a node that has proven that it is of the cluster, and of where it says that it is; an empty address says nothing.
     ///
     /// # Errors
     /// When another one was met under its number.
@@ -107,30 +129,32 @@ impl Identities {
         runtime: &Runtime,
         node: NodeId,
         identity: Identity,
+        address: &str,
     ) -> Result<(), String> {
-        if let Some(known) = self.known(node, identity) {
+        if let Some(known) = self.known(node, identity, address) {
             return known;
         }
         let _turn = self.turn.lock().await;
         // Another stream of it may have been first.
-        if let Some(known) = self.known(node, identity) {
+        if let Some(known) = self.known(node, identity, address) {
             return known;
         }
         let mut all = self.met.lock().clone();
-        all.insert(node, identity);
-        let (this, text) = (self.clone(), encode(self.node, &self.own, &all));
+        let met = Met { identity, address: address.to_owned() };
+        all.insert(node, met.clone());
+        let (this, text) = (self.clone(), encode(self.node, self.own, &all));
         let written = runtime.blocking(move || this.disk.replace(&this.path, text.as_bytes())).await;
         let written = written.ok_or("this node stops")?;
         written.map_err(|error| format!("write down who node {node} is: {error}"))?;
-        self.met.lock().insert(node, identity);
+        self.met.lock().insert(node, met);
         Ok(())
     }
 
-    /// What is to be said of a node that was met; `None` where none was under that number.
-    fn known(&self, node: NodeId, identity: Identity) -> Option<Result<(), String>> {
-        let known = *self.met.lock().get(&node)?;
-        if known == identity || mutants::is(Mutant::AnyIdentityTaken) {
-            return Some(Ok(()));
+    /// What is to be said of a node that was met; `None` where none was under that number, or where it was elsewhere.
+    fn known(&self, node: NodeId, identity: Identity, address: &str) -> Option<Result<(), String>> {
+        let known = self.met.lock().get(&node)?.clone();
+        if known.identity == identity || mutants::is(Mutant::AnyIdentityTaken) {
+            return (address.is_empty() || known.address == address).then_some(Ok(()));
         }
         Some(Err(format!(
             "node {node} is not the one that was met under its number before: its logs were lost or replaced, so it has \
@@ -149,12 +173,17 @@ mod tests {
 
     #[test]
     fn golden_identities_and_every_flip() {
-        let met = BTreeMap::from([(2, [0xab; IDENTITY_BYTES]), (10, [1; IDENTITY_BYTES])]);
-        let bytes = encode(1, &[7; IDENTITY_BYTES], &met).into_bytes();
-        let lines = ["1 07070707070707070707070707070707", "2 abababababababababababababababab"];
+        let at = |byte: u8, address: &str| Met { identity: [byte; 16], address: address.to_owned() };
+        let met = BTreeMap::from([(2, at(0xab, "")), (10, at(1, "ten.example:7400"))]);
+        let bytes = encode(1, [7; IDENTITY_BYTES], &met).into_bytes();
+        let lines = [
+            "1 07070707070707070707070707070707",
+            "2 abababababababababababababababab",
+            "10 01010101010101010101010101010101 ten.example:7400",
+        ];
         assert!(String::from_utf8_lossy(&bytes).starts_with(&lines.join("\n")));
         let read = decode(&bytes).expect("reads");
-        assert_eq!(read, [(1, [7; 16]), (2, [0xab; 16]), (10, [1; 16])]);
+        assert_eq!(read, [(1, at(7, "")), (2, met[&2].clone()), (10, met[&10].clone())]);
         for bit in 0..bytes.len() * 8 {
             let mut flipped = bytes.clone();
             flipped[bit / 8] ^= 1 << (bit % 8);
@@ -169,11 +198,19 @@ mod tests {
         let refused = world.run(SimNode(1), Duration::from_secs(60), async move {
             let open = |is_new: bool| Identities::open(&runtime, "identities".into(), 1, || Ok(is_new));
             let identities = open(true).expect("is made");
-            identities.meet(&runtime, 2, [1; 16]).await.expect("the first one");
-            identities.meet(&runtime, 2, [1; 16]).await.expect("the same again");
+            identities.meet(&runtime, 2, [1; 16], "here").await.expect("the first one");
+            identities.meet(&runtime, 2, [1; 16], "").await.expect("the same again");
+            assert_eq!(open(false).expect("is there").address(2).as_deref(), Some("here"));
+            identities.meet(&runtime, 2, [1; 16], "there").await.expect("the same, which has moved");
             let again = open(false).expect("is there");
-            assert_eq!(again.own(), identities.own());
-            let other = (again.meet(&runtime, 2, [2; 16]).await, identities.meet(&runtime, 2, [2; 16]).await);
+            assert_eq!(
+                (again.own(), again.met()),
+                (identities.own(), BTreeMap::from([(2, "there".to_owned())]))
+            );
+            let others = [&again, &identities];
+            let other = others.map(|known| known.meet(&runtime, 2, [2; 16], "elsewhere"));
+            let [one, two] = other;
+            let other = (one.await, two.await);
             other.0.is_err() && other.1.is_err()
         });
         refused.expect("ends")

@@ -1,13 +1,13 @@
 //! Streams between the nodes that keep logs: one for each ordered pair of them, for all groups.
 //!
-//! Who asks opens the stream and says who it is; answers come back on it, in any order. A stream that breaks leaves everything on it
-//! unknown, and the next question opens another.
+//! Who asks opens the stream and says who and where it is; answers come back on it, in any order. A stream that breaks leaves everything
+//! on it unknown, and the next question opens another. A node is looked for where it has said that it is, and where the settings say.
 //!
 //! Invariant: who does not have the cluster's key, a node of another cluster, one that looks for somebody else, and another incarnation
 //! of a log are refused before a byte of consensus is looked at.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -40,7 +40,7 @@ pub(crate) trait Group: Send + Sync {
     ) -> BoxFuture<()>;
 }
 
-/// Where a node is.
+/// Where a node is, as the settings say.
 pub type Addresses = Arc<dyn Fn(NodeId) -> Option<Endpoint> + Send + Sync>;
 
 /// Why there is no answer.
@@ -72,6 +72,8 @@ pub struct Peers {
     me: Me,
     addresses: Addresses,
     links: Mutex<BTreeMap<NodeId, mpsc::UnboundedSender<Asked>>>,
+    /// How often each node was not found: where it may be is tried in turn.
+    missed: Mutex<BTreeMap<NodeId, usize>>,
     groups: Mutex<BTreeMap<u64, Arc<dyn Group>>>,
     next: AtomicU64,
     said: Said,
@@ -81,6 +83,8 @@ pub struct Peers {
 #[derive(Default)]
 struct Said(Mutex<BTreeMap<String, Duration>>);
 
+/// A node that nobody has asked anything is greeted after so long.
+const GREET_AGAIN: Duration = Duration::from_secs(2);
 /// A node that cannot be reached is tried again after so long.
 const OPEN_AGAIN: Duration = Duration::from_millis(50);
 /// The same is said again after so long.
@@ -102,20 +106,23 @@ impl Said {
 }
 
 impl Peers {
-    /// The streams of a node that keeps logs of this cluster, whose nodes know each other by this key.
+    /// The streams of a node that keeps logs of this cluster, whose nodes know each other by this key. It says of itself that it is
+    /// at `address`, unless that is empty.
     pub fn new(
         runtime: Runtime,
         cluster: u64,
         node: NodeId,
         key: [u8; 32],
         identities: Identities,
+        address: &str,
         addresses: Addresses,
     ) -> Arc<Peers> {
         Arc::new(Peers {
             runtime,
-            me: Me { cluster, node, identities, key },
+            me: Me { cluster, node, identities, key, address: address.to_owned() },
             addresses,
             links: Mutex::default(),
+            missed: Mutex::default(),
             groups: Mutex::default(),
             next: AtomicU64::new(1),
             said: Said::default(),
@@ -156,6 +163,25 @@ impl Peers {
         }
     }
 
+    /// Greets these nodes, and all that were ever met, and again when a stream to one breaks: so they know where this one is, and
+    /// this one whether they are there.
+    pub fn greet(self: &Arc<Self>, nodes: Vec<NodeId>) {
+        let (this, clock) = (self.clone(), self.runtime.clock.clone());
+        self.runtime.spawn("raft greets", async move {
+            loop {
+                let met = this.me.identities.met().into_keys();
+                let others: BTreeSet<NodeId> = met.chain(nodes.iter().copied()).collect();
+                for node in others.into_iter().filter(|node| *node != this.me.node) {
+                    let mut links = this.links.lock();
+                    if links.get(&node).is_none_or(mpsc::UnboundedSender::is_closed) {
+                        this.open(node, &mut links);
+                    }
+                }
+                clock.sleep(GREET_AGAIN).await;
+            }
+        });
+    }
+
     fn send(self: &Arc<Self>, to: NodeId, asked: Asked) {
         let mut links = self.links.lock();
         let asked = match links.get(&to) {
@@ -165,10 +191,18 @@ impl Peers {
                 Err(mpsc::error::SendError(asked)) => asked,
             },
         };
+        // Its receiver has just been made.
+        let _ = self.open(to, &mut links).send(asked);
+    }
+
+    /// Begins to speak to a node.
+    fn open(
+        self: &Arc<Self>,
+        to: NodeId,
+        links: &mut BTreeMap<NodeId, mpsc::UnboundedSender<Asked>>,
+    ) -> mpsc::UnboundedSender<Asked> {
         let (link, mut questions) = mpsc::unbounded_channel();
-        // Its receiver is right here.
-        let _ = link.send(asked);
-        links.insert(to, link);
+        links.insert(to, link.clone());
         let (this, runtime) = (self.clone(), self.runtime.clone());
         self.runtime.spawn("raft link", async move {
             if let Err(error) = this.run_link(to, &mut questions).await {
@@ -176,10 +210,21 @@ impl Peers {
                 if this.said.is_news(&error.to_string(), runtime.clock.monotonic()) {
                     tracing::warn!(%error, "cannot speak to another node");
                 }
+                *this.missed.lock().entry(to).or_default() += 1;
                 // Each group asks many times in a second; what is asked meanwhile is asked in vain.
                 runtime.clock.sleep(OPEN_AGAIN).await;
             }
         });
+        link
+    }
+
+    /// Where a node is, or may be: where it was met, and where the settings say.
+    fn address(&self, node: NodeId) -> Option<Endpoint> {
+        let met = self.me.identities.address(node).map(|address| Endpoint::from(address.as_str()));
+        let said = (self.addresses)(node).filter(|said| Some(said) != met.as_ref());
+        let places: Vec<Endpoint> = met.into_iter().chain(said).collect();
+        let missed = self.missed.lock().get(&node).copied().unwrap_or(0);
+        places.get(missed % places.len().max(1)).cloned()
     }
 
     /// Owns the stream to a node until it breaks; what waits then is dropped, which says so.
@@ -189,7 +234,7 @@ impl Peers {
         questions: &mut mpsc::UnboundedReceiver<Asked>,
     ) -> std::io::Result<()> {
         let none = || std::io::Error::other(format!("the address of node {to} is not known"));
-        let address = (self.addresses)(to).ok_or_else(none)?;
+        let address = self.address(to).ok_or_else(none)?;
         let mut stream = self.runtime.network.open(&address).await?;
         let greeted = greeting::open(&self.runtime, &self.me, to, &mut stream).await;
         greeted.map_err(|why| std::io::Error::other(format!("node {to} at {address}: {why}")))?;

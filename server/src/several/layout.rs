@@ -33,6 +33,8 @@ use crate::{ClusterFile, keys};
 const LAYOUT: u32 = 1;
 /// Nodes of a new cluster.
 pub const NODES_MAX: usize = 7;
+/// Disks of one node that is added.
+const DISKS_OF_NODE_MAX: u32 = 256;
 /// Where a node says which it is.
 const NODE_FILE: &str = "node.json";
 /// How a node runs.
@@ -51,6 +53,10 @@ pub struct NodeFile {
     pub founders: Vec<NodeId>,
     /// Its disks, in hexadecimal: the n-th, counted from 0, lies in `blocks/n`.
     pub disks: Vec<String>,
+    /// Whether it was added to a cluster that there was already. Then `cluster.json` does not know its disks, and their keys follow from
+    /// the cluster's.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub joined: bool,
 }
 
 /// How a node runs, as an operator says.
@@ -216,7 +222,7 @@ impl Layout {
         }
         let known: BTreeSet<&String> = self.cluster.disks.iter().collect();
         ensure!(
-            self.file.disks.iter().all(|disk| known.contains(disk)),
+            self.file.joined || self.file.disks.iter().all(|disk| known.contains(disk)),
             "node.json names disks that cluster.json does not: put back the ones that belong together"
         );
         Ok(())
@@ -270,13 +276,7 @@ impl NewCluster {
         ensure!(distinct.len() == self.nodes.len(), "two nodes have the same address");
         let (data, parity) = self.policy;
         let cluster = ClusterFile::generate(runtime, self.shards, self.disks, data, parity)?;
-        let dir = std::path::absolute(&self.dir)?;
-        let is_empty = || fs::read_dir(&dir).is_ok_and(|mut names| names.next().is_none());
-        ensure!(
-            !dir.exists() || is_empty(),
-            "{} exists and is not empty; choose another directory",
-            dir.display()
-        );
+        let dir = empty_directory(&self.dir)?;
         let parent = dir.parent().context("the root directory is none for a cluster")?;
         runtime.disk.create_dir_all(parent)?;
         let name = dir.file_name().context("the root directory is none for a cluster")?;
@@ -327,25 +327,109 @@ impl NewCluster {
             node: number as NodeId,
             founders: (1..=self.nodes.len() as NodeId).collect(),
             disks: self.disks_of(cluster, number),
+            joined: false,
         };
-        for (n, id) in file.disks.iter().enumerate() {
-            let service = ServiceId(u64::from_str_radix(id, 16).context("made by generate")?);
-            let label = Label { cluster: cluster.cluster_id()?, service, created: runtime.clock.now() };
-            label.write(disk, &dir.join("blocks").join(n.to_string()))?;
-        }
-        disk.create_dir_all(&dir.join("log"))?;
-        disk.create_dir_all(&dir.join("state"))?;
-        disk.replace(&dir.join(NODE_FILE), &serde_json::to_vec_pretty(&file)?)?;
-        disk.replace(&dir.join(SETTINGS_FILE), self.settings_of(number).as_bytes())?;
-        disk.replace(&dir.join("cluster.json"), &serde_json::to_vec_pretty(cluster)?)?;
-        disk.sync_dir(&dir)?;
+        let nodes = (1..).zip(self.nodes.iter().cloned()).collect();
+        write_node(runtime, &dir, cluster, &file, &settings_text(file.node, &nodes))?;
         disk.sync_dir(made)?;
         Ok(())
     }
+}
 
-    fn settings_of(&self, number: usize) -> String {
-        let mut text = format!(
-            "# How node {number} runs: clutch node --config {SETTINGS_FILE}\n\n\
+/// A node that is to be added to a cluster that there is.
+#[derive(Clone, Debug)]
+pub struct NewNode {
+    /// Its directory, which must be empty or not be there.
+    pub dir: PathBuf,
+    /// The directory of a node of the cluster, for what all nodes know.
+    pub from: PathBuf,
+    /// Its number: one that no node ever had.
+    pub node: NodeId,
+    /// All nodes, and where they are; the new one among them.
+    pub nodes: BTreeMap<NodeId, String>,
+    /// Disks that it brings.
+    pub disks: u32,
+}
+
+impl NewNode {
+    /// Makes its directory, durably, or nothing.
+    ///
+    /// # Errors
+    /// When the directory is not empty, or the other one is no node's.
+    pub fn create(&self, runtime: &Runtime) -> Result<NodeFile> {
+        self.nodes.values().try_for_each(|address| check_reached(address))?;
+        ensure!(
+            self.disks <= DISKS_OF_NODE_MAX,
+            "{} disks: up to {DISKS_OF_NODE_MAX} are allowed",
+            self.disks
+        );
+        let of = Layout::read(runtime, &self.from)?;
+        let dir = empty_directory(&self.dir)?;
+        let parent = dir.parent().context("the root directory is none for a node")?;
+        let name = dir.file_name().context("the root directory is none for a node")?;
+        runtime.disk.create_dir_all(parent)?;
+        let made = parent.join(format!(".{}.clutch-join", name.to_string_lossy()));
+        if made.exists() {
+            // What an earlier creation did not come to the end of: nobody has used it.
+            fs::remove_dir_all(&made).with_context(|| format!("remove {}", made.display()))?;
+        }
+        runtime.disk.create_dir_all(&made)?;
+        copy_keys(runtime, &of.dir.join("keys"), &made.join("keys"))?;
+        let file = NodeFile {
+            node: self.node,
+            disks: (0..self.disks).map(|_| format!("{:016x}", runtime.random.u64().max(1))).collect(),
+            joined: true,
+            ..of.file
+        };
+        write_node(runtime, &made, &of.cluster, &file, &settings_text(self.node, &self.nodes))?;
+        if dir.exists() {
+            fs::remove_dir(&dir)?;
+        }
+        fs::rename(&made, &dir).with_context(|| format!("name {}", dir.display()))?;
+        runtime.disk.sync_dir(parent)?;
+        Ok(file)
+    }
+}
+
+/// A directory that is empty or not there, as an absolute path.
+fn empty_directory(dir: &Path) -> Result<PathBuf> {
+    let dir = std::path::absolute(dir)?;
+    let is_empty = || fs::read_dir(&dir).is_ok_and(|mut names| names.next().is_none());
+    ensure!(
+        !dir.exists() || is_empty(),
+        "{} exists and is not empty; choose another directory",
+        dir.display()
+    );
+    Ok(dir)
+}
+
+/// What is in the directory of a node beside its keys.
+fn write_node(
+    runtime: &Runtime,
+    dir: &Path,
+    cluster: &ClusterFile,
+    file: &NodeFile,
+    settings: &str,
+) -> Result<()> {
+    let disk = &*runtime.disk;
+    for (n, id) in file.disks.iter().enumerate() {
+        let service = ServiceId(u64::from_str_radix(id, 16).context("made as hexadecimal")?);
+        let label = Label { cluster: cluster.cluster_id()?, service, created: runtime.clock.now() };
+        label.write(disk, &dir.join("blocks").join(n.to_string()))?;
+    }
+    disk.create_dir_all(&dir.join("log"))?;
+    disk.create_dir_all(&dir.join("state"))?;
+    disk.replace(&dir.join(NODE_FILE), &serde_json::to_vec_pretty(file)?)?;
+    disk.replace(&dir.join(SETTINGS_FILE), settings.as_bytes())?;
+    disk.replace(&dir.join("cluster.json"), &serde_json::to_vec_pretty(cluster)?)?;
+    disk.sync_dir(dir)?;
+    Ok(())
+}
+
+/// A `node.toml` to begin with.
+fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
+    let mut text = format!(
+        "# How node {number} runs: clutch node --config {SETTINGS_FILE}\n\n\
              # Where it listens; on another machine perhaps 0.0.0.0 and the port.\n\
              listen = \"{}\"\n\n\
              # Blocks of a file are spread over failure domains: say the rack where machines of one fail together.\n\
@@ -359,16 +443,15 @@ impl NewCluster {
              #retain_log = \"all\"         # or an age, for example \"7d\"\n\n\
              # Where the nodes of the cluster are, the same on all of them.\n\
              [nodes]\n",
-            self.nodes[number - 1],
-            segment_mib(),
-            collect_every_s(),
-            clock_skew_s(),
-        );
-        for (number, address) in (1..).zip(&self.nodes) {
-            text += &format!("{number} = \"{address}\"\n");
-        }
-        text
+        nodes.get(&number).map_or("", String::as_str),
+        segment_mib(),
+        collect_every_s(),
+        clock_skew_s(),
+    );
+    for (number, address) in nodes {
+        text += &format!("{number} = \"{address}\"\n");
     }
+    text
 }
 
 /// The same keys for another node.

@@ -17,7 +17,7 @@ use clutch_proto::{
     admin::{AdminRequest, Status, admin_request::Op},
     session::Role,
 };
-use clutch_runtime::{Endpoint, Runtime};
+use clutch_runtime::{Endpoint, PeerStream, Runtime};
 use clutch_shard::{Lifetimes, Pages};
 
 use self::layout::Layout;
@@ -107,7 +107,7 @@ async fn open_engine(
     runtime: &Runtime,
     layout: &Layout,
     key: [u8; 32],
-) -> Result<(RaftEngine, Arc<Streams>)> {
+) -> Result<(RaftEngine, Arc<Streams>, Identities)> {
     let cluster = layout.cluster.cluster_id()?;
     let (seam, dir) = (runtime.clone(), layout.dir.join("log"));
     let store_options = Options {
@@ -144,9 +144,27 @@ async fn open_engine(
     })?;
     let nodes = layout.nodes.clone();
     let address = move |node: NodeId| nodes.get(&node).map(|address| Endpoint::from(address.as_str()));
+    let (own, met) = (layout.advertised(), identities.clone());
     let streams =
-        Streams::new(runtime.clone(), cluster, layout.file.node, key, identities, Arc::new(address));
-    Ok((RaftEngine::new(runtime.clone(), store, streams.clone(), Timing::default()), streams))
+        Streams::new(runtime.clone(), cluster, layout.file.node, key, identities, &own, Arc::new(address));
+    Ok((RaftEngine::new(runtime.clone(), store, streams.clone(), Timing::default()), streams, met))
+}
+
+fn accepting(streams: &Arc<Streams>) -> Arc<dyn Fn(PeerStream) + Send + Sync> {
+    let streams = streams.clone();
+    Arc::new(move |stream| streams.accept(stream))
+}
+
+/// Where the nodes are: as each has said, and where one has not, as the settings say.
+fn peers(layout: &Layout, identities: Identities) -> Peers {
+    let mut said = layout.nodes.clone();
+    said.insert(layout.file.node, layout.advertised());
+    Peers::known(layout.file.node, move || {
+        let met = identities.met().into_iter().filter(|(_, address)| !address.is_empty());
+        let mut nodes = said.clone();
+        nodes.extend(met);
+        nodes.into_iter().map(|(node, address)| (node, Endpoint::from(address.as_str()))).collect()
+    })
 }
 
 async fn start_on(
@@ -158,7 +176,7 @@ async fn start_on(
     up::check_files(cluster.shards)?;
     let keys_dir = dir.join("keys");
     let system_key = keys::read_system_key(&keys_dir)?;
-    let keyring = keys::load(&keys_dir, &cluster.service_ids()?)?;
+    let keyring = keys::load(&keys_dir, &cluster.service_ids()?)?.with_cluster_key(system_key);
     let disks = layout.disks()?;
     let places = vec![dir.join("log"), dir.join("state")];
     for place in &places {
@@ -167,14 +185,15 @@ async fn start_on(
     let reserve = layout.settings.reserve_mib.map(|mib| mib << 20);
     let room = Arc::new(Room::new(runtime.disk.clone(), places, reserve, Some(dir)));
     room.release_for_start();
-    let (engine, streams) = open_engine(runtime, layout, system_key).await?;
+    let (engine, streams, identities) = open_engine(runtime, layout, system_key).await?;
     let known = Chains::open(runtime.disk.clone(), dir.join(chains::FILE), cluster.cluster_id()?)?;
     let replicas = cluster.shards as usize + 2;
     let rocks = Arc::new(RocksStores::new(dir.join("state"), replicas, up::database_files()));
     let stores: Arc<dyn StoreProvider> = rocks.clone();
-    let endpoint = |address: &String| Endpoint::from(address.as_str());
-    let peers: Peers = layout.nodes.iter().map(|(node, address)| (*node, endpoint(address))).collect();
-    let registries = Registries::new(peers.values().cloned().collect()).context("[nodes] names none")?;
+    let peers = peers(layout, identities);
+    let named = layout.nodes.values().map(|address| Endpoint::from(address.as_str())).collect();
+    let registries = Registries::new(named).context("[nodes] names none")?;
+    let greeted = layout.nodes.keys().copied().collect();
     let founders = layout.file.founders.clone();
     let config = NodeConfig {
         runtime: runtime.clone(),
@@ -196,7 +215,7 @@ async fn start_on(
         chains: Arc::new(known),
         stores: stores.clone(),
         new_logs: NewLogs::with(RAFT, move |_| clutch_log_raft::parameters(&founders)),
-        accept: Arc::new(move |stream| streams.accept(stream)),
+        accept: accepting(&streams),
         keyring,
         system_key,
         lifetimes: Lifetimes::default(),
@@ -211,6 +230,8 @@ async fn start_on(
         reserve_on: up::on_the_same_file_system(dir, &disks),
         process_usage: crate::handler::process_usage,
     };
+    // One that is to become a member is looked for where it says that it is.
+    streams.greet(greeted);
     let node = up::start_node(config, &*stores, cluster).await?;
     room.hold_again();
     Ok((node, rocks))

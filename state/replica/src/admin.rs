@@ -3,12 +3,12 @@
 use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use clutch_log::{Event, Floors, Log, LogFault, Position, Progress};
+use clutch_log::{ConfigId, Event, Floors, Log, LogFault, Member, Position, Progress};
 use clutch_proto::{
     Refusal,
     admin::{
-        AdminReply, AdminRequest, HashReply, LogBatch, LogMember, LogReply, RescanReply, Row, ScanReply,
-        ScanRows, StatusReply, admin_request::Op,
+        AdminReply, AdminRequest, HashReply, LogBatch, LogMember, LogReply, MoveLeader, RescanReply, Row,
+        ScanReply, ScanRows, StatusReply, admin_request::Op,
     },
     limits::SCAN_BYTES_MAX,
     mutants::{self, Mutant},
@@ -60,6 +60,18 @@ fn store_fault(error: StoreError) -> Refusal {
     }
 }
 
+/// Why the members of a log, or who leads it, were not changed.
+fn not_changed(fault: LogFault) -> Refusal {
+    let code = match fault {
+        LogFault::NotLeader { .. } => Code::NotLeader,
+        LogFault::Unsupported(_) => Code::InvalidArgument,
+        LogFault::NoRoom(_) => Code::NoSpace,
+        LogFault::NoQuorum { .. } => Code::OutcomeUnknown,
+        LogFault::Corrupt { .. } | LogFault::Storage(_) | LogFault::Trimmed { .. } => Code::ReplicaFault,
+    };
+    Refusal::new(code, fault.to_string())
+}
+
 impl<M: Machine> Replica<M> {
     pub(super) fn admin(&mut self, request: AdminRequest, reply: oneshot::Sender<AdminResult>) {
         let runtime = self.config.runtime.clone();
@@ -80,28 +92,8 @@ impl<M: Machine> Replica<M> {
                 Err(Refusal::new(Code::ReplicaFault, self.fault.get().cloned().unwrap_or_default()))
             }
             Some(Op::TakeCheckpoint(_)) => self.take_checkpoint().and_then(|()| self.status()),
-            Some(Op::TrimLog(trim)) => match self.floors(Position(trim.upto)) {
-                Ok(floors) => {
-                    let log = self.config.log.clone();
-                    runtime.spawn("trim", async move {
-                        let trimmed = log.set_floors(floors).await.map_err(fault).map(|()| AdminReply {
-                            log: Some(LogReply { first: log.status().bounds.first.0, ..LogReply::default() }),
-                            ..AdminReply::default()
-                        });
-                        let _ = reply.send(trimmed);
-                    });
-                    return;
-                }
-                Err(refusal) => Err(refusal),
-            },
-            Some(Op::ReadLog(read)) => {
-                let log = self.config.log.clone();
-                runtime.spawn("read log", async move {
-                    let limit = (read.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
-                    // The asker may be gone.
-                    let _ = reply.send(read_log(&*log, Position(read.from.max(1)), limit).await);
-                });
-                return;
+            Some(Op::TrimLog(_) | Op::Reconfigure(_) | Op::MoveLeader(_) | Op::ReadLog(_)) => {
+                return self.ask_log(request, reply);
             }
             Some(Op::Rescan(_)) => {
                 let snapshot = self.applier.store().snapshot();
@@ -117,6 +109,39 @@ impl<M: Machine> Replica<M> {
             }
         };
         let _ = reply.send(answer);
+    }
+
+    /// Answers what the log is to do or to say, when it has.
+    fn ask_log(&mut self, request: AdminRequest, reply: oneshot::Sender<AdminResult>) {
+        let (runtime, log) = (self.config.runtime.clone(), self.config.log.clone());
+        // Who asked may have gone when there is an answer.
+        match request.op {
+            Some(Op::TrimLog(trim)) => match self.floors(Position(trim.upto)) {
+                Ok(floors) => runtime.spawn("trim", async move {
+                    let first = |()| LogReply { first: log.status().bounds.first.0, ..LogReply::default() };
+                    let trimmed = log.set_floors(floors).await.map(first).map_err(fault);
+                    let _ = reply.send(trimmed.map(|l| AdminReply { log: Some(l), ..AdminReply::default() }));
+                }),
+                Err(refusal) => drop(reply.send(Err(refusal))),
+            },
+            Some(Op::Reconfigure(change)) => runtime.spawn("reconfigure", async move {
+                let member = |m: LogMember| Member { node: m.node, voter: m.voter };
+                let members: Vec<Member> = change.members.into_iter().map(member).collect();
+                let changed = log.reconfigure(ConfigId(change.expect_config), members).await;
+                let status = |ConfigId(config)| StatusReply { config, ..StatusReply::default() };
+                let done = changed.map(status).map_err(not_changed);
+                let _ = reply.send(done.map(|s| AdminReply { status: Some(s), ..AdminReply::default() }));
+            }),
+            Some(Op::MoveLeader(MoveLeader { to })) => runtime.spawn("move leader", async move {
+                let moved = log.transfer_leader(to).await.map_err(not_changed);
+                let _ = reply.send(moved.map(|()| AdminReply::default()));
+            }),
+            Some(Op::ReadLog(read)) => runtime.spawn("read log", async move {
+                let limit = (read.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
+                let _ = reply.send(read_log(&*log, Position(read.from.max(1)), limit).await);
+            }),
+            _ => drop(reply.send(Err(Refusal::malformed("no request of a log")))),
+        }
     }
 
     fn status(&self) -> AdminResult {
@@ -146,6 +171,7 @@ impl<M: Machine> Replica<M> {
             checkpoints: self.checkpoints()?.iter().map(|p| p.0).collect(),
             leader: log.leader.unwrap_or(0),
             members: log.members.into_iter().map(member).collect(),
+            config: log.config.0,
             ..StatusReply::default()
         };
         Ok(AdminReply { status: Some(status), ..AdminReply::default() })

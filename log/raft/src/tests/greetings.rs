@@ -19,7 +19,7 @@ const AT: &str = "greeted";
 
 fn identity(runtime: &Runtime, cluster: u64, node: NodeId, key: u8) -> Me {
     let identities = Identities::open(runtime, "identities".into(), node, || Ok(true)).expect("is there");
-    Me { cluster, node, identities, key: [key; 32] }
+    Me { cluster, node, identities, key: [key; 32], address: format!("at{node}") }
 }
 
 /// Greets whoever comes, and writes down what came of it.
@@ -158,7 +158,9 @@ fn wrong() -> Vec<&'static str> {
         let (greeted, opened) = meet(honest(cluster, to, key));
         check(what, matches!(greeted, Some(Err(_))) && opened.is_err());
     }
-    let hello = Hello { cluster: CLUSTER, from: 2, to: 1, identity: [4; 16], nonce: [9; 32] }.encode();
+    let hello =
+        Hello { cluster: CLUSTER, from: 2, to: 1, identity: [4; 16], nonce: [9; 32], address: "at2".into() };
+    let hello = hello.encode();
     let said = overheard();
     let heard: Arc<Mutex<Vec<Bytes>>> = Arc::default();
     for (what, frames) in [
@@ -241,13 +243,14 @@ planted! {
 
 #[test]
 fn greetings_have_their_golden_bytes() {
-    let hello = Hello { cluster: 7, from: 1, to: 2, identity: [0xcd; 16], nonce: [0xab; 32] };
+    let address = "a:1".to_owned();
+    let hello = Hello { cluster: 7, from: 1, to: 2, identity: [0xcd; 16], nonce: [0xab; 32], address };
     let bytes = hello.encode();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
-    let start = "4352414654303033070000000000000001000000000000000200000000000000";
-    assert_eq!(hex, format!("{start}{}{}", "cd".repeat(16), "ab".repeat(32)));
+    let start = "4352414654303034070000000000000001000000000000000200000000000000";
+    assert_eq!(hex, format!("{start}{}{}613a31", "cd".repeat(16), "ab".repeat(32)));
     assert_eq!(Hello::decode(bytes.clone()).ok(), Some(hello));
-    for length in 0..bytes.len() {
+    for length in 0..bytes.len() - 3 {
         assert!(Hello::decode(bytes.slice(..length)).is_err(), "{length} bytes");
     }
 }

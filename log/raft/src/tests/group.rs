@@ -49,6 +49,8 @@ struct Running {
 pub(super) struct Nodes {
     pub(super) world: Arc<World>,
     count: u64,
+    /// The nodes that the log begins on.
+    first: Vec<NodeId>,
     running: Mutex<BTreeMap<NodeId, Running>>,
     cut_off: Mutex<BTreeSet<NodeId>>,
 }
@@ -59,7 +61,12 @@ fn endpoint(node: NodeId) -> Endpoint {
 
 impl Nodes {
     pub(super) fn new(world: Arc<World>, count: u64) -> Nodes {
-        Nodes { world, count, running: Mutex::default(), cut_off: Mutex::default() }
+        Nodes::beginning_on(world, count, (1..=count).collect())
+    }
+
+    /// Nodes of which these keep the log at first.
+    pub(super) fn beginning_on(world: Arc<World>, count: u64, first: Vec<NodeId>) -> Nodes {
+        Nodes { world, count, first, running: Mutex::default(), cut_off: Mutex::default() }
     }
 
     pub(super) fn numbers(&self) -> impl Iterator<Item = NodeId> + use<> {
@@ -73,12 +80,12 @@ impl Nodes {
     /// Starts a node on what its disk has.
     pub(super) async fn boot(&self, node: NodeId) {
         let runtime = self.world.node(SimNode(node as u32));
-        let members: Vec<NodeId> = self.numbers().collect();
+        let members = self.first.clone();
         let (started, running) = tokio::sync::oneshot::channel();
         let on = runtime.clone();
         runtime.spawn("boot", async move {
             let addresses = Arc::new(|node| Some(endpoint(node)));
-            let peers = Peers::new(on.clone(), CLUSTER, node, KEY, identities(&on, node), addresses);
+            let peers = Peers::new(on.clone(), CLUSTER, node, KEY, identities(&on, node), "", addresses);
             let handler = Arc::new(Accepts(peers.clone()));
             let listening = on.network.listen(&endpoint(node), handler).await.expect("a free name");
             let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };

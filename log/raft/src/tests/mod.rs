@@ -2,6 +2,7 @@
 
 mod greetings;
 mod group;
+mod members;
 mod messages;
 mod nemesis;
 mod reads;

@@ -7,7 +7,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use clutch_log::{Event, Floors, Outcome};
+use clutch_log::{Event, Floors, Member, Outcome};
 use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::simulated::Faults;
 use parking_lot::Mutex;
@@ -28,6 +28,8 @@ struct Seen {
     wrong: Vec<String>,
     is_over: bool,
     next: u64,
+    /// Changes of members that came about.
+    changes: u64,
 }
 
 /// A replica: how far it has come, and what of that is on its disk.
@@ -172,13 +174,22 @@ impl Trial {
     /// One thing that goes wrong, and its end.
     async fn strike(&self, runtime: &Runtime) {
         let (world, draw) = (&self.nodes.world, |bound| runtime.random.below(bound));
-        let any = 1 + draw(3);
+        let count = self.nodes.numbers().count() as u64;
+        let any = 1 + draw(count);
         // The leader every other time.
         let leads = |node: &NodeId| self.nodes.running(*node).is_some_and(|log| log.status().is_self);
         let victim = self.nodes.numbers().find(leads).filter(|_| draw(2) == 0).unwrap_or(any);
         let lasting = Duration::from_millis(10 + draw(1_200));
-        let (at, other) = (SimNode(victim as u32), SimNode((victim % 3 + 1) as u32));
-        match draw(12) {
+        let (at, other) = (SimNode(victim as u32), SimNode((victim % count + 1) as u32));
+        match draw(if count > 3 { 20 } else { 12 }) {
+            12.. => {
+                // One comes, perhaps without a vote, or one goes, whatever it was; often with one that is away.
+                let is_away = draw(3) == 0;
+                self.nodes.cut_off(victim, is_away);
+                let (node, how) = (1 + draw(count), draw(3));
+                let _ = runtime.timeout(lasting * 4, self.change(node, how)).await;
+                self.nodes.cut_off(victim, false);
+            }
             0 | 1 => {
                 self.crash(victim);
                 runtime.clock.sleep(lasting).await;
@@ -249,6 +260,39 @@ impl Trial {
         }
     }
 
+    /// Asks who leads to make a node a voter, a member without a vote, or none.
+    async fn change(&self, node: NodeId, how: u64) {
+        let Some(log) = self.nodes.any_leader() else { return };
+        let status = log.status();
+        let others = status.members.iter().map(|progress| progress.member).filter(|m| m.node != node);
+        let member = (how < 2).then_some(Member { node, voter: how == 0 });
+        let members: Vec<Member> = others.chain(member).collect();
+        if log.reconfigure(status.config, members).await.is_ok() {
+            self.seen.lock().changes += 1;
+        }
+    }
+
+    /// Makes all nodes voters.
+    async fn gather(&self, runtime: &Runtime) {
+        let end = runtime.clock.monotonic() + REST_MAX;
+        let are_all = || {
+            let leader = self.nodes.any_leader();
+            let voters = leader.map_or(0, |log| {
+                log.status().members.iter().filter(|progress| progress.member.voter).count()
+            });
+            voters == self.nodes.numbers().count()
+        };
+        while !are_all() {
+            if runtime.clock.monotonic() > end {
+                return self.wrong("the nodes do not all become voters".into());
+            }
+            for node in self.nodes.numbers() {
+                let _ = runtime.timeout(Duration::from_secs(5), self.change(node, 0)).await;
+            }
+            runtime.clock.sleep(Duration::from_millis(100)).await;
+        }
+    }
+
     /// A replica says what it does not need any more, and no more than that may go.
     async fn trim(&self, node: NodeId) {
         let flushed = self.replicas.lock().get(&node).map_or(Position(0), |replica| replica.flushed);
@@ -275,7 +319,8 @@ impl Trial {
             let last = self.seen.lock().acknowledged.values().max().copied();
             goal = goal.or(last.filter(|last| Some(*last) > before));
             let all = self.replicas.lock().values().all(|replica| Some(replica.applied) >= goal);
-            let has_all = |node| self.nodes.log(node).status().members.len() == 3;
+            let count = self.nodes.numbers().count();
+            let has_all = |node| self.nodes.log(node).status().members.len() == count;
             if goal.is_some() && all && self.nodes.numbers().all(has_all) {
                 return;
             }
@@ -309,9 +354,14 @@ impl Trial {
 
 /// Runs one seed; what was wrong.
 fn trial(seed: u64) -> Vec<String> {
+    trial_of(seed, 3).0
+}
+
+/// The same on so many nodes, three of which begin: the others come, and all may go. How often members changed, too.
+fn trial_of(seed: u64, count: u64) -> (Vec<String>, u64) {
     let found = std::panic::catch_unwind(AssertUnwindSafe(|| {
         let world = Arc::new(World::new(seed));
-        let nodes = Arc::new(Nodes::new(world.clone(), 3));
+        let nodes = Arc::new(Nodes::beginning_on(world.clone(), count, vec![1, 2, 3]));
         let done = world.run(SimNode(0), Duration::from_secs(600), async move {
             let trial = Arc::new(Trial { nodes, seen: Arc::default(), replicas: Arc::default() });
             let runtime = trial.nodes.driver();
@@ -334,14 +384,15 @@ fn trial(seed: u64) -> Vec<String> {
                 trial.strike(&runtime).await;
             }
             trial.seen.lock().is_over = true;
+            trial.gather(&runtime).await;
             trial.rest(&runtime).await;
-            trial.check()
+            (trial.check(), trial.seen.lock().changes)
         });
-        done.unwrap_or_else(|| vec!["it got stuck".into()])
+        done.unwrap_or_else(|| (vec!["it got stuck".into()], 0))
     }));
     found.unwrap_or_else(|panic| {
         let text = panic.downcast_ref::<String>().cloned();
-        vec![format!("panic: {}", text.unwrap_or_else(|| "without a message".into()))]
+        (vec![format!("panic: {}", text.unwrap_or_else(|| "without a message".into()))], 0)
     })
 }
 
@@ -351,6 +402,17 @@ fn nothing_acknowledged_is_lost() {
         let wrong = trial(seed);
         assert!(wrong.is_empty(), "seed {seed}: {wrong:#?}");
     }
+}
+
+#[test]
+fn members_come_and_go_and_nothing_acknowledged_is_lost() {
+    let mut changes = 0;
+    for seed in 0..40 {
+        let (wrong, changed) = trial_of(seed, 4);
+        assert!(wrong.is_empty(), "seed {seed}: {wrong:#?}");
+        changes += changed;
+    }
+    assert!(changes > 80, "{changes} changes of members");
 }
 
 /// A planted bug is found within so many seeds.

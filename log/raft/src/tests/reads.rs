@@ -88,7 +88,8 @@ impl Disk for Counting {
 }
 
 async fn open(runtime: &Runtime) -> (Arc<RaftLog>, u64) {
-    let peers = Peers::new(runtime.clone(), 7, 1, [0; 32], group::identities(runtime, 1), Arc::new(|_| None));
+    let peers =
+        Peers::new(runtime.clone(), 7, 1, [0; 32], group::identities(runtime, 1), "", Arc::new(|_| None));
     let options = Options { node: 1, cluster: 7, ..Options::default() };
     let store = Store::open(runtime, "log".into(), options).expect("the store opens");
     let bytes = store.bytes();

@@ -47,6 +47,7 @@ fn votes_twice(seeds: u64) -> u64 {
                 9,
                 group::KEY,
                 group::identities(&runtime, 9),
+                "",
                 addresses,
             );
             // The others are gone, so that nobody else's reign comes in between.

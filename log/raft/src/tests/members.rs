@@ -1,0 +1,95 @@
+//! Who belongs to a log is changed: only as far as the log goes on.
+
+use clutch_log::{ConfigId, LogFault, Member, Outcome};
+use clutch_proto::mutants::{self, Mutant};
+
+use super::*;
+
+fn voters(nodes: &[NodeId]) -> Vec<Member> {
+    nodes.iter().map(|node| Member { node: *node, voter: true }).collect()
+}
+
+/// Proposes; whether it was committed in time.
+async fn commits(nodes: &Nodes) -> bool {
+    let leader = nodes.log(nodes.leader(None).await);
+    let Ok(commit) = leader.propose(leader.status().epoch, vec!["goes on".into()]) else { return false };
+    let outcome = nodes.driver().timeout(Duration::from_secs(5), commit).await;
+    matches!(outcome, Some(Outcome::Committed(_)))
+}
+
+/// Whether a log goes on whose voters are to be four, of which two do not answer.
+fn goes_on() -> bool {
+    let world = Arc::new(World::new(1));
+    let nodes = Arc::new(Nodes::beginning_on(world.clone(), 4, vec![1, 2, 3]));
+    let done = world.run(SimNode(0), Duration::from_secs(600), async move {
+        for node in 1..=3 {
+            nodes.boot(node).await;
+        }
+        let leader = nodes.leader(None).await;
+        assert!(commits(&nodes).await);
+        let away = nodes.numbers().find(|node| *node != leader && *node < 4).expect("two follow");
+        nodes.crash(away);
+        nodes.driver().clock.sleep(Duration::from_secs(5)).await;
+        let log = nodes.log(leader);
+        let change = log.reconfigure(log.status().config, voters(&[1, 2, 3, 4]));
+        // What has begun may never end.
+        let _ = nodes.driver().timeout(Duration::from_secs(5), change).await;
+        commits(&nodes).await
+    });
+    done.expect("ends")
+}
+
+#[test]
+fn a_log_goes_on_whatever_members_are_asked_for() {
+    assert!(goes_on());
+}
+
+#[test]
+fn members_are_changed_step_by_step() {
+    let world = Arc::new(World::new(2));
+    let nodes = Arc::new(Nodes::beginning_on(world.clone(), 4, vec![1, 2, 3]));
+    let done = world.run(SimNode(0), Duration::from_secs(600), async move {
+        for node in nodes.numbers() {
+            nodes.boot(node).await;
+        }
+        let leader = nodes.leader(None).await;
+        let log = nodes.log(leader);
+        assert!(commits(&nodes).await);
+        let (config, old) = (log.status().config, nodes.numbers().find(|node| *node != leader).expect("two"));
+        let refused = log.reconfigure(ConfigId(config.0 + 1), voters(&[1, 2, 3, 4])).await;
+        assert!(matches!(refused, Err(LogFault::Unsupported(_))), "another configuration: {refused:?}");
+        let others: Vec<NodeId> = (1..=3).filter(|node| *node != leader).collect();
+        let refused = log.reconfigure(config, voters(&others)).await;
+        assert!(matches!(refused, Err(LogFault::Unsupported(_))), "who leads cannot go: {refused:?}");
+        // First without a vote, then in the place of another.
+        let mut members = voters(&[1, 2, 3]);
+        members.push(Member { node: 4, voter: false });
+        let config = log.reconfigure(config, members).await.expect("a member comes");
+        assert!(commits(&nodes).await);
+        let has_all = || log.status().members.iter().all(|is| is.matched >= Some(log.status().bounds.last));
+        nodes.until("the new one has all", has_all).await;
+        let without: Vec<NodeId> = nodes.numbers().filter(|node| *node != old).collect();
+        log.reconfigure(config, voters(&without)).await.expect("one goes, and one votes");
+        assert!(commits(&nodes).await);
+        let now: Vec<Member> = log.status().members.iter().map(|progress| progress.member).collect();
+        assert_eq!(now, voters(&without));
+        // Those that are left bear the loss of one, whoever it is, and the one that went says nothing.
+        nodes.crash(leader);
+        assert!(commits(&nodes).await);
+        assert_ne!(nodes.leader(None).await, old, "who is no member does not lead");
+    });
+    assert!(done.is_some());
+}
+
+mod silent {
+    use super::*;
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::SilentVotersTaken));
+        let is_planted = mutants::planted().is_some();
+        let is_found = is_planted && !goes_on();
+        mutants::plant(None);
+        assert_eq!(is_found, is_planted);
+    }
+}

@@ -2,7 +2,7 @@
 # Three nodes of a cluster as processes on 127.0.0.1, for trials and tests.
 #
 #   scripts/three.sh DIR PORT            start them on PORT, PORT+1 and PORT+2, wait until they serve, and print how to reach them
-#   scripts/three.sh DIR PORT start N    start node N again
+#   scripts/three.sh DIR PORT start N    start node N again, also one that was made by clutch cluster join --dir DIR/nN
 #   scripts/three.sh DIR PORT stop       stop those that run
 #
 # 4 shards, 8 disks, policy 4+2. What each node says is in DIR/nN/out, its process in DIR/nN/pid. CLUTCH_BIN names another binary than
@@ -70,12 +70,12 @@ case ${3:-} in
     ;;
 start)
     case ${4:-} in
-    1 | 2 | 3) start "$4" ;;
+    [1-9]) if [ -f "$dir/n$4/node.toml" ]; then start "$4"; else usage; fi ;;
     *) usage ;;
     esac
     ;;
 stop)
-    for n in 1 2 3; do
+    for n in 1 2 3 4 5 6 7 8 9; do
         if runs $n; then kill "$(cat "$dir/n$n/pid")"; fi
     done
     ;;

@@ -9,7 +9,7 @@ use clutch_runtime::Endpoint;
 
 pub(crate) use self::{
     fuzz::{FuzzArgs, FuzzEngine, FuzzProfile},
-    nodes::{ClusterCommand, InitArgs, NodeArgs},
+    nodes::{ClusterCommand, InitArgs, JoinArgs, NodeArgs},
 };
 use crate::remote::RemotePath;
 
@@ -135,7 +135,7 @@ pub(crate) enum Command {
     Up(UpArgs),
     /// Run one node of a cluster of several; Ctrl-C stops it.
     Node(NodeArgs),
-    /// Make clusters of several nodes.
+    /// Make clusters of several nodes, and change who is in them.
     #[command(subcommand)]
     Cluster(ClusterCommand),
     /// Show what runs and whether it serves.

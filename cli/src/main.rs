@@ -12,7 +12,7 @@ mod remote;
 use std::{io::IsTerminal as _, process::ExitCode, sync::Arc};
 
 use anyhow::Result;
-use args::{Cli, ClusterCommand, Command};
+use args::{Cli, Command};
 use clap::Parser as _;
 use clutch_client::{Client, ClientError, ClientOptions};
 use clutch_runtime::production;
@@ -120,15 +120,16 @@ fn code_name(error: &ClientError) -> String {
 
 async fn run(cli: Cli) -> Result<ExitCode> {
     let runtime = production::runtime();
-    let client = || {
+    let client_with = |system_key: Option<[u8; 32]>| {
         let registry = args::parse_registry(&cli.registry).map_err(anyhow::Error::msg)?;
-        let options = ClientOptions { patience: cli.patience(), ..ClientOptions::default() };
+        let options = ClientOptions { patience: cli.patience(), system_key, ..ClientOptions::default() };
         anyhow::Ok(Client::new(production::runtime(), registry, options))
     };
+    let client = || client_with(None);
     match &cli.command {
         Command::Up(args) => commands::up::run(runtime, args).await,
         Command::Node(args) => commands::node::run(runtime, args).await,
-        Command::Cluster(ClusterCommand::Init(args)) => commands::cluster::init(&runtime, args),
+        Command::Cluster(command) => commands::cluster::run(&runtime, &client_with, command).await,
         Command::Status(args) => commands::status::run(&client()?, args).await,
         Command::Fs(command) => commands::fs::run(Arc::new(client()?), command).await,
         Command::Log(command) => commands::log::run(client, command).await,

@@ -120,7 +120,7 @@ impl Three {
 
 impl Drop for Three {
     fn drop(&mut self) {
-        for node in 1..=3 {
+        for node in 1..=4 {
             if let Ok(pid) = fs::read_to_string(self.dir.join(format!("n{node}/pid"))) {
                 // It may have ended.
                 let _ = Command::new("kill").args(["-9", pid.trim()]).output();
@@ -185,6 +185,68 @@ fn three_nodes_bear_the_loss_of_any_one() {
         assert!(begin.elapsed() < Duration::from_secs(60), "{}", three.said(1));
         std::thread::sleep(Duration::from_millis(20));
     }
+}
+
+#[test]
+fn a_node_is_put_in_the_place_of_one_that_is_gone() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    let (local, back) = (temporary.path().join("local"), temporary.path().join("back"));
+    fs::write(&local, noise(300_000, 1)).expect("written");
+    let (local, back) = (local.to_str().expect("a name"), back.to_str().expect("a name"));
+    three.ok(&["fs", "put", local, "/file"]);
+    three.whole();
+    // It has what a snapshot has, and what came after it.
+    three.ok(&["log", "checkpoint", "--all"]);
+    three.ok(&["log", "trim", "--all"]);
+    three.kill(3);
+    let (from, new) = (three.dir.join("n1"), three.dir.join("n4"));
+    let address = format!("127.0.0.1:{}", free_ports());
+    let (from, at) = (from.to_str().expect("a name"), new.to_str().expect("a name"));
+    three.ok(&["cluster", "join", "--dir", at, "--from", from, "--node", &address, "--disks", "3"]);
+    assert!(
+        text(&three.run(&["cluster", "join", "--dir", at, "--from", from, "--node", &address]))
+            .contains("is not empty")
+    );
+    assert!(three.script(&["start", "4"]).status.success());
+    let key = three.dir.join("n2/keys/cluster.key");
+    let key = key.to_str().expect("a name");
+    let wrong = temporary.path().join("wrong");
+    fs::write(&wrong, format!("1 {}\n", "ab".repeat(32))).expect("written");
+    fs::set_permissions(&wrong, fs::Permissions::from_mode(0o600)).expect("changed");
+    let wrong = wrong.to_str().expect("a name");
+    let refused = three.run(&["cluster", "replace-node", "3", "--with", "4", "--key", wrong]);
+    assert!(text(&refused).contains("only who has the cluster's key"), "{}", text(&refused));
+    let unknown = three.run(&["cluster", "add-replica", "9", "--cdc", "--key", key]);
+    assert!(text(&unknown).contains("node 9 is not known here"), "{}", text(&unknown));
+    let replaced = three.ok(&["cluster", "replace-node", "3", "--with", "4", "--key", key]);
+    assert_eq!(replaced.matches("kept by nodes 1, 2, 4").count(), 6, "{replaced}");
+    // Told again, there is nothing left to do.
+    assert_eq!(three.ok(&["cluster", "replace-node", "3", "--with", "4", "--key", key]), replaced);
+    three.whole();
+    // The three that keep the logs now bear the loss of one, and the new one leads where it is told to.
+    three.ok(&["cluster", "move-leader", "--to", "4", "--all", "--key", key]);
+    assert!(three.logs().iter().all(|log| log["leader"] == 4), "{:?}", three.logs());
+    three.ok(&["cluster", "drain", "4", "--key", key]);
+    assert!(three.logs().iter().all(|log| log["leader"] != 4), "{:?}", three.logs());
+    // With the disks of the new one, whose keys nobody had before.
+    three.ok(&["fs", "put", local, "/without"]);
+    // Whoever was a member and is none any more serves its disks, and disturbs nobody.
+    three.start_again(3);
+    let begin = Instant::now();
+    while !three.said(3).contains("no member of 6 of 6 logs") {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{}", three.said(3));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    three.kill(1);
+    three.ok(&["fs", "mkdir", "/later"]);
+    for file in ["/file", "/without"] {
+        three.ok(&["fs", "get", file, back]);
+        assert_eq!(fs::read(back).expect("read"), fs::read(local).expect("read"));
+    }
+    three.start_again(1);
+    three.whole();
+    assert!(three.logs().iter().all(|log| log["leader"] != 3), "{:?}", three.logs());
 }
 
 #[test]

@@ -437,6 +437,43 @@ fn in_any_order_of_upkeep_every_log_replays_from_what_is_kept() {
     }
 }
 
+#[test]
+fn who_has_not_the_key_of_a_cluster_does_not_change_its_members() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let place = Place::new(temporary.path());
+    let mut keys = vec![temporary.path().join("c/keys/cluster.key")];
+    for (n, text) in [format!("1 {}\n", "ab".repeat(32)), "1 ab\n".into(), String::new()].iter().enumerate() {
+        let path = temporary.path().join(format!("wrong{n}"));
+        std::fs::write(&path, text).expect("written");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("changed");
+        keys.push(path);
+    }
+    for line in ["move-leader --to 2 --all", "add-replica 2 --cdc", "remove-node 1"] {
+        let said: Vec<String> = keys
+            .iter()
+            .map(|key| {
+                let (code, said) = place.run(&format!("cluster {line} --key {}", key.display()));
+                assert_ne!(code, Some(0), "{line}: a log of one member keeps that");
+                said
+            })
+            .collect();
+        let is_refused = |said: &String| said.contains("only who has the cluster's key");
+        // A change that comes to nothing is not even tried.
+        assert!(!is_refused(&said[0]), "{line}: {}", said[0]);
+        assert!(
+            is_refused(&said[1]) || said[1].contains("no voter") || said[1] == said[0],
+            "{line}: {}",
+            said[1]
+        );
+        assert!(said[2].contains("64 hexadecimal digits"), "{line}: {}", said[2]);
+        assert!(said[3].contains("holds no key"), "{line}: {}", said[3]);
+    }
+    let key = &keys[1];
+    let (_, said) = place.run(&format!("cluster add-replica 2 --cdc --key {}", key.display()));
+    assert!(said.contains("only who has the cluster's key"), "{said}");
+    place.cluster.ok(&["fs", "ls", "/"]);
+}
+
 /// In a build that has planted bugs, each of these tools' makes the test fail that is there for it.
 #[cfg(feature = "mutants")]
 #[test]

@@ -275,7 +275,7 @@ fn tempdir() -> Result<Temporary> {
     Ok(temporary)
 }
 
-fn chosen(which: &Which, shards: u32) -> Result<Vec<LogId>> {
+pub(crate) fn chosen(which: &Which, shards: u32) -> Result<Vec<LogId>> {
     if let Some(shard) = which.shard {
         if shard >= shards {
             bail!("shard {shard}: there are {shards}, counted from 0");
@@ -291,7 +291,7 @@ fn chosen(which: &Which, shards: u32) -> Result<Vec<LogId>> {
     })
 }
 
-async fn admin(client: &Client, id: LogId, op: Op) -> Result<AdminReply> {
+pub(crate) async fn admin(client: &Client, id: LogId, op: Op) -> Result<AdminReply> {
     let role = match id.role {
         1 => Role::Registry,
         2 => Role::Cdc,

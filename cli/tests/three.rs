@@ -188,6 +188,51 @@ fn three_nodes_bear_the_loss_of_any_one() {
 }
 
 #[test]
+fn an_older_copy_of_a_node_that_is_put_back_does_not_go_on() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    three.whole();
+    let (dir, copy) = (three.dir.join("n3"), temporary.path().join("copy"));
+    three.kill(3);
+    let copied = |from: &Path, to: &Path| {
+        let copied = Command::new("cp").arg("-a").arg(from).arg(to).status();
+        assert!(copied.is_ok_and(|status| status.success()));
+    };
+    copied(&dir, &copy);
+    // As it is it comes back, again and again.
+    three.start_again(3);
+    three.whole();
+    three.kill(3);
+    three.start_again(3);
+    three.whole();
+    three.ok(&["fs", "mkdir", "/since"]);
+    // Others have taken note of where it is by now.
+    let mark = || {
+        fs::read_to_string(dir.join("log/identities")).expect("is there").lines().next().map(str::to_owned)
+    };
+    let (first, begin) = (mark(), Instant::now());
+    while mark() == first {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{first:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    // That is told to the others a moment later.
+    let noted = || fs::read_to_string(three.dir.join("n1/log/identities")).expect("is there");
+    let at = mark().and_then(|line| Some(line.split(' ').nth(2)?.to_owned())).expect("a mark");
+    while !noted().contains(&at) {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{at}: {}", noted());
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    three.kill(3);
+    fs::remove_dir_all(&dir).expect("removed");
+    copied(&copy, &dir);
+    let output = Command::new(CLUTCH).args(["node", "--config"]).arg(&dir).output().expect("runs");
+    assert!(!output.status.success());
+    assert!(text(&output).contains("is an older copy of itself"), "{}", text(&output));
+    three.ok(&["fs", "mkdir", "/without"]);
+    assert!(three.ok(&["fs", "ls", "/"]).contains("since"));
+}
+
+#[test]
 fn a_node_is_put_in_the_place_of_one_that_is_gone() {
     let temporary = tempfile::tempdir().expect("a directory");
     let three = Three::start(&temporary.path().join("cluster"));

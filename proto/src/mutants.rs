@@ -217,6 +217,10 @@ pub enum Mutant {
     CursorForgotten,
     /// Who opens a stream is believed to have the cluster's key.
     AnyProofTaken,
+    /// A node that is behind what others remember of it goes on.
+    OwnCopyTaken,
+    /// A node that is behind what is remembered of it is spoken to.
+    OlderCopyTaken,
     /// Members that do not answer are made voters, so many that nothing can be committed.
     SilentVotersTaken,
     /// Whoever asks changes the members of logs.
@@ -247,7 +251,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 118] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 120] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -354,6 +358,8 @@ impl Mutant {
         (Mutant::VoteNotSynced, &["units", "tests::votes::planted_bugs_are_found"]),
         (Mutant::CursorForgotten, &["units", "tests::reads::planted_bugs_are_found"]),
         (Mutant::AnyProofTaken, &["units", "tests::greetings::proof::planted_bugs_are_found"]),
+        (Mutant::OwnCopyTaken, &["units", "tests::copies::own::planted_bugs_are_found"]),
+        (Mutant::OlderCopyTaken, &["units", "tests::copies::others::planted_bugs_are_found"]),
         (Mutant::SilentVotersTaken, &["units", "tests::members::silent::planted_bugs_are_found"]),
         (
             Mutant::AnybodyAdministers,

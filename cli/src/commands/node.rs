@@ -50,6 +50,12 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
     for notice in node.notices().iter().chain(&node.node_faults()) {
         talk!("  note: {notice}");
     }
-    let ended_by_fault = stops.serve(node).await;
+    let ended_by_fault = tokio::select! {
+        by_fault = stops.serve(node) => by_fault,
+        why = several.condemned() => {
+            talk!("clutch: {why}");
+            true
+        }
+    };
     Ok(stops.end(several.stop(), ended_by_fault).await)
 }

@@ -71,6 +71,7 @@ impl Group for Member {
                     Ok(Builder::default().manifest(&manifest).done())
                 }
                 Kind::Read => self.sent().read(body).await,
+                Kind::Mark => Err("a mark is no group's".into()),
             }
         })
     }

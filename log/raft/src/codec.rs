@@ -44,10 +44,12 @@ pub(crate) enum Kind {
     Seal = 8,
     Take = 9,
     Read = 10,
+    /// Of no group: how far the node that asks is.
+    Mark = 11,
 }
 
 impl Kind {
-    const ALL: [Kind; 10] = [
+    const ALL: [Kind; 11] = [
         Kind::Append,
         Kind::Heartbeat,
         Kind::Vote,
@@ -58,6 +60,7 @@ impl Kind {
         Kind::Seal,
         Kind::Take,
         Kind::Read,
+        Kind::Mark,
     ];
 }
 

@@ -1,14 +1,18 @@
 //! How two nodes get to know each other on a new stream, before a byte of consensus is looked at.
 //!
 //! Who opens the stream sends a hello: `CRAFT004`, cluster (8), the own node (8), the node that it believes to speak to (8), the own
-//! identity (16), 32 random bytes, and the address that it is reached by (at most 255 printable bytes of ASCII, perhaps none). The other answers with its identity (16), 32 random bytes, and a MAC over the hello and these; or
-//! with a refusal, `CRAFTNO!` and a text. The first proves in turn that it has the key, by a MAC over the same. All numbers are
-//! little-endian; a MAC is BLAKE3 under the cluster's key (32 bytes), over the purpose, the hello, the identity and the random bytes.
+//! identity (16), its mark (8, 8), the mark at which it remembers the other (8, 8; zeros for none), 32 random bytes, and the address that it
+//! is reached by (at most 255 printable bytes of ASCII, perhaps none). The other answers with its identity (16), its mark and the one
+//! that it remembers of the first (32), 32 random bytes, and a MAC over the hello and these; or with a refusal, `CRAFTNO!` and a text. The
+//! first proves in turn that it has the key, by a MAC over the same. All numbers are little-endian; a MAC is BLAKE3 under the cluster's
+//! key (32 bytes), over the purpose, the hello, and what the answer says before it.
 //!
 //! Invariants: neither side believes the other before it has seen a MAC over bytes that it has drawn itself, so nothing that was heard
 //! on another stream is of any use; who cannot prove anything learns whether he has found the node that he looked for, and no more. A node
 //! that has another identity than the one that was met first under its number is refused: it has lost its log, and its votes with
-//! that (`identities.rs`). The address of who was proven to be a node counts from then on, so a node is found where it went. Frames are not protected after that: who can change what is on the way between nodes is not kept out.
+//! that (`identities.rs`); and so is one that was further before, which is an older copy of itself. The address of who was proven to be a
+//! node counts from then on, so a node is found where it went. Frames are not protected after that: who can change what is on the way
+//! between nodes is not kept out.
 
 use std::time::Duration;
 
@@ -19,7 +23,7 @@ use clutch_runtime::{PeerStream, Runtime};
 
 use crate::{
     codec::{Malformed, Reader},
-    identities::{IDENTITY_BYTES, Identities, Identity as Drawn},
+    identities::{Claim, IDENTITY_BYTES, Identities, Identity as Drawn, MARK_BYTES, Mark},
 };
 
 /// How long one side waits for the other's next word.
@@ -30,8 +34,8 @@ const NONCE_BYTES: usize = 32;
 const MAC_BYTES: usize = 32;
 /// An address is no longer.
 const ADDRESS_BYTES_MAX: usize = 255;
-/// What the MACs are made over, of what the answering node says: its identity, and what it has drawn.
-const DRAWN_BYTES: usize = IDENTITY_BYTES + NONCE_BYTES;
+/// What the MACs are made over, of what the answering node says: its identity, two marks, and what it has drawn.
+const DRAWN_BYTES: usize = IDENTITY_BYTES + 2 * MARK_BYTES + NONCE_BYTES;
 /// A refusal's text is no longer.
 const TEXT_BYTES_MAX: usize = 512;
 
@@ -55,6 +59,9 @@ pub(crate) struct Hello {
     pub(crate) from: NodeId,
     pub(crate) to: NodeId,
     pub(crate) identity: Drawn,
+    pub(crate) mark: Mark,
+    /// At which mark the other was when it was met before.
+    pub(crate) remembered: Mark,
     pub(crate) nonce: [u8; NONCE_BYTES],
     pub(crate) address: String,
 }
@@ -64,6 +71,8 @@ impl Hello {
         let mut bytes = BytesMut::from(&HELLO[..]);
         [self.cluster, self.from, self.to].into_iter().for_each(|number| bytes.put_u64_le(number));
         bytes.put_slice(&self.identity);
+        bytes.put_slice(&self.mark.encode());
+        bytes.put_slice(&self.remembered.encode());
         bytes.put_slice(&self.nonce);
         bytes.put_slice(self.address.as_bytes());
         bytes.freeze()
@@ -75,12 +84,13 @@ impl Hello {
             return Err(Malformed("no stream between members of logs of this build"));
         }
         let (cluster, node, to) = (from.u64()?, from.u64()?, from.u64()?);
-        let (identity, nonce) = (from.array()?, from.array()?);
+        let (identity, mark, remembered) = (from.array()?, Mark::read(&mut from)?, Mark::read(&mut from)?);
+        let nonce = from.array()?;
         if from.0.len() > ADDRESS_BYTES_MAX || !from.0.iter().all(u8::is_ascii_graphic) {
             return Err(Malformed("no address of a node"));
         }
         let address = String::from_utf8_lossy(&from.0).into_owned();
-        Ok(Hello { cluster, from: node, to, identity, nonce, address })
+        Ok(Hello { cluster, from: node, to, identity, mark, remembered, nonce, address })
     }
 }
 
@@ -130,9 +140,10 @@ pub(crate) async fn open(
     to: NodeId,
     stream: &mut PeerStream,
 ) -> Result<(), String> {
-    let (identity, nonce) = (me.identities.own(), nonce(runtime));
-    let address = me.address.clone();
-    let hello = Hello { cluster: me.cluster, from: me.node, to, identity, nonce, address }.encode();
+    let Claim { identity, mark, address } = me.identities.claim(&me.address);
+    let (remembered, nonce) = (me.identities.remembered(to), nonce(runtime));
+    let hello = Hello { cluster: me.cluster, from: me.node, to, identity, mark, remembered, nonce, address };
+    let hello = hello.encode();
     let gone = |_| "it ends the stream".to_owned();
     stream.sender.send(hello.clone()).await.map_err(gone)?;
     let answer = next(runtime, stream).await?;
@@ -147,10 +158,18 @@ pub(crate) async fn open(
     {
         return Err("it has another key than this node (keys/cluster.key)".into());
     }
-    let found = Drawn::try_from(&drawn[..IDENTITY_BYTES]).expect("so many bytes were taken");
-    me.identities.meet(runtime, to, found, "").await?;
+    let mut said = Reader(Bytes::copy_from_slice(drawn));
+    let found = (|| {
+        let identity: Drawn = said.array()?;
+        let (mark, remembered) = (Mark::read(&mut said)?, Mark::read(&mut said)?);
+        Ok::<_, Malformed>((Claim { identity, mark, address: String::new() }, remembered))
+    })();
+    let (claim, remembered) = found.map_err(|error| error.to_string())?;
+    me.identities.meet(runtime, to, claim).await?;
     let proof = mac(&me.key, Purpose::Proof, &hello, drawn);
-    stream.sender.send(Bytes::copy_from_slice(&proof)).await.map_err(gone)
+    stream.sender.send(Bytes::copy_from_slice(&proof)).await.map_err(gone)?;
+    // Who is to be refused has been heard by then, so the other says why, too.
+    me.identities.is_remembered(to, remembered)
 }
 
 /// Greets whoever has opened a stream to this node; which node it is.
@@ -160,16 +179,16 @@ pub(crate) async fn open(
 pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) -> Result<NodeId, String> {
     let first = next(runtime, stream).await?;
     let said = Hello::decode(first.clone()).map_err(|error| error.to_string()).and_then(|hello| {
-        let Hello { cluster, from, to, identity, address, .. } = hello;
+        let Hello { cluster, from, to, identity, mark, remembered, address, .. } = hello;
         match (cluster == me.cluster, to == me.node) {
             (false, _) => Err(format!("node {from} is of cluster {cluster:016x}, not of this one")),
             (_, false) => {
                 Err(format!("node {from} looks for node {to}, which is another: correct its address"))
             }
-            (true, true) => Ok((from, identity, address)),
+            (true, true) => Ok((from, Claim { identity, mark, address }, remembered)),
         }
     });
-    let (from, identity, address) = match said {
+    let (from, claim, remembered) = match said {
         Ok(said) => said,
         Err(why) => {
             let text = [&REFUSED[..], &why.as_bytes()[..why.len().min(TEXT_BYTES_MAX)]].concat();
@@ -179,7 +198,9 @@ pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) 
         }
     };
     let drawn = if mutants::is(Mutant::ChallengeRepeated) { [7; NONCE_BYTES] } else { nonce(runtime) };
-    let drawn = [&me.identities.own()[..], &drawn].concat();
+    let Claim { identity, mark, .. } = me.identities.claim("");
+    let marks = [mark, me.identities.remembered(from)].map(Mark::encode);
+    let drawn = [&identity[..], &marks.concat(), &drawn].concat();
     let answer = [&drawn[..], &mac(&me.key, Purpose::Answer, &first, &drawn)].concat();
     let gone = |_| "it ends the stream".to_owned();
     stream.sender.send(answer.into()).await.map_err(gone)?;
@@ -189,6 +210,7 @@ pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) 
             "who says that it is node {from} has another key than this node (keys/cluster.key)"
         ));
     }
-    me.identities.meet(runtime, from, identity, &address).await?;
+    me.identities.meet(runtime, from, claim).await?;
+    me.identities.is_remembered(from, remembered)?;
     Ok(from)
 }

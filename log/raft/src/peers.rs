@@ -23,9 +23,9 @@ use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
-    codec::{Form, Frame, Kind},
+    codec::{Form, Frame, Kind, Reader},
     greeting::{self, Me},
-    identities::Identities,
+    identities::{Identities, Mark},
 };
 
 /// A group as the streams see it.
@@ -85,6 +85,10 @@ struct Said(Mutex<BTreeMap<String, Duration>>);
 
 /// A node that nobody has asked anything is greeted after so long.
 const GREET_AGAIN: Duration = Duration::from_secs(2);
+/// Every so many greetings a node goes on to its next mark, so an older copy of it is known for one by what it did since.
+const TURNS_OF_MARK: u32 = 2;
+/// How long the answer to a mark may take.
+const MARK_PATIENCE: Duration = Duration::from_secs(2);
 /// A node that cannot be reached is tried again after so long.
 const OPEN_AGAIN: Duration = Duration::from_millis(50);
 /// The same is said again after so long.
@@ -148,8 +152,20 @@ impl Peers {
         body: Bytes,
         patience: Duration,
     ) -> impl Future<Output = Result<Bytes, NoAnswer>> + Send + use<> {
+        self.ask_of(to, group_key(id), kind, body, patience)
+    }
+
+    /// The same of a group by its key.
+    fn ask_of(
+        self: &Arc<Self>,
+        to: NodeId,
+        group: u64,
+        kind: Kind,
+        body: Bytes,
+        patience: Duration,
+    ) -> impl Future<Output = Result<Bytes, NoAnswer>> + Send + use<> {
         let number = self.next.fetch_add(1, Ordering::Relaxed);
-        let frame = Frame { kind, form: Form::Request, group: group_key(id), number, body }.encode();
+        let frame = Frame { kind, form: Form::Request, group, number, body }.encode();
         let (answer, answered) = oneshot::channel();
         self.send(to, Asked { number, frame, answer });
         let runtime = self.runtime.clone();
@@ -168,7 +184,7 @@ impl Peers {
     pub fn greet(self: &Arc<Self>, nodes: Vec<NodeId>) {
         let (this, clock) = (self.clone(), self.runtime.clock.clone());
         self.runtime.spawn("raft greets", async move {
-            loop {
+            for turn in 0.. {
                 let met = this.me.identities.met().into_keys();
                 let others: BTreeSet<NodeId> = met.chain(nodes.iter().copied()).collect();
                 for node in others.into_iter().filter(|node| *node != this.me.node) {
@@ -177,9 +193,46 @@ impl Peers {
                         this.open(node, &mut links);
                     }
                 }
+                if turn % TURNS_OF_MARK == 0 {
+                    this.tell_mark().await;
+                }
                 clock.sleep(GREET_AGAIN).await;
             }
         });
+    }
+
+    /// Goes on to the next mark where that may be, and tells all nodes that can be spoken to.
+    async fn tell_mark(self: &Arc<Self>) {
+        let own = self.me.identities.next_mark(&self.runtime).await;
+        let linked: Vec<NodeId> = {
+            let links = self.links.lock();
+            links.iter().filter(|(_, link)| !link.is_closed()).map(|(node, _)| *node).collect()
+        };
+        for node in linked {
+            let remembered = self.me.identities.remembered(node);
+            let body = Bytes::from([own, remembered].map(Mark::encode).concat());
+            let asked = self.ask_of(node, 0, Kind::Mark, body, MARK_PATIENCE);
+            let identities = self.me.identities.clone();
+            self.runtime.spawn("raft mark", async move {
+                let Ok(body) = asked.await else { return };
+                if let Ok(remembered) = Mark::read(&mut Reader(body)) {
+                    // Who is condemned by it is told by the next greeting, and stops.
+                    let _ = identities.is_remembered(node, remembered);
+                }
+            });
+        }
+    }
+
+    /// What another node says of its mark, and remembers of this one's; what this one remembers of it.
+    fn hear_mark(&self, from: NodeId, body: Bytes) -> Result<Bytes, String> {
+        let mut body = Reader(body);
+        let marks = Mark::read(&mut body).and_then(|its| Ok((its, Mark::read(&mut body)?)));
+        let (its, remembered) = marks.map_err(|error| error.to_string())?;
+        self.me.identities.is_remembered(from, remembered)?;
+        // Where it is behind, it is told so.
+        let heard = self.me.identities.hear(from, its);
+        let known = Bytes::copy_from_slice(&self.me.identities.remembered(from).encode());
+        heard.map(|()| known.clone()).or(Ok(known))
     }
 
     fn send(self: &Arc<Self>, to: NodeId, asked: Asked) {
@@ -234,6 +287,9 @@ impl Peers {
         questions: &mut mpsc::UnboundedReceiver<Asked>,
     ) -> std::io::Result<()> {
         let none = || std::io::Error::other(format!("the address of node {to} is not known"));
+        if let Some(why) = self.me.identities.condemned() {
+            return Err(std::io::Error::other(why));
+        }
         let address = self.address(to).ok_or_else(none)?;
         let mut stream = self.runtime.network.open(&address).await?;
         let greeted = greeting::open(&self.runtime, &self.me, to, &mut stream).await;
@@ -291,6 +347,14 @@ impl Peers {
         let mut appends: BTreeMap<u64, mpsc::UnboundedSender<Frame>> = BTreeMap::new();
         while let Some(bytes) = receiver.recv().await {
             let frame = Frame::decode(bytes).map_err(|error| error.to_string())?;
+            if let Some(why) = self.me.identities.condemned() {
+                return Err(why);
+            }
+            if frame.kind == Kind::Mark {
+                let heard = self.hear_mark(from, frame.body.clone());
+                answer_with(&sender, &frame, heard).await;
+                continue;
+            }
             let Some(group) = self.groups.lock().get(&frame.group).cloned() else {
                 let text = "no such log here, or another incarnation of it";
                 answer_with(&sender, &frame, Err(text.into())).await;

@@ -33,6 +33,8 @@ use crate::{
 
 /// A file that is there since the node has begun to keep logs.
 const BEGUN: &str = "begun";
+/// How often it is looked whether the node is what it says it is.
+const LOOK_AT_IDENTITY: Duration = Duration::from_millis(200);
 /// The engine that logs begin with here.
 const RAFT: &str = "raft";
 
@@ -50,6 +52,7 @@ pub struct Several {
     node: Node,
     layout: Layout,
     runtime: Runtime,
+    identities: Identities,
     _lock: File,
 }
 
@@ -65,7 +68,7 @@ impl Several {
             format!("listen on {listen}: say a free address of this machine in node.toml")
         })?);
         let started = start_on(&runtime, &layout, &options).await;
-        let (node, stores) = started
+        let (node, stores, identities) = started
             .with_context(|| format!("start node {} in {}", layout.file.node, layout.dir.display()))?;
         let collector = layout.settings.collect_every_s;
         if collector > 0 {
@@ -81,12 +84,17 @@ impl Several {
             runtime.spawn("retention", retention.run(node.clock().clone()));
         }
         up::keep_clock_file(&runtime, &layout.dir, node.clock());
-        Ok(Several { node, layout, runtime, _lock: lock })
+        Ok(Several { node, layout, runtime, identities, _lock: lock })
     }
 
     /// What it runs.
     pub fn node(&self) -> &Node {
         &self.node
+    }
+
+    /// Completes when the node turns out to be one that must not go on; why that is.
+    pub async fn condemned(&self) -> String {
+        condemned(&self.runtime, &self.identities).await
     }
 
     /// What its directory says.
@@ -171,7 +179,7 @@ async fn start_on(
     runtime: &Runtime,
     layout: &Layout,
     options: &StartOptions,
-) -> Result<(Node, Arc<RocksStores>)> {
+) -> Result<(Node, Arc<RocksStores>, Identities)> {
     let (dir, cluster) = (&layout.dir, &layout.cluster);
     up::check_files(cluster.shards)?;
     let keys_dir = dir.join("keys");
@@ -190,7 +198,7 @@ async fn start_on(
     let replicas = cluster.shards as usize + 2;
     let rocks = Arc::new(RocksStores::new(dir.join("state"), replicas, up::database_files()));
     let stores: Arc<dyn StoreProvider> = rocks.clone();
-    let peers = peers(layout, identities);
+    let peers = peers(layout, identities.clone());
     let named = layout.nodes.values().map(|address| Endpoint::from(address.as_str())).collect();
     let registries = Registries::new(named).context("[nodes] names none")?;
     let greeted = layout.nodes.keys().copied().collect();
@@ -232,9 +240,22 @@ async fn start_on(
     };
     // One that is to become a member is looked for where it says that it is.
     streams.greet(greeted);
-    let node = up::start_node(config, &*stores, cluster).await?;
+    let node = tokio::select! {
+        node = up::start_node(config, &*stores, cluster) => node?,
+        why = condemned(runtime, &identities) => bail!(why),
+    };
     room.hold_again();
-    Ok((node, rocks))
+    Ok((node, rocks, identities))
+}
+
+/// Completes when a node learns that it must not go on.
+async fn condemned(runtime: &Runtime, identities: &Identities) -> String {
+    loop {
+        if let Some(why) = identities.condemned() {
+            return why;
+        }
+        runtime.clock.sleep(LOOK_AT_IDENTITY).await;
+    }
 }
 
 /// Collects again and again while this node leads the registry, so that one node of all does.

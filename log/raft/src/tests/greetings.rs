@@ -11,6 +11,7 @@ use super::*;
 use crate::{
     Identities,
     greeting::{self, Hello, Me},
+    identities::Mark,
 };
 
 const CLUSTER: u64 = 7;
@@ -158,8 +159,16 @@ fn wrong() -> Vec<&'static str> {
         let (greeted, opened) = meet(honest(cluster, to, key));
         check(what, matches!(greeted, Some(Err(_))) && opened.is_err());
     }
-    let hello =
-        Hello { cluster: CLUSTER, from: 2, to: 1, identity: [4; 16], nonce: [9; 32], address: "at2".into() };
+    let hello = Hello {
+        cluster: CLUSTER,
+        from: 2,
+        to: 1,
+        identity: [4; 16],
+        mark: Mark { count: 1, drawn: 4 },
+        remembered: Mark::default(),
+        nonce: [9; 32],
+        address: "at2".into(),
+    };
     let hello = hello.encode();
     let said = overheard();
     let heard: Arc<Mutex<Vec<Bytes>>> = Arc::default();
@@ -179,11 +188,11 @@ fn wrong() -> Vec<&'static str> {
     let heard: Arc<Mutex<Vec<Bytes>>> = Arc::default();
     meet(saying(vec![hello.clone()], heard.clone())).1.expect("it says what it is told");
     let own = heard.lock().pop().expect("it answers a hello");
-    let (greeted, _) = meet(saying(vec![hello, own.slice(48..)], Arc::default()));
+    let (greeted, _) = meet(saying(vec![hello, own.slice(80..)], Arc::default()));
     check("its own answer", matches!(greeted, Some(Err(_))));
     check("an answer to somebody else", !believes(own));
-    check("a made-up answer", !believes(Bytes::from_static(&[3; 80])));
-    check("an answer that is cut off", !believes(Bytes::from_static(&[3; 79])));
+    check("a made-up answer", !believes(Bytes::from_static(&[3; 112])));
+    check("an answer that is cut off", !believes(Bytes::from_static(&[3; 111])));
     wrong
 }
 
@@ -244,11 +253,14 @@ planted! {
 #[test]
 fn greetings_have_their_golden_bytes() {
     let address = "a:1".to_owned();
-    let hello = Hello { cluster: 7, from: 1, to: 2, identity: [0xcd; 16], nonce: [0xab; 32], address };
+    let (mark, remembered) = (Mark { count: 3, drawn: 4 }, Mark { count: 5, drawn: 6 });
+    let (identity, nonce) = ([0xcd; 16], [0xab; 32]);
+    let hello = Hello { cluster: 7, from: 1, to: 2, identity, mark, remembered, nonce, address };
     let bytes = hello.encode();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+    let marks: String = [3, 4, 5, 6].map(|number: u8| format!("{number:02x}{}", "00".repeat(7))).concat();
     let start = "4352414654303034070000000000000001000000000000000200000000000000";
-    assert_eq!(hex, format!("{start}{}{}613a31", "cd".repeat(16), "ab".repeat(32)));
+    assert_eq!(hex, format!("{start}{}{marks}{}613a31", "cd".repeat(16), "ab".repeat(32)));
     assert_eq!(Hello::decode(bytes.clone()).ok(), Some(hello));
     for length in 0..bytes.len() - 3 {
         assert!(Hello::decode(bytes.slice(..length)).is_err(), "{length} bytes");

@@ -1,5 +1,6 @@
 //! The conformance suite on three nodes of a simulated world, and what is raft's own.
 
+mod copies;
 mod greetings;
 mod group;
 mod members;

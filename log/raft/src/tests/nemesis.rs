@@ -272,6 +272,15 @@ impl Trial {
         }
     }
 
+    /// The same of a node that does not vote.
+    async fn come(&self, node: NodeId, how: u64) {
+        let leader = self.nodes.any_leader();
+        let members = leader.map(|log| log.status().members).unwrap_or_default();
+        if !members.iter().any(|progress| progress.member == Member { node, voter: true }) {
+            self.change(node, how).await;
+        }
+    }
+
     /// Makes all nodes voters.
     async fn gather(&self, runtime: &Runtime) {
         let end = runtime.clock.monotonic() + REST_MAX;
@@ -287,7 +296,11 @@ impl Trial {
                 return self.wrong("the nodes do not all become voters".into());
             }
             for node in self.nodes.numbers() {
-                let _ = runtime.timeout(Duration::from_secs(5), self.change(node, 0)).await;
+                // Who is to vote is heard first.
+                for how in [1, 0] {
+                    let _ = runtime.timeout(Duration::from_secs(5), self.come(node, how)).await;
+                    runtime.clock.sleep(Duration::from_millis(200)).await;
+                }
             }
             runtime.clock.sleep(Duration::from_millis(100)).await;
         }

@@ -22,7 +22,7 @@ use clutch_shard::{Lifetimes, Pages};
 
 use self::layout::Layout;
 use crate::{
-    Chains, Node, NodeConfig, Peers, Roles, chains,
+    Chains, ClusterFile, Node, NodeConfig, Peers, Roles, chains,
     chains::NewLogs,
     clock_file, keys,
     retention::Retention,
@@ -240,12 +240,23 @@ async fn start_on(
     };
     // One that is to become a member is looked for where it says that it is.
     streams.greet(greeted);
-    let node = tokio::select! {
-        node = up::start_node(config, &*stores, cluster) => node?,
-        why = condemned(runtime, &identities) => bail!(why),
-    };
+    let node = start_or_know(config, &*stores, cluster, &identities).await?;
     room.hold_again();
     Ok((node, rocks, identities))
+}
+
+/// Starts a node, unless it learns meanwhile that it must not go on.
+async fn start_or_know(
+    config: NodeConfig,
+    stores: &dyn StoreProvider,
+    cluster: &ClusterFile,
+    identities: &Identities,
+) -> Result<Node> {
+    let runtime = config.runtime.clone();
+    tokio::select! {
+        node = up::start_node(config, stores, cluster) => node,
+        why = condemned(&runtime, identities) => bail!(why),
+    }
 }
 
 /// Completes when a node learns that it must not go on.

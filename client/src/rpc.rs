@@ -462,7 +462,10 @@ impl Client {
             (Some(key), Some(tag), Body::Encoded(body)) if tag.client < certificate::SYSTEM_CLIENTS => {
                 certificate::system_mac(key, tag, body)
             }
-            (Some(key), None, Body::Encoded(body)) if how.admin => {
+            // What changes the registry is told by nodes only.
+            (Some(key), tag, Body::Encoded(body))
+                if how.admin || tag.is_some() && target.role == Role::Registry =>
+            {
                 let (role, number) = (target.role as i32, target.number);
                 let claims = certificate::AdminClaims { cluster, role, number, time };
                 Bytes::copy_from_slice(&certificate::admin_mac(key, claims, body))

@@ -48,7 +48,7 @@ const OPERATOR: NodeId = NodeId(499);
 /// The first client's node.
 pub const CLIENT: NodeId = NodeId(500);
 /// What the nodes of a simulated cluster know each other by.
-const SYSTEM_KEY: [u8; 32] = [7; 32];
+pub const SYSTEM_KEY: [u8; 32] = [7; 32];
 /// Nanoseconds since 1970 when a simulated world begins.
 const SIM_START: u64 = clutch_runtime::simulated::START_NS;
 /// Nodes from here on take over roles of others.
@@ -679,7 +679,8 @@ impl SimCluster {
 
     /// A client that keeps what it has looked up for a second, as real ones do.
     pub fn keeping_client(&self) -> Client {
-        Client::new(self.world.node(CLIENT), self.registries(), ClientOptions::default())
+        let options = ClientOptions { system_key: Some(SYSTEM_KEY), ..ClientOptions::default() };
+        Client::new(self.world.node(CLIENT), self.registries(), options)
     }
 
     /// A client on a node, perhaps watched.
@@ -701,6 +702,7 @@ impl SimCluster {
             cache_lifetime: Duration::ZERO,
             reads,
             observer,
+            system_key: Some(SYSTEM_KEY),
             ..ClientOptions::default()
         };
         Client::new(self.world.node(node), self.registries(), options)

@@ -4,11 +4,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use clutch_client::{Client, FileAttributes};
-use clutch_integration::{SimCluster, sim_cluster::shard_node};
+use clutch_integration::{
+    SimCluster,
+    denied::proven,
+    sim_cluster::{SYSTEM_KEY, shard_node},
+};
 use clutch_proto::{
     InodeId, InodeKind, Slot,
     blocks::{BlocksRequest, CheckBlock, EraseBlock, ReadBlock, WriteBlock, blocks_request},
     cdc::{self, CdcRequest, cdc_request},
+    certificate::AdminClaims,
     registry::{RegistryRequest, SwapChain, registry_request},
     session::{Request, Response, Role},
     shard::{shard_request::Op, *},
@@ -302,7 +307,12 @@ fn wrong_slots_tags_and_times_are_refused() {
         assert_eq!(code(&node, envelope(Role::Shard, 0, Some(old), touch)).await, Some(Code::ExpiredUnknown));
         let swap = RegistryRequest { op: Some(registry_request::Op::SwapChain(SwapChain::default())) }
             .encode_to_vec();
-        assert_eq!(code("node1", envelope(Role::Registry, 0, None, swap)).await, Some(Code::Malformed));
+        let swap = envelope(Role::Registry, 0, None, swap);
+        assert_eq!(code("node1", swap.clone()).await, Some(Code::Permission));
+        let time = runtime.clock.now();
+        let claims = AdminClaims { cluster: swap.cluster, role: swap.role, number: 0, time };
+        let swap = proven(&Request { time: time.0, ..swap }, &SYSTEM_KEY, claims);
+        assert_eq!(code("node1", swap).await, Some(Code::Malformed));
         let mkdir =
             cdc::MakeDirectory { parent: 7, name: Bytes::from_static(b"x"), ..cdc::MakeDirectory::default() };
         let mkdir = CdcRequest { op: Some(cdc_request::Op::MakeDirectory(mkdir)) }.encode_to_vec();

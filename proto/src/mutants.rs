@@ -225,6 +225,8 @@ pub enum Mutant {
     SilentVotersTaken,
     /// Whoever asks changes the members of logs.
     AnybodyAdministers,
+    /// Whoever asks changes the registry.
+    AnybodyRegisters,
     /// Whoever answers is believed to have the cluster's key.
     AnyAnswerTaken,
     /// A node that comes back with another identity is spoken to.
@@ -251,7 +253,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 120] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 121] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -360,6 +362,7 @@ impl Mutant {
         (Mutant::AnyProofTaken, &["units", "tests::greetings::proof::planted_bugs_are_found"]),
         (Mutant::OwnCopyTaken, &["units", "tests::copies::own::planted_bugs_are_found"]),
         (Mutant::OlderCopyTaken, &["units", "tests::copies::others::planted_bugs_are_found"]),
+        (Mutant::AnybodyRegisters, &["denied"]),
         (Mutant::SilentVotersTaken, &["units", "tests::members::silent::planted_bugs_are_found"]),
         (
             Mutant::AnybodyAdministers,

@@ -19,6 +19,8 @@ use clutch_proto::{
     certificate::{AdminClaims, SYSTEM_CLIENTS, is_admin_mac, is_system_mac},
     limits::{MESSAGE_BYTES_MAX, METADATA_REQUEST_BYTES_MAX},
     mutants::{self, Mutant},
+    operation,
+    registry::RegistryRequest,
     session::{self, Request, Response, Role},
     types::Code,
 };
@@ -175,6 +177,33 @@ impl NodeHandler {
         Ok(role)
     }
 
+    /// Whether who asks shows that it has the cluster's key, for this replica and of late.
+    fn is_proven(&self, request: &Request) -> bool {
+        let Request { cluster, role, number, time, .. } = *request;
+        let claims = AdminClaims { cluster, role, number, time: Time(time) };
+        let is_now = self.clock.told().0.abs_diff(time) <= ADMIN_LIFETIME_NS;
+        // Another cluster's was refused before; a node that has just started does not name its own yet.
+        is_now && is_admin_mac(&self.system_key, claims, &request.body, &request.system_mac)
+    }
+
+    /// Refuses what changes the registry, and so where everything is, from who is no node of the cluster.
+    fn admit_change(&self, request: &Request) -> Result<(), Refusal> {
+        // What cannot be read, or is nothing, is refused where it goes.
+        let op = RegistryRequest::decode(request.body.clone()).ok().and_then(|request| request.op);
+        let is_change = op.is_some_and(|op| !operation::of_registry(&op).is_read());
+        if !is_change || self.is_proven(request) || mutants::is(Mutant::AnybodyRegisters) {
+            return Ok(());
+        }
+        // A node that has another key than the others must not have the last word: who leads has.
+        Err(match self.routes.leads(LogId::REGISTRY) {
+            true => Refusal::new(
+                Code::Permission,
+                "only nodes of the cluster, who have its key, tell the registry",
+            ),
+            false => Refusal::new(Code::NotLeader, "this node does not lead the log"),
+        })
+    }
+
     /// Refuses what changes a cluster from who does not show that he has its key, and members that nobody could find.
     fn admit_operator(&self, op: &AdminRequest, request: &Request) -> Result<(), Refusal> {
         let members = match &op.op {
@@ -182,11 +211,7 @@ impl NodeHandler {
             Some(Op::MoveLeader(_)) => &[],
             _ => return Ok(()),
         };
-        let Request { cluster, role, number, time, .. } = *request;
-        let claims = AdminClaims { cluster, role, number, time: Time(time) };
-        let is_now = self.clock.told().0.abs_diff(time) <= ADMIN_LIFETIME_NS;
-        let is_proven = is_admin_mac(&self.system_key, claims, &request.body, &request.system_mac);
-        if !((is_proven && is_now && cluster == self.cluster) || mutants::is(Mutant::AnybodyAdministers)) {
+        if !self.is_proven(request) && !mutants::is(Mutant::AnybodyAdministers) {
             let text = "only who has the cluster's key changes its members: name keys/cluster.key of a node with --key";
             return Err(Refusal::new(Code::Permission, text));
         }
@@ -254,6 +279,9 @@ impl NodeHandler {
             let mut reply = Box::pin(replica.admin(op)).await?;
             self.add_node(&mut reply);
             return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));
+        }
+        if role == Role::Registry && may_be_large {
+            self.admit_change(&request)?;
         }
         let freshness = freshness(&request)?;
         let Answer { result, position, time } = replica.call_as(request.body, request.tag, freshness).await;

@@ -263,6 +263,8 @@ pub struct Progress {
     pub member: Member,
     /// The last position that it is known to have; `None` where only a leader would know.
     pub matched: Option<Position>,
+    /// Whether the node has heard of it of late, as its leader; of itself it always has.
+    pub is_heard: bool,
 }
 
 /// How a log stands, as one node sees it.

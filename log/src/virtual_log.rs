@@ -186,9 +186,10 @@ impl Log for VirtualLog {
         let earlier = &self.parts.parts[..self.parts.parts.len() - 1];
         let mut held: Vec<Bounds> = earlier.iter().map(|part| part.log.status().bounds).collect();
         held.push(bounds);
-        let of_log = |Progress { member, matched }| Progress {
+        let of_log = |Progress { member, matched, is_heard }| Progress {
             member,
             matched: matched.map(|index| spec.position_of(index)),
+            is_heard,
         };
         Status {
             epoch: id.epoch(epoch),

@@ -217,6 +217,8 @@ pub enum Mutant {
     CursorForgotten,
     /// Who opens a stream is believed to have the cluster's key.
     AnyProofTaken,
+    /// Who does not answer is handed a reign.
+    HandedToAnybody,
     /// A node that is behind what others remember of it goes on.
     OwnCopyTaken,
     /// A node that is behind what is remembered of it is spoken to.
@@ -253,7 +255,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 121] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 122] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -360,6 +362,7 @@ impl Mutant {
         (Mutant::VoteNotSynced, &["units", "tests::votes::planted_bugs_are_found"]),
         (Mutant::CursorForgotten, &["units", "tests::reads::planted_bugs_are_found"]),
         (Mutant::AnyProofTaken, &["units", "tests::greetings::proof::planted_bugs_are_found"]),
+        (Mutant::HandedToAnybody, &["units", "tests::members::handed::planted_bugs_are_found"]),
         (Mutant::OwnCopyTaken, &["units", "tests::copies::own::planted_bugs_are_found"]),
         (Mutant::OlderCopyTaken, &["units", "tests::copies::others::planted_bugs_are_found"]),
         (Mutant::AnybodyRegisters, &["denied"]),

@@ -187,7 +187,11 @@ impl NodeHandler {
     }
 
     /// Refuses what changes the registry, and so where everything is, from who is no node of the cluster.
-    fn admit_change(&self, request: &Request) -> Result<(), Refusal> {
+    fn admit_change(&self, role: Role, request: &Request) -> Result<(), Refusal> {
+        // What is too large is refused where it goes.
+        if role != Role::Registry || request.body.len() > METADATA_REQUEST_BYTES_MAX {
+            return Ok(());
+        }
         // What cannot be read, or is nothing, is refused where it goes.
         let op = RegistryRequest::decode(request.body.clone()).ok().and_then(|request| request.op);
         let is_change = op.is_some_and(|op| !operation::of_registry(&op).is_read());
@@ -209,10 +213,20 @@ impl NodeHandler {
         let members = match &op.op {
             Some(Op::Reconfigure(change)) => &change.members[..],
             Some(Op::MoveLeader(_)) => &[],
-            _ => return Ok(()),
+            None
+            | Some(
+                Op::Status(_)
+                | Op::ScanRows(_)
+                | Op::ReadLog(_)
+                | Op::HashAt(_)
+                | Op::TakeCheckpoint(_)
+                | Op::TrimLog(_)
+                | Op::Rescan(_),
+            ) => return Ok(()),
         };
         if !self.is_proven(request) && !mutants::is(Mutant::AnybodyAdministers) {
-            let text = "only who has the cluster's key changes its members: name keys/cluster.key of a node with --key";
+            let text = "only who has the cluster's key changes its members: name keys/cluster.key of a node with --key. (Or the clocks \
+                        are more than a minute apart.)";
             return Err(Refusal::new(Code::Permission, text));
         }
         match members.iter().find(|member| self.routes.address(member.node).is_empty()) {
@@ -280,9 +294,7 @@ impl NodeHandler {
             self.add_node(&mut reply);
             return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));
         }
-        if role == Role::Registry && may_be_large {
-            self.admit_change(&request)?;
-        }
+        self.admit_change(role, &request)?;
         let freshness = freshness(&request)?;
         let Answer { result, position, time } = replica.call_as(request.body, request.tag, freshness).await;
         let response = Response { time: time.0, position: position.0, ..Response::default() };

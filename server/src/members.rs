@@ -8,14 +8,14 @@ use std::{
 
 use bytes::Bytes;
 use clutch_client::Client;
-use clutch_log::{LogId, NodeId, Position};
+use clutch_log::{ConfigId, LogId, NodeId, Position};
 use clutch_proto::{
     admin::{AdminRequest, HashAt, Status, admin_request::Op},
     session::Role,
 };
 use clutch_runtime::Endpoint;
 use clutch_state_replica::AskMembers;
-use futures_util::future::join_all;
+use futures_util::{StreamExt as _, future::join_all, stream::FuturesUnordered};
 
 use crate::routes::Routes;
 
@@ -53,18 +53,31 @@ impl Asker {
 }
 
 impl Asker {
-    /// Whether the leader of a log, where one answers, has other members than this node.
-    pub(crate) async fn leader_has_no(&self, log: LogId, own: NodeId) -> bool {
+    /// Whether a log has other members than this node by now, which knows them as they were in a configuration: the leader says so, or
+    /// who knows of a later one.
+    pub(crate) async fn has_gone_on(&self, log: LogId, own: NodeId, config: ConfigId) -> bool {
         let Some((client, routes)) = self.0.get() else { return false };
         let (role, number) = role_of(log);
-        let asked = routes.others(log).into_iter().map(|(_, endpoint)| async move {
-            let request = AdminRequest { op: Some(Op::Status(Status {})) };
-            let asked = client.admin_at(endpoint, role, number, request);
-            let status = client.runtime().timeout(ASK_FOR, asked).await?.ok()?.status?;
-            let has = status.members.iter().any(|member| member.node == own);
-            Some(status.leading && !has)
-        });
-        join_all(asked).await.into_iter().flatten().any(|has_no| has_no)
+        // All that are known: none of those that were members once may be one now.
+        let others = routes.nodes().into_iter().filter(|(node, _)| *node != own);
+        let mut asked: FuturesUnordered<_> = others
+            .map(|(_, endpoint)| async move {
+                let request = AdminRequest { op: Some(Op::Status(Status {})) };
+                let asked = client.admin_at(endpoint, role, number, request);
+                let status = client.runtime().timeout(ASK_FOR, asked).await?.ok()?.status?;
+                let has = status.members.iter().any(|member| member.node == own);
+                Some((status.leading, status.config, !has))
+            })
+            .collect();
+        let mut newest = (config.0, false);
+        while let Some(answer) = asked.next().await {
+            match answer {
+                Some((true, _, has_no)) => return has_no,
+                Some((false, config, has_no)) => newest = newest.max((config, has_no)),
+                None => {}
+            }
+        }
+        newest.0 > config.0 && newest.1
     }
 }
 

@@ -417,7 +417,7 @@ async fn caught_up(
                 runtime.note("node: starts as a follower");
                 // The leader that it remembers may know it no more.
                 let is_none = match own {
-                    Some(own) => others.leader_has_no(*id, own).await,
+                    Some(own) => others.has_gone_on(*id, own, seen.config).await,
                     None => false,
                 };
                 return Ok(!is_none);
@@ -425,7 +425,7 @@ async fn caught_up(
         }
         // Who is no member any more is told nothing, not even that.
         if let Some(own) = own.filter(|_| runtime.clock.monotonic() - last_asked > ASK_OTHERS) {
-            if others.leader_has_no(*id, own).await {
+            if others.has_gone_on(*id, own, seen.config).await {
                 runtime.note("node: starts as no member any more");
                 return Ok(false);
             }
@@ -712,13 +712,20 @@ impl Starter<'_> {
 
     /// Waits until all replicas have caught up; how many logs this node is no member of.
     async fn catch_up(&self, replicas: &[Replicating]) -> Result<usize> {
-        let mut not_kept = 0;
-        for replicating in replicas {
-            let own = self.config.peers.own();
-            let is_member = caught_up(&self.config.runtime, replicating, own, &self.asker).await?;
-            not_kept += usize::from(!is_member);
-        }
-        Ok(not_kept)
+        let own = self.config.peers.own();
+        let caught_up = |of| caught_up(&self.config.runtime, of, own, &self.asker);
+        let members = match own {
+            // Others may be asked, and some of those are silent: not of one log after the other.
+            Some(_) => futures_util::future::try_join_all(replicas.iter().map(caught_up)).await?,
+            None => {
+                let mut members = Vec::new();
+                for replicating in replicas {
+                    members.push(caught_up(replicating).await?);
+                }
+                members
+            }
+        };
+        Ok(members.iter().filter(|is_member| !**is_member).count())
     }
 
     /// Opens a state and compares it with its log. One that is damaged, missing behind a trimmed log, or of somebody else is

@@ -187,7 +187,11 @@ impl Log for LocalLog {
             bounds,
             sealed,
             config: ConfigId::default(),
-            members: vec![Progress { member: Member { node, voter: true }, matched: Some(bounds.last) }],
+            members: vec![Progress {
+                member: Member { node, voter: true },
+                matched: Some(bounds.last),
+                is_heard: true,
+            }],
             queued_bytes: self.group.queued_bytes() as u64,
             fault: self.group.failed(),
         }

@@ -21,6 +21,12 @@ use crate::{
     types::{TypeConfig, index_of, position_of},
 };
 
+/// Members of one log.
+const NODES_OF_LOG_MAX: usize = 16;
+/// How long one step of a change of members may take to be committed; what comes of it later is seen then.
+const CHANGE_PATIENCE: Duration = Duration::from_secs(10);
+/// Who is handed a reign lacks no more entries than this.
+const HAND_OVER_LAG_MAX: u64 = 4096;
 /// Records that one change of members may take.
 const CHANGE_RECORDS_MAX: usize = 4;
 /// A member that has not answered for so long is not counted on when members change.
@@ -90,8 +96,10 @@ impl Member {
         config.heartbeat(false);
         self.resigning.send_replace(true);
         let metrics = self.metrics();
-        let others =
-            self.members(&metrics).into_iter().filter(|p| p.member.voter && p.member.node != self.node());
+        let others = self
+            .members(&metrics)
+            .into_iter()
+            .filter(|p| p.member.voter && p.member.node != self.node() && p.is_heard);
         if let Some(other) = others.max_by_key(|progress| progress.matched) {
             let raft = self.raft.clone();
             self.parts.runtime.spawn("raft resign", async move {
@@ -120,6 +128,12 @@ impl Member {
                 self.node()
             )));
         }
+        if members.len() > NODES_OF_LOG_MAX {
+            return Err(LogFault::Unsupported(format!(
+                "{} members: a log has at most {NODES_OF_LOG_MAX}",
+                members.len()
+            )));
+        }
         let metrics = self.metrics();
         // What goes beyond would end the group on every member; a trim makes room.
         let kept = self.parts.log.group().view().members.len();
@@ -135,7 +149,6 @@ impl Member {
                 "the members are those of configuration {has}, and not of {wants}: look again"
             )));
         }
-        self.check_heard(&metrics, &voters)?;
         let known: BTreeSet<NodeId> = metrics.membership_config.nodes().map(|(node, _)| *node).collect();
         let wanted: BTreeSet<NodeId> = members.iter().map(|member| member.node).collect();
         let mut id = *metrics.membership_config.log_id();
@@ -144,19 +157,74 @@ impl Member {
         let voting: BTreeSet<NodeId> = metrics.membership_config.voter_ids().collect();
         // One that an earlier leader did not come to the end of.
         let is_between = metrics.membership_config.membership().get_joint_config().len() > 1;
+        self.check_new(&metrics, voters.difference(&voting).copied())?;
         let gone: BTreeSet<NodeId> = known.difference(&wanted).copied().collect();
         let steps = [
             (!new.is_empty()).then_some(ChangeMembers::AddNodes(new)),
-            (voting != voters || is_between).then_some(ChangeMembers::ReplaceAllVoters(voters)),
+            (voting != voters || is_between).then_some(ChangeMembers::ReplaceAllVoters(voters.clone())),
             (!gone.is_empty()).then_some(ChangeMembers::RemoveNodes(gone)),
         ];
         for step in steps.into_iter().flatten() {
+            // Those who answered a moment ago may be gone.
+            self.check_heard(&self.metrics(), &voters)?;
             let only = [Precondition::LastMembershipLogId { last_membership_log_id: id }];
-            let changed = self.raft.change_membership_if(step, true, only).await;
+            let changed = self.raft.change_membership_if(step, true, only);
+            let changed = self.parts.runtime.timeout(CHANGE_PATIENCE, changed).await;
+            let changed = changed.ok_or(LogFault::NoQuorum { waited: CHANGE_PATIENCE })?;
             id = Some(changed.map_err(|error| self.not_changed(error))?.log_id);
         }
         self.parts.runtime.note("raft: members have changed");
         Ok(ConfigId(id.map_or(0, |id| position_of(id.index).0)))
+    }
+
+    /// Whether a member has answered this one, its leader, of late.
+    pub(crate) fn hears(&self, metrics: &RaftMetrics<TypeConfig>, node: NodeId) -> bool {
+        let heard = metrics.heartbeat.as_ref().and_then(|heard| heard.get(&node)).copied().flatten();
+        node == self.node() || heard.is_some_and(|heard| heard.elapsed() < HEARD_WITHIN)
+    }
+
+    /// What the leader knows that a member has of the log.
+    fn matched(metrics: &RaftMetrics<TypeConfig>, node: NodeId) -> Option<u64> {
+        metrics.replication.as_ref()?.get(&node)?.map(|id| id.index)
+    }
+
+    /// Refuses new voters that say nothing, or have nothing of the log: the log would bear less with them than without.
+    fn check_new(
+        &self,
+        metrics: &RaftMetrics<TypeConfig>,
+        mut new: impl Iterator<Item = NodeId>,
+    ) -> Result<(), LogFault> {
+        let is_ready =
+            |node: &NodeId| self.hears(metrics, *node) && Member::matched(metrics, *node).is_some();
+        match new.find(|node| !is_ready(node)) {
+            Some(node) if !mutants::is(Mutant::SilentVotersTaken) => Err(LogFault::Unsupported(format!(
+                "node {node} does not answer the leader, or has nothing of the log yet: make it a member without a vote first, and wait"
+            ))),
+            _ => Ok(()),
+        }
+    }
+
+    /// Lets another member lead, if it can: what openraft begins stops the log until somebody is elected.
+    pub(crate) async fn hand_over(&self, to: NodeId) -> Result<(), LogFault> {
+        let Some(term) = self.leading() else { return Err(LogFault::NotLeader { hint: self.hint() }) };
+        if to == self.node() {
+            return Ok(());
+        }
+        let metrics = self.metrics();
+        let is_voter =
+            metrics.membership_config.membership().get_joint_config().iter().all(|c| c.contains(&to));
+        let lag = metrics
+            .last_log_index
+            .zip(Member::matched(&metrics, to))
+            .map(|(last, has)| last.saturating_sub(has));
+        let is_ready = self.hears(&metrics, to) && lag.is_some_and(|lag| lag <= HAND_OVER_LAG_MAX);
+        if !(is_voter && is_ready || mutants::is(Mutant::HandedToAnybody)) {
+            return Err(LogFault::Unsupported(format!(
+                "node {to} cannot lead in the place of node {} (term {term}): it does not vote, does not answer, or lacks too much of the log",
+                self.node()
+            )));
+        }
+        self.raft.trigger().transfer_leader(to).await.map_err(storage)
     }
 
     /// Refuses voters of which so few answer that nothing could be committed any more, not even another change.
@@ -165,10 +233,7 @@ impl Member {
         metrics: &RaftMetrics<TypeConfig>,
         voters: &BTreeSet<NodeId>,
     ) -> Result<(), LogFault> {
-        let is_heard = |node: &NodeId| {
-            let heard = metrics.heartbeat.as_ref().and_then(|heard| heard.get(node)).copied().flatten();
-            *node == self.node() || heard.is_some_and(|heard| heard.elapsed() < HEARD_WITHIN)
-        };
+        let is_heard = |node: &NodeId| self.hears(metrics, *node);
         let heard = voters.iter().filter(|node| is_heard(node)).count();
         if heard * 2 > voters.len() || mutants::is(Mutant::SilentVotersTaken) {
             return Ok(());

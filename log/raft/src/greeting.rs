@@ -8,7 +8,8 @@
 //! key (32 bytes), over the purpose, the hello, and what the answer says before it.
 //!
 //! Invariants: neither side believes the other before it has seen a MAC over bytes that it has drawn itself, so nothing that was heard
-//! on another stream is of any use; who cannot prove anything learns whether he has found the node that he looked for, and no more. A node
+//! on another stream is of any use; who cannot prove anything learns whether he has found the node that he looked for, who that is, and two
+//! marks. A node
 //! that has another identity than the one that was met first under its number is refused: it has lost its log, and its votes with
 //! that (`identities.rs`); and so is one that was further before, which is an older copy of itself. The address of who was proven to be a
 //! node counts from then on, so a node is found where it went. Frames are not protected after that: who can change what is on the way

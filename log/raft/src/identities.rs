@@ -308,7 +308,11 @@ impl Identities {
         let written = runtime.blocking(move || this.disk.replace(&this.path, text.as_bytes())).await;
         let written = written.ok_or("this node stops")?;
         written.map_err(|error| format!("write down who node {node} is: {error}"))?;
-        self.met.lock().insert(node, met);
+        let mut all = self.met.lock();
+        // What was heard of it meanwhile counts.
+        let heard = all.get(&node).map(|known| known.mark).filter(|known| !met.mark.follows(*known));
+        let mark = heard.unwrap_or(met.mark);
+        all.insert(node, Met { mark, ..met });
         Ok(())
     }
 

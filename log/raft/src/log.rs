@@ -85,11 +85,7 @@ impl Log for RaftLog {
     }
 
     async fn transfer_leader(&self, to: NodeId) -> Result<(), LogFault> {
-        let member = &self.0;
-        if member.leading().is_none() {
-            return Err(LogFault::NotLeader { hint: member.hint() });
-        }
-        member.raft.trigger().transfer_leader(to).await.map_err(storage)
+        self.0.hand_over(to).await
     }
 
     fn resign(&self) {

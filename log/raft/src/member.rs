@@ -6,7 +6,7 @@
 //! * Nobody is given what lies behind the first seal that was committed.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::VecDeque,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -214,7 +214,9 @@ impl Member {
 
     pub(crate) fn members(&self, metrics: &RaftMetrics<TypeConfig>) -> Vec<Progress> {
         let membership = metrics.membership_config.membership();
-        let voters: BTreeSet<NodeId> = membership.voter_ids().collect();
+        // While members change, those vote who will, and who has: only who does both does so for certain.
+        let configs = membership.get_joint_config();
+        let is_voter = |node: &NodeId| configs.iter().all(|config| config.contains(node));
         let own = metrics.last_log_index.map(position_of);
         let matched = |node: &NodeId| {
             let replication = metrics.replication.as_ref()?;
@@ -224,8 +226,9 @@ impl Member {
             Some(replication.get(node)?.as_ref().map_or(Position(0), |id| position_of(id.index)))
         };
         let members = membership.nodes().map(|(node, _)| Progress {
-            member: clutch_log::Member { node: *node, voter: voters.contains(node) },
+            member: clutch_log::Member { node: *node, voter: is_voter(node) },
             matched: matched(node),
+            is_heard: self.hears(metrics, *node),
         });
         members.collect()
     }

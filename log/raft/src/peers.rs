@@ -224,7 +224,7 @@ impl Peers {
     }
 
     /// What another node says of its mark, and remembers of this one's; what this one remembers of it.
-    fn hear_mark(&self, from: NodeId, body: Bytes) -> Result<Bytes, String> {
+    fn hear_mark(&self, from: NodeId, body: Bytes) -> Result<(Bytes, Result<(), String>), String> {
         let mut body = Reader(body);
         let marks = Mark::read(&mut body).and_then(|its| Ok((its, Mark::read(&mut body)?)));
         let (its, remembered) = marks.map_err(|error| error.to_string())?;
@@ -232,10 +232,14 @@ impl Peers {
         // Where it is behind, it is told so.
         let heard = self.me.identities.hear(from, its);
         let known = Bytes::copy_from_slice(&self.me.identities.remembered(from).encode());
-        heard.map(|()| known.clone()).or(Ok(known))
+        Ok((known, heard))
     }
 
     fn send(self: &Arc<Self>, to: NodeId, asked: Asked) {
+        // Who must not go on asks nothing more: dropping it says so.
+        if self.me.identities.condemned().is_some() {
+            return;
+        }
         let mut links = self.links.lock();
         let asked = match links.get(&to) {
             None => asked,
@@ -351,8 +355,10 @@ impl Peers {
                 return Err(why);
             }
             if frame.kind == Kind::Mark {
-                let heard = self.hear_mark(from, frame.body.clone());
-                answer_with(&sender, &frame, heard).await;
+                let (known, heard) = self.hear_mark(from, frame.body.clone())?;
+                answer_with(&sender, &frame, Ok(known)).await;
+                // Nothing more is heard of one that is an older copy.
+                heard?;
                 continue;
             }
             let Some(group) = self.groups.lock().get(&frame.group).cloned() else {

@@ -145,9 +145,10 @@ impl Settings {
 
 fn check_address(address: &str) -> Result<()> {
     let (host, port) = address.rsplit_once(':').unwrap_or_default();
+    let is_plain = address.len() <= 255 && address.bytes().all(|byte| byte.is_ascii_graphic());
     let is_host = !host.is_empty() && (!host.contains(':') || host.starts_with('[') && host.ends_with(']'));
     ensure!(
-        is_host && !host.contains(',') && port.parse::<u16>().is_ok_and(|port| port > 0),
+        is_host && is_plain && !host.contains(',') && port.parse::<u16>().is_ok_and(|port| port > 0),
         "{address:?} is no address: write HOST:PORT, for example 127.0.0.1:7400 or [::1]:7400"
     );
     Ok(())
@@ -220,6 +221,9 @@ impl Layout {
         if let Some(node) = missing {
             bail!("node.toml: [nodes] does not say where node {node} is, which keeps logs of this cluster");
         }
+        check_reached(&self.advertised()).with_context(|| {
+            format!("node.toml: where is node {}? Say it in [nodes], or by advertise", self.file.node)
+        })?;
         let known: BTreeSet<&String> = self.cluster.disks.iter().collect();
         ensure!(
             self.file.joined || self.file.disks.iter().all(|disk| known.contains(disk)),
@@ -343,6 +347,8 @@ pub struct NewNode {
     pub dir: PathBuf,
     /// The directory of a node of the cluster, for what all nodes know.
     pub from: PathBuf,
+    /// The cluster, as its registry says.
+    pub cluster: u64,
     /// Its number: one that no node ever had.
     pub node: NodeId,
     /// All nodes, and where they are; the new one among them.
@@ -364,6 +370,13 @@ impl NewNode {
             self.disks
         );
         let of = Layout::read(runtime, &self.from)?;
+        ensure!(
+            of.cluster.cluster_id()? == self.cluster,
+            "{} is a node of cluster {}, and the registry that was asked is of {:016x}: name the ones that belong together",
+            self.from.display(),
+            of.cluster.cluster,
+            self.cluster
+        );
         let dir = empty_directory(&self.dir)?;
         let parent = dir.parent().context("the root directory is none for a node")?;
         let name = dir.file_name().context("the root directory is none for a node")?;

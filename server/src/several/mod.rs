@@ -199,8 +199,7 @@ async fn start_on(
     let rocks = Arc::new(RocksStores::new(dir.join("state"), replicas, up::database_files()));
     let stores: Arc<dyn StoreProvider> = rocks.clone();
     let peers = peers(layout, identities.clone());
-    let named = layout.nodes.values().map(|address| Endpoint::from(address.as_str())).collect();
-    let registries = Registries::new(named).context("[nodes] names none")?;
+    let registries = Registries::new(peers.all().into_values().collect()).context("[nodes] names none")?;
     let greeted = layout.nodes.keys().copied().collect();
     let founders = layout.file.founders.clone();
     let config = NodeConfig {

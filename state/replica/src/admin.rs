@@ -140,7 +140,10 @@ impl<M: Machine> Replica<M> {
                 let limit = (read.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
                 let _ = reply.send(read_log(&*log, Position(read.from.max(1)), limit).await);
             }),
-            _ => drop(reply.send(Err(Refusal::malformed("no request of a log")))),
+            None
+            | Some(Op::Status(_) | Op::ScanRows(_) | Op::HashAt(_) | Op::TakeCheckpoint(_) | Op::Rescan(_)) => {
+                drop(reply.send(Err(Refusal::malformed("no request of a log"))))
+            }
         }
     }
 
@@ -151,6 +154,7 @@ impl<M: Machine> Replica<M> {
             node: progress.member.node,
             voter: progress.member.voter,
             matched: progress.matched.map_or(0, |position| position.0),
+            heard: progress.is_heard,
             ..LogMember::default()
         };
         let checks = self.applier.checks();

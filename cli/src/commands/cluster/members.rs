@@ -30,6 +30,8 @@ const REFUSALS_MAX: u32 = 10;
 const AFTER_REFUSAL: Duration = Duration::from_millis(800);
 /// How long a log may have no leader, and a member may not get on.
 const STILL_MAX: Duration = Duration::from_secs(60);
+/// How long a member may take for a snapshot.
+const SNAPSHOT_MAX: Duration = Duration::from_secs(3600);
 /// A member that lags no further than so many positions has what the others have.
 const LAG_MAX: u64 = 1024;
 
@@ -67,7 +69,8 @@ fn matched(status: &StatusReply, node: u64) -> u64 {
 
 /// Who had best lead instead of a node: the voter that has most of the log.
 fn successor(status: &StatusReply, instead_of: u64) -> Option<u64> {
-    let others = status.members.iter().filter(|member| member.voter && member.node != instead_of);
+    let others =
+        status.members.iter().filter(|member| member.voter && member.node != instead_of && member.heard);
     others.max_by_key(|member| member.matched).map(|member| member.node)
 }
 
@@ -83,8 +86,14 @@ fn next_step(status: &StatusReply, change: Change) -> Result<Step> {
         members.remove(&node);
         Step::Members(members)
     };
-    let has_all = |node: u64| matched(status, node) + LAG_MAX >= status.log_last;
+    let has_all = |node: u64| matched(status, node) > 0 && matched(status, node) + LAG_MAX >= status.log_last;
     Ok(match change {
+        Change::Replace(old, new) if !members.contains_key(&old) => match members.get(&new) {
+            Some(true) => Step::Done,
+            Some(false) | None => {
+                bail!("node {old} is no member, and node {new} does not vote: which one is to be replaced?")
+            }
+        },
         Change::Add(node) | Change::Replace(_, node) if !members.contains_key(&node) => {
             Step::Members(with(node, false))
         }
@@ -94,13 +103,9 @@ fn next_step(status: &StatusReply, change: Change) -> Result<Step> {
         Change::Remove(node) if !members.contains_key(&node) => Step::Done,
         Change::Remove(node) if status.leader == node => match successor(status, node) {
             Some(other) => Step::Lead(other),
-            None => bail!("node {node} is the only one that votes: add another first"),
+            None => bail!("no other member that votes answers node {node}, which leads: add one, or wait"),
         },
         Change::Remove(node) => without(node, members.clone()),
-        Change::Replace(old, new) if !members.contains_key(&old) => match members[&new] {
-            true => Step::Done,
-            false => Step::Members(with(new, true)),
-        },
         Change::Replace(old, new) if status.leader == old => match successor(status, old) {
             Some(other) => Step::Lead(other),
             None => Step::Members(with(new, true)),
@@ -167,6 +172,16 @@ pub(super) async fn nodes(client: &Client) -> Result<BTreeMap<u64, String>> {
     Ok(status.nodes.into_iter().map(|known| (known.node, known.address)).collect())
 }
 
+/// Refuses a node that nobody has met: a number that was mistyped.
+pub(super) async fn check_known(client: &Client, node: u64) -> Result<()> {
+    let nodes = nodes(client).await?;
+    if !nodes.contains_key(&node) {
+        let known: Vec<String> = nodes.keys().map(u64::to_string).collect();
+        bail!("node {node} is not known; these are: {}", known.join(", "));
+    }
+    Ok(())
+}
+
 async fn logs(client: &Client, which: Option<&Which>) -> Result<Vec<LogId>> {
     let all = Which { shard: None, cdc: false, registry_log: false, all: true };
     let shards = client.map().await?.shards.len();
@@ -194,7 +209,7 @@ pub(super) async fn change(client: &Client, which: Option<&Which>, change: Chang
 
 async fn change_one(client: &Client, id: LogId, change: Change) -> Result<StatusReply> {
     let bar = output::bar(&id.to_string(), 0);
-    let (mut refusals, mut moved) = (0, (Instant::now(), 0));
+    let (mut refusals, mut leads, mut moved) = (0, 0, (Instant::now(), 0));
     loop {
         let (status, at) = leader_of(client, id).await?;
         let op = match next_step(&status, change)? {
@@ -209,7 +224,9 @@ async fn change_one(client: &Client, id: LogId, change: Change) -> Result<Status
                 if has > moved.1 {
                     moved = (Instant::now(), has);
                 }
-                if moved.0.elapsed() > STILL_MAX {
+                // What has not moved may be on its way as a snapshot.
+                let is_heard = status.members.iter().any(|member| member.node == node && member.heard);
+                if moved.0.elapsed() > if is_heard { SNAPSHOT_MAX } else { STILL_MAX } {
                     bail!(
                         "node {node} has {has} of {} positions and does not get on: does it run, and is it reached?",
                         status.log_last
@@ -218,7 +235,13 @@ async fn change_one(client: &Client, id: LogId, change: Change) -> Result<Status
                 tokio::time::sleep(AGAIN).await;
                 continue;
             }
-            Step::Lead(to) => Op::MoveLeader(MoveLeader { to }),
+            Step::Lead(to) => {
+                leads += 1;
+                if leads > REFUSALS_MAX {
+                    bail!("node {to} does not take over from node {}", status.leader);
+                }
+                Op::MoveLeader(MoveLeader { to })
+            }
             Step::Members(members) => {
                 let member = |(node, voter)| LogMember { node, voter, ..LogMember::default() };
                 let members = members.into_iter().map(member).collect();
@@ -314,6 +337,7 @@ mod tests {
                 node: *node,
                 voter,
                 matched: *matched,
+                heard: *matched > 1000,
                 ..LogMember::default()
             }
         };
@@ -342,13 +366,20 @@ mod tests {
             (&three[..], &[(4, 5000)][..], 1, Change::Replace(3, 4), members(&[1, 2, 4], &[])),
             (&three[..], &[(4, 5000)][..], 1, Change::Replace(1, 4), Step::Lead(2)),
             (&three[..], &[][..], 1, Change::Replace(4, 3), Step::Done),
+            // Who is heard leads rather than who has as much and is not.
+            (&[(1, 5000), (2, 4000), (3, 900)], &[], 1, Change::Remove(1), Step::Lead(2)),
             (&three[..1], &[(4, 5000)][..], 1, Change::Replace(1, 4), members(&[1, 4], &[])),
             (&three[..2], &[][..], 2, Change::Replace(1, 2), members(&[2], &[])),
-            (&three[..2], &[(4, 5000)][..], 2, Change::Replace(3, 4), members(&[1, 2, 4], &[])),
         ] {
             let status = status(voters, others, leader);
             assert_eq!(next_step(&status, change).expect("a step"), expected, "{change:?} of {status:?}");
         }
         assert!(next_step(&status(&three[..1], &[], 1), Change::Remove(1)).is_err(), "nobody would be left");
+        for others in [&[][..], &[(4, 5000)]] {
+            let mistyped = next_step(&status(&three, others, 1), Change::Replace(9, 4));
+            assert!(mistyped.is_err(), "nobody would be replaced");
+        }
+        let young = StatusReply { log_last: 7, ..status(&three, &[(4, 0)], 1) };
+        assert_eq!(next_step(&young, Change::Add(4)).expect("a step"), Step::Wait(4), "it has nothing yet");
     }
 }

@@ -34,7 +34,9 @@ pub(crate) async fn run(
             members::change(&with_key(&of.key.key)?, of.which.as_ref(), Change::Add(of.node)).await?;
         }
         ClusterCommand::RemoveReplica(of) => {
-            members::change(&with_key(&of.key.key)?, of.which.as_ref(), Change::Remove(of.node)).await?;
+            let client = with_key(&of.key.key)?;
+            members::check_known(&client, of.node).await?;
+            members::change(&client, of.which.as_ref(), Change::Remove(of.node)).await?;
         }
         ClusterCommand::ReplaceNode { node, with, key } => {
             ensure!(node != with, "a node cannot be put in its own place");
@@ -42,6 +44,7 @@ pub(crate) async fn run(
         }
         ClusterCommand::RemoveNode { node, key } => {
             let client = with_key(&key.key)?;
+            members::check_known(&client, *node).await?;
             members::change(&client, None, Change::Remove(*node)).await?;
             members::say_what_is_left(&client, *node).await?;
         }
@@ -62,7 +65,8 @@ async fn join(runtime: &Runtime, client: &Client, args: &JoinArgs) -> Result<()>
         nodes.keys().max().copied().context("the registry knows of no node: is it one of several?")? + 1;
     nodes.insert(node, args.address.clone());
     let (dir, from, disks) = (args.dir.clone(), args.from.clone(), args.disks);
-    let file = NewNode { dir, from, node, nodes, disks }.create(runtime)?;
+    let cluster = client.map().await?.cluster;
+    let file = NewNode { dir, from, cluster, node, nodes, disks }.create(runtime)?;
     talk!("clutch: made node {node} of cluster {} in {}", file.cluster, args.dir.display());
     talk!(
         "  carry it to its machine and keep no copy; it holds keys, so keep it from others. Then start it there:"

@@ -39,6 +39,55 @@ fn goes_on() -> bool {
     done.expect("ends")
 }
 
+/// How often a log stood still because its reign was handed to who is not there.
+fn stood_still() -> usize {
+    let world = World::new(3);
+    let world = Arc::new(world);
+    let nodes = Arc::new(Nodes::new(world.clone(), 3));
+    let done = world.run(SimNode(0), Duration::from_secs(600), async move {
+        for node in nodes.numbers() {
+            nodes.boot(node).await;
+        }
+        let leader = nodes.leader(None).await;
+        let away = nodes.numbers().find(|node| *node != leader).expect("two follow");
+        nodes.crash(away);
+        nodes.driver().clock.sleep(Duration::from_secs(5)).await;
+        let (log, mut stood_still) = (nodes.log(leader), 0);
+        for to in [away, 9, leader] {
+            // Whatever it answers, it goes on to lead.
+            let _ = log.transfer_leader(to).await;
+            nodes.driver().clock.sleep(Duration::from_millis(1)).await;
+            let commit = log.propose(log.status().epoch, vec!["goes on".into()]);
+            let Ok(commit) = commit else {
+                stood_still += 1;
+                continue;
+            };
+            let outcome = nodes.driver().timeout(Duration::from_secs(5), commit).await;
+            stood_still += usize::from(!matches!(outcome, Some(Outcome::Committed(_))));
+        }
+        stood_still
+    });
+    done.expect("ends")
+}
+
+#[test]
+fn a_reign_is_handed_to_nobody_who_cannot_take_it() {
+    assert_eq!(stood_still(), 0);
+}
+
+mod handed {
+    use super::*;
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::HandedToAnybody));
+        let is_planted = mutants::planted().is_some();
+        let is_found = is_planted && stood_still() > 0;
+        mutants::plant(None);
+        assert_eq!(is_found, is_planted);
+    }
+}
+
 #[test]
 fn a_log_goes_on_whatever_members_are_asked_for() {
     assert!(goes_on());

@@ -44,7 +44,7 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
     if not_kept > 0 {
         talk!(
             "  note: it is no member of {not_kept} of {logs} logs, and serves its disks. To make it one: clutch cluster add-replica \
-             {number}"
+             {number} --all"
         );
     }
     for notice in node.notices().iter().chain(&node.node_faults()) {

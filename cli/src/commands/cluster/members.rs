@@ -296,7 +296,7 @@ async fn move_one(client: &Client, id: LogId, to: &dyn Fn(&StatusReply) -> Optio
             return Ok(());
         };
         if members_of(&status).get(&to) != Some(&true) {
-            bail!("node {to} is no voter of {id}: make it one first (clutch cluster add-replica {to})");
+            bail!("node {to} is no voter of {id}: make it one first (clutch cluster add-replica {to} --all)");
         }
         if tries % 10 == 0 {
             match ask_at(client, &at, id, Op::MoveLeader(MoveLeader { to })).await {

@@ -73,7 +73,9 @@ async fn join(runtime: &Runtime, client: &Client, args: &JoinArgs) -> Result<()>
     );
     talk!("    clutch node --config {}/node.toml", args.dir.display());
     talk!("  and make it a member of all logs:");
-    talk!("    clutch cluster add-replica {node} --all    (or: clutch cluster replace-node OLD --with {node})");
+    talk!(
+        "    clutch cluster add-replica {node} --all    (or: clutch cluster replace-node OLD --with {node})"
+    );
     Ok(())
 }
 

@@ -6,7 +6,7 @@
 #   scripts/three.sh DIR PORT stop       stop those that run
 #
 # 4 shards, 8 disks, policy 4+2. What each node says is in DIR/nN/out, its process in DIR/nN/pid. CLUTCH_BIN names another binary than
-# the one that was built here.
+# the one that was built here. Under scripts/namespaces.sh each node runs on a host of its own, and all listen on PORT.
 set -eu
 
 usage() {
@@ -25,7 +25,15 @@ clutch=${CLUTCH_BIN:-$(dirname "$0")/../target/release/clutch}
     echo "$0: $clutch is not there; build it: cargo build --release -p clutch-cli" >&2
     exit 1
 }
-registry=127.0.0.1:$port,127.0.0.1:$((port + 1)),127.0.0.1:$((port + 2))
+
+# Where node N is, and what runs a command there.
+address() {
+    if [ -n "${CLUTCH_NAMESPACES:-}" ]; then echo "10.98.0.$1:$port"; else echo "127.0.0.1:$((port + $1 - 1))"; fi
+}
+there() {
+    if [ -n "${CLUTCH_NAMESPACES:-}" ]; then echo "ip netns exec $CLUTCH_NAMESPACES$1"; fi
+}
+registry=$(address 1),$(address 2),$(address 3)
 
 # Whether the process is there and is this node: one that has ended and that nobody has waited for has no command line, and the number
 # may be another's by now.
@@ -40,15 +48,15 @@ start() {
         return 0
     fi
     # In a session of its own: what ends this shell does not end the node.
-    setsid "$clutch" node --config "$dir/n$1/node.toml" >>"$dir/n$1/out" 2>&1 </dev/null &
+    setsid $(there "$1") "$clutch" node --config "$dir/n$1/node.toml" >>"$dir/n$1/out" 2>&1 </dev/null &
     echo $! >"$dir/n$1/pid"
 }
 
 case ${3:-} in
 '')
     if [ ! -d "$dir/n1" ]; then
-        "$clutch" cluster init --dir "$dir" --node "127.0.0.1:$port" --node "127.0.0.1:$((port + 1))" \
-            --node "127.0.0.1:$((port + 2))" --shards 4 --disks 8 --policy 4+2 >&2
+        "$clutch" cluster init --dir "$dir" --node "$(address 1)" --node "$(address 2)" --node "$(address 3)" \
+            --shards 4 --disks 8 --policy 4+2 >&2
     fi
     for n in 1 2 3; do start $n; done
     # All three, not just most of them, and all disks.

@@ -1,0 +1,116 @@
+//! What came of it: the logs, held against what clients were told.
+
+use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
+
+use anyhow::{Context as _, Result, ensure};
+use clutch_client::Client;
+use clutch_integration::{
+    checkers::{self, Evidence},
+    recording::Batches,
+};
+use clutch_log::{LogId, Position};
+use clutch_proto::{
+    admin::{ReadLog, admin_request::Op},
+    limits::SCAN_BYTES_MAX,
+    log::{Batch, Epoch},
+};
+use clutch_shard::Pages;
+
+use crate::trial::Trial;
+
+/// What has been read of the logs, from their beginning: it is trimmed while a trial runs.
+#[derive(Default)]
+pub(crate) struct Archive {
+    logs: BTreeMap<LogId, Batches>,
+}
+
+impl Archive {
+    /// The position behind what has been read of a log.
+    pub(crate) fn next(&self, log: LogId) -> u64 {
+        let last = self.logs.get(&log).and_then(|batches| batches.last_key_value());
+        last.map_or(1, |(position, _)| position.0 + 1)
+    }
+}
+
+/// Reads on in a log, to its present end.
+pub(crate) async fn read_on(trial: &Trial, client: &Client, log: LogId) -> Result<()> {
+    let mut from = trial.archive.lock().next(log);
+    loop {
+        let op = Op::ReadLog(ReadLog { from, limit_bytes: SCAN_BYTES_MAX as u32 });
+        let page = trial.ask(client, log, op).await?.log.context("an answer without a log")?;
+        let mut archive = trial.archive.lock();
+        let batches = archive.logs.entry(log).or_default();
+        for batch in page.batches {
+            let position = Position(batch.position);
+            batches.insert(position, Batch { position, epoch: Epoch(0), entries: batch.entries });
+        }
+        if page.next <= from {
+            return Ok(());
+        }
+        from = page.next;
+    }
+}
+
+/// Prints how long it took, as a histogram and its corners.
+fn print(what: &str, mut times: Vec<Duration>) {
+    if times.is_empty() {
+        return;
+    }
+    times.sort_unstable();
+    let at = |part: f64| times[((times.len() - 1) as f64 * part).round() as usize].as_millis();
+    println!("{what}: {} times, p50 {} ms, p99 {} ms, most {} ms", times.len(), at(0.5), at(0.99), at(1.0));
+    // Of all logs together; the kinds of logs have their corners alone.
+    if what.contains(',') {
+        return;
+    }
+    let mut bins: BTreeMap<u128, usize> = BTreeMap::new();
+    for time in &times {
+        *bins.entry(time.as_millis() / 200).or_default() += 1;
+    }
+    for (bin, count) in bins {
+        println!("  {:>5} to {:>5} ms  {}", bin * 200, bin * 200 + 199, "#".repeat(count));
+    }
+}
+
+/// Reads all logs and says what is wrong.
+pub(crate) async fn judge(
+    trial: &Trial,
+    operator: &Client,
+    times: BTreeMap<String, Vec<Duration>>,
+) -> Result<()> {
+    let mut wrong: Vec<String> = Vec::new();
+    for log in trial.logs() {
+        read_on(trial, operator, log).await?;
+        let status = trial.status(operator, log).await?;
+        let mut hashes = Vec::new();
+        for member in &status.members {
+            let of_member = trial.member(operator, log, &member.address).await?;
+            hashes.push((of_member.applied_position, of_member.hash));
+        }
+        hashes.dedup();
+        if hashes.len() != 1 {
+            wrong.push(format!("{log}: its members have different states: {hashes:?}"));
+        }
+    }
+    let logs = std::mem::take(&mut trial.archive.lock().logs);
+    let records = trial.history.take_records();
+    let (count, done) = (records.len(), trial.done.load(Ordering::Relaxed));
+    let evidence = Evidence::of(logs, records, trial.shards, Pages::default());
+    let violations = evidence.violations.iter().cloned().chain(checkers::check_history(&evidence));
+    wrong.extend(violations.map(|violation| format!("{}: {}", violation.checker, violation.what)));
+    for (what, times) in times {
+        print(&what, times);
+    }
+    let failed = std::mem::take(&mut *trial.failed.lock());
+    println!("{done} operations, {count} requests; {} failed for their users", failed.len());
+    for error in failed.iter().take(10) {
+        println!("  {error}");
+    }
+    for what in &wrong {
+        println!("VIOLATION {what}");
+    }
+    ensure!(wrong.is_empty(), "{} violations", wrong.len());
+    ensure!(failed.is_empty(), "{} operations failed", failed.len());
+    println!("no violations");
+    Ok(())
+}

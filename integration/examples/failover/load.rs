@@ -1,0 +1,139 @@
+//! The load: lanes of clients that work on few names, so that they meet.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use anyhow::Result;
+use bytes::Bytes;
+use clutch_client::{Client, ClientError, FileAttributes, Resolved};
+use clutch_proto::{InodeId, types::Code};
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
+use tokio::task::JoinHandle;
+
+use crate::trial::Trial;
+
+const CLIENTS: u64 = 6;
+/// Operations of one client at a time.
+const LANES: u64 = 3;
+/// Rest between two of them: what is recorded is looked through at the end.
+const REST: Duration = Duration::from_millis(12);
+const DIRECTORIES: u32 = 12;
+const NAMES: u32 = 6;
+
+/// Begins the load; it goes on until `stop`.
+pub(crate) async fn begin(
+    trial: &Arc<Trial>,
+    seed: u64,
+    stop: &Arc<AtomicBool>,
+) -> Result<Vec<JoinHandle<()>>> {
+    let directories = trial.prepare(&trial.client(Some(u64::MAX))).await?;
+    let mut lanes = Vec::new();
+    for number in 0..CLIENTS {
+        let client = trial.client(Some(number));
+        for lane in 0..LANES {
+            let (trial, client, stop) = (trial.clone(), client.clone(), stop.clone());
+            let directories = directories.clone();
+            let seed = seed.wrapping_mul(1000) + number * LANES + lane;
+            lanes.push(tokio::spawn(async move { trial.lane(client, directories, seed, stop).await }));
+        }
+    }
+    Ok(lanes)
+}
+
+fn name_of(number: u32) -> Bytes {
+    Bytes::from(format!("n{number}"))
+}
+
+impl Trial {
+    /// Makes the directories that the load is on; in which they are.
+    async fn prepare(&self, client: &Client) -> Result<Vec<InodeId>> {
+        let mut directories = Vec::new();
+        for number in 0..DIRECTORIES {
+            let name = Bytes::from(format!("failover-{number}-{}", std::process::id()));
+            let made = client.make_directory(InodeId::ROOT, &name, FileAttributes::default()).await?;
+            directories.push(made.id);
+        }
+        Ok(directories)
+    }
+
+    async fn lane(&self, client: Client, directories: Vec<InodeId>, seed: u64, stop: Arc<AtomicBool>) {
+        let mut random = StdRng::seed_from_u64(seed);
+        while !stop.load(Ordering::Relaxed) {
+            tokio::time::sleep(REST).await;
+            let dir = *directories.choose(&mut random).expect("there are some");
+            let name = name_of(random.random_range(0..NAMES));
+            let ended = match random.random_range(0..10) {
+                0..=3 => create(&client, dir, &name).await,
+                4 => client.lookup(dir, &name).await.map(drop),
+                5 | 6 => take(&client, dir, &name).await,
+                7 => {
+                    let to = *directories.choose(&mut random).expect("there are some");
+                    let to_name = name_of(random.random_range(0..NAMES));
+                    rename(&client, (dir, &name), (to, &to_name)).await
+                }
+                8 => {
+                    let name = Bytes::from(format!("d{}", random.random_range(0..NAMES)));
+                    match random.random() {
+                        true => client.make_directory(dir, &name, FileAttributes::default()).await.map(drop),
+                        false => remove_directory(&client, dir, &name).await,
+                    }
+                }
+                _ => client.refresh_map().await.map(drop),
+            };
+            self.done.fetch_add(1, Ordering::Relaxed);
+            if let Err(error) = ended
+                && !is_expected(&error)
+            {
+                self.failed.lock().push(error.to_string());
+            }
+        }
+    }
+}
+
+/// Whether somebody else's work explains it.
+fn is_expected(error: &ClientError) -> bool {
+    let codes = [
+        Code::NotFound,
+        Code::Exists,
+        Code::NotEmpty,
+        Code::Busy,
+        Code::IsDirectory,
+        Code::NotDirectory,
+        Code::Stale,
+    ];
+    error.code().is_some_and(|code| codes.contains(&code))
+}
+
+async fn create(client: &Client, dir: InodeId, name: &Bytes) -> Result<(), ClientError> {
+    let text = format!("of {name:?}");
+    let mut source = text.as_bytes();
+    client.write_file(dir, name, FileAttributes::default(), false, &mut source).await.map(drop)
+}
+
+async fn found(client: &Client, dir: InodeId, name: &Bytes) -> Result<Resolved, ClientError> {
+    let edge = client.lookup(dir, name).await?;
+    let id = InodeId::from_wire(edge.target).ok_or_else(|| ClientError::Unreachable("no inode".into()))?;
+    Ok(Resolved { id, parent: dir, name: name.clone(), created_at: edge.created_at })
+}
+
+async fn take(client: &Client, dir: InodeId, name: &Bytes) -> Result<(), ClientError> {
+    client.unlink(&found(client, dir, name).await?).await
+}
+
+async fn remove_directory(client: &Client, dir: InodeId, name: &Bytes) -> Result<(), ClientError> {
+    client.remove_directory(&found(client, dir, name).await?).await
+}
+
+async fn rename(
+    client: &Client,
+    (dir, name): (InodeId, &Bytes),
+    (to, to_name): (InodeId, &Bytes),
+) -> Result<(), ClientError> {
+    let at = found(client, dir, name).await?;
+    client.rename(&at, to, to_name).await.map(drop)
+}

@@ -1,0 +1,236 @@
+//! The cluster under trial: its nodes, what was acknowledged of it, and how to ask it.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::{Arc, atomic::AtomicU64},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use bytes::Bytes;
+use clutch_client::{AnsweredAt, Call, Client, ClientError, ClientOptions, Observer, Reads, Registries};
+use clutch_integration::history::{History, Watcher};
+use clutch_log::LogId;
+use clutch_proto::{
+    admin::{AdminReply, AdminRequest, Status, StatusReply, admin_request::Op},
+    session::Role,
+};
+use clutch_runtime::{Endpoint, production};
+use parking_lot::Mutex;
+
+use crate::judge::Archive;
+
+/// Who hears nothing for so long has lost.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What was acknowledged of each log, and when that began.
+#[derive(Default)]
+pub(crate) struct Acknowledged {
+    began: HashMap<(u64, u64), (Instant, LogId)>,
+    last: BTreeMap<LogId, Vec<(Instant, Instant)>>,
+}
+
+/// Watches a client for the checkers, and its times.
+struct Eyes {
+    watcher: Watcher,
+    number: u64,
+    shards: u32,
+    acknowledged: Arc<Mutex<Acknowledged>>,
+}
+
+impl Observer for Eyes {
+    fn began(&self, call: &Call) -> u64 {
+        let id = self.watcher.began(call);
+        let log = match (call.role, call.slot) {
+            (Role::Registry, _) => LogId::REGISTRY,
+            (Role::Cdc, _) => LogId::CDC,
+            (_, Some(slot)) => LogId::shard(u32::from(slot.0) * self.shards / 256),
+            (_, None) => return id,
+        };
+        // A read may be answered by a leader that is about to be none.
+        if call.tag.is_some() || log == LogId::REGISTRY {
+            self.acknowledged.lock().began.insert((self.number, id), (Instant::now(), log));
+        }
+        id
+    }
+
+    fn ended(&self, id: u64, result: Result<&Bytes, &ClientError>, at: AnsweredAt) {
+        self.watcher.ended(id, result, at);
+        let mut acknowledged = self.acknowledged.lock();
+        if let Some((began, log)) = acknowledged.began.remove(&(self.number, id))
+            && result.is_ok()
+        {
+            acknowledged.last.entry(log).or_default().push((began, Instant::now()));
+        }
+    }
+}
+
+/// The cluster, its processes, and the load on it.
+pub(crate) struct Trial {
+    pub(crate) dir: PathBuf,
+    pub(crate) port: u16,
+    /// Namespaces of the nodes' hosts begin with this; `None` where all are on this one.
+    pub(crate) namespaces: Option<String>,
+    pub(crate) shards: u32,
+    pub(crate) addresses: Vec<Endpoint>,
+    pub(crate) history: Arc<History>,
+    pub(crate) acknowledged: Arc<Mutex<Acknowledged>>,
+    /// What operations said that failed, though nothing explains it.
+    pub(crate) failed: Arc<Mutex<Vec<String>>>,
+    pub(crate) done: Arc<AtomicU64>,
+    /// What has been read of the logs.
+    pub(crate) archive: Mutex<Archive>,
+}
+
+fn role(log: LogId) -> Role {
+    match log {
+        LogId::REGISTRY => Role::Registry,
+        LogId::CDC => Role::Cdc,
+        _ => Role::Shard,
+    }
+}
+
+impl Trial {
+    pub(crate) fn new(dir: PathBuf, port: u16, namespaces: Option<String>) -> Result<Trial> {
+        let address = |n: u16| match namespaces {
+            Some(_) => format!("10.98.0.{}:{port}", n + 1),
+            None => format!("127.0.0.1:{}", port + n),
+        };
+        let addresses: Vec<Endpoint> = (0..3).map(|n| Endpoint::from(address(n).as_str())).collect();
+        Ok(Trial {
+            dir,
+            port,
+            shards: 1,
+            addresses,
+            namespaces,
+            history: Arc::default(),
+            acknowledged: Arc::default(),
+            failed: Arc::default(),
+            done: Arc::default(),
+            archive: Mutex::default(),
+        })
+    }
+
+    /// A client; what one with a number asks is recorded, and a third of them read from members that do not lead.
+    pub(crate) fn client(&self, observed: Option<u64>) -> Client {
+        let runtime = production::runtime();
+        let observer = observed.map(|number| -> Arc<dyn Observer> {
+            let watcher = Watcher { history: self.history.clone(), runtime: runtime.clone() };
+            let acknowledged = self.acknowledged.clone();
+            Arc::new(Eyes { watcher, number, shards: self.shards, acknowledged })
+        });
+        let reads = match observed.map(|number| number % 3) {
+            Some(1) => Reads::Member,
+            Some(2) => Reads::Seen,
+            _ => Reads::Leader,
+        };
+        let options = ClientOptions {
+            patience: PATIENCE,
+            cache_lifetime: Duration::ZERO,
+            observer,
+            reads,
+            ..ClientOptions::default()
+        };
+        let registries = Registries::new(self.addresses.clone()).expect("three addresses");
+        Client::new(runtime, registries, options)
+    }
+
+    pub(crate) fn script(&self, arguments: &[&str]) -> Result<()> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../scripts/three.sh");
+        let port = self.port.to_string();
+        let mut command = Command::new(script);
+        let status = command.arg(&self.dir).arg(port).args(arguments).status().context("run three.sh")?;
+        ensure!(status.success(), "three.sh {arguments:?}: {status}");
+        Ok(())
+    }
+
+    pub(crate) fn logs(&self) -> Vec<LogId> {
+        let shards = (0..self.shards).map(LogId::shard);
+        [LogId::REGISTRY, LogId::CDC].into_iter().chain(shards).collect()
+    }
+
+    pub(crate) async fn status(&self, client: &Client, log: LogId) -> Result<StatusReply> {
+        self.ask(client, log, Op::Status(Status {})).await?.status.context("an answer without a status")
+    }
+
+    /// Asks the leader of a log.
+    pub(crate) async fn ask(&self, client: &Client, log: LogId, op: Op) -> Result<AdminReply> {
+        Ok(client.admin(role(log), log.number, AdminRequest { op: Some(op) }).await?)
+    }
+
+    /// The process of a node.
+    pub(crate) fn process(&self, node: u64) -> Result<String> {
+        let file = self.dir.join(format!("n{node}/pid"));
+        let pid =
+            std::fs::read_to_string(file).with_context(|| format!("read the process of node {node}"))?;
+        Ok(pid.trim().to_string())
+    }
+
+    /// How long it takes until something of a log is acknowledged that was asked after `since`.
+    pub(crate) async fn next_acknowledged(&self, log: LogId, since: Instant) -> Result<Duration> {
+        loop {
+            let ends = {
+                let acknowledged = self.acknowledged.lock();
+                let all = acknowledged.last.get(&log).into_iter().flatten();
+                all.filter(|(began, _)| *began > since).map(|(_, ended)| *ended - since).min()
+            };
+            if let Some(took) = ends {
+                return Ok(took);
+            }
+            if since.elapsed() > PATIENCE {
+                self.describe(log).await;
+                bail!("nothing of {log} is acknowledged any more");
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    /// Prints what every node says of a log.
+    async fn describe(&self, log: LogId) {
+        let client = self.client(None);
+        for address in &self.addresses {
+            let asked = self.member(&client, log, &address.0);
+            match tokio::time::timeout(Duration::from_secs(5), asked).await {
+                Ok(Ok(status)) => println!("{address}: {status:?}"),
+                Ok(Err(error)) => println!("{address}: {error:#}"),
+                Err(_) => println!("{address}: silent"),
+            }
+        }
+    }
+
+    /// Waits until all members of all logs have what the leader has.
+    pub(crate) async fn whole(&self, client: &Client) -> Result<()> {
+        let begin = Instant::now();
+        while !self.is_whole(client).await? {
+            ensure!(begin.elapsed() < PATIENCE, "the cluster does not become whole again");
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        Ok(())
+    }
+
+    /// Whether all members of all logs have what the leader has; an error when one has a fault.
+    pub(crate) async fn is_whole(&self, client: &Client) -> Result<bool> {
+        for log in self.logs() {
+            let Ok(status) = self.status(client, log).await else { return Ok(false) };
+            for member in &status.members {
+                let Ok(of_member) = self.member(client, log, &member.address).await else { return Ok(false) };
+                ensure!(of_member.fault.is_empty(), "{log} on node {}: {}", member.node, of_member.fault);
+                if of_member.applied_position < status.log_last {
+                    return Ok(false);
+                }
+            }
+            if status.members.len() != 3 {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    pub(crate) async fn member(&self, client: &Client, log: LogId, address: &str) -> Result<StatusReply> {
+        let request = AdminRequest { op: Some(Op::Status(Status {})) };
+        let reply = client.admin_at(Endpoint::from(address), role(log), log.number, request).await?;
+        reply.status.context("an answer without a status")
+    }
+}

@@ -36,7 +36,7 @@ use std::{
     },
 };
 
-use clutch_log::{Bounds, LogFault, LogletId, Position};
+use clutch_log::{Bounds, Epoch, LogFault, LogletId, Position};
 use clutch_runtime::Runtime;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -101,7 +101,7 @@ impl Store {
         groups.iter().filter(|(_, group)| !group.state.lock().is_removed).map(|(id, _)| *id).collect()
     }
 
-    /// Groups that are not opened because a record of theirs is damaged: they can only be removed.
+    /// Groups that are not opened because a record of theirs is damaged: they can only be removed, and begin again then.
     pub fn quarantined(&self) -> BTreeMap<LogletId, LogFault> {
         self.handle.shared.quarantined.lock().clone()
     }
@@ -138,6 +138,22 @@ impl Store {
         }
         self.handle.shared.quarantined.lock().remove(&id);
         self.handle.trim().await
+    }
+
+    /// Begins a group again that was removed, with nothing but this vote, which must promise nothing (its epoch is 0); durable when
+    /// it returns. What is left of the group's records is none of it any more. Where there was none of that id, it is made.
+    ///
+    /// # Errors
+    /// [`LogFault::Unsupported`] for a group that is there, or a vote that promises something; [`LogFault::Storage`] or
+    /// [`LogFault::NoRoom`] when it cannot be written.
+    pub async fn revive(&self, id: LogletId, vote: Vote) -> Result<(), LogFault> {
+        let made = || Arc::new(Group::new(id, GroupState { is_removed: true, ..GroupState::default() }));
+        let group = self.handle.shared.groups.lock().entry(id).or_insert_with(made).clone();
+        if !group.state.lock().is_removed || vote.epoch != Epoch(0) {
+            return Err(LogFault::Unsupported(format!("{id} is there: only what was removed begins again")));
+        }
+        let group = StoredGroup { handle: self.handle.clone(), group };
+        group.write(vec![Write::Vote(vote)]).await
     }
 
     /// What a group holds, without opening it; `None` when there is none of that id.

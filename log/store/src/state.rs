@@ -76,7 +76,8 @@ impl GroupState {
     pub(crate) fn check_next(&self, record: &Record) -> Result<(), String> {
         let Record { kind, position, entries, .. } = record;
         let may = match kind {
-            _ if self.is_removed || *position > POSITION_MAX => false,
+            _ if *position > POSITION_MAX => false,
+            _ if self.is_removed => self.is_revival(record),
             RecordKind::Vote | RecordKind::Members => entries.len() == 1,
             RecordKind::Truncate => *position > self.base.0 && *position <= self.next,
             RecordKind::Base => *position >= self.base.0 && entries.len() <= 1,
@@ -92,6 +93,14 @@ impl GroupState {
         Err(format!(
             "{kind:?} of {of} entries for {position} of {group}, which goes on at {next} behind {base}{removed}"
         ))
+    }
+
+    /// Whether a record begins a group again that was removed, with nothing: a vote that promises nothing.
+    fn is_revival(&self, record: &Record) -> bool {
+        self.is_removed
+            && record.kind == RecordKind::Vote
+            && record.epoch == Epoch(0)
+            && record.entries.len() == 1
     }
 
     /// The same without its records.
@@ -251,6 +260,9 @@ impl GroupState {
     /// Becomes what it is after a record, whose effect is known.
     pub(crate) fn change(&mut self, record: &Record, effect: Effect) {
         let (position, epoch) = (record.position, record.epoch);
+        if self.is_revival(record) {
+            *self = GroupState::default();
+        }
         // Checked to have one where it is asked for.
         let content = || record.entries.first().cloned().expect("an entry");
         match effect {

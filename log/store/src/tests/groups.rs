@@ -245,6 +245,52 @@ fn a_group_that_is_not_opened_can_be_removed_and_the_others_go_on() {
 }
 
 #[test]
+fn a_group_that_was_removed_begins_again_with_nothing_and_only_when_that_is_asked() {
+    let world = World::new(6);
+    let places = three_groups(&world);
+    let (group, begin, _) = places[4];
+    assert!(world.disk(NODE).corrupt(Path::new("log/0000000000000001.log"), begin + 50, 1));
+    let runtime = world.node(NODE);
+    run(&world, async move {
+        let nothing = Vote { epoch: Epoch(0), content: Bytes::from_static(b"nothing") };
+        let open = || Store::open(&runtime, "log".into(), options()).expect("opens");
+        let store = open();
+        assert!(store.revive(group, nothing.clone()).await.is_err(), "it is damaged, and there");
+        store.remove(group).await.expect("removed");
+        let something = Vote { epoch: Epoch(1), ..nothing.clone() };
+        assert!(store.revive(group, something).await.is_err(), "it would promise something");
+        store.revive(group, nothing.clone()).await.expect("begins again");
+        assert!(store.revive(group, nothing.clone()).await.is_err(), "it is there");
+        drop(store);
+        runtime.clock.sleep(Duration::from_millis(50)).await;
+        let store = open();
+        let opened = store.group(group).expect("opens");
+        let view = opened.view();
+        assert_eq!((view.last, view.vote, view.base.0), (Position(0), Some(nothing.clone()), Position(0)));
+        for id in store.groups().into_iter().filter(|id| *id != group) {
+            assert_eq!(content(&store, id).expect("reads").len(), 12, "the others are as they were");
+        }
+        // What it has from now on is its own, over segments and starts.
+        for position in 1..=150 {
+            opened.write(vec![entry(position, 3)]).await.expect("written");
+        }
+        drop((opened, store));
+        runtime.clock.sleep(Duration::from_millis(50)).await;
+        for _ in 0..2 {
+            let store = open();
+            let held = content(&store, group).expect("reads");
+            assert!(held.len() == 150 && held.iter().all(|(_, epoch, _)| *epoch == 3), "{held:?}");
+            drop(store);
+            runtime.clock.sleep(Duration::from_millis(50)).await;
+        }
+        // A node that never had anything of it begins as well.
+        let store = open();
+        store.revive(id(9), nothing.clone()).await.expect("begins");
+        assert_eq!(store.group(id(9)).expect("opens").view().vote, Some(nothing));
+    });
+}
+
+#[test]
 fn a_group_that_begins_late_begins_with_whatever_its_engine_writes() {
     let vote = || Write::Vote(Vote { epoch: Epoch(4), content: Bytes::from_static(b"for 1") });
     let base = |position| Write::Base { position: Position(position), epoch: Epoch(4), members: None };

@@ -111,11 +111,15 @@ impl Routes {
         true
     }
 
-    /// Who was asked does not lead, or is silent: the next member is asked from now on, behind the last whom the map says.
+    /// Who was asked does not lead, or is silent: the next member is asked from now on, behind the last whom the map says. Where
+    /// another request has turned away from it meanwhile, that stays: it may have found who leads.
     pub(crate) fn turn_from(&self, log: LogKey, asked: &Endpoint, members: &[Endpoint]) {
         let at = members.iter().position(|member| member == asked);
         let next = members.get(at.map_or(0, |at| at + 1)).cloned();
         let mut heard = lock(&self.0);
+        if heard.leaders.get(&log).is_some_and(|now| now != asked) {
+            return;
+        }
         match next {
             Some(next) => drop(heard.leaders.insert(log, next)),
             None => drop(heard.leaders.remove(&log)),
@@ -183,6 +187,20 @@ mod tests {
         // Who begins anew is believed, however far the log was before: it was rewound.
         let anew = routes.begin_reading(true);
         assert_eq!(services(&routes.read(&anew, map(1, &[7]), 5).expect("whole")), [7]);
+    }
+
+    #[test]
+    fn who_is_turned_from_late_does_not_hide_who_was_found_to_lead() {
+        let (routes, log) = (Routes::default(), (1, 0));
+        let members: Vec<Endpoint> = ["a", "b", "c"].into_iter().map(Endpoint::from).collect();
+        // One request is told who leads while another still waits for the one that is silent.
+        routes.turn_from(log, &members[0], &members);
+        assert_eq!(routes.leader(log), Some("b".into()));
+        assert!(routes.lead(log, &members[1], &members[2]));
+        routes.turn_from(log, &members[0], &members);
+        assert_eq!(routes.leader(log), Some("c".into()));
+        routes.turn_from(log, &members[2], &members);
+        assert_eq!(routes.leader(log), None, "behind the last whom the map says");
     }
 
     #[test]

@@ -91,22 +91,29 @@ impl Member {
         let config = self.raft.runtime_config();
         config.elect(false);
         let Some(term) = self.leading() else { return };
-        *self.resigned.lock() = Some(term);
+        self.give_up(term);
         // The others hear nothing more of it, and elect another.
         config.heartbeat(false);
-        self.resigning.send_replace(true);
-        let metrics = self.metrics();
-        let others = self
-            .members(&metrics)
-            .into_iter()
-            .filter(|p| p.member.voter && p.member.node != self.node() && p.is_heard);
-        if let Some(other) = others.max_by_key(|progress| progress.matched) {
+        if let Some(other) = self.most_recent(&self.metrics()) {
             let raft = self.raft.clone();
             self.parts.runtime.spawn("raft resign", async move {
                 // One that cannot be told will hear nothing.
-                let _ = raft.trigger().transfer_leader(other.member.node).await;
+                let _ = raft.trigger().transfer_leader(other).await;
             });
         }
+    }
+
+    /// This node does not stand for a reign of its own any more.
+    pub(crate) fn give_up(&self, term: u64) {
+        *self.resigned.lock() = Some(term);
+        self.resigning.send_replace(true);
+    }
+
+    /// The other voter that is heard and has most of the log.
+    pub(crate) fn most_recent(&self, metrics: &RaftMetrics<TypeConfig>) -> Option<NodeId> {
+        let members = self.members(metrics).into_iter();
+        let others = members.filter(|p| p.member.voter && p.member.node != self.node() && p.is_heard);
+        others.max_by_key(|progress| progress.matched).map(|progress| progress.member.node)
     }
 
     /// Adds who is new, then lets those vote that are to, then lets those go that are none any more.

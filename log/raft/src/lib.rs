@@ -19,6 +19,7 @@ mod member;
 mod messages;
 mod network;
 mod peers;
+mod quorum;
 mod seam;
 mod snapshots;
 mod storage;
@@ -31,6 +32,7 @@ use clutch_log::{
     Batch, Bounds, Engine, Log, LogFault, LogletId, LogletSpec, NodeId, Position, Purpose, Snapshots,
 };
 use clutch_log_store::{RecordKind, Store};
+use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::Runtime;
 use openraft::{Config, EmptyNode, SnapshotPolicy};
 
@@ -111,6 +113,21 @@ impl RaftEngine {
         RaftEngine { runtime, store, peers, config }
     }
 
+    /// Loglets that are not opened, because a record of theirs is damaged here, and how.
+    pub fn damaged(&self) -> BTreeMap<LogletId, LogFault> {
+        self.store.quarantined()
+    }
+
+    /// Throws away what this node has of a loglet, its votes among it, so that it begins with nothing when it is opened. Only for a
+    /// loglet of which this node is no member any more, which its leader must have said: its votes are lost. Durable when it returns.
+    ///
+    /// # Errors
+    /// When that cannot be written.
+    pub async fn forget(&self, id: LogletId) -> Result<(), LogFault> {
+        self.store.remove(id).await?;
+        self.store.revive(id, storage::no_vote(self.peers.node())).await
+    }
+
     /// Opens a loglet to be appended to.
     ///
     /// # Errors
@@ -122,7 +139,9 @@ impl RaftEngine {
         snapshots: Arc<dyn Snapshots>,
     ) -> Result<Arc<RaftLog>, LogFault> {
         let first = first_members(parameters)?;
-        let log = storage::GroupLog::open(&self.runtime, self.store.group(id)?).map_err(storage)?;
+        let group = self.store.group(id)?;
+        let has_forgotten = group.view().vote.is_some();
+        let log = storage::GroupLog::open(&self.runtime, group).map_err(storage)?;
         let delivered = delivered::Delivered::open(log.clone()).map_err(storage)?;
         let sent = Arc::new(Sent { log: log.clone(), snapshots: snapshots.clone() });
         let received = Arc::new(Received::new(self.runtime.clone(), self.peers.clone(), id, snapshots));
@@ -130,8 +149,11 @@ impl RaftEngine {
         let node = self.peers.node();
         let raft = Raft::new(node, self.config.clone(), network, log.clone(), delivered.clone());
         let raft = raft.await.map_err(storage)?;
-        // All of the first members say the same, so it does not matter who begins.
-        if first.contains_key(&node) && !raft.is_initialized().await.map_err(storage)? {
+        // All of the first members say the same, so it does not matter who begins. Who has forgotten what it had is none of them
+        // any more, whatever the parameters say.
+        let may_begin = !has_forgotten || mutants::is(Mutant::RejoinsAsFounder);
+        let is_founder = may_begin && first.contains_key(&node);
+        if is_founder && !raft.is_initialized().await.map_err(storage)? {
             raft.initialize(first).await.map_err(storage)?;
         }
         let (runtime, peers) = (self.runtime.clone(), self.peers.clone());

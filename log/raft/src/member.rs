@@ -31,6 +31,7 @@ use tokio::sync::{mpsc, oneshot};
 use crate::{
     delivered::Delivered,
     peers::Peers,
+    quorum,
     seam::SeamInstant,
     snapshots::{Received, Sent},
     storage::GroupLog,
@@ -134,6 +135,7 @@ impl Member {
         });
         peers.serve(id, member.clone());
         runtime.spawn("raft proposals", submit(runtime.clone(), raft, receiver));
+        runtime.spawn("raft quorum", quorum::watch(runtime.clone(), Arc::downgrade(&member)));
         member
     }
 

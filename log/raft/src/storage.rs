@@ -153,6 +153,12 @@ fn entry_of(kind: RecordKind, position: Position, epoch: Epoch, entries: Vec<Byt
     Ok(Entry { log_id: LogId::new(epoch.0.into(), index), payload })
 }
 
+/// What a group begins with that has forgotten what it promised: nothing is promised to anybody.
+pub(crate) fn no_vote(node: u64) -> clutch_log_store::Vote {
+    let content = Builder::default().vote(&Vote::new(0, node)).id(None).done();
+    clutch_log_store::Vote { epoch: Epoch(0), content }
+}
+
 impl GroupLog {
     /// The records of a group that was opened.
     ///
@@ -202,6 +208,11 @@ impl GroupLog {
     /// What the group runs on.
     pub(crate) fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// The last record that was appended, or purged.
+    pub(crate) fn last_id(&self) -> Option<LogId> {
+        self.state.lock().last
     }
 
     /// The record that was purged last.

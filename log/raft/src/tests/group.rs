@@ -100,6 +100,24 @@ impl Nodes {
         self.running.lock().insert(node, running);
     }
 
+    /// A node that is down forgets what it has of the log.
+    pub(super) async fn forget(&self, node: NodeId) {
+        let runtime = self.world.node(SimNode(node as u32));
+        let (done, forgotten) = tokio::sync::oneshot::channel();
+        let on = runtime.clone();
+        runtime.spawn("forget", async move {
+            let addresses = Arc::new(|node| Some(endpoint(node)));
+            let peers = Peers::new(on.clone(), CLUSTER, node, KEY, identities(&on, node), "", addresses);
+            let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };
+            let store = Store::open(&on, "log".into(), options).expect("the store opens");
+            let engine = RaftEngine::new(on.clone(), store, peers, Timing::default());
+            engine.forget(LogId::CDC.into()).await.expect("forgets");
+            let _ = done.send(());
+        });
+        forgotten.await.expect("it forgets");
+        self.world.crash(SimNode(node as u32));
+    }
+
     /// The power of a node goes.
     pub(super) fn crash(&self, node: NodeId) {
         self.running.lock().remove(&node);

@@ -1,6 +1,6 @@
 //! Who belongs to a log is changed: only as far as the log goes on.
 
-use clutch_log::{ConfigId, LogFault, Member, Outcome};
+use clutch_log::{ConfigId, Event, LogFault, Member, Outcome, Position};
 use clutch_proto::mutants::{self, Mutant};
 
 use super::*;
@@ -128,6 +128,120 @@ fn members_are_changed_step_by_step() {
         assert_ne!(nodes.leader(None).await, old, "who is no member does not lead");
     });
     assert!(done.is_some());
+}
+
+/// Whether a member that has forgotten what it had, and was taken out before, stays out until it is taken in again; then it has
+/// everything, and counts.
+fn comes_back() -> bool {
+    let world = Arc::new(World::new(4));
+    let nodes = Arc::new(Nodes::new(world.clone(), 3));
+    let done = world.run(SimNode(0), Duration::from_secs(600), async move {
+        for node in nodes.numbers() {
+            nodes.boot(node).await;
+        }
+        let leader = nodes.leader(None).await;
+        assert!(commits(&nodes).await);
+        let log = nodes.log(leader);
+        let away = nodes.numbers().find(|node| *node != leader).expect("two follow");
+        nodes.crash(away);
+        let left: Vec<NodeId> = nodes.numbers().filter(|node| *node != away).collect();
+        let config = log.reconfigure(log.status().config, voters(&left)).await.expect("it is taken out");
+        nodes.forget(away).await;
+        nodes.boot(away).await;
+        nodes.driver().clock.sleep(Duration::from_secs(5)).await;
+        let alone = nodes.log(away).status();
+        if !alone.members.is_empty() || alone.is_self {
+            return false;
+        }
+        let mut members = voters(&left);
+        members.push(Member { node: away, voter: false });
+        let config = log.reconfigure(config, members).await.expect("it is taken in");
+        let has_all = || nodes.log(away).status().bounds.last >= log.status().bounds.last;
+        nodes.until("it has all", has_all).await;
+        log.reconfigure(config, voters(&[1, 2, 3])).await.expect("it votes");
+        let third = left.into_iter().find(|node| *node != leader).expect("one more follows");
+        nodes.crash(third);
+        assert!(commits(&nodes).await, "it counts");
+        nodes.crash(away);
+        nodes.boot(away).await;
+        commits(&nodes).await
+    });
+    done.expect("ends")
+}
+
+#[test]
+fn a_member_that_has_forgotten_everything_comes_back_when_it_is_taken_in() {
+    assert!(comes_back());
+}
+
+/// Whether a leader that is cut off says so within seconds, to who asks and to its reader, and the log goes on when it is back;
+/// `all`: whether everybody is cut off from everybody.
+fn gives_up(all: bool) -> bool {
+    let world = Arc::new(World::new(5));
+    let nodes = Arc::new(Nodes::new(world.clone(), 3));
+    let done = world.run(SimNode(0), Duration::from_secs(600), async move {
+        for node in nodes.numbers() {
+            nodes.boot(node).await;
+        }
+        let leader = nodes.leader(None).await;
+        assert!(commits(&nodes).await);
+        let log = nodes.log(leader);
+        let epoch = log.status().epoch;
+        let mut events = log.events(Position(1));
+        let (told, ended) = tokio::sync::oneshot::channel();
+        nodes.driver().spawn("reader", async move {
+            while let Ok(event) = events.next().await {
+                if matches!(event, Event::Leader { epoch: of, is_self: false, .. } if of == epoch) {
+                    let _ = told.send(());
+                    return;
+                }
+            }
+        });
+        let cut: Vec<NodeId> = nodes.numbers().filter(|node| all || *node == leader).collect();
+        cut.iter().for_each(|node| nodes.cut_off(*node, true));
+        nodes.driver().clock.sleep(Duration::from_secs(5)).await;
+        if log.status().is_self {
+            return false;
+        }
+        nodes.driver().timeout(Duration::from_secs(1), ended).await.expect("told in time").expect("told");
+        cut.iter().for_each(|node| nodes.cut_off(*node, false));
+        nodes.leader(None).await;
+        let goes_on = commits(&nodes).await;
+        assert!(nodes.log(nodes.leader(None).await).status().epoch > epoch, "what was given up stays so");
+        goes_on
+    });
+    done.expect("ends")
+}
+
+#[test]
+fn who_is_cut_off_does_not_go_on_to_lead() {
+    assert!(gives_up(false) && gives_up(true));
+}
+
+mod cut_off {
+    use super::*;
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::CutOffLeads));
+        let is_planted = mutants::planted().is_some();
+        let is_found = is_planted && !gives_up(false);
+        mutants::plant(None);
+        assert_eq!(is_found, is_planted);
+    }
+}
+
+mod forgotten {
+    use super::*;
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::RejoinsAsFounder));
+        let is_planted = mutants::planted().is_some();
+        let is_found = is_planted && !comes_back();
+        mutants::plant(None);
+        assert_eq!(is_found, is_planted);
+    }
 }
 
 mod silent {

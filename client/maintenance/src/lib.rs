@@ -4,3 +4,4 @@
 
 pub mod collector;
 pub mod fsck;
+pub mod members;

@@ -1,20 +1,10 @@
-//! Who keeps the logs of a running cluster, and who leads them: changes that are told again go on where they stopped.
-
-use std::{
-    collections::BTreeMap,
-    time::{Duration, Instant},
-};
+//! `clutch cluster`: who keeps the logs of a running cluster, and who leads them.
 
 use anyhow::{Context as _, Result, bail};
-use clutch_client::{Client, ClientError};
+use clutch_client::Client;
+use clutch_client_maintenance::members::{self, Change};
 use clutch_log::LogId;
-use clutch_proto::{
-    admin::{
-        AdminReply, AdminRequest, LogMember, MoveLeader, Reconfigure, Status, StatusReply, admin_request::Op,
-    },
-    session::Role,
-    types::Code,
-};
+use clutch_proto::admin::StatusReply;
 
 use crate::{
     args::Which,
@@ -22,159 +12,9 @@ use crate::{
     output::{self, talk},
 };
 
-/// Pause before a log is looked at again.
-const AGAIN: Duration = Duration::from_millis(200);
-/// How often a change is refused before that is believed: leaders come and go, and silence may pass.
-const REFUSALS_MAX: u32 = 10;
-/// Pause after a refusal.
-const AFTER_REFUSAL: Duration = Duration::from_millis(800);
-/// How long a log may have no leader, and a member may not get on.
-const STILL_MAX: Duration = Duration::from_secs(60);
-/// How long a member may take for a snapshot.
-const SNAPSHOT_MAX: Duration = Duration::from_secs(3600);
-/// A member that lags no further than so many positions has what the others have.
-const LAG_MAX: u64 = 1024;
-
-/// What is to become of the members of a log.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Change {
-    /// This node keeps the log, too, and votes.
-    Add(u64),
-    /// This node does not keep it any more.
-    Remove(u64),
-    /// The second node keeps it in the place of the first.
-    Replace(u64, u64),
-}
-
-/// The next thing to do on the way to a change.
-#[derive(Debug, PartialEq, Eq)]
-enum Step {
-    /// Nothing is left to do.
-    Done,
-    /// These are to be the members, and which of them vote.
-    Members(BTreeMap<u64, bool>),
-    /// This one is to lead.
-    Lead(u64),
-    /// This one does not have what the others have yet.
-    Wait(u64),
-}
-
-fn members_of(status: &StatusReply) -> BTreeMap<u64, bool> {
-    status.members.iter().map(|member| (member.node, member.voter)).collect()
-}
-
-fn matched(status: &StatusReply, node: u64) -> u64 {
-    status.members.iter().find(|member| member.node == node).map_or(0, |member| member.matched)
-}
-
-/// Who had best lead instead of a node: the voter that has most of the log.
-fn successor(status: &StatusReply, instead_of: u64) -> Option<u64> {
-    let others =
-        status.members.iter().filter(|member| member.voter && member.node != instead_of && member.heard);
-    others.max_by_key(|member| member.matched).map(|member| member.node)
-}
-
-/// The next step of a change, by what a log's leader says.
-fn next_step(status: &StatusReply, change: Change) -> Result<Step> {
-    let members = members_of(status);
-    let with = |node: u64, voter: bool| {
-        let mut members = members.clone();
-        members.insert(node, voter);
-        members
-    };
-    let without = |node: u64, mut members: BTreeMap<u64, bool>| {
-        members.remove(&node);
-        Step::Members(members)
-    };
-    let has_all = |node: u64| matched(status, node) > 0 && matched(status, node) + LAG_MAX >= status.log_last;
-    Ok(match change {
-        Change::Replace(old, new) if !members.contains_key(&old) => match members.get(&new) {
-            Some(true) => Step::Done,
-            Some(false) | None => {
-                bail!("node {old} is no member, and node {new} does not vote: which one is to be replaced?")
-            }
-        },
-        Change::Add(node) | Change::Replace(_, node) if !members.contains_key(&node) => {
-            Step::Members(with(node, false))
-        }
-        Change::Add(node) | Change::Replace(_, node) if !members[&node] && !has_all(node) => Step::Wait(node),
-        Change::Add(node) if !members[&node] => Step::Members(with(node, true)),
-        Change::Add(_) => Step::Done,
-        Change::Remove(node) if !members.contains_key(&node) => Step::Done,
-        Change::Remove(node) if status.leader == node => match successor(status, node) {
-            Some(other) => Step::Lead(other),
-            None => bail!("no other member that votes answers node {node}, which leads: add one, or wait"),
-        },
-        Change::Remove(node) => without(node, members.clone()),
-        Change::Replace(old, new) if status.leader == old => match successor(status, old) {
-            Some(other) => Step::Lead(other),
-            None => Step::Members(with(new, true)),
-        },
-        Change::Replace(old, new) => without(old, with(new, true)),
-    })
-}
-
-fn role_of(id: LogId) -> Role {
-    match id {
-        LogId::REGISTRY => Role::Registry,
-        LogId::CDC => Role::Cdc,
-        LogId { .. } => Role::Shard,
-    }
-}
-
-/// Asks the leader of a log, which is there; where nobody says where that is there is only one.
-async fn ask_at(client: &Client, address: &str, id: LogId, op: Op) -> Result<AdminReply, ClientError> {
-    let request = AdminRequest { op: Some(op) };
-    match address {
-        "" => client.admin(role_of(id), id.number, request).await,
-        address => client.admin_at(address.into(), role_of(id), id.number, request).await,
-    }
-}
-
-/// What the leader of a log says, and where it is.
-async fn leader_of(client: &Client, id: LogId) -> Result<(StatusReply, String)> {
-    let began = Instant::now();
-    let mut last = None;
-    while began.elapsed() < STILL_MAX {
-        match look_for_leader(client, id).await {
-            Ok(Some(found)) => return Ok(found),
-            Ok(None) => {}
-            Err(error) => last = Some(error),
-        }
-        // A leader may have gone: who leads now is placed anew.
-        let _ = client.refresh_map().await;
-        tokio::time::sleep(AGAIN).await;
-    }
-    let error = last.map_or_else(|| "nobody leads it".to_owned(), |error| error.to_string());
-    bail!("{id}: {error}")
-}
-
-async fn look_for_leader(client: &Client, id: LogId) -> Result<Option<(StatusReply, String)>, ClientError> {
-    let ask = |reply: AdminReply| reply.status.unwrap_or_default();
-    let request = AdminRequest { op: Some(Op::Status(Status {})) };
-    let one = ask(client.admin(role_of(id), id.number, request).await?);
-    let address = |status: &StatusReply| {
-        let leader = status.members.iter().find(|member| member.node == status.leader);
-        leader.map(|member| member.address.clone()).unwrap_or_default()
-    };
-    let at = address(&one);
-    if one.leading || at.is_empty() {
-        return Ok(one.leading.then_some((one, at)));
-    }
-    let leader = ask(ask_at(client, &at, id, Op::Status(Status {})).await?);
-    Ok(leader.leading.then_some((leader, at)))
-}
-
-/// All nodes that the registry's leader knows, and where they are.
-pub(super) async fn nodes(client: &Client) -> Result<BTreeMap<u64, String>> {
-    client.map().await?;
-    let (status, _) = leader_of(client, LogId::REGISTRY).await?;
-    Ok(status.nodes.into_iter().map(|known| (known.node, known.address)).collect())
-}
-
 /// Refuses a node that nobody has met: a number that was mistyped.
 pub(super) async fn check_known(client: &Client, node: u64) -> Result<()> {
-    let nodes = nodes(client).await?;
+    let nodes = members::nodes(client).await?;
     if !nodes.contains_key(&node) {
         let known: Vec<String> = nodes.keys().map(u64::to_string).collect();
         bail!("node {node} is not known; these are: {}", known.join(", "));
@@ -191,9 +31,15 @@ async fn logs(client: &Client, which: Option<&Which>) -> Result<Vec<LogId>> {
 /// Changes the members of these logs, of all where none is named.
 pub(super) async fn change(client: &Client, which: Option<&Which>, change: Change) -> Result<()> {
     for id in logs(client, which).await? {
-        let status =
-            change_one(client, id, change).await.with_context(|| format!("change the members of {id}"))?;
-        let members = members_of(&status);
+        let bar = output::bar(&id.to_string(), 0);
+        let progress = |has, of| {
+            bar.set_length(of);
+            bar.set_position(has);
+        };
+        let changed = members::change(client, id, change, &progress).await;
+        bar.finish_and_clear();
+        let status = changed.with_context(|| format!("change the members of {id}"))?;
+        let members = members::members_of(&status);
         let names: Vec<String> = members
             .iter()
             .map(|(node, voter)| if *voter { node.to_string() } else { format!("{node} (no vote)") })
@@ -207,69 +53,14 @@ pub(super) async fn change(client: &Client, which: Option<&Which>, change: Chang
     Ok(())
 }
 
-async fn change_one(client: &Client, id: LogId, change: Change) -> Result<StatusReply> {
-    let bar = output::bar(&id.to_string(), 0);
-    let (mut refusals, mut leads, mut moved) = (0, 0, (Instant::now(), 0));
-    loop {
-        let (status, at) = leader_of(client, id).await?;
-        let op = match next_step(&status, change)? {
-            Step::Done => {
-                bar.finish_and_clear();
-                return Ok(status);
-            }
-            Step::Wait(node) => {
-                let has = matched(&status, node);
-                bar.set_length(status.log_last);
-                bar.set_position(has);
-                if has > moved.1 {
-                    moved = (Instant::now(), has);
-                }
-                // What has not moved may be on its way as a snapshot.
-                let is_heard = status.members.iter().any(|member| member.node == node && member.heard);
-                if moved.0.elapsed() > if is_heard { SNAPSHOT_MAX } else { STILL_MAX } {
-                    bail!(
-                        "node {node} has {has} of {} positions and does not get on: does it run, and is it reached?",
-                        status.log_last
-                    );
-                }
-                tokio::time::sleep(AGAIN).await;
-                continue;
-            }
-            Step::Lead(to) => {
-                leads += 1;
-                if leads > REFUSALS_MAX {
-                    bail!("node {to} does not take over from node {}", status.leader);
-                }
-                Op::MoveLeader(MoveLeader { to })
-            }
-            Step::Members(members) => {
-                let member = |(node, voter)| LogMember { node, voter, ..LogMember::default() };
-                let members = members.into_iter().map(member).collect();
-                Op::Reconfigure(Reconfigure { expect_config: status.config, members })
-            }
-        };
-        match ask_at(client, &at, id, op).await {
-            Ok(_) => {}
-            Err(error) if is_final(&error) || refusals == REFUSALS_MAX => return Err(error.into()),
-            // Leaders and members may have changed, also by this request: the next look says.
-            Err(_) => {
-                refusals += 1;
-                tokio::time::sleep(AFTER_REFUSAL).await;
-            }
-        }
-        tokio::time::sleep(AGAIN).await;
-    }
-}
-
-/// Whether asking again is of no use.
-fn is_final(error: &ClientError) -> bool {
-    matches!(error.code(), Some(Code::Permission | Code::NoSpace | Code::Unsupported | Code::Malformed))
+fn say_leader(id: LogId, leader: u64) -> Result<()> {
+    output::line(format!("{id}: node {leader} leads"))
 }
 
 /// Lets a node lead these logs, all where none is named.
 pub(super) async fn move_leaders(client: &Client, which: Option<&Which>, to: u64) -> Result<()> {
     for id in logs(client, which).await? {
-        move_one(client, id, &|status| (status.leader != to).then_some(to)).await?;
+        say_leader(id, members::move_leader(client, id, &|is| (is.leader != to).then_some(to)).await?)?;
     }
     Ok(())
 }
@@ -277,109 +68,26 @@ pub(super) async fn move_leaders(client: &Client, which: Option<&Which>, to: u64
 /// Lets others lead what a node leads.
 pub(super) async fn drain(client: &Client, node: u64) -> Result<()> {
     for id in logs(client, None).await? {
-        let (status, _) = leader_of(client, id).await?;
-        if status.leader == node && successor(&status, node).is_none() {
+        let (status, _) = members::leader_of(client, id).await?;
+        if status.leader == node && members::successor(&status, node).is_none() {
             bail!("{id} is kept by node {node} alone: add another member first");
         }
-        move_one(client, id, &|s| if s.leader == node { successor(s, node) } else { None }).await?;
+        let to = |is: &StatusReply| if is.leader == node { members::successor(is, node) } else { None };
+        say_leader(id, members::move_leader(client, id, &to).await?)?;
     }
     Ok(())
 }
 
-/// Lets whom `to` says lead a log, until it says nobody.
-async fn move_one(client: &Client, id: LogId, to: &dyn Fn(&StatusReply) -> Option<u64>) -> Result<()> {
-    let mut tries = 0;
-    loop {
-        let (status, at) = leader_of(client, id).await?;
-        let Some(to) = to(&status) else {
-            output::line(format!("{id}: node {} leads", status.leader))?;
-            return Ok(());
-        };
-        if members_of(&status).get(&to) != Some(&true) {
-            bail!("node {to} is no voter of {id}: make it one first (clutch cluster add-replica {to} --all)");
-        }
-        if tries % 10 == 0 {
-            match ask_at(client, &at, id, Op::MoveLeader(MoveLeader { to })).await {
-                Err(error) if is_final(&error) => return Err(error.into()),
-                // It may be another's turn by now: the next look says.
-                Ok(_) | Err(_) => {}
-            }
-        }
-        tries += 1;
-        if tries > 50 {
-            bail!("{id}: node {to} does not take over; node {} leads", status.leader);
-        }
-        tokio::time::sleep(AGAIN).await;
-    }
-}
-
 /// Says which disks a node leaves behind that is no member any more.
 pub(super) async fn say_what_is_left(client: &Client, node: u64) -> Result<()> {
-    let address = nodes(client).await?.remove(&node).unwrap_or_default();
+    let nodes = members::nodes(client).await?;
+    let address = nodes.get(&node).with_context(|| format!("node {node} is not known"))?;
     let map = client.refresh_map().await?;
-    let disks = map.services.iter().filter(|service| service.address == address).count();
+    let disks = map.services.iter().filter(|service| service.address == *address).count();
     if disks > 0 {
         talk!(
             "  note: {disks} disks of node {node} are still in the cluster: what is on them is read by parity when it is switched off"
         );
     }
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// A log that has come to 5000: its members with a vote, those without, and who leads.
-    fn status(voters: &[(u64, u64)], others: &[(u64, u64)], leader: u64) -> StatusReply {
-        let member = |voter: bool| {
-            move |(node, matched): &(u64, u64)| LogMember {
-                node: *node,
-                voter,
-                matched: *matched,
-                heard: *matched > 1000,
-                ..LogMember::default()
-            }
-        };
-        let members = voters.iter().map(member(true)).chain(others.iter().map(member(false))).collect();
-        StatusReply { leader, log_last: 5000, members, ..StatusReply::default() }
-    }
-
-    fn members(voters: &[u64], others: &[u64]) -> Step {
-        let voters = voters.iter().map(|node| (*node, true));
-        Step::Members(voters.chain(others.iter().map(|node| (*node, false))).collect())
-    }
-
-    #[test]
-    fn changes_go_step_by_step() {
-        let three = [(1, 5000), (2, 4999), (3, 100)];
-        for (voters, others, leader, change, expected) in [
-            (&three[..], &[][..], 1, Change::Add(4), members(&[1, 2, 3], &[4])),
-            (&three[..], &[(4, 3000)][..], 1, Change::Add(4), Step::Wait(4)),
-            (&three[..], &[(4, 4000)][..], 1, Change::Add(4), members(&[1, 2, 3, 4], &[])),
-            (&three[..], &[][..], 1, Change::Add(3), Step::Done),
-            (&three[..], &[][..], 1, Change::Remove(1), Step::Lead(2)),
-            (&three[..], &[][..], 1, Change::Remove(3), members(&[1, 2], &[])),
-            (&three[..], &[][..], 1, Change::Remove(4), Step::Done),
-            (&three[..], &[][..], 1, Change::Replace(3, 4), members(&[1, 2, 3], &[4])),
-            (&three[..], &[(4, 0)][..], 1, Change::Replace(3, 4), Step::Wait(4)),
-            (&three[..], &[(4, 5000)][..], 1, Change::Replace(3, 4), members(&[1, 2, 4], &[])),
-            (&three[..], &[(4, 5000)][..], 1, Change::Replace(1, 4), Step::Lead(2)),
-            (&three[..], &[][..], 1, Change::Replace(4, 3), Step::Done),
-            // Who is heard leads rather than who has as much and is not.
-            (&[(1, 5000), (2, 4000), (3, 900)], &[], 1, Change::Remove(1), Step::Lead(2)),
-            (&three[..1], &[(4, 5000)][..], 1, Change::Replace(1, 4), members(&[1, 4], &[])),
-            (&three[..2], &[][..], 2, Change::Replace(1, 2), members(&[2], &[])),
-        ] {
-            let status = status(voters, others, leader);
-            assert_eq!(next_step(&status, change).expect("a step"), expected, "{change:?} of {status:?}");
-        }
-        assert!(next_step(&status(&three[..1], &[], 1), Change::Remove(1)).is_err(), "nobody would be left");
-        for others in [&[][..], &[(4, 5000)]] {
-            let mistyped = next_step(&status(&three, others, 1), Change::Replace(9, 4));
-            assert!(mistyped.is_err(), "nobody would be replaced");
-        }
-        let young = StatusReply { log_last: 7, ..status(&three, &[(4, 0)], 1) };
-        assert_eq!(next_step(&young, Change::Add(4)).expect("a step"), Step::Wait(4), "it has nothing yet");
-    }
 }

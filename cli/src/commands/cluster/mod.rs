@@ -6,13 +6,13 @@ use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, ensure};
 use clutch_client::Client;
+use clutch_client_maintenance::members::Change;
 use clutch_runtime::Runtime;
 use clutch_server::{
     keys,
     several::layout::{NewCluster, NewNode},
 };
 
-use self::members::Change;
 use crate::{
     args::{ClusterCommand, InitArgs, JoinArgs},
     output::talk,
@@ -57,7 +57,7 @@ pub(crate) async fn run(
 }
 
 async fn join(runtime: &Runtime, client: &Client, args: &JoinArgs) -> Result<()> {
-    let mut nodes = members::nodes(client).await?;
+    let mut nodes = clutch_client_maintenance::members::nodes(client).await?;
     if let Some((node, _)) = nodes.iter().find(|(_, address)| **address == args.address) {
         anyhow::bail!("node {node} is reached as {} already: choose another address", args.address);
     }

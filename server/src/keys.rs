@@ -1,4 +1,5 @@
-//! Keyrings: one file for each block service, mode 0600, 32 random bytes in hexadecimal for each epoch.
+//! Keyrings: one file for each block service, mode 0600, a line of text for each epoch: `EPOCH KEY CHECK`, the key as 64 hexadecimal
+//! digits of 32 random bytes, the check as 8 of the CRC32 of what is before it. Lines of earlier builds have no check.
 
 use std::{
     io::Write as _,
@@ -57,18 +58,32 @@ fn read(path: &Path) -> Result<Vec<Key>> {
         "{} can be read by others (mode {mode:o}); run chmod 600 on it",
         path.display()
     );
-    let text = std::fs::read_to_string(path).with_context(|| format!("read {}", path.display()))?;
+    let bytes = std::fs::read(path).with_context(|| format!("read {}", path.display()))?;
+    let damaged =
+        || format!("{} is damaged: restore it from a copy, or copy it from another node", path.display());
+    let text = String::from_utf8(bytes).with_context(damaged)?;
     let mut keys = Vec::new();
     for line in text.lines().filter(|l| !l.trim().is_empty()) {
-        keys.push(parse(line).with_context(|| format!("{} is damaged", path.display()))?);
+        keys.push(parse(line).with_context(damaged)?);
     }
-    ensure!(!keys.is_empty(), "{} holds no key", path.display());
+    ensure!(!keys.is_empty(), "{} holds no key: restore it from a copy", path.display());
     Ok(keys)
 }
 
-/// One line: epoch, space, 64 hexadecimal digits.
+fn check(epoch_and_key: &str) -> String {
+    format!("{:08x}", crc32fast::hash(epoch_and_key.as_bytes()))
+}
+
 fn parse(line: &str) -> Result<Key> {
-    let (epoch, digits) = line.trim().split_once(' ').context("a line is `EPOCH KEY`")?;
+    let line = line.trim();
+    let said = match line.match_indices(' ').nth(1) {
+        Some((at, _)) => {
+            ensure!(line[at + 1..] == check(&line[..at]), "the check at the end of a line does not match");
+            &line[..at]
+        }
+        None => line,
+    };
+    let (epoch, digits) = said.split_once(' ').context("a line is `EPOCH KEY CHECK`")?;
     ensure!(digits.len() == 64 && digits.is_ascii(), "a key has 64 hexadecimal digits");
     let mut secret = [0; 32];
     for (i, byte) in secret.iter_mut().enumerate() {
@@ -107,7 +122,8 @@ fn create(runtime: &Runtime, path: &Path) -> Result<()> {
     let mut secret = [0u8; 32];
     runtime.random.fill(&mut secret);
     let digits: String = secret.iter().map(|b| format!("{b:02x}")).collect();
-    write(path, format!("1 {digits}\n").as_bytes())
+    let said = format!("1 {digits}");
+    write(path, format!("{said} {}\n", check(&said)).as_bytes())
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {
@@ -119,4 +135,27 @@ fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     std::fs::rename(&temporary, path)?;
     std::fs::File::open(path.parent().unwrap_or(Path::new(".")))?.sync_all()?;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_that_was_changed_in_any_byte_is_no_key() {
+        let said = format!("1 {}", "5c".repeat(32));
+        let secret = [0x5c; 32];
+        assert_eq!(parse(&said).expect("as earlier builds wrote it").secret, secret);
+        let line = format!("{said} {}", check(&said));
+        assert_eq!(parse(&format!("{line}\n")).expect("whole").secret, secret);
+        for at in 0..line.len() {
+            for mask in 1..=255u8 {
+                let mut bytes = line.clone().into_bytes();
+                bytes[at] ^= mask;
+                let Ok(changed) = String::from_utf8(bytes) else { continue };
+                // What only adds white space at the end says the same.
+                assert!(parse(&changed).is_err() || changed.trim() == line, "{changed:?}");
+            }
+        }
+    }
 }

@@ -359,6 +359,43 @@ fn a_node_that_has_lost_its_log_does_not_come_back() {
 }
 
 #[test]
+fn a_node_of_which_a_record_is_damaged_comes_back_by_itself() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    for number in 0..20 {
+        three.ok(&["fs", "mkdir", &format!("/d{number}")]);
+    }
+    three.whole();
+    three.kill(3);
+    let log = three.dir.join("n3/log/0000000000000001.log");
+    let mut bytes = fs::read(&log).expect("is there");
+    let at = bytes.len() * 3 / 4;
+    bytes[at] ^= 0x10;
+    fs::write(&log, &bytes).expect("written");
+    three.ok(&["fs", "mkdir", "/meanwhile"]);
+    three.start_again(3);
+    let begin = Instant::now();
+    while !three.said(3).contains("this node has everything of it again, and votes") {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{}", three.said(3));
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(three.said(3).contains("was damaged here; it comes anew from the others"), "{}", three.said(3));
+    three.whole();
+    let votes = |log: &serde_json::Value| {
+        log["replicas"].as_array().expect("members").iter().filter(|member| member["voter"] == true).count()
+    };
+    assert!(three.logs().iter().all(|log| votes(log) == 3), "{:?}", three.logs());
+    // It is counted on, as it was, also when it has been away again.
+    three.kill(3);
+    three.start_again(3);
+    three.whole();
+    three.kill(1);
+    three.ok(&["fs", "mkdir", "/after"]);
+    assert!(three.ok(&["fs", "ls", "/"]).contains("meanwhile"));
+    assert!(!three.dir.join("n3/rejoin").exists(), "nothing is left to come back to");
+}
+
+#[test]
 fn directories_that_are_not_as_they_should_be_are_refused_with_advice() {
     let temporary = tempfile::tempdir().expect("a directory");
     let dir = temporary.path().join("cluster");

@@ -160,7 +160,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         registry: None,
         peers: Peers::none(),
         cluster: ClusterFile::generate(&runtime, 1, 1, 1, 0).expect("within the limits"),
-        roles: Roles { registry: true, cdc: true, shards: vec![0], disks: Vec::new() },
+        roles: Roles::all(1, Vec::new()),
         engines: Engines::one("nothing", Arc::new(Nowhere)),
         chains: Arc::new(Chains::open(runtime.disk.clone(), "chains".into(), 0).expect("there is no file")),
         stores: Arc::new(Nowhere),

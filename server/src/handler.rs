@@ -51,6 +51,8 @@ pub(crate) struct NodeHandler {
     /// In which life each log of this node is.
     pub(crate) incarnations: BTreeMap<LogId, u32>,
     pub(crate) room: Arc<Room>,
+    /// Logs that the node goes on without.
+    pub(crate) left_out: BTreeMap<LogId, String>,
     pub(crate) routes: Arc<Routes>,
     /// Whether what is not here is perhaps still to come.
     pub(crate) is_starting: bool,
@@ -69,7 +71,7 @@ impl NodeHandler {
         if let Some(status) = &mut reply.status {
             let (cpu_us, resident_bytes) = (self.process_usage)().unwrap_or_default();
             (status.process_cpu_us, status.resident_bytes) = (cpu_us, resident_bytes);
-            status.node_faults = node_faults(&self.blocks, &self.room);
+            status.node_faults = node_faults(&self.blocks, &self.room, &self.left_out);
             status.log_bytes = self.engines.bytes();
             status.clock_ahead_ms = self.clock.wall_ahead_ms();
             let nodes = self.routes.nodes();
@@ -82,9 +84,13 @@ impl NodeHandler {
 }
 
 /// What is wrong with a node beside its replicas.
-pub(crate) fn node_faults(blocks: &BTreeMap<u64, Arc<BlockService>>, room: &Room) -> Vec<String> {
+pub(crate) fn node_faults(
+    blocks: &BTreeMap<u64, Arc<BlockService>>,
+    room: &Room,
+    left_out: &BTreeMap<LogId, String>,
+) -> Vec<String> {
     let disks = blocks.values().filter_map(|service| service.fault());
-    disks.chain(room.shortage()).collect()
+    left_out.values().cloned().chain(disks).chain(room.shortage()).collect()
 }
 
 /// Asks for the processor time in microseconds and the resident bytes of this process, where it has some of its own.

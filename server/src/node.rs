@@ -66,9 +66,24 @@ pub struct Roles {
     pub shards: Vec<u32>,
     /// These disks: service id and directory.
     pub disks: Vec<(u64, PathBuf)>,
+    /// Logs that it would keep and goes on without in this run, and what is to be told of that.
+    pub left_out: BTreeMap<LogId, String>,
 }
 
 impl Roles {
+    /// Registry, CDC, so many shards and these disks.
+    pub fn all(shards: u32, disks: Vec<(u64, PathBuf)>) -> Roles {
+        Roles { registry: true, cdc: true, shards: (0..shards).collect(), disks, left_out: BTreeMap::new() }
+    }
+
+    /// The same without these logs.
+    pub fn without(self, left_out: BTreeMap<LogId, String>) -> Roles {
+        let keeps = |log: LogId| !left_out.contains_key(&log);
+        let shards = self.shards.into_iter().filter(|number| keeps(LogId::shard(*number))).collect();
+        let (registry, cdc) = (self.registry && keeps(LogId::REGISTRY), self.cdc && keeps(LogId::CDC));
+        Roles { registry, cdc, shards, disks: self.disks, left_out }
+    }
+
     /// The logs of these roles.
     pub fn logs(&self) -> Vec<LogId> {
         let shards = self.shards.iter().map(|number| LogId::shard(*number));
@@ -140,6 +155,7 @@ pub struct Node {
     clock: Arc<HybridClock>,
     blocks: BTreeMap<u64, Arc<BlockService>>,
     room: Arc<Room>,
+    left_out: BTreeMap<LogId, String>,
 }
 
 impl Node {
@@ -181,14 +197,7 @@ impl Node {
         let registry_facts = Arc::new(SharedFacts::new(RegistryFacts::default()));
         let mut serving = Serving::default();
         let mut registry = config.roles.registry.then(|| starter.prepare_registry()).transpose()?;
-        let mut door = None;
-        if starter.registry_serves_first()
-            && let Some(applier) = registry.take()
-        {
-            starter.begin_clock([applier.time()])?;
-            serving.registry = Some(starter.start_registry(applier, registry_facts.clone()).await?);
-            door = Some(starter.open_door(&serving).await?);
-        }
+        let door = starter.serve_registry(&mut registry, &mut serving, &registry_facts).await?;
         starter.learn_chains(registry.as_ref()).await?;
         let cdc = starter.start_others(registry, &mut serving, &registry_facts, &facts).await?;
         serving.blocks = starter.open_disks()?;
@@ -241,6 +250,7 @@ impl Node {
             clock: starter.clock.clone(),
             blocks: serving.blocks,
             room: config.room.clone(),
+            left_out: config.roles.left_out.clone(),
         })
     }
 
@@ -271,7 +281,7 @@ impl Node {
 
     /// What is wrong with the node beside its replicas.
     pub fn node_faults(&self) -> Vec<String> {
-        node_faults(&self.blocks, &self.room)
+        node_faults(&self.blocks, &self.room, &self.left_out)
     }
 
     /// Why replicas have stopped for good, and whether any goes on.
@@ -564,6 +574,22 @@ impl Starter<'_> {
         Ok(())
     }
 
+    /// Serves the registry, where that must come first.
+    async fn serve_registry(
+        &self,
+        registry: &mut Option<Applier<Registry>>,
+        serving: &mut Serving,
+        facts: &Arc<SharedFacts<RegistryFacts>>,
+    ) -> Result<Option<Door>> {
+        if !self.registry_serves_first() {
+            return Ok(None);
+        }
+        let Some(applier) = registry.take() else { return Ok(None) };
+        self.begin_clock([applier.time()])?;
+        serving.registry = Some(self.start_registry(applier, facts.clone()).await?);
+        Ok(Some(self.open_door(serving).await?))
+    }
+
     async fn start_registry(
         &self,
         applier: Applier<Registry>,
@@ -648,6 +674,7 @@ impl Starter<'_> {
             engines: self.config.engines.clone(),
             incarnations: self.incarnations(),
             room: self.config.room.clone(),
+            left_out: self.config.roles.left_out.clone(),
             routes,
             is_starting,
             ready: self.ready.clone(),

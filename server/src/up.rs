@@ -208,8 +208,7 @@ impl Up {
         let keyring = keys::load_or_create(&runtime, &config.dir.join("keys"), &services)?;
         let disk = |(n, id): (usize, &u64)| (*id, config.dir.join("blocks").join(n.to_string()));
         let disks: Vec<(u64, PathBuf)> = services.iter().enumerate().map(disk).collect();
-        let roles =
-            Roles { registry: true, cdc: true, shards: (0..cluster.shards).collect(), disks: disks.clone() };
+        let roles = Roles::all(cluster.shards, disks.clone());
         let seam = runtime.clone();
         let places = vec![config.dir.join("log"), config.dir.join("state")];
         for place in &places {

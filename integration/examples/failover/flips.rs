@@ -56,7 +56,8 @@ impl Trial {
         }
         // Its files are its own until it is gone; nobody may have waited for it, so that its number stays.
         let begin = Instant::now();
-        while fs::read(dir.join("cmdline")).is_ok_and(|line| !line.is_empty()) {
+        let is_gone = || fs::read_to_string(dir.join("stat")).map_or(true, |stat| stat.contains(") Z "));
+        while !is_gone() {
             ensure!(begin.elapsed() < UNDECIDED, "node {node} does not end");
             std::thread::sleep(Duration::from_millis(10));
         }

@@ -5,7 +5,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::Result;
@@ -24,6 +24,9 @@ const LANES: u64 = 3;
 const REST: Duration = Duration::from_millis(12);
 const DIRECTORIES: u32 = 12;
 const NAMES: u32 = 6;
+/// Operations, as often as they are drawn.
+const KINDS: [&str; 10] =
+    ["create", "create", "create", "create", "lookup", "unlink", "unlink", "rename", "directory", "map"];
 
 /// Begins the load; it goes on until `stop`.
 pub(crate) async fn begin(
@@ -67,7 +70,9 @@ impl Trial {
             tokio::time::sleep(REST).await;
             let dir = *directories.choose(&mut random).expect("there are some");
             let name = name_of(random.random_range(0..NAMES));
-            let ended = match random.random_range(0..10) {
+            let kind = random.random_range(0..10);
+            self.waiting.lock().insert(seed, (KINDS[kind], Instant::now()));
+            let ended = match kind {
                 0..=3 => create(&client, dir, &name).await,
                 4 => client.lookup(dir, &name).await.map(drop),
                 5 | 6 => take(&client, dir, &name).await,

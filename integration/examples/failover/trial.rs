@@ -80,6 +80,8 @@ pub(crate) struct Trial {
     /// What operations said that failed, though nothing explains it.
     pub(crate) failed: Arc<Mutex<Vec<String>>>,
     pub(crate) done: Arc<AtomicU64>,
+    /// What each lane of the load does, and since when.
+    pub(crate) waiting: Mutex<BTreeMap<u64, (&'static str, Instant)>>,
     /// What has been read of the logs.
     pub(crate) archive: Mutex<Archive>,
 }
@@ -109,6 +111,7 @@ impl Trial {
             acknowledged: Arc::default(),
             failed: Arc::default(),
             done: Arc::default(),
+            waiting: Mutex::default(),
             archive: Mutex::default(),
         })
     }
@@ -180,22 +183,31 @@ impl Trial {
                 return Ok(took);
             }
             if since.elapsed() > PATIENCE {
-                self.describe(log).await;
+                self.describe().await;
                 bail!("nothing of {log} is acknowledged any more");
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
 
-    /// Prints what every node says of a log.
-    async fn describe(&self, log: LogId) {
+    /// Prints what every node says of every log, and what lanes wait for.
+    async fn describe(&self) {
+        for (lane, (what, since)) in self.waiting.lock().iter() {
+            println!("lane {lane} waits for {what} since {} ms", since.elapsed().as_millis());
+        }
         let client = self.client(None);
-        for address in &self.addresses {
+        for (log, address) in
+            self.logs().into_iter().flat_map(|log| self.addresses.iter().map(move |at| (log, at)))
+        {
             let asked = self.member(&client, log, &address.0);
             match tokio::time::timeout(Duration::from_secs(5), asked).await {
-                Ok(Ok(status)) => println!("{address}: {status:?}"),
-                Ok(Err(error)) => println!("{address}: {error:#}"),
-                Err(_) => println!("{address}: silent"),
+                Ok(Ok(StatusReply { leading, epoch, leader, applied_position, log_last, fault, .. })) => {
+                    println!(
+                        "{address}: {log} leads {leading} in {epoch}, leader {leader}, applied {applied_position} of {log_last} {fault}"
+                    )
+                }
+                Ok(Err(error)) => println!("{address}: {log}: {error:#}"),
+                Err(_) => println!("{address}: {log}: silent"),
             }
         }
     }

@@ -3,14 +3,15 @@
 //! Logs are kept by the engine `raft`, states by RocksDB, all under the node's directory ([`layout`]). The nodes find each other by
 //! the addresses in their settings.
 
+mod heal;
 pub mod layout;
 
-use std::{fs::File, path::Path, sync::Arc, time::Duration};
+use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc, time::Duration};
 
 use anyhow::{Context as _, Result, bail};
-use clutch_client::Registries;
+use clutch_client::{Client, ClientOptions, Registries};
 use clutch_client_maintenance::collector::{self, CollectOptions};
-use clutch_log::{Engines, NodeId};
+use clutch_log::{Engines, LogId, NodeId};
 use clutch_log_raft::{Identities, Peers as Streams, RaftEngine, Timing};
 use clutch_log_store::{Options, Store};
 use clutch_proto::{
@@ -20,7 +21,10 @@ use clutch_proto::{
 use clutch_runtime::{Endpoint, PeerStream, Runtime};
 use clutch_shard::{Lifetimes, Pages};
 
-use self::layout::Layout;
+use self::{
+    heal::{Healing, Rejoining},
+    layout::Layout,
+};
 use crate::{
     Chains, ClusterFile, Node, NodeConfig, Peers, Roles, chains,
     chains::NewLogs,
@@ -128,12 +132,6 @@ async fn open_engine(
     let store = tokio::task::spawn_blocking(move || Store::open(&seam, dir, store_options)).await?;
     let store = store
         .with_context(|| format!("the logs in {} cannot be opened", layout.dir.join("log").display()))?;
-    if let Some((id, fault)) = store.quarantined().into_iter().next() {
-        bail!(
-            "the log {id} is damaged here: {fault}. The other nodes have what it had, if most of them run. This member must not \
-             vote any more: do not remove the log, and let the node rest until it can be replaced"
-        );
-    }
     let (seam, path, node) = (runtime.clone(), layout.dir.join("log").join("identities"), layout.file.node);
     let (has_logs, begun) = (!store.groups().is_empty(), layout.dir.join(BEGUN));
     let identities = tokio::task::spawn_blocking(move || {
@@ -175,6 +173,26 @@ fn peers(layout: &Layout, identities: Identities) -> Peers {
     })
 }
 
+/// Lets the others take this node out of logs that are damaged here; those that it must go on without, and why.
+async fn leave_out(
+    runtime: &Runtime,
+    layout: &Layout,
+    (registries, key): (&Registries, [u8; 32]),
+    engine: &RaftEngine,
+    stores: &RocksStores,
+    rejoining: &Rejoining,
+) -> BTreeMap<LogId, String> {
+    let damaged = engine.damaged();
+    if damaged.is_empty() {
+        return BTreeMap::new();
+    }
+    let options = ClientOptions { system_key: Some(key), ..ClientOptions::default() };
+    let client = Client::new(runtime.clone(), registries.clone(), options);
+    Healing { runtime, client: &client, node: layout.file.node, engine, stores, rejoining }
+        .take_out(damaged)
+        .await
+}
+
 async fn start_on(
     runtime: &Runtime,
     layout: &Layout,
@@ -194,12 +212,15 @@ async fn start_on(
     let room = Arc::new(Room::new(runtime.disk.clone(), places, reserve, Some(dir)));
     room.release_for_start();
     let (engine, streams, identities) = open_engine(runtime, layout, system_key).await?;
+    let rejoining = Arc::new(Rejoining::open(runtime.disk.clone(), dir.join(heal::FILE))?);
     let known = Chains::open(runtime.disk.clone(), dir.join(chains::FILE), cluster.cluster_id()?)?;
     let replicas = cluster.shards as usize + 2;
     let rocks = Arc::new(RocksStores::new(dir.join("state"), replicas, up::database_files()));
     let stores: Arc<dyn StoreProvider> = rocks.clone();
     let peers = peers(layout, identities.clone());
     let registries = Registries::new(peers.all().into_values().collect()).context("[nodes] names none")?;
+    let left_out = leave_out(runtime, layout, (&registries, system_key), &engine, &rocks, &rejoining).await;
+    let lost: Vec<LogId> = left_out.keys().copied().collect();
     let greeted = layout.nodes.keys().copied().collect();
     let founders = layout.file.founders.clone();
     let config = NodeConfig {
@@ -212,12 +233,7 @@ async fn start_on(
         registry: Some(registries),
         peers,
         cluster: cluster.clone(),
-        roles: Roles {
-            registry: true,
-            cdc: true,
-            shards: (0..cluster.shards).collect(),
-            disks: disks.clone(),
-        },
+        roles: Roles::all(cluster.shards, disks.clone()).without(left_out),
         engines: Engines::one(RAFT, Arc::new(engine)),
         chains: Arc::new(known),
         stores: stores.clone(),
@@ -241,6 +257,8 @@ async fn start_on(
     streams.greet(greeted);
     let node = start_or_know(config, &*stores, cluster, &identities).await?;
     room.hold_again();
+    let coming = heal::come_back(node.client().sibling(), layout.file.node, rejoining, lost);
+    runtime.spawn("come back", coming);
     Ok((node, rocks, identities))
 }
 
@@ -269,7 +287,7 @@ async fn condemned(runtime: &Runtime, identities: &Identities) -> String {
 }
 
 /// Collects again and again while this node leads the registry, so that one node of all does.
-async fn collect(client: clutch_client::Client, own: Endpoint, pause: Duration) {
+async fn collect(client: Client, own: Endpoint, pause: Duration) {
     let options = CollectOptions { requests_per_s: up::COLLECT_REQUESTS_PER_S, ..CollectOptions::default() };
     let clock = client.runtime().clock.clone();
     loop {

@@ -22,13 +22,14 @@ use crate::trial::Trial;
 #[derive(Default)]
 pub(crate) struct Archive {
     logs: BTreeMap<LogId, Batches>,
+    /// The position behind what has been read of each: not all have a batch.
+    next: BTreeMap<LogId, u64>,
 }
 
 impl Archive {
     /// The position behind what has been read of a log.
     pub(crate) fn next(&self, log: LogId) -> u64 {
-        let last = self.logs.get(&log).and_then(|batches| batches.last_key_value());
-        last.map_or(1, |(position, _)| position.0 + 1)
+        self.next.get(&log).copied().unwrap_or(1)
     }
 }
 
@@ -48,6 +49,7 @@ pub(crate) async fn read_on(trial: &Trial, client: &Client, log: LogId) -> Resul
             return Ok(());
         }
         from = page.next;
+        archive.next.insert(log, from);
     }
 }
 

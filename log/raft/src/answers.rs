@@ -28,6 +28,7 @@ fn text(error: impl std::fmt::Display) -> String {
 impl Group for Member {
     fn answer(self: Arc<Self>, kind: Kind, body: Bytes, from: NodeId) -> BoxFuture<Result<Bytes, String>> {
         Box::pin(async move {
+            self.check_ended()?;
             match kind {
                 Kind::Append | Kind::Heartbeat => {
                     let request = messages::read_append(body).map_err(text)?;
@@ -93,13 +94,14 @@ impl Group for Member {
                         result = results.next(), if !asked.is_empty() => result,
                         frame = frames.recv() => {
                             let Some(frame) = frame else { return };
-                            match messages::read_append(frame.body.clone()) {
+                            let read = self.check_ended().and_then(|()| messages::read_append(frame.body.clone()).map_err(text));
+                            match read {
                                 Ok(request) => {
                                     // Whoever takes them is right here.
                                     let _ = requests.send(request);
                                     asked.push_back(frame);
                                 }
-                                Err(error) => answer_with(&answers, &frame, Err(error.to_string())).await,
+                                Err(error) => answer_with(&answers, &frame, Err(error)).await,
                             }
                             continue;
                         }
@@ -124,6 +126,11 @@ impl Group for Member {
 }
 
 impl Member {
+    /// Refuses what is asked of a group that has ended: openraft would complain about each of them.
+    fn check_ended(&self) -> Result<(), String> {
+        self.fault().map_or(Ok(()), |fault| Err(format!("the group has ended here: {fault}")))
+    }
+
     /// Gets the snapshot that the leader offers, unless everything in it is here already.
     async fn install(&self, body: Bytes, from: NodeId) -> Result<Bytes, String> {
         let (vote, meta, manifest) = messages::read_snapshot(body).map_err(text)?;

@@ -397,7 +397,12 @@ impl Log for SimLog {
         nodes.insert(self.node);
         let members = nodes.into_iter().map(|node| {
             let matched = (node == self.node).then_some(bounds.last);
-            Progress { member: Member { node, voter: true }, matched, is_heard: node == self.node }
+            let is_heard = !state.deaf.contains(&node) && !state.resigned.contains(&node);
+            Progress {
+                member: Member { node, voter: true },
+                matched,
+                is_heard: is_heard || node == self.node,
+            }
         });
         // Who is cut off knows no other leader.
         let is_known = !state.deaf.contains(&self.node) || state.leader == Some(self.node);

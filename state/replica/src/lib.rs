@@ -44,6 +44,7 @@ mod fates;
 mod handle;
 mod reads;
 mod restore;
+mod room;
 mod upkeep;
 mod verdict;
 
@@ -152,6 +153,8 @@ pub struct Replica<M: Machine> {
     ticks_since_flush: u64,
     batches_since_check: u64,
     ticks_since_check: u64,
+    /// When it was tried last to hand a reign on because there is no room here.
+    handed_on: Option<Duration>,
     snapshots: admin::Snapshots,
 }
 
@@ -184,6 +187,7 @@ impl<M: Machine> Replica<M> {
             ticks_since_flush: 0,
             batches_since_check: 0,
             ticks_since_check: 0,
+            handed_on: None,
             snapshots: admin::Snapshots::default(),
         }
     }
@@ -632,10 +636,9 @@ impl<M: Machine> Replica<M> {
         let is_step = tag.as_ref().is_some_and(|tag| tag.client < SYSTEM_CLIENTS);
         if !is_step
             && !M::gives_space_back(&request)
-            && let Some(shortage) = (self.config.shortage)()
+            && let Some(refusal) = self.want_of_room()
         {
-            self.config.runtime.note("replica: a change is refused for want of room");
-            return drop(reply.send(Answer::refused(Refusal::new(Code::NoSpace, shortage))));
+            return drop(reply.send(Answer::refused(refusal)));
         }
         let random = self.config.runtime.random.clone();
         let mut draw = || random.u64();

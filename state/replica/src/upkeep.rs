@@ -33,8 +33,12 @@ impl<M: Machine> Replica<M> {
                 Ok(()) => {}
             }
         }
+        if self.leading.is_none() || self.fault.get().is_some() {
+            return;
+        }
         // What nobody waits for leaves the last room to what gives some back.
-        if self.leading.is_none() || self.fault.get().is_some() || (self.config.shortage)().is_some() {
+        if (self.config.shortage)().is_some() {
+            self.hand_on_for_room();
             return;
         }
         if self.applier.time() == Time(0) {

@@ -24,6 +24,8 @@ const LOST_PERCENT: u64 = 15;
 pub(crate) enum Fault {
     /// The leader's process is ended by SIGKILL.
     Kill,
+    /// The leader's process is told to end, as in a rolling restart, and started when it has.
+    Restart,
     /// The leader's process is stopped by SIGSTOP, past the election, and goes on then.
     Pause,
     /// The leader and the other nodes hear nothing of each other; clients reach all.
@@ -46,7 +48,7 @@ impl Fault {
     /// Whether the network must be one that may be broken.
     pub(crate) fn needs_namespaces(self) -> bool {
         match self {
-            Fault::Kill | Fault::Pause | Fault::Flip => false,
+            Fault::Kill | Fault::Restart | Fault::Pause | Fault::Flip => false,
             Fault::Cut | Fault::Isolate | Fault::Deaf | Fault::Mute | Fault::Loss | Fault::Behind => true,
         }
     }
@@ -111,6 +113,7 @@ impl Trial {
         let outside: Vec<u64> = others.iter().copied().chain([254]).collect();
         match fault {
             Fault::Kill => run("kill", &["-9", &self.process(leader)?])?,
+            Fault::Restart => run("kill", &["-TERM", &self.process(leader)?])?,
             Fault::Pause => run("kill", &["-STOP", &self.process(leader)?])?,
             Fault::Cut => self.filter(leader, &self.drop_rules(&others, false, false))?,
             Fault::Isolate => self.filter(leader, &self.drop_rules(&outside, false, false))?,
@@ -129,11 +132,14 @@ impl Trial {
         // Only what is asked from here on: a rule takes some milliseconds to be in force.
         let since = Instant::now();
         let took = self.next_acknowledged(log, since).await?;
-        if fault != Fault::Kill {
+        if !matches!(fault, Fault::Kill | Fault::Restart) {
             tokio::time::sleep(lasts.saturating_sub(since.elapsed())).await;
         }
         match fault {
-            Fault::Kill => self.script(&["start", &leader.to_string()])?,
+            Fault::Kill | Fault::Restart => {
+                self.ended(leader)?;
+                self.script(&["start", &leader.to_string()])?;
+            }
             Fault::Pause => run("kill", &["-CONT", &self.process(leader)?])?,
             _ => self.filter(leader, "")?,
         }
@@ -173,8 +179,9 @@ impl Trial {
 }
 
 /// All faults, by the names that they are asked for with.
-const ALL: [(&str, Fault); 9] = [
+const ALL: [(&str, Fault); 10] = [
     ("kill", Fault::Kill),
+    ("restart", Fault::Restart),
     ("pause", Fault::Pause),
     ("cut", Fault::Cut),
     ("isolate", Fault::Isolate),

@@ -50,10 +50,15 @@ fn change(path: &Path, at: u64, to: impl FnOnce(u8) -> u8) -> Result<u8> {
 impl Trial {
     fn end(&self, node: u64) -> Result<()> {
         let pid = self.process(node)?;
-        let dir = PathBuf::from("/proc").join(&pid);
-        if dir.exists() {
+        if PathBuf::from("/proc").join(&pid).exists() {
             faults::run("kill", &["-9", &pid])?;
         }
+        self.ended(node)
+    }
+
+    /// Waits until a node's process has ended.
+    pub(crate) fn ended(&self, node: u64) -> Result<()> {
+        let dir = PathBuf::from("/proc").join(self.process(node)?);
         // Its files are its own until it is gone; nobody may have waited for it, so that its number stays.
         let begin = Instant::now();
         let is_gone = || fs::read_to_string(dir.join("stat")).map_or(true, |stat| stat.contains(") Z "));

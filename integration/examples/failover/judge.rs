@@ -10,7 +10,7 @@ use clutch_integration::{
 };
 use clutch_log::{LogId, Position};
 use clutch_proto::{
-    admin::{ReadLog, admin_request::Op},
+    admin::{LogReply, ReadLog, admin_request::Op},
     limits::SCAN_BYTES_MAX,
     log::{Batch, Epoch},
 };
@@ -33,12 +33,24 @@ impl Archive {
     }
 }
 
+/// What comes in a log from a position on, from its leader. One that began behind a snapshot does not have what is before; then
+/// whoever has it.
+async fn page(trial: &Trial, client: &Client, log: LogId, from: u64) -> Result<LogReply> {
+    let op = || Op::ReadLog(ReadLog { from, limit_bytes: SCAN_BYTES_MAX as u32 });
+    let mut asked = trial.ask(client, log, op()).await;
+    for address in &trial.addresses {
+        if asked.is_err() {
+            asked = trial.ask_at(client, log, address.clone(), op()).await;
+        }
+    }
+    asked?.log.context("an answer without a log")
+}
+
 /// Reads on in a log, to its present end.
 pub(crate) async fn read_on(trial: &Trial, client: &Client, log: LogId) -> Result<()> {
     let mut from = trial.archive.lock().next(log);
     loop {
-        let op = Op::ReadLog(ReadLog { from, limit_bytes: SCAN_BYTES_MAX as u32 });
-        let page = trial.ask(client, log, op).await?.log.context("an answer without a log")?;
+        let page = page(trial, client, log, from).await?;
         let mut archive = trial.archive.lock();
         let batches = archive.logs.entry(log).or_default();
         for batch in page.batches {

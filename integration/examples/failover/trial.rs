@@ -163,6 +163,17 @@ impl Trial {
         Ok(client.admin(role(log), log.number, AdminRequest { op: Some(op) }).await?)
     }
 
+    /// Asks a member of a log.
+    pub(crate) async fn ask_at(
+        &self,
+        client: &Client,
+        log: LogId,
+        at: Endpoint,
+        op: Op,
+    ) -> Result<AdminReply> {
+        Ok(client.admin_at(at, role(log), log.number, AdminRequest { op: Some(op) }).await?)
+    }
+
     /// The process of a node.
     pub(crate) fn process(&self, node: u64) -> Result<String> {
         let file = self.dir.join(format!("n{node}/pid"));
@@ -241,8 +252,7 @@ impl Trial {
     }
 
     pub(crate) async fn member(&self, client: &Client, log: LogId, address: &str) -> Result<StatusReply> {
-        let request = AdminRequest { op: Some(Op::Status(Status {})) };
-        let reply = client.admin_at(Endpoint::from(address), role(log), log.number, request).await?;
+        let reply = self.ask_at(client, log, Endpoint::from(address), Op::Status(Status {})).await?;
         reply.status.context("an answer without a status")
     }
 }

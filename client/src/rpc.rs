@@ -620,6 +620,12 @@ impl Client {
             failed.clear();
             routes.doubt();
         }
+        // Before the registry's own turn: what any member may answer was asked of the one that reads are asked of.
+        let is_kept = target.role == Role::Registry && mutants::is(Mutant::ReaderKept);
+        if !how.admin && how.freshness != Freshness::Leader && target.members.len() > 1 && !is_kept {
+            routes.turn_reader(target.log(), &target.endpoint, &target.members);
+            return false;
+        }
         if target.role == Role::Registry {
             let is_hinted = leader.is_some_and(|leader| self.inner.registries.lead(&target.endpoint, leader));
             if !is_hinted {
@@ -628,10 +634,6 @@ impl Client {
             return is_hinted;
         }
         if how.admin {
-            return false;
-        }
-        if how.freshness != Freshness::Leader && target.members.len() > 1 {
-            routes.turn_reader(target.log(), &target.endpoint, &target.members);
             return false;
         }
         match leader {
@@ -854,3 +856,6 @@ impl Client {
         BlocksReply::decode(answer).map_err(|_| ClientError::unexpected("a blocks reply"))
     }
 }
+
+#[cfg(test)]
+mod tests;

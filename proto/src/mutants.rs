@@ -219,6 +219,8 @@ pub enum Mutant {
     AnyProofTaken,
     /// Who does not answer is handed a reign.
     HandedToAnybody,
+    /// A client goes on to ask the same member of the registry, which cannot answer.
+    ReaderKept,
     /// A leader that has no room for its log goes on to lead, whoever else has some.
     LeadsWithoutRoom,
     /// A leader that hears nothing of a quorum goes on to say that it leads.
@@ -261,7 +263,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 125] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 126] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -369,6 +371,7 @@ impl Mutant {
         (Mutant::CursorForgotten, &["units", "tests::reads::planted_bugs_are_found"]),
         (Mutant::AnyProofTaken, &["units", "tests::greetings::proof::planted_bugs_are_found"]),
         (Mutant::HandedToAnybody, &["units", "tests::members::handed::planted_bugs_are_found"]),
+        (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
         (Mutant::CutOffLeads, &["units", "tests::members::cut_off::planted_bugs_are_found"]),
         (Mutant::RejoinsAsFounder, &["units", "tests::members::forgotten::planted_bugs_are_found"]),

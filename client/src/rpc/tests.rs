@@ -1,0 +1,76 @@
+//! A client whose reads any member may answer, beside a member that cannot.
+
+use std::{sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use clutch_proto::{
+    mutants::{self, Mutant},
+    registry::{Map, RegistryReply},
+};
+use clutch_runtime::{
+    Answers, BoxFuture, Handled, Handler,
+    simulated::{NodeId, World},
+};
+
+use super::*;
+
+/// A member of a registry, which reads from it if it `can`.
+struct Member {
+    can: bool,
+}
+
+impl Handler for Member {
+    fn handle(&self, _: Bytes, _: Answers) -> BoxFuture<Handled> {
+        let response = match self.can {
+            true => {
+                let map = Map { cluster: 7, services_version: 1, ..Map::default() };
+                let reply = RegistryReply { map: Some(map), ..RegistryReply::default() };
+                Response { body: reply.encode_to_vec().into(), position: 3, ..Response::default() }
+            }
+            false => {
+                let refusal = Refusal::new(Code::NotLeader, "no quorum answers");
+                Response { error: Some(refusal.to_wire()), ..Response::default() }
+            }
+        };
+        Box::pin(async move { Handled { answer: response.encode_to_vec().into(), ..Handled::default() } })
+    }
+}
+
+/// How many of twenty clients, each of which begins with some member, are told where everything is.
+fn told() -> usize {
+    let world = World::new(1);
+    let driver = world.node(NodeId(9));
+    let ended = world.run(NodeId(9), Duration::from_secs(3600), async move {
+        let mut listening = Vec::new();
+        for name in ["a", "b", "c"] {
+            let member = Arc::new(Member { can: name != "a" });
+            listening.push(driver.network.listen(&name.into(), member).await.expect("a free name"));
+        }
+        let mut told = 0;
+        for _ in 0..20 {
+            let members = ["a", "b", "c"].into_iter().map(Endpoint::from).collect();
+            let registries = Registries::new(members).expect("three");
+            let options = ClientOptions {
+                reads: Reads::Member,
+                patience: Duration::from_secs(10),
+                ..ClientOptions::default()
+            };
+            told += usize::from(Client::new(driver.clone(), registries, options).refresh_map().await.is_ok());
+        }
+        told
+    });
+    ended.expect("ends")
+}
+
+#[test]
+fn a_read_that_one_member_cannot_answer_is_asked_of_another() {
+    assert_eq!(told(), 20);
+}
+
+#[test]
+fn planted_bugs_are_found() {
+    mutants::plant(Some(Mutant::ReaderKept));
+    let (is_planted, is_found) = (mutants::planted().is_some(), told() < 20);
+    mutants::plant(None);
+    assert_eq!(is_planted, is_found);
+}

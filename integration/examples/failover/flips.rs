@@ -14,7 +14,7 @@ use rand::{Rng as _, rngs::StdRng, seq::IndexedRandom as _};
 use crate::{faults, trial::Trial};
 
 /// A node that is neither whole nor gone for so long is taken for one that hangs, and is put right.
-const UNDECIDED: Duration = Duration::from_secs(20);
+const UNDECIDED: Duration = Duration::from_secs(45);
 /// Half of the flips are so near the end of a file: the last records of a log are there.
 const TAIL: u64 = 4 << 10;
 /// What nobody reads again, or what is not of the node.

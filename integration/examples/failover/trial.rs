@@ -244,7 +244,7 @@ impl Trial {
                     return Ok(false);
                 }
             }
-            if status.members.len() != 3 {
+            if status.members.iter().filter(|member| member.voter).count() != 3 {
                 return Ok(false);
             }
         }

@@ -124,8 +124,15 @@ impl RaftEngine {
     /// # Errors
     /// When that cannot be written.
     pub async fn forget(&self, id: LogletId) -> Result<(), LogFault> {
-        self.store.remove(id).await?;
-        self.store.revive(id, storage::no_vote(self.peers.node())).await
+        // What is removed begins again, also where only its room could not be given back, or an earlier attempt ended between.
+        let removed = self.store.remove(id).await;
+        let begun = self.store.revive(id, storage::no_vote(self.peers.node())).await;
+        begun.map_err(|fault| removed.err().unwrap_or(fault))
+    }
+
+    /// Whether forgetting a loglet was cut off in its middle: it cannot be opened until that is done again.
+    pub fn is_half_forgotten(&self, id: LogletId) -> bool {
+        self.store.is_removed(id)
     }
 
     /// Opens a loglet to be appended to.
@@ -140,7 +147,7 @@ impl RaftEngine {
     ) -> Result<Arc<RaftLog>, LogFault> {
         let first = first_members(parameters)?;
         let group = self.store.group(id)?;
-        let has_forgotten = group.view().vote.is_some();
+        let has_voted = group.view().vote.is_some();
         let log = storage::GroupLog::open(&self.runtime, group).map_err(storage)?;
         let delivered = delivered::Delivered::open(log.clone()).map_err(storage)?;
         let sent = Arc::new(Sent { log: log.clone(), snapshots: snapshots.clone() });
@@ -151,7 +158,7 @@ impl RaftEngine {
         let raft = raft.await.map_err(storage)?;
         // All of the first members say the same, so it does not matter who begins. Who has forgotten what it had is none of them
         // any more, whatever the parameters say.
-        let may_begin = !has_forgotten || mutants::is(Mutant::RejoinsAsFounder);
+        let may_begin = !has_voted || mutants::is(Mutant::RejoinsAsFounder);
         let is_founder = may_begin && first.contains_key(&node);
         if is_founder && !raft.is_initialized().await.map_err(storage)? {
             raft.initialize(first).await.map_err(storage)?;

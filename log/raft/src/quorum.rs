@@ -83,11 +83,12 @@ async fn look(member: &Arc<Member>, reign: &mut Option<Reign>) {
 /// Whoever stands may still be elected in it, and this member in the one behind. Handing the lead to somebody is not enough: who leads
 /// and does not stand for it any more can hold what nobody else has, and then nobody can be elected.
 async fn step_down(member: &Member, metrics: &RaftMetrics<TypeConfig>) {
-    let others = metrics.membership_config.voter_ids();
-    let Some(other) = others.filter(|voter| *voter != member.node()).min() else { return };
+    let others = metrics.membership_config.voter_ids().filter(|voter| *voter != member.node());
+    let Some(other) = member.most_recent(metrics).or(others.min()) else { return };
     let vote = Vote::new(metrics.current_term + 1, other);
     let mut request = VoteRequest::new(vote, member.log().last_id());
-    // A quorum may be heard again, and then nobody but the leader itself may end its reign.
+    // A quorum may be heard again, and then nobody but the leader itself may end its reign: its lease is passed over, which is
+    // right as long as reads ask a quorum and trust no lease.
     request.leadership_transfer = true;
     // Refused where something was appended meanwhile: it is tried again then.
     match member.raft().vote(request).await {

@@ -101,6 +101,11 @@ impl Store {
         groups.iter().filter(|(_, group)| !group.state.lock().is_removed).map(|(id, _)| *id).collect()
     }
 
+    /// Whether a group was removed and has not begun again.
+    pub fn is_removed(&self, id: LogletId) -> bool {
+        self.handle.shared.groups.lock().get(&id).is_some_and(|group| group.state.lock().is_removed)
+    }
+
     /// Groups that are not opened because a record of theirs is damaged: they can only be removed, and begin again then.
     pub fn quarantined(&self) -> BTreeMap<LogletId, LogFault> {
         self.handle.shared.quarantined.lock().clone()

@@ -11,7 +11,7 @@ use std::{collections::BTreeMap, fs::File, path::Path, sync::Arc, time::Duration
 use anyhow::{Context as _, Result, bail};
 use clutch_client::{Client, ClientOptions, Registries};
 use clutch_client_maintenance::collector::{self, CollectOptions};
-use clutch_log::{Engines, LogId, NodeId};
+use clutch_log::{Engines, LogId, LogletId, NodeId};
 use clutch_log_raft::{Identities, Peers as Streams, RaftEngine, Timing};
 use clutch_log_store::{Options, Store};
 use clutch_proto::{
@@ -175,22 +175,30 @@ fn peers(layout: &Layout, identities: Identities) -> Peers {
 
 /// Lets the others take this node out of logs that are damaged here; those that it must go on without, and why.
 async fn leave_out(
-    runtime: &Runtime,
     layout: &Layout,
     (registries, key): (&Registries, [u8; 32]),
-    engine: &RaftEngine,
-    stores: &RocksStores,
+    (engine, chains): (&RaftEngine, &Chains),
+    (runtime, stores): (&Runtime, &RocksStores),
     rejoining: &Rejoining,
-) -> BTreeMap<LogId, String> {
-    let damaged = engine.damaged();
-    if damaged.is_empty() {
-        return BTreeMap::new();
-    }
+) -> Result<BTreeMap<LogId, String>> {
     let options = ClientOptions { system_key: Some(key), ..ClientOptions::default() };
     let client = Client::new(runtime.clone(), registries.clone(), options);
-    Healing { runtime, client: &client, node: layout.file.node, engine, stores, rejoining }
-        .take_out(damaged)
-        .await
+    let healing = Healing { runtime, client: &client, node: layout.file.node, engine, stores, rejoining };
+    healing.finish().await?;
+    let damaged = engine.damaged();
+    // What a sealed life of a log had is not to be had from its members any more.
+    let is_over =
+        |id: &LogletId| chains.get(id.log).is_some_and(|chain| chain.incarnation() != id.incarnation);
+    if let Some((id, fault)) = damaged.iter().find(|(id, _)| is_over(id)) {
+        bail!(
+            "{id} is damaged here, which the log has behind it: {fault}. Put another node in the place of this one: clutch cluster \
+             replace-node"
+        );
+    }
+    if damaged.is_empty() {
+        return Ok(BTreeMap::new());
+    }
+    Ok(healing.take_out(damaged).await)
 }
 
 async fn start_on(
@@ -212,14 +220,16 @@ async fn start_on(
     let room = Arc::new(Room::new(runtime.disk.clone(), places, reserve, Some(dir)));
     room.release_for_start();
     let (engine, streams, identities) = open_engine(runtime, layout, system_key).await?;
-    let rejoining = Arc::new(Rejoining::open(runtime.disk.clone(), dir.join(heal::FILE))?);
+    let rejoining = Rejoining::open(runtime.disk.clone(), dir.join(heal::FILE), &cluster.logs())?;
+    let rejoining = Arc::new(rejoining);
     let known = Chains::open(runtime.disk.clone(), dir.join(chains::FILE), cluster.cluster_id()?)?;
     let replicas = cluster.shards as usize + 2;
     let rocks = Arc::new(RocksStores::new(dir.join("state"), replicas, up::database_files()));
     let stores: Arc<dyn StoreProvider> = rocks.clone();
     let peers = peers(layout, identities.clone());
     let registries = Registries::new(peers.all().into_values().collect()).context("[nodes] names none")?;
-    let left_out = leave_out(runtime, layout, (&registries, system_key), &engine, &rocks, &rejoining).await;
+    let (by, with, on) = ((&registries, system_key), (&engine, &known), (runtime, &*rocks));
+    let left_out = leave_out(layout, by, with, on, &rejoining).await?;
     let lost: Vec<LogId> = left_out.keys().copied().collect();
     let greeted = layout.nodes.keys().copied().collect();
     let founders = layout.file.founders.clone();

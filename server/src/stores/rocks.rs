@@ -223,7 +223,10 @@ impl StoreProvider for RocksStores {
 
     fn condemn(&self, id: LogId, why: &str) {
         let path = self.home(id).join(CONDEMNED);
-        if let Err(error) = OsDisk.replace(&path, why.as_bytes()) {
+        let home = self.make_home(id).map_err(|error| error.to_string());
+        let replace = |_| OsDisk.replace(&path, why.as_bytes()).map_err(|error| error.to_string());
+        let noted = home.and_then(replace);
+        if let Err(error) = noted {
             // The next start meets the damage again and builds the state anew then.
             tracing::warn!(%error, "take note of a damaged state");
         }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clutch_log::{NodeId, Status};
+use clutch_log::{NodeId, Progress, Status};
 use clutch_proto::{
     Refusal,
     mutants::{self, Mutant},
@@ -28,7 +28,11 @@ enum Answer {
     Stay,
 }
 
-/// By what the log says, and how long ago it was tried last.
+/// Who lacks more of the log is not asked to lead.
+const LAG_MAX: u64 = 1024;
+
+/// By what the log says, and how long ago it was tried last. The reign goes round in the order of the nodes' numbers, so that it comes
+/// to whoever has room.
 fn answer(status: &Status, tried_ago: Option<Duration>) -> Answer {
     match tried_ago {
         Some(ago) if ago < HANDING_ON => return Answer::Wait,
@@ -39,7 +43,10 @@ fn answer(status: &Status, tried_ago: Option<Duration>) -> Answer {
         .members
         .iter()
         .filter(|other| other.member.voter && other.is_heard && Some(other.member.node) != status.leader);
-    match others.max_by_key(|other| other.matched) {
+    let own = status.leader.unwrap_or_default();
+    let has_most =
+        |other: &&Progress| other.matched.is_some_and(|matched| matched.0 + LAG_MAX >= status.bounds.last.0);
+    match others.filter(has_most).min_by_key(|other| (other.member.node < own, other.member.node)) {
         Some(other) if !mutants::is(Mutant::LeadsWithoutRoom) => Answer::HandOn(other.member.node),
         Some(_) | None => Answer::Stay,
     }
@@ -107,16 +114,21 @@ mod tests {
     }
 
     #[test]
-    fn a_leader_without_room_lets_the_best_of_the_others_lead_and_not_again_and_again() {
+    fn a_reign_without_room_goes_round_once() {
         let own = (1, true, true, 9);
         let three = status(&[own, (2, true, true, 8), (3, true, true, 9)]);
+        let lags = status(&[(1, true, true, 9000), (2, true, true, 8), (3, true, true, 9000)]);
+        let lags = Status { bounds: Bounds { first: Position(1), last: Position(9000) }, ..lags };
         let seconds = |s| Some(Duration::from_secs(s));
         for (status, ago, expected) in [
-            (&three, None, Answer::HandOn(3)),
+            (&three, None, Answer::HandOn(2)),
+            (&Status { leader: Some(2), ..three.clone() }, None, Answer::HandOn(3)),
+            (&Status { leader: Some(3), ..three.clone() }, None, Answer::HandOn(1)),
             (&three, seconds(1), Answer::Wait),
             (&three, seconds(4), Answer::Stay),
-            (&three, seconds(31), Answer::HandOn(3)),
-            (&status(&[own, (2, true, true, 8), (3, true, false, 9)]), None, Answer::HandOn(2)),
+            (&three, seconds(31), Answer::HandOn(2)),
+            (&status(&[own, (2, true, false, 9), (3, true, true, 8)]), None, Answer::HandOn(3)),
+            (&lags, None, Answer::HandOn(3)),
             (&status(&[own, (2, false, true, 9), (3, true, false, 9)]), None, Answer::Stay),
             (&status(&[own]), None, Answer::Stay),
         ] {

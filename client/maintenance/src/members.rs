@@ -118,11 +118,11 @@ fn role_of(id: LogId) -> Role {
 }
 
 /// Asks the leader of a log, which is there; where nobody says where that is there is only one.
-async fn ask_at(client: &Client, address: &str, id: LogId, op: Op) -> Result<AdminReply, ClientError> {
+async fn ask_at(client: &Client, at: Option<&str>, id: LogId, op: Op) -> Result<AdminReply, ClientError> {
     let request = AdminRequest { op: Some(op) };
-    match address {
-        "" => client.admin(role_of(id), id.number, request).await,
-        address => client.admin_at(address.into(), role_of(id), id.number, request).await,
+    match at {
+        None => client.admin(role_of(id), id.number, request).await,
+        Some(at) => client.admin_at(at.into(), role_of(id), id.number, request).await,
     }
 }
 
@@ -130,7 +130,7 @@ async fn ask_at(client: &Client, address: &str, id: LogId, op: Op) -> Result<Adm
 ///
 /// # Errors
 /// When nobody leads it for a minute.
-pub async fn leader_of(client: &Client, id: LogId) -> Result<(StatusReply, String)> {
+pub async fn leader_of(client: &Client, id: LogId) -> Result<(StatusReply, Option<String>)> {
     let clock = client.runtime().clock.clone();
     let began = clock.monotonic();
     let mut last = None;
@@ -148,16 +148,16 @@ pub async fn leader_of(client: &Client, id: LogId) -> Result<(StatusReply, Strin
     bail!("{id}: {error}")
 }
 
-async fn look_for_leader(client: &Client, id: LogId) -> Result<Option<(StatusReply, String)>> {
+async fn look_for_leader(client: &Client, id: LogId) -> Result<Option<(StatusReply, Option<String>)>> {
     let status = |reply: AdminReply| reply.status.context("an answer without a status");
     let request = AdminRequest { op: Some(Op::Status(Status {})) };
     let one = status(client.admin(role_of(id), id.number, request).await?)?;
     let leader = one.members.iter().find(|member| member.node == one.leader);
-    let at = leader.map(|member| member.address.clone()).unwrap_or_default();
-    if one.leading || at.is_empty() {
+    let at = leader.filter(|leader| !leader.address.is_empty()).map(|leader| leader.address.clone());
+    if one.leading || at.is_none() {
         return Ok(one.leading.then_some((one, at)));
     }
-    let leader = status(ask_at(client, &at, id, Op::Status(Status {})).await?)?;
+    let leader = status(ask_at(client, at.as_deref(), id, Op::Status(Status {})).await?)?;
     Ok(leader.leading.then_some((leader, at)))
 }
 
@@ -219,7 +219,7 @@ pub async fn change(
                 Op::Reconfigure(Reconfigure { expect_config: status.config, members })
             }
         };
-        match ask_at(client, &at, id, op).await {
+        match ask_at(client, at.as_deref(), id, op).await {
             Ok(_) => {}
             Err(error) if is_final(&error) || refusals == REFUSALS_MAX => return Err(error.into()),
             // Leaders and members may have changed, also by this request: the next look says.
@@ -257,7 +257,7 @@ pub async fn move_leader(
             bail!("node {to} is no voter of {id}: make it one first (clutch cluster add-replica {to} --all)");
         }
         if tries % 10 == 0 {
-            match ask_at(client, &at, id, Op::MoveLeader(MoveLeader { to })).await {
+            match ask_at(client, at.as_deref(), id, Op::MoveLeader(MoveLeader { to })).await {
                 Err(error) if is_final(&error) => return Err(error.into()),
                 // It may be another's turn by now: the next look says.
                 Ok(_) | Err(_) => {}

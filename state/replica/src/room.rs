@@ -43,10 +43,12 @@ fn answer(status: &Status, tried_ago: Option<Duration>) -> Answer {
         .members
         .iter()
         .filter(|other| other.member.voter && other.is_heard && Some(other.member.node) != status.leader);
-    let own = status.leader.unwrap_or_default();
     let has_most =
         |other: &&Progress| other.matched.is_some_and(|matched| matched.0 + LAG_MAX >= status.bounds.last.0);
-    match others.filter(has_most).min_by_key(|other| (other.member.node < own, other.member.node)) {
+    match others
+        .filter(has_most)
+        .min_by_key(|other| (Some(other.member.node) < status.leader, other.member.node))
+    {
         Some(other) if !mutants::is(Mutant::LeadsWithoutRoom) => Answer::HandOn(other.member.node),
         Some(_) | None => Answer::Stay,
     }

@@ -5,6 +5,15 @@ use clutch_proto::mutants::{self, Mutant};
 
 use super::*;
 
+/// Holds that something goes wrong with this bug, where bugs can be planted, and only then.
+fn assert_found(mutant: Mutant, goes_wrong: impl FnOnce() -> bool) {
+    mutants::plant(Some(mutant));
+    let is_planted = mutants::planted().is_some();
+    let is_found = is_planted && goes_wrong();
+    mutants::plant(None);
+    assert_eq!(is_found, is_planted);
+}
+
 fn voters(nodes: &[NodeId]) -> Vec<Member> {
     nodes.iter().map(|node| Member { node: *node, voter: true }).collect()
 }
@@ -81,11 +90,7 @@ mod handed {
 
     #[test]
     fn planted_bugs_are_found() {
-        mutants::plant(Some(Mutant::HandedToAnybody));
-        let is_planted = mutants::planted().is_some();
-        let is_found = is_planted && stood_still() > 0;
-        mutants::plant(None);
-        assert_eq!(is_found, is_planted);
+        assert_found(Mutant::HandedToAnybody, || stood_still() > 0);
     }
 }
 
@@ -224,11 +229,7 @@ mod cut_off {
 
     #[test]
     fn planted_bugs_are_found() {
-        mutants::plant(Some(Mutant::CutOffLeads));
-        let is_planted = mutants::planted().is_some();
-        let is_found = is_planted && !gives_up(false);
-        mutants::plant(None);
-        assert_eq!(is_found, is_planted);
+        assert_found(Mutant::CutOffLeads, || !gives_up(false));
     }
 }
 
@@ -237,11 +238,7 @@ mod forgotten {
 
     #[test]
     fn planted_bugs_are_found() {
-        mutants::plant(Some(Mutant::RejoinsAsFounder));
-        let is_planted = mutants::planted().is_some();
-        let is_found = is_planted && !comes_back();
-        mutants::plant(None);
-        assert_eq!(is_found, is_planted);
+        assert_found(Mutant::RejoinsAsFounder, || !comes_back());
     }
 }
 
@@ -250,10 +247,6 @@ mod silent {
 
     #[test]
     fn planted_bugs_are_found() {
-        mutants::plant(Some(Mutant::SilentVotersTaken));
-        let is_planted = mutants::planted().is_some();
-        let is_found = is_planted && !goes_on();
-        mutants::plant(None);
-        assert_eq!(is_found, is_planted);
+        assert_found(Mutant::SilentVotersTaken, || !goes_on());
     }
 }

@@ -178,6 +178,9 @@ fn fill_with_metadata(part: &str, mib: u32, kind: Kind, give_room: impl Fn(&Clus
     let first = std::fs::read(tree.join("0")).expect("there");
     start_while_full(&mut cluster, kind);
     assert!(cluster.run(&["fs", "cat", "/t0/0"]).stdout == first, "reads go on");
+    let report = cluster.json(&["fsck", "--json"]);
+    let mut violations = report["violations"].as_array().expect("a check needs no room").iter();
+    assert!(violations.all(|v| v.as_str().is_some_and(|v| v.starts_with("no space:"))), "{report:#}");
     cluster.ok(&["fs", "rm", "/t0/1"]);
     comes_back(&cluster, &["fs", "put", &format!("{local}/0"), "/again"], || give_room(&cluster));
     assert!(serves(&cluster));

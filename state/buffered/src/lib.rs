@@ -5,9 +5,9 @@
 //! them, and sorted rows cost it less than scattered ones. Rows that were read or passed on lately are kept, too,
 //! but for those of tables that are written and seldom read.
 //!
-//! Invariants: batches are passed on whole and in order; `flush`, `snapshot` and `checkpoint` pass everything on first; a
-//! kept row equals the one below unless a newer one waits; once rows were lost on their way, nothing is read or written
-//! any more.
+//! Invariants: batches are passed on whole and in order; `flush`, `snapshot` and `checkpoint` pass everything on first, but
+//! that a snapshot while there is no room below is of the rows below and of those that wait; a kept row equals the one
+//! below unless a newer one waits; once rows were lost on their way, nothing is read or written any more.
 
 use std::{
     collections::BTreeMap,
@@ -68,9 +68,12 @@ impl RowCache {
     }
 }
 
+/// Rows by their keys as stored; `None` deletes.
+type Rows = BTreeMap<Key, Option<Bytes>>;
+
 #[derive(Default)]
 struct Pending {
-    rows: BTreeMap<Key, Option<Bytes>>,
+    rows: Rows,
     bytes: usize,
     /// Rows could not be passed on and are lost: nothing that is read or written from now on would be right.
     failed: Option<StoreError>,
@@ -174,33 +177,70 @@ impl View for BufferedStore {
         until: &[u8],
         each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
     ) -> Result<(), StoreError> {
-        let start = table.stored_key(from);
-        let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
-        if start >= end {
-            return Ok(());
-        }
         let pending = self.pending.read();
         pending.check()?;
-        let range = (Bound::Included(start), Bound::Excluded(end));
-        let mut waiting = pending.rows.range(range).map(|(key, value)| (&key[1..], value)).peekable();
-        let mut wanted = true;
-        self.below.visit(table, from, until, &mut |key, value| {
-            while wanted && let Some((newer, replaced)) = waiting.next_if(|(waiting, _)| *waiting <= key) {
-                wanted = replaced.as_ref().is_none_or(|value| each(newer, value));
-                if newer == key {
-                    return wanted;
-                }
-            }
-            wanted = wanted && each(key, value);
-            wanted
-        })?;
-        for (key, value) in waiting {
-            wanted = wanted && value.as_ref().is_none_or(|value| each(key, value));
-            if !wanted {
-                break;
+        visit_with(&pending.rows, &*self.below, table, from, until, each)
+    }
+}
+
+/// Visits the rows of a store together with newer ones in front of it.
+fn visit_with(
+    newer: &Rows,
+    below: &dyn View,
+    table: Table,
+    from: &[u8],
+    until: &[u8],
+    each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+) -> Result<(), StoreError> {
+    let start = table.stored_key(from);
+    let end = if until.is_empty() { key_after(&[table.0]) } else { table.stored_key(until) };
+    if start >= end {
+        return Ok(());
+    }
+    let range = (Bound::Included(start), Bound::Excluded(end));
+    let mut waiting = newer.range(range).map(|(key, value)| (&key[1..], value)).peekable();
+    let mut wanted = true;
+    below.visit(table, from, until, &mut |key, value| {
+        while wanted && let Some((newer, replaced)) = waiting.next_if(|(waiting, _)| *waiting <= key) {
+            wanted = replaced.as_ref().is_none_or(|value| each(newer, value));
+            if newer == key {
+                return wanted;
             }
         }
-        Ok(())
+        wanted = wanted && each(key, value);
+        wanted
+    })?;
+    for (key, value) in waiting {
+        wanted = wanted && value.as_ref().is_none_or(|value| each(key, value));
+        if !wanted {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// A moment at which rows could not be passed on for want of room.
+struct Moment {
+    newer: Rows,
+    below: Arc<dyn View>,
+}
+
+impl View for Moment {
+    fn get(&self, table: Table, key: &[u8]) -> Result<Option<Bytes>, StoreError> {
+        match self.newer.get(&table.stored_key(key)) {
+            Some(value) => Ok(value.clone()),
+            None => self.below.get(table, key),
+        }
+    }
+
+    fn visit(
+        &self,
+        table: Table,
+        from: &[u8],
+        until: &[u8],
+        each: &mut dyn FnMut(&[u8], &[u8]) -> bool,
+    ) -> Result<(), StoreError> {
+        visit_with(&self.newer, &*self.below, table, from, until, each)
     }
 }
 
@@ -232,8 +272,16 @@ impl Store for BufferedStore {
     }
 
     fn snapshot(&self) -> Result<Arc<dyn View>, StoreError> {
-        self.pass_on(&mut self.pending.write())?;
-        self.below.snapshot()
+        let mut pending = self.pending.write();
+        match self.pass_on(&mut pending) {
+            Ok(()) => self.below.snapshot(),
+            // Who only reads need not wait for room.
+            Err(StoreError::Full(_)) => {
+                let (newer, below) = (pending.rows.clone(), self.below.snapshot()?);
+                Ok(Arc::new(Moment { newer, below }))
+            }
+            Err(error) => Err(error),
+        }
     }
 
     fn checkpoint(&self, to: &Path) -> Result<(), StoreError> {
@@ -336,11 +384,15 @@ mod tests {
         assert!(matches!(store.flush(), Err(StoreError::Full(_))));
         assert_eq!(store.scan(table, b"", b"", 100).expect("reads").len(), 10);
         assert!(below.0.is_empty());
+        let moment = store.snapshot().expect("reading needs no room");
+        store.write(vec![(table.stored_key(&[3]), None)]).expect("waits");
+        assert_eq!(moment.scan(table, b"", b"", 100).expect("reads").len(), 10, "a moment stays as it was");
+        assert_eq!(moment.get(table, &[3]).expect("reads"), Some(Bytes::from(vec![3])));
         assert_eq!(store.get_flushed(table, &[7]).expect("reads"), None, "a crash would lose what waits");
         below.2.store(false, Ordering::Relaxed);
         store.flush().expect("there is room");
         assert_eq!(store.get_flushed(table, &[7]).expect("reads"), Some(Bytes::from(vec![7])));
-        assert_eq!(below.scan(table, b"", b"", 100).expect("reads").len(), 10);
+        assert_eq!(below.scan(table, b"", b"", 100).expect("reads").len(), 9);
         assert_eq!(store.get(table, &[7]).expect("reads"), Some(Bytes::from(vec![7])));
     }
 

@@ -33,7 +33,7 @@ async fn work(client: &Client, part: &str) -> Result<(), ClientError> {
 }
 
 async fn status(client: &Client, at: Endpoint) -> Result<StatusReply, ClientError> {
-    let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
+    let request = AdminRequest { op: Some(admin_request::Op::Status(Status::default())) };
     let reply = client.admin_at(at, Role::Shard, 0, request).await?;
     reply.status.ok_or_else(|| ClientError::Local("an answer without a status".into()))
 }

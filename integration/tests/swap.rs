@@ -189,7 +189,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         let map = client.refresh_map().await;
         let mut standing = Vec::new();
         for role in [Role::Registry, Role::Cdc, Role::Shard] {
-            let request = AdminRequest { op: Some(Op::Status(admin::Status {})) };
+            let request = AdminRequest { op: Some(Op::Status(admin::Status::default())) };
             let reply = client.admin_at("node1".into(), role, 0, request).await.expect("an answer");
             standing.push(reply.status.expect("a status"));
         }

@@ -223,6 +223,10 @@ pub enum Mutant {
     ReaderKept,
     /// A leader that has no room for its log goes on to lead, whoever else has some.
     LeadsWithoutRoom,
+    /// A segment that was found damaged when it was read is believed again at the next start.
+    DamagedIndexKept,
+    /// Who was a member when a leader last looked is told as if most members had said so.
+    UnconfirmedMembers,
     /// A leader that hears nothing of a quorum goes on to say that it leads.
     CutOffLeads,
     /// A member that has forgotten what it promised takes itself for one that the log begins on.
@@ -263,7 +267,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 126] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 128] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -373,6 +377,8 @@ impl Mutant {
         (Mutant::HandedToAnybody, &["units", "tests::members::handed::planted_bugs_are_found"]),
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
+        (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),
+        (Mutant::UnconfirmedMembers, &["units", "confirmed::tests::planted_bugs_are_found"]),
         (Mutant::CutOffLeads, &["units", "tests::members::cut_off::planted_bugs_are_found"]),
         (Mutant::RejoinsAsFounder, &["units", "tests::members::forgotten::planted_bugs_are_found"]),
         (Mutant::OwnCopyTaken, &["units", "tests::copies::own::planted_bugs_are_found"]),

@@ -62,7 +62,7 @@ impl Asker {
         let others = routes.nodes().into_iter().filter(|(node, _)| *node != own);
         let mut asked: FuturesUnordered<_> = others
             .map(|(_, endpoint)| async move {
-                let request = AdminRequest { op: Some(Op::Status(Status {})) };
+                let request = AdminRequest { op: Some(Op::Status(Status::default())) };
                 let asked = client.admin_at(endpoint, role, number, request);
                 let status = client.runtime().timeout(ASK_FOR, asked).await?.ok()?.status?;
                 let has = status.members.iter().any(|member| member.node == own);

@@ -402,7 +402,8 @@ async fn caught_up(
     // What was committed when a leader was first known: not what has come since, which may come faster than it is applied.
     let mut followed = None;
     loop {
-        let reply = replica.admin(AdminRequest { op: Some(admin_request::Op::Status(Status {})) }).await?;
+        let reply =
+            replica.admin(AdminRequest { op: Some(admin_request::Op::Status(Status::default())) }).await?;
         let status = reply.status.context("an answer without a status")?;
         ensure!(status.fault.is_empty(), "{}: {}", status.name, status.fault);
         if status.leading {

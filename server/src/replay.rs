@@ -165,7 +165,8 @@ fn role(id: LogId) -> Role {
 }
 
 async fn status(client: &Client, id: LogId) -> Result<StatusReply> {
-    let reply = client.admin(role(id), id.number, AdminRequest { op: Some(Op::Status(Status {})) }).await?;
+    let reply =
+        client.admin(role(id), id.number, AdminRequest { op: Some(Op::Status(Status::default())) }).await?;
     reply.status.context("an answer without a status")
 }
 

@@ -89,8 +89,11 @@ impl Retention {
         now: Time,
         times: &mut BTreeMap<(LogId, u64), Time>,
     ) -> Result<()> {
-        let status =
-            self.ask(id, Op::Status(Status {})).await?.status.context("an answer without a status")?;
+        let status = self
+            .ask(id, Op::Status(Status::default()))
+            .await?
+            .status
+            .context("an answer without a status")?;
         // One from a history that the log does not have is nothing to begin from.
         let known = status.checkpoints.iter().copied().filter(|at| *at <= status.applied_position);
         let mut checkpoints = BTreeMap::new();

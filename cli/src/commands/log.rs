@@ -94,7 +94,7 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
             }
             // A segment goes when no log needs it any more: only now is it known where each of them begins.
             for id in ids {
-                let reply = admin(&client, id, Op::Status(Status {})).await?;
+                let reply = admin(&client, id, Op::Status(Status::default())).await?;
                 let first = reply.status.map_or(0, |status| status.log_first);
                 output::line(format!("{id}: the log begins at {first} (whole segments are removed)"))?;
             }

@@ -91,7 +91,7 @@ async fn ask(client: &Client, map: &Map) -> Vec<ReplicaStatus> {
 }
 
 fn status_request() -> AdminRequest {
-    AdminRequest { op: Some(Op::Status(Status {})) }
+    AdminRequest { op: Some(Op::Status(Status::default())) }
 }
 
 fn status_in(reply: Result<AdminReply, ClientError>) -> Result<StatusReply, ClientError> {

@@ -150,15 +150,34 @@ pub async fn leader_of(client: &Client, id: LogId) -> Result<(StatusReply, Optio
 
 async fn look_for_leader(client: &Client, id: LogId) -> Result<Option<(StatusReply, Option<String>)>> {
     let status = |reply: AdminReply| reply.status.context("an answer without a status");
-    let request = AdminRequest { op: Some(Op::Status(Status {})) };
+    let request = AdminRequest { op: Some(Op::Status(Status::default())) };
     let one = status(client.admin(role_of(id), id.number, request).await?)?;
     let leader = one.members.iter().find(|member| member.node == one.leader);
     let at = leader.filter(|leader| !leader.address.is_empty()).map(|leader| leader.address.clone());
     if one.leading || at.is_none() {
         return Ok(one.leading.then_some((one, at)));
     }
-    let leader = status(ask_at(client, at.as_deref(), id, Op::Status(Status {})).await?)?;
+    let leader = status(ask_at(client, at.as_deref(), id, Op::Status(Status::default())).await?)?;
     Ok(leader.leading.then_some((leader, at)))
+}
+
+/// What the leader of a log says of its members, after most of them have confirmed that it leads.
+///
+/// # Errors
+/// When that cannot be had for a minute.
+pub async fn confirmed(client: &Client, id: LogId) -> Result<StatusReply> {
+    let clock = client.runtime().clock.clone();
+    let began = clock.monotonic();
+    loop {
+        let (_, at) = leader_of(client, id).await?;
+        match ask_at(client, at.as_deref(), id, Op::Status(Status { confirm: true })).await {
+            Ok(reply) => return reply.status.context("an answer without a status"),
+            Err(error) if clock.monotonic() - began > STILL_MAX => {
+                return Err(error).with_context(|| format!("{id}: no quorum confirms who leads"));
+            }
+            Err(_) => clock.sleep(AGAIN).await,
+        }
+    }
 }
 
 /// All nodes that the registry's leader knows, and where they are.

@@ -155,7 +155,10 @@ impl Trial {
     }
 
     pub(crate) async fn status(&self, client: &Client, log: LogId) -> Result<StatusReply> {
-        self.ask(client, log, Op::Status(Status {})).await?.status.context("an answer without a status")
+        self.ask(client, log, Op::Status(Status::default()))
+            .await?
+            .status
+            .context("an answer without a status")
     }
 
     /// Asks the leader of a log.
@@ -252,7 +255,7 @@ impl Trial {
     }
 
     pub(crate) async fn member(&self, client: &Client, log: LogId, address: &str) -> Result<StatusReply> {
-        let reply = self.ask_at(client, log, Endpoint::from(address), Op::Status(Status {})).await?;
+        let reply = self.ask_at(client, log, Endpoint::from(address), Op::Status(Status::default())).await?;
         reply.status.context("an answer without a status")
     }
 }

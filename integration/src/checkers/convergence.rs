@@ -67,7 +67,7 @@ pub async fn at_rest(client: &Client, members: Members) -> (Vec<Violation>, Stat
             }
             continue;
         }
-        let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
+        let request = AdminRequest { op: Some(admin_request::Op::Status(Status::default())) };
         match client.admin(role, number, request).await.map(|reply| reply.status) {
             Ok(Some(status)) => {
                 if !status.fault.is_empty() {
@@ -115,7 +115,7 @@ async fn unplaced(client: &Client) -> Result<(), String> {
         |s: &ShardPlacement| (LogId::shard(s.shard), Role::Shard, s.shard, s.address.clone(), Some(s.epoch));
     named.extend(map.shards.iter().map(shard));
     for (id, role, number, address, epoch) in named {
-        let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
+        let request = AdminRequest { op: Some(admin_request::Op::Status(Status::default())) };
         let asked = client.admin_at(Endpoint::from(address.as_str()), role, number, request).await;
         let status = match asked.map(|reply| reply.status) {
             Ok(Some(status)) => status,
@@ -146,7 +146,7 @@ async fn all_at_rest(
     while clock.monotonic() - begin <= MEMBERS_REST_MAX {
         let (mut all, mut silent) = (Vec::new(), false);
         for member in members {
-            let request = AdminRequest { op: Some(admin_request::Op::Status(Status {})) };
+            let request = AdminRequest { op: Some(admin_request::Op::Status(Status::default())) };
             match client.admin_at(member.clone(), role, number, request).await.map(|reply| reply.status) {
                 Ok(Some(status)) => all.push(status),
                 Ok(None) => return Err(format!("{member} gives no status")),

@@ -4,7 +4,7 @@
 //! A member that has lost a record may have lost what it acknowledged, so it must neither vote nor lead with what is left. The other
 //! members have everything. Where they cannot be asked, the node goes on without the log, and tries again when it is started.
 //!
-//! Invariants: nothing is forgotten before the leader of a log has said that this node is no member of it any more; what is
+//! Invariants: nothing is forgotten before the leader of a log, confirmed by a quorum, has said that this node is no member; what is
 //! forgotten is written down (`DIR/rejoin`) from before that until this node votes again, or has learned that it is not meant to.
 
 use std::{collections::BTreeMap, io, path::PathBuf, sync::Arc, time::Duration};
@@ -186,7 +186,9 @@ impl Healing<'_> {
             }
         };
         self.rejoining.write(id, Some(known)).context("write down that this node forgets")?;
-        let status = members::change(self.client, id.log, Change::Remove(self.node), &|_, _| {}).await?;
+        members::change(self.client, id.log, Change::Remove(self.node), &|_, _| {}).await?;
+        // Who led once and was cut off, or stopped, may not know that this node was taken in again since.
+        let status = members::confirmed(self.client, id.log).await?;
         let is_member = status.members.iter().any(|member| member.node == self.node);
         ensure!(!is_member && status.leading, "node {} is still a member", self.node);
         let note = Note { config: status.config, ..known };
@@ -233,7 +235,7 @@ pub(super) async fn come_back(client: Client, node: NodeId, rejoining: Arc<Rejoi
 
 async fn come_back_to(client: &Client, node: NodeId, note: Note) -> Result<()> {
     let log = note.id().log;
-    let (status, _) = members::leader_of(client, log).await?;
+    let status = members::confirmed(client, log).await?;
     let is_member = status.members.iter().any(|member| member.node == node);
     if !is_member && status.config != note.config {
         tracing::warn!(

@@ -302,7 +302,7 @@ async fn collect(client: Client, own: Endpoint, pause: Duration) {
     let clock = client.runtime().clock.clone();
     loop {
         clock.sleep(pause).await;
-        let request = AdminRequest { op: Some(Op::Status(Status {})) };
+        let request = AdminRequest { op: Some(Op::Status(Status::default())) };
         let asked = client.admin_at(own.clone(), Role::Registry, 0, request).await;
         match asked.map(|reply| reply.status.is_some_and(|status| status.leading)) {
             Ok(true) => collector::pass(&client, &options).await,

@@ -16,7 +16,7 @@ use clutch_proto::{
 };
 use tokio::sync::oneshot;
 
-use crate::Replica;
+use crate::{Replica, confirmed::confirmed};
 
 use clutch_state::{
     applier::rescan,
@@ -61,7 +61,7 @@ fn store_fault(error: StoreError) -> Refusal {
 }
 
 /// Why the members of a log, or who leads it, were not changed.
-fn not_changed(fault: LogFault) -> Refusal {
+pub(crate) fn not_changed(fault: LogFault) -> Refusal {
     let code = match fault {
         LogFault::NotLeader { .. } => Code::NotLeader,
         LogFault::Unsupported(_) => Code::InvalidArgument,
@@ -72,12 +72,22 @@ fn not_changed(fault: LogFault) -> Refusal {
     Refusal::new(code, fault.to_string())
 }
 
+/// A member as it is told of.
+pub(crate) fn member_of(progress: Progress) -> LogMember {
+    LogMember {
+        node: progress.member.node,
+        voter: progress.member.voter,
+        matched: progress.matched.map_or(0, |position| position.0),
+        heard: progress.is_heard,
+        ..LogMember::default()
+    }
+}
+
 impl<M: Machine> Replica<M> {
     pub(super) fn admin(&mut self, request: AdminRequest, reply: oneshot::Sender<AdminResult>) {
         let runtime = self.config.runtime.clone();
         let answer = match request.op {
             None => Err(Refusal::malformed("an admin request without an operation")),
-            Some(Op::Status(_)) => self.status(),
             Some(Op::HashAt(at)) => {
                 let hash = self
                     .applier
@@ -92,9 +102,16 @@ impl<M: Machine> Replica<M> {
                 Err(Refusal::new(Code::ReplicaFault, self.fault.get().cloned().unwrap_or_default()))
             }
             Some(Op::TakeCheckpoint(_)) => self.take_checkpoint().and_then(|()| self.status()),
-            Some(Op::TrimLog(_) | Op::Reconfigure(_) | Op::MoveLeader(_) | Op::ReadLog(_)) => {
+            Some(
+                Op::Status(clutch_proto::admin::Status { confirm: true })
+                | Op::TrimLog(_)
+                | Op::Reconfigure(_)
+                | Op::MoveLeader(_)
+                | Op::ReadLog(_),
+            ) => {
                 return self.ask_log(request, reply);
             }
+            Some(Op::Status(_)) => self.status(),
             Some(Op::Rescan(_)) => {
                 let snapshot = self.applier.store().snapshot();
                 let seam = runtime.clone();
@@ -132,6 +149,10 @@ impl<M: Machine> Replica<M> {
                 let done = changed.map(status).map_err(not_changed);
                 let _ = reply.send(done.map(|s| AdminReply { status: Some(s), ..AdminReply::default() }));
             }),
+            Some(Op::Status(_)) => runtime.spawn("confirm", async move {
+                let barrier = log.read_barrier(crate::BARRIER_PATIENCE).await;
+                let _ = reply.send(confirmed(barrier, log.status()));
+            }),
             Some(Op::MoveLeader(MoveLeader { to })) => runtime.spawn("move leader", async move {
                 let moved = log.transfer_leader(to).await.map_err(not_changed);
                 let _ = reply.send(moved.map(|()| AdminReply::default()));
@@ -140,8 +161,7 @@ impl<M: Machine> Replica<M> {
                 let limit = (read.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
                 let _ = reply.send(read_log(&*log, Position(read.from.max(1)), limit).await);
             }),
-            None
-            | Some(Op::Status(_) | Op::ScanRows(_) | Op::HashAt(_) | Op::TakeCheckpoint(_) | Op::Rescan(_)) => {
+            None | Some(Op::ScanRows(_) | Op::HashAt(_) | Op::TakeCheckpoint(_) | Op::Rescan(_)) => {
                 drop(reply.send(Err(Refusal::malformed("no request of a log"))))
             }
         }
@@ -150,13 +170,6 @@ impl<M: Machine> Replica<M> {
     fn status(&self) -> AdminResult {
         let log = self.config.log.status();
         let bounds = log.bounds;
-        let member = |progress: Progress| LogMember {
-            node: progress.member.node,
-            voter: progress.member.voter,
-            matched: progress.matched.map_or(0, |position| position.0),
-            heard: progress.is_heard,
-            ..LogMember::default()
-        };
         let checks = self.applier.checks();
         let status = StatusReply {
             name: self.config.name.clone(),
@@ -174,7 +187,7 @@ impl<M: Machine> Replica<M> {
             fault: self.fault.get().cloned().unwrap_or_default(),
             checkpoints: self.checkpoints()?.iter().map(|p| p.0).collect(),
             leader: log.leader.unwrap_or(0),
-            members: log.members.into_iter().map(member).collect(),
+            members: log.members.into_iter().map(member_of).collect(),
             config: log.config.0,
             ..StatusReply::default()
         };

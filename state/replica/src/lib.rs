@@ -39,6 +39,7 @@ use clutch_state::{
 };
 
 mod admin;
+mod confirmed;
 mod facts;
 mod fates;
 mod handle;

@@ -149,7 +149,8 @@ impl Row {
 
 /// The serving process's time so far.
 async fn server_cpu_us(client: &Client) -> Result<u64> {
-    let reply = client.admin(Role::Registry, 0, AdminRequest { op: Some(Op::Status(Status {})) }).await?;
+    let reply =
+        client.admin(Role::Registry, 0, AdminRequest { op: Some(Op::Status(Status::default())) }).await?;
     Ok(reply.status.context("an answer without a status")?.process_cpu_us)
 }
 

@@ -277,7 +277,7 @@ impl Cluster {
     }
 
     async fn resident(&self) -> Result<u64> {
-        let request = AdminRequest { op: Some(Op::Status(Status {})) };
+        let request = AdminRequest { op: Some(Op::Status(Status::default())) };
         let reply = self.client.admin(Role::Registry, 0, request).await?;
         Ok(reply.status.context("an answer without a status")?.resident_bytes)
     }

@@ -8,6 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_log::{LogFault, LogletId, Position};
+use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::{Disk, File};
 
 use crate::{
@@ -212,8 +213,29 @@ impl GroupReader {
         GroupReader { shared, id, segment: None, places: None, next: None }
     }
 
-    /// The group's record at a position; `None` where no segment has it.
+    /// The group's record at a position; `None` where no segment has it. Where it is damaged the next start finds that, too.
     pub(crate) fn at(&mut self, position: Position) -> Result<Option<Record>, LogFault> {
+        let read = self.read(position);
+        if let (Err(fault @ LogFault::Corrupt { .. }), Some(places)) = (&read, &self.places)
+            && !mutants::is(Mutant::DamagedIndexKept)
+        {
+            // A start believes an index, and reads a segment that has none.
+            let Shared { disk, dir, .. } = &*self.shared;
+            let index = index_path(dir, places.number);
+            match disk.remove(&index).and_then(|()| disk.sync_dir(dir)) {
+                Ok(()) => {
+                    tracing::warn!(%fault, index = %index.display(), "the index of a damaged segment is removed")
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => {
+                    tracing::warn!(%error, index = %index.display(), "cannot remove the index of a damaged segment")
+                }
+            }
+        }
+        read
+    }
+
+    fn read(&mut self, position: Position) -> Result<Option<Record>, LogFault> {
         let Some((number, offset)) = self.place(position)? else { return Ok(None) };
         if self.segment.as_ref().is_none_or(|(open, _)| *open != number) {
             let reader = match SegmentReader::open(&*self.shared.disk, &self.shared.dir, number) {

@@ -195,6 +195,49 @@ fn a_flipped_byte_keeps_its_group_alone_from_being_opened() {
     assert!(flips > 900, "{flips} flips");
 }
 
+mod closed {
+    use clutch_runtime::Disk as _;
+
+    use super::*;
+
+    /// A record of a closed segment is damaged, and read. What is in quarantine after the next start.
+    fn quarantined_after_damage_was_read() -> Vec<LogletId> {
+        let world = World::new(5);
+        let places = three_groups(&world);
+        let (group, begin, _) = places[4];
+        let runtime = world.node(NODE);
+        let disk = world.disk(NODE);
+        run(&world, async move {
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            go_on_without(&store, group, 0).await;
+            runtime.clock.sleep(Duration::from_millis(50)).await;
+            drop(store);
+            assert!(disk.exists(&crate::format::index_path(Path::new("log"), 1)), "the segment is closed");
+            assert!(disk.corrupt(Path::new("log/0000000000000001.log"), begin + 50, 1));
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            assert!(store.quarantined().is_empty(), "the index is believed");
+            assert!(matches!(content(&store, group), Err(LogFault::Corrupt { .. })));
+            drop(store);
+            runtime.clock.sleep(Duration::from_millis(50)).await;
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            store.quarantined().into_keys().collect()
+        })
+    }
+
+    #[test]
+    fn damage_that_was_read_is_found_by_the_next_start() {
+        assert_eq!(quarantined_after_damage_was_read().len(), 1);
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::DamagedIndexKept));
+        let (is_planted, found) = (mutants::planted().is_some(), quarantined_after_damage_was_read());
+        mutants::plant(None);
+        assert_eq!(is_planted, found.is_empty());
+    }
+}
+
 /// A hundred records more in each group but one, over several segments.
 async fn go_on_without(store: &Store, group: LogletId, round: u64) {
     for number in (1..=3).filter(|number| id(*number) != group) {

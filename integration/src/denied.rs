@@ -5,7 +5,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use clutch_proto::{
     Time,
-    admin::{AdminRequest, LogMember, MoveLeader, Reconfigure, admin_request},
+    admin::{
+        AdminRequest, LogMember, MoveLeader, ReadLog, Reconfigure, Rescan, ScanRows, TakeCheckpoint, TrimLog,
+        admin_request,
+    },
     certificate::{AdminClaims, admin_mac},
     registry::{
         PlaceCdc, PlaceShard, RegisterServices, RegistryRequest, Segment, SetServiceFlags, SwapChain,
@@ -19,7 +22,7 @@ use prost::Message as _;
 
 use crate::sim_cluster::{CLIENT, ClusterConfig, REGISTRY, SYSTEM_KEY, SimCluster, endpoint};
 
-/// Everything that changes the registry, so that it could be seen, and who keeps its log.
+/// Everything that changes the registry, so that it could be seen, and what operators do with its log and its tables.
 fn changes(disk: u64) -> Vec<(String, bool, Bytes)> {
     use registry_request::Op;
     let service = BlockService {
@@ -49,6 +52,11 @@ fn changes(disk: u64) -> Vec<(String, bool, Bytes)> {
     let of_members = [
         admin_request::Op::Reconfigure(Reconfigure { expect_config: 0, members: vec![member] }),
         admin_request::Op::MoveLeader(MoveLeader { to: 7 }),
+        admin_request::Op::ScanRows(ScanRows { limit_bytes: 1000, ..ScanRows::default() }),
+        admin_request::Op::ReadLog(ReadLog { from: 1, limit_bytes: 1000 }),
+        admin_request::Op::TakeCheckpoint(TakeCheckpoint {}),
+        admin_request::Op::TrimLog(TrimLog { upto: 1 }),
+        admin_request::Op::Rescan(Rescan {}),
     ];
     let of_registry = of_registry.into_iter().map(|op| {
         let name = format!("{op:?}");

@@ -5,6 +5,7 @@ pub mod batches;
 pub mod begun_anew;
 pub mod checkers;
 pub mod coverage;
+pub mod cut_off;
 pub mod denied;
 pub mod diverged;
 pub mod fuzz;

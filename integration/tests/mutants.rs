@@ -2,7 +2,7 @@
 //! enumeration of steps, the model of batches, and clusters in which one thing happens.
 
 use clutch_integration::{
-    batches, begun_anew, denied, diverged,
+    batches, begun_anew, cut_off, denied, diverged,
     generate::{Profile, generate_replicated},
     hanging, just_started, late_placement, late_write, led_ahead, names, old_snapshot,
     run::run,
@@ -27,6 +27,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "just started" => just_started::all(),
         "begun anew" => begun_anew::all(),
         "denied" => denied::all(),
+        "cut off" => cut_off::all(),
         "late placement" => late_placement::all(),
         "old snapshot" => old_snapshot::all(),
         _ if !batches::idle().is_empty() => batches::idle(),
@@ -42,7 +43,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
     if let [
         checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"
-        | "just started" | "begun anew" | "denied" | "late placement" | "late write"
+        | "just started" | "begun anew" | "denied" | "cut off" | "late placement" | "late write"
         | "old snapshot"),
     ] = checkers
     {

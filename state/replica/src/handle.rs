@@ -1,15 +1,20 @@
 //! Sending requests to a replica.
 
-use std::sync::{Arc, OnceLock};
+use std::{
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
 
 use bytes::Bytes;
-use clutch_log::{Epoch, Position};
+use clutch_log::{Epoch, Log, Position};
 use clutch_proto::{
     Refusal, Time,
-    admin::{AdminReply, AdminRequest},
+    admin::{AdminReply, AdminRequest, admin_request::Op},
     limits::{INBOX_REQUESTS_MAX, METADATA_REQUEST_BYTES_MAX},
+    mutants::{self, Mutant},
     types::{ClientTag, Code},
 };
+use clutch_runtime::Clock;
 use tokio::sync::{mpsc, oneshot};
 
 /// What an answer is, before it is put into an envelope.
@@ -46,8 +51,30 @@ pub enum Freshness {
 pub(crate) enum Input {
     Request { body: Bytes, tag: Option<ClientTag>, freshness: Freshness, reply: Reply },
     Entry { body: Bytes, reign: Option<Epoch>, reply: Reply },
-    Admin { request: AdminRequest, reply: oneshot::Sender<Result<AdminReply, Refusal>> },
+    Admin { request: AdminRequest, at_least: Position, reply: oneshot::Sender<Result<AdminReply, Refusal>> },
     Stop { done: oneshot::Sender<()> },
+}
+
+/// Pause before it is looked again whether what is to be shown is applied.
+const AGAIN: Duration = Duration::from_millis(5);
+
+/// Whether a request is answered with how things are now.
+fn shows_present(request: &AdminRequest) -> bool {
+    match &request.op {
+        Some(Op::ScanRows(scan)) => scan.snapshot == 0 && scan.checkpoint == 0,
+        Some(Op::ReadLog(_)) => true,
+        // Who asks these wants to know how it stands with this member, or the leader refuses for itself.
+        None
+        | Some(
+            Op::Status(_)
+            | Op::HashAt(_)
+            | Op::TakeCheckpoint(_)
+            | Op::TrimLog(_)
+            | Op::Rescan(_)
+            | Op::Reconfigure(_)
+            | Op::MoveLeader(_),
+        ) => false,
+    }
 }
 
 /// Sends requests to a replica; cheap to clone.
@@ -57,6 +84,8 @@ pub struct ReplicaHandle {
     /// A lane of its own: who looks after a replica is heard whatever else waits.
     pub(crate) admin: mpsc::Sender<Input>,
     pub(crate) fault: Arc<OnceLock<String>>,
+    pub(crate) log: Arc<dyn Log>,
+    pub(crate) clock: Arc<dyn Clock>,
 }
 
 impl ReplicaHandle {
@@ -110,11 +139,33 @@ impl ReplicaHandle {
         }
     }
 
-    /// Asks for something that is not the machine's: status, rows, log.
+    /// Asks for something that is not the machine's: status, rows, log. What is shown as the present is what a quorum confirms, so
+    /// that nobody is shown what somebody has who is no member any more, or is cut off.
     pub async fn admin(&self, request: AdminRequest) -> Result<AdminReply, Refusal> {
+        // One that has stopped shows what it stopped on.
+        if !shows_present(&request) || self.fault().is_some() || mutants::is(Mutant::CutOffShows) {
+            return self.ask(request, Position(0)).await;
+        }
+        let barrier = self.log.read_barrier(crate::BARRIER_PATIENCE).await;
+        let at_least = barrier.map_err(|fault| Refusal::new(Code::NotLeader, fault.to_string()))?;
+        let began = self.clock.monotonic();
+        loop {
+            match self.ask(request.clone(), at_least).await {
+                Err(refusal)
+                    if refusal.code == Code::NotReady
+                        && self.clock.monotonic() - began < crate::reads::BARRIER_WAIT =>
+                {
+                    self.clock.sleep(AGAIN).await;
+                }
+                answer => return answer,
+            }
+        }
+    }
+
+    async fn ask(&self, request: AdminRequest, at_least: Position) -> Result<AdminReply, Refusal> {
         let gone = || Refusal::new(Code::NotReady, "the replica is not running");
         let (reply, answer) = oneshot::channel();
-        self.admin.send(Input::Admin { request, reply }).await.map_err(|_| gone())?;
+        self.admin.send(Input::Admin { request, at_least, reply }).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
 

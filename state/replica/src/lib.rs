@@ -165,10 +165,11 @@ impl<M: Machine> Replica<M> {
         let (sender, receiver) = mpsc::channel(INBOX_REQUESTS_MAX);
         let (admin, admin_receiver) = mpsc::channel(ADMIN_REQUESTS_MAX);
         let (spawner, name) = (config.runtime.spawner.clone(), config.name.clone());
+        let (log, clock) = (config.log.clone(), config.runtime.clock.clone());
         let fault = Arc::new(OnceLock::new());
         let replica = Replica::new(applier, config, fault.clone());
         spawner.spawn_owner(name, Box::pin(restore::run_restored(replica, receiver, admin_receiver)));
-        ReplicaHandle { sender, admin, fault }
+        ReplicaHandle { sender, admin, fault, log, clock }
     }
 
     fn new(applier: Applier<M>, config: ReplicaConfig<M>, fault: Arc<OnceLock<String>>) -> Replica<M> {
@@ -576,7 +577,12 @@ impl<M: Machine> Replica<M> {
                         entries.push((self.stamped(Kind::Body(body)), Waiter::Caller { tag: None, reply }))
                     }
                 },
-                Input::Admin { request, reply } => self.admin(request, reply),
+                Input::Admin { at_least, reply, .. } if at_least > self.applier.position() => {
+                    let applied = self.applier.position();
+                    let text = format!("{} has applied {applied}, not {at_least} yet", self.config.name);
+                    drop(reply.send(Err(Refusal::new(Code::NotReady, text))));
+                }
+                Input::Admin { request, reply, .. } => self.admin(request, reply),
                 Input::Stop { done } => stop = Some(done),
             }
         }

@@ -19,7 +19,7 @@ use crate::{
 /// How long a read waits for a position before it is sent to another member.
 const POSITION_PATIENCE: Duration = Duration::from_millis(500);
 /// How long a follower keeps a read whose barrier it has not applied.
-const BARRIER_WAIT: Duration = Duration::from_secs(2);
+pub(crate) const BARRIER_WAIT: Duration = Duration::from_secs(2);
 /// Reads that may wait; more are refused as too many.
 const WAITING_MAX: usize = 16_384;
 

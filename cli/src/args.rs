@@ -41,6 +41,10 @@ pub(crate) struct Cli {
     /// reported as unknown.
     #[arg(long, global = true, default_value_t = 30, value_name = "SECONDS")]
     pub(crate) patience_s: u64,
+    /// The cluster's key, which changing or examining its insides needs: `keys/cluster.key` in the directory of any node. A node that
+    /// runs on this machine under the same user needs not be named.
+    #[arg(long, global = true, env = "CLUTCH_KEY", value_name = "FILE")]
+    pub(crate) key: Option<PathBuf>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }

@@ -6,6 +6,7 @@ mod args;
 mod commands;
 mod crash;
 mod interrupt;
+mod keyring;
 mod output;
 mod remote;
 
@@ -16,6 +17,7 @@ use args::{Cli, Command};
 use clap::Parser as _;
 use clutch_client::{Client, ClientError, ClientOptions};
 use clutch_runtime::production;
+use clutch_server::keys;
 use output::talk;
 
 #[global_allocator]
@@ -126,14 +128,19 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         anyhow::Ok(Client::new(production::runtime(), registry, options))
     };
     let client = || client_with(None);
+    // One that has the cluster's key, where that can be had; who has it not is told what to do when he is refused.
+    let operator = async || match &cli.key {
+        Some(file) => client_with(Some(keys::read_key(file)?)),
+        None => client_with(keyring::find_of(&runtime, client()?.map().await?.cluster, &cli.registry).await),
+    };
     match &cli.command {
         Command::Up(args) => commands::up::run(runtime, args).await,
         Command::Node(args) => commands::node::run(runtime, args).await,
-        Command::Cluster(command) => commands::cluster::run(&runtime, &client_with, command).await,
+        Command::Cluster(command) => commands::cluster::run(&runtime, client, operator, command).await,
         Command::Status(args) => commands::status::run(&client()?, args).await,
         Command::Fs(command) => commands::fs::run(Arc::new(client()?), command).await,
-        Command::Log(command) => commands::log::run(client, command).await,
-        Command::Fsck(args) => commands::fsck::run(&client()?, args).await,
+        Command::Log(command) => commands::log::run(client, operator, command).await,
+        Command::Fsck(args) => commands::fsck::run(&operator().await?, args).await,
         Command::Collect(args) => commands::collect::run(&client()?, args).await,
         Command::Disk(command) => commands::disk::run(&runtime, command),
         Command::Fuzz(args) => commands::fuzz::run(args),

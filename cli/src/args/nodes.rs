@@ -36,15 +36,11 @@ pub(crate) enum ClusterCommand {
         /// The node that comes.
         #[arg(long, value_name = "NODE")]
         with: u64,
-        #[command(flatten)]
-        key: KeyArgs,
     },
     /// Let a node be no member of any log any more, so that it can be switched off for good.
     RemoveNode {
         /// The node that goes.
         node: u64,
-        #[command(flatten)]
-        key: KeyArgs,
     },
     /// Let another member lead.
     MoveLeader {
@@ -53,15 +49,11 @@ pub(crate) enum ClusterCommand {
         to: u64,
         #[command(flatten)]
         which: Option<Which>,
-        #[command(flatten)]
-        key: KeyArgs,
     },
     /// Let others lead what a node leads: before it is looked after.
     Drain {
         /// The node.
         node: u64,
-        #[command(flatten)]
-        key: KeyArgs,
     },
 }
 
@@ -72,16 +64,6 @@ pub(crate) struct NodeChange {
     pub(crate) node: u64,
     #[command(flatten)]
     pub(crate) which: Option<Which>,
-    #[command(flatten)]
-    pub(crate) key: KeyArgs,
-}
-
-/// Shows that who asks may change the cluster.
-#[derive(Args, Debug)]
-pub(crate) struct KeyArgs {
-    /// The cluster's key: `keys/cluster.key` in the directory of any node.
-    #[arg(long, value_name = "FILE", env = "CLUTCH_KEY")]
-    pub(crate) key: PathBuf,
 }
 
 #[derive(Args, Debug)]

@@ -30,7 +30,11 @@ use crate::{
     output,
 };
 
-pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogCommand) -> Result<ExitCode> {
+pub(crate) async fn run(
+    client: impl Fn() -> Result<Client>,
+    operator: impl AsyncFn() -> Result<Client>,
+    command: &LogCommand,
+) -> Result<ExitCode> {
     match command {
         LogCommand::Status { json } => show(&client()?, *json).await,
         LogCommand::Replay { which, verify, dir, from_checkpoint, to_position, to_time, json } => {
@@ -62,8 +66,8 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
                         &mut progress,
                     ),
                     None => {
-                        replay::from_cluster(&client()?, id, store, until, *from_checkpoint, &mut progress)
-                            .await
+                        let client = operator().await?;
+                        replay::from_cluster(&client, id, store, until, *from_checkpoint, &mut progress).await
                     }
                 };
                 bar.finish_and_clear();
@@ -76,31 +80,35 @@ pub(crate) async fn run(client: impl Fn() -> Result<Client>, command: &LogComman
             list_checkpoints(&client()?, *json).await
         }
         LogCommand::Checkpoint { which, command: None } => {
-            let client = client()?;
             let which = which.as_ref().context("say which log: --shard N, --cdc, --registry-log or --all")?;
-            for id in chosen(which, client.map().await?.shards.len() as u32)? {
-                let reply = admin(&client, id, Op::TakeCheckpoint(TakeCheckpoint {})).await?;
-                let newest = reply.status.and_then(|s| s.checkpoints.last().copied()).unwrap_or(0);
-                output::line(format!("{id}: checkpoint at {newest}"))?;
-            }
-            Ok(ExitCode::SUCCESS)
+            take_checkpoints(&operator().await?, which).await
         }
         LogCommand::Rewind { dir, to_time, yes, json } => rewind(dir, *to_time, *yes, *json).await,
-        LogCommand::Trim { which, upto } => {
-            let client = client()?;
-            let ids = chosen(which, client.map().await?.shards.len() as u32)?;
-            for &id in &ids {
-                admin(&client, id, Op::TrimLog(TrimLog { upto: upto.unwrap_or(u64::MAX) })).await?;
-            }
-            // A segment goes when no log needs it any more: only now is it known where each of them begins.
-            for id in ids {
-                let reply = admin(&client, id, Op::Status(Status::default())).await?;
-                let first = reply.status.map_or(0, |status| status.log_first);
-                output::line(format!("{id}: the log begins at {first} (whole segments are removed)"))?;
-            }
-            Ok(ExitCode::SUCCESS)
-        }
+        LogCommand::Trim { which, upto } => trim(&operator().await?, which, upto.unwrap_or(u64::MAX)).await,
     }
+}
+
+async fn take_checkpoints(client: &Client, which: &Which) -> Result<ExitCode> {
+    for id in chosen(which, client.map().await?.shards.len() as u32)? {
+        let reply = admin(client, id, Op::TakeCheckpoint(TakeCheckpoint {})).await?;
+        let newest = reply.status.and_then(|s| s.checkpoints.last().copied()).unwrap_or(0);
+        output::line(format!("{id}: checkpoint at {newest}"))?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn trim(client: &Client, which: &Which, upto: u64) -> Result<ExitCode> {
+    let ids = chosen(which, client.map().await?.shards.len() as u32)?;
+    for &id in &ids {
+        admin(client, id, Op::TrimLog(TrimLog { upto })).await?;
+    }
+    // A segment goes when no log needs it any more: only now is it known where each of them begins.
+    for id in ids {
+        let reply = admin(client, id, Op::Status(Status::default())).await?;
+        let first = reply.status.map_or(0, |status| status.log_first);
+        output::line(format!("{id}: the log begins at {first} (whole segments are removed)"))?;
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 async fn list_checkpoints(client: &Client, as_json: bool) -> Result<ExitCode> {

@@ -9,6 +9,7 @@ use clutch_server::several::{Several, StartOptions, layout::Layout};
 use super::serving::{Stops, raise_open_files};
 use crate::{
     args::{Keep, NodeArgs, parse_retention},
+    keyring,
     output::talk,
 };
 
@@ -32,6 +33,11 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
         () = stops.next() => return Ok(ExitCode::FAILURE),
     };
     let (layout, node) = (several.layout(), several.node());
+    let published = keyring::publish(
+        layout.cluster.cluster_id()?,
+        &layout.advertised(),
+        &layout.dir.join("keys/cluster.key"),
+    );
     talk!(
         "clutch: node {} of cluster {} serves from {} ({:.1} s)",
         layout.file.node,
@@ -50,6 +56,7 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
     for notice in node.notices().iter().chain(&node.node_faults()) {
         talk!("  note: {notice}");
     }
+    keyring::tell(&published);
     let ended_by_fault = tokio::select! {
         by_fault = stops.serve(node) => by_fault,
         why = several.condemned() => {

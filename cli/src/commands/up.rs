@@ -10,6 +10,7 @@ use clutch_shard::Lifetimes;
 use super::serving::{Stops, raise_open_files};
 use crate::{
     args::{Keep, UpArgs, seconds},
+    keyring,
     output::talk,
 };
 
@@ -41,6 +42,8 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     };
     let cluster = &up.cluster;
     let address = up.node().endpoint();
+    let published =
+        keyring::publish(cluster.cluster_id()?, &address.to_string(), &args.dir.join("keys/cluster.key"));
     let what = if up.created { "made" } else { "opened" };
     talk!(
         "clutch: {what} cluster {} in {} ({:.1} s)",
@@ -76,6 +79,7 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     for notice in up.node().notices().iter().chain(&up.node().node_faults()) {
         talk!("  note: {notice}");
     }
+    keyring::tell(&published);
     let ended_by_fault = stops.serve(up.node()).await;
     Ok(stops.end(up.stop(), ended_by_fault).await)
 }

@@ -2,56 +2,50 @@
 
 mod members;
 
-use std::{path::Path, process::ExitCode};
+use std::process::ExitCode;
 
 use anyhow::{Context as _, Result, ensure};
 use clutch_client::Client;
 use clutch_client_maintenance::members::Change;
 use clutch_runtime::Runtime;
-use clutch_server::{
-    keys,
-    several::layout::{NewCluster, NewNode},
-};
+use clutch_server::several::layout::{NewCluster, NewNode};
 
 use crate::{
     args::{ClusterCommand, InitArgs, JoinArgs},
     output::talk,
 };
 
-/// Makes a client, one that knows the cluster's key where it is given one.
-pub(crate) type MakeClient<'a> = &'a dyn Fn(Option<[u8; 32]>) -> Result<Client>;
-
 pub(crate) async fn run(
     runtime: &Runtime,
-    client: MakeClient<'_>,
+    client: impl Fn() -> Result<Client>,
+    operator: impl AsyncFn() -> Result<Client>,
     command: &ClusterCommand,
 ) -> Result<ExitCode> {
-    let with_key = |key: &Path| client(Some(keys::read_key(key)?));
     match command {
         ClusterCommand::Init(args) => return init(runtime, args),
-        ClusterCommand::Join(args) => join(runtime, &client(None)?, args).await?,
+        ClusterCommand::Join(args) => join(runtime, &client()?, args).await?,
         ClusterCommand::AddReplica(of) => {
-            members::change(&with_key(&of.key.key)?, of.which.as_ref(), Change::Add(of.node)).await?;
+            members::change(&operator().await?, of.which.as_ref(), Change::Add(of.node)).await?;
         }
         ClusterCommand::RemoveReplica(of) => {
-            let client = with_key(&of.key.key)?;
+            let client = operator().await?;
             members::check_known(&client, of.node).await?;
             members::change(&client, of.which.as_ref(), Change::Remove(of.node)).await?;
         }
-        ClusterCommand::ReplaceNode { node, with, key } => {
+        ClusterCommand::ReplaceNode { node, with } => {
             ensure!(node != with, "a node cannot be put in its own place");
-            members::change(&with_key(&key.key)?, None, Change::Replace(*node, *with)).await?;
+            members::change(&operator().await?, None, Change::Replace(*node, *with)).await?;
         }
-        ClusterCommand::RemoveNode { node, key } => {
-            let client = with_key(&key.key)?;
+        ClusterCommand::RemoveNode { node } => {
+            let client = operator().await?;
             members::check_known(&client, *node).await?;
             members::change(&client, None, Change::Remove(*node)).await?;
             members::say_what_is_left(&client, *node).await?;
         }
-        ClusterCommand::MoveLeader { to, which, key } => {
-            members::move_leaders(&with_key(&key.key)?, which.as_ref(), *to).await?;
+        ClusterCommand::MoveLeader { to, which } => {
+            members::move_leaders(&operator().await?, which.as_ref(), *to).await?;
         }
-        ClusterCommand::Drain { node, key } => members::drain(&with_key(&key.key)?, *node).await?,
+        ClusterCommand::Drain { node } => members::drain(&operator().await?, *node).await?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Runs a command in a network of its own with three hosts in it, for trials in which the network fails. Needs root, or rights to make
+# Runs a command in a network of its own with nine hosts in it, for trials in which the network fails. Needs root, or rights to make
 # namespaces, and the programs ip and nft.
 #
 #   scripts/namespaces.sh sh -c 'scripts/three.sh DIR PORT && target/release/examples/failover DIR PORT 30 1 kill,pause,cut'
 #
-# The command sees hosts 10.98.0.1 to 10.98.0.3 as network namespaces node1 to node3, in which scripts/three.sh starts the nodes
-# (CLUTCH_NAMESPACES says so), and is itself a fourth one. Nothing outside is touched, and everything goes when the command has ended.
+# The command sees hosts 10.98.0.1 to 10.98.0.9 as network namespaces node1 to node9, in which scripts/three.sh starts the nodes
+# (CLUTCH_NAMESPACES says so), and is itself a tenth one. Nothing outside is touched, and everything goes when the command has ended.
 set -eu
 
 [ $# -gt 0 ] || {
@@ -29,7 +29,7 @@ ip link set lo up
 ip link add hub type bridge
 ip link set hub up
 ip address add 10.98.0.254/24 dev hub
-for n in 1 2 3; do
+for n in 1 2 3 4 5 6 7 8 9; do
     host=$CLUTCH_NAMESPACES$n
     ip netns add "$host"
     ip link add "to$n" type veth peer name eth0 netns "$host"

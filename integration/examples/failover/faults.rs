@@ -42,13 +42,16 @@ pub(crate) enum Fault {
     Flip,
     /// A follower is cut off while what it lacks is trimmed: it gets a snapshot.
     Behind,
+    /// A new node is put in the place of the one that was there first in all logs, which are trimmed before: it gets snapshots. The
+    /// other goes on to serve its disks.
+    Replace,
 }
 
 impl Fault {
     /// Whether the network must be one that may be broken.
     pub(crate) fn needs_namespaces(self) -> bool {
         match self {
-            Fault::Kill | Fault::Restart | Fault::Pause | Fault::Flip => false,
+            Fault::Kill | Fault::Restart | Fault::Pause | Fault::Flip | Fault::Replace => false,
             Fault::Cut | Fault::Isolate | Fault::Deaf | Fault::Mute | Fault::Loss | Fault::Behind => true,
         }
     }
@@ -95,7 +98,7 @@ impl Trial {
     }
 
     fn others(&self, node: u64) -> Vec<u64> {
-        (1..=3).filter(|other| *other != node).collect()
+        self.nodes().into_iter().filter(|other| *other != node).collect()
     }
 
     /// One round of a fault on who leads a log; how long it took until something of it was acknowledged again, where
@@ -121,8 +124,13 @@ impl Trial {
             Fault::Mute => self.filter(leader, &self.drop_rules(&others, true, false))?,
             Fault::Loss => return self.loss(log, lasts).await.map(|()| (leader, None)),
             Fault::Flip => {
-                let node = random.random_range(1..=3);
+                let nodes = self.nodes();
+                let node = nodes[random.random_range(0..nodes.len())];
                 return self.flip(node, operator, random).await.map(|()| (node, None));
+            }
+            Fault::Replace => {
+                let oldest = self.nodes()[0];
+                return self.replace(oldest, operator).await.map(|()| (oldest, None));
             }
             Fault::Behind => {
                 let follower = others[random.random_range(0..others.len())];
@@ -152,12 +160,12 @@ impl Trial {
              table netdev trial {{\n chain egress {{\n type filter hook egress device eth0 priority 0;\n \
              numgen random mod 100 < {LOST_PERCENT} dup to eth0\n}}\n}}\n"
         );
-        for node in 1..=3 {
+        for node in self.nodes() {
             self.filter(node, &rules)?;
         }
         tokio::time::sleep(lasts).await;
         self.next_acknowledged(log, Instant::now()).await?;
-        for node in 1..=3 {
+        for node in self.nodes() {
             self.filter(node, "")?;
         }
         Ok(())
@@ -165,21 +173,30 @@ impl Trial {
 
     /// Cuts a node off that does not lead, and trims all logs to where it does not reach any more.
     async fn leave_behind(&self, follower: u64, operator: &Client) -> Result<()> {
-        self.filter(follower, &self.drop_rules(&[1, 2, 3, 254], false, false))?;
+        self.filter(
+            follower,
+            &self.drop_rules(&[&self.others(follower)[..], &[254]].concat(), false, false),
+        )?;
         tokio::time::sleep(Duration::from_secs(BEHIND_S)).await;
+        self.trim(operator).await?;
+        self.filter(follower, "")?;
+        Ok(())
+    }
+
+    /// Trims all logs of what has been read of them.
+    pub(crate) async fn trim(&self, operator: &Client) -> Result<()> {
         for log in self.logs() {
             judge::read_on(self, operator, log).await?;
             let upto = self.archive.lock().next(log) - 1;
             self.ask(operator, log, Op::TakeCheckpoint(TakeCheckpoint {})).await?;
             self.ask(operator, log, Op::TrimLog(TrimLog { upto })).await?;
         }
-        self.filter(follower, "")?;
         Ok(())
     }
 }
 
 /// All faults, by the names that they are asked for with.
-const ALL: [(&str, Fault); 10] = [
+const ALL: [(&str, Fault); 11] = [
     ("kill", Fault::Kill),
     ("restart", Fault::Restart),
     ("pause", Fault::Pause),
@@ -190,6 +207,7 @@ const ALL: [(&str, Fault); 10] = [
     ("loss", Fault::Loss),
     ("flip", Fault::Flip),
     ("behind", Fault::Behind),
+    ("replace", Fault::Replace),
 ];
 
 /// The faults that a list with commas names.

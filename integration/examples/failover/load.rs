@@ -12,6 +12,7 @@ use anyhow::Result;
 use bytes::Bytes;
 use clutch_client::{Client, ClientError, FileAttributes, Resolved};
 use clutch_proto::{InodeId, types::Code};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
 use tokio::task::JoinHandle;
 
@@ -46,6 +47,29 @@ pub(crate) async fn begin(
         }
     }
     Ok(lanes)
+}
+
+/// Makes so many files, which are there while things happen to nodes.
+pub(crate) async fn fill(trial: &Trial, files: usize) -> Result<()> {
+    const OUTSTANDING: usize = 256;
+    const IN_ONE: usize = 10_000;
+    let (client, begin) = (trial.client(None), Instant::now());
+    for first in (0..files).step_by(IN_ONE) {
+        let name = Bytes::from(format!("fill-{first}-{}", std::process::id()));
+        let dir = client.make_directory(InodeId::ROOT, &name, FileAttributes::default()).await?.id;
+        let made = (first..files.min(first + IN_ONE)).map(|number| {
+            let (client, name) = (client.clone(), Bytes::from(format!("f{number}")));
+            async move {
+                client.write_file(dir, &name, FileAttributes::default(), false, &mut tokio::io::empty()).await
+            }
+        });
+        stream::iter(made).buffer_unordered(OUTSTANDING).try_collect::<Vec<_>>().await?;
+    }
+    if files > 0 {
+        let took = begin.elapsed().as_secs_f64();
+        println!("{files} files are there after {took:.0} s ({:.0}/s)", files as f64 / took);
+    }
+    Ok(())
 }
 
 fn name_of(number: u32) -> Bytes {

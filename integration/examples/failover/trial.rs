@@ -1,7 +1,7 @@
 //! The cluster under trial: its nodes, what was acknowledged of it, and how to ask it.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     process::Command,
     sync::{Arc, atomic::AtomicU64},
@@ -18,6 +18,7 @@ use clutch_proto::{
     session::Role,
 };
 use clutch_runtime::{Endpoint, production};
+use clutch_server::keys;
 use parking_lot::Mutex;
 
 use crate::judge::Archive;
@@ -73,8 +74,12 @@ pub(crate) struct Trial {
     pub(crate) port: u16,
     /// Namespaces of the nodes' hosts begin with this; `None` where all are on this one.
     pub(crate) namespaces: Option<String>,
+    /// The cluster's, for who looks into logs.
+    key: [u8; 32],
     pub(crate) shards: u32,
     pub(crate) addresses: Vec<Endpoint>,
+    /// Those that keep the logs.
+    nodes: Mutex<BTreeSet<u64>>,
     pub(crate) history: Arc<History>,
     pub(crate) acknowledged: Arc<Mutex<Acknowledged>>,
     /// What operations said that failed, though nothing explains it.
@@ -94,18 +99,26 @@ fn role(log: LogId) -> Role {
     }
 }
 
+/// Where scripts/three.sh lets a node listen.
+fn address(has_hosts: bool, port: u16, node: u64) -> Endpoint {
+    let at = match has_hosts {
+        true => format!("10.98.0.{node}:{port}"),
+        false => format!("127.0.0.1:{}", u64::from(port) + node - 1),
+    };
+    Endpoint::from(at.as_str())
+}
+
 impl Trial {
     pub(crate) fn new(dir: PathBuf, port: u16, namespaces: Option<String>) -> Result<Trial> {
-        let address = |n: u16| match namespaces {
-            Some(_) => format!("10.98.0.{}:{port}", n + 1),
-            None => format!("127.0.0.1:{}", port + n),
-        };
-        let addresses: Vec<Endpoint> = (0..3).map(|n| Endpoint::from(address(n).as_str())).collect();
+        let addresses = (1..=3).map(|node| address(namespaces.is_some(), port, node)).collect();
+        let key = keys::read_key(&dir.join("n1/keys/cluster.key"))?;
         Ok(Trial {
             dir,
+            key,
             port,
             shards: 1,
             addresses,
+            nodes: Mutex::new((1..=3).collect()),
             namespaces,
             history: Arc::default(),
             acknowledged: Arc::default(),
@@ -114,6 +127,23 @@ impl Trial {
             waiting: Mutex::default(),
             archive: Mutex::default(),
         })
+    }
+
+    /// The nodes that keep the logs.
+    pub(crate) fn nodes(&self) -> Vec<u64> {
+        self.nodes.lock().iter().copied().collect()
+    }
+
+    /// Where a node is.
+    pub(crate) fn address(&self, node: u64) -> Endpoint {
+        address(self.namespaces.is_some(), self.port, node)
+    }
+
+    /// From now on a node keeps the logs in the place of another.
+    pub(crate) fn replaced(&self, old: u64, new: u64) {
+        let mut nodes = self.nodes.lock();
+        nodes.remove(&old);
+        nodes.insert(new);
     }
 
     /// A client; what one with a number asks is recorded, and a third of them read from members that do not lead.
@@ -134,6 +164,7 @@ impl Trial {
             cache_lifetime: Duration::ZERO,
             observer,
             reads,
+            system_key: observed.is_none().then_some(self.key),
             ..ClientOptions::default()
         };
         let registries = Registries::new(self.addresses.clone()).expect("three addresses");
@@ -155,10 +186,8 @@ impl Trial {
     }
 
     pub(crate) async fn status(&self, client: &Client, log: LogId) -> Result<StatusReply> {
-        self.ask(client, log, Op::Status(Status::default()))
-            .await?
-            .status
-            .context("an answer without a status")
+        // One that keeps it no more would tell what it knew last.
+        Ok(clutch_client_maintenance::members::leader_of(client, log).await?.0)
     }
 
     /// Asks the leader of a log.

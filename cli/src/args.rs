@@ -234,6 +234,9 @@ pub(crate) struct UpArgs {
     /// What others reach the cluster by, where that is not what it listens on.
     #[arg(long, value_name = "HOST:PORT", value_parser = parse_advertised)]
     pub(crate) advertise: Option<String>,
+    /// Answer over HTTP here: /metrics for Prometheus, /healthz and /readyz; nowhere when nothing is said.
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_address)]
+    pub(crate) metrics: Option<String>,
     /// Collect what may go every so often; 0 leaves it to `clutch collect`.
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     pub(crate) collect_every_s: u64,

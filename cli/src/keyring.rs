@@ -52,16 +52,14 @@ fn check(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts the key of a node's cluster, which this file holds, where commands find it; `address` is where the node is reached.
-pub(crate) fn publish(cluster: u64, address: &str, key: &Path) -> Result<Published> {
-    publish_in(&place(), cluster, address, key)
-}
-
-/// Says so where commands will have to be told where the key is.
-pub(crate) fn tell(published: &Result<Published>) {
-    if let Err(error) = published {
-        talk!("  note: commands that need the cluster's key must be told where it is (--key): {error:#}");
+/// Puts the key of a node's cluster, which this file holds, where commands find it, and says so where that cannot be; `address` is
+/// where the node is reached.
+pub(crate) fn publish(cluster: u64, address: &str, key: &Path) -> Option<Published> {
+    let published = publish_in(&place(), cluster, address, key);
+    if let Err(error) = &published {
+        talk!("clutch: commands that need the cluster's key must be told where it is (--key): {error:#}");
     }
+    published.ok()
 }
 
 fn publish_in(dir: &Path, cluster: u64, address: &str, key: &Path) -> Result<Published> {

@@ -5,6 +5,7 @@
 mod args;
 mod commands;
 mod crash;
+mod http;
 mod interrupt;
 mod keyring;
 mod output;

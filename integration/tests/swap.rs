@@ -8,7 +8,7 @@ use bytes::Bytes;
 use clutch_client::{Client, ClientOptions};
 use clutch_log::{
     Batch, Bounds, Commit, ConfigId, Engine, Engines, Epoch, Event, Events, Floors, Log, LogFault, LogId,
-    LogletId, LogletSpec, Member, NodeId, Position, Purpose, Rejected, Snapshots, Status,
+    LogletId, LogletSpec, Member, NodeId, Position, Purpose, Rejected, Snapshots, Status, Usage,
 };
 use clutch_proto::{
     admin::{self, AdminRequest, admin_request::Op},
@@ -118,8 +118,8 @@ impl Engine for Nowhere {
         Ok(None)
     }
 
-    fn bytes(&self) -> u64 {
-        0
+    fn usage(&self) -> Usage {
+        Usage::default()
     }
 }
 

@@ -44,8 +44,19 @@ pub trait Engine: Send + Sync {
     fn bounds(&self, id: LogletId) -> Option<Bounds>;
     /// The batch at an index, without opening the loglet; `None` when there is none, or where it cannot be told. Blocks.
     fn batch(&self, id: LogletId, index: Position) -> Result<Option<Batch>, LogFault>;
-    /// Bytes that all loglets take here; 0 where they are not on the node's disk.
-    fn bytes(&self) -> u64;
+    /// What all loglets take here, and have taken; nothing where they are not on the node's disk.
+    fn usage(&self) -> Usage;
+}
+
+/// What logs use of a node's disk.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// Bytes of what is there now.
+    pub bytes: u64,
+    /// Bytes that were appended since the start.
+    pub appended: u64,
+    /// How often appended bytes were synced since the start.
+    pub syncs: u64,
 }
 
 /// What is put around each log that is opened: whoever looks on sees what the replica sees.
@@ -126,8 +137,12 @@ impl Engines {
         self.by_name.values().flat_map(|engine| engine.loglets()).collect()
     }
 
-    /// Bytes that all logs of the node take.
-    pub fn bytes(&self) -> u64 {
-        self.by_name.values().map(|engine| engine.bytes()).sum()
+    /// What all logs of the node take.
+    pub fn usage(&self) -> Usage {
+        self.by_name.values().map(|engine| engine.usage()).fold(Usage::default(), |all, one| Usage {
+            bytes: all.bytes + one.bytes,
+            appended: all.appended + one.appended,
+            syncs: all.syncs + one.syncs,
+        })
     }
 }

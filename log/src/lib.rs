@@ -29,7 +29,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 pub use chain::{BadChain, Chain, INCARNATION_MAX, LogletId, LogletSpec};
 pub use clutch_proto::log::{Batch, Epoch, LogId, NodeId, Position};
-pub use engine::{Engine, Engines, Purpose};
+pub use engine::{Engine, Engines, Purpose, Usage};
 pub use snapshot::{Manifest, NoSnapshots, SnapshotFile, Snapshots};
 use tokio::sync::oneshot;
 pub use virtual_log::VirtualLog;

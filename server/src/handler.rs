@@ -24,12 +24,13 @@ use clutch_proto::{
     session::{self, Request, Response, Role},
     types::Code,
 };
-use clutch_runtime::{Answers, BoxFuture, Handled, Handler, Held, HybridClock, PeerStream};
+use clutch_runtime::{Answers, BoxFuture, Clock, Handled, Handler, Held, HybridClock, PeerStream};
 use clutch_state_replica::{Answer, Freshness, ReplicaHandle};
 use parking_lot::RwLock;
 use prost::Message as _;
 
 use crate::{
+    metrics::Meters,
     room::Room,
     routes::{Routes, log_of},
 };
@@ -47,6 +48,9 @@ pub(crate) struct NodeHandler {
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) process_usage: ProcessUsage,
+    pub(crate) meters: Arc<Meters>,
+    /// By which requests are timed.
+    pub(crate) monotonic: Arc<dyn Clock>,
     pub(crate) engines: Engines,
     /// In which life each log of this node is.
     pub(crate) incarnations: BTreeMap<LogId, u32>,
@@ -72,7 +76,7 @@ impl NodeHandler {
             let (cpu_us, resident_bytes) = (self.process_usage)().unwrap_or_default();
             (status.process_cpu_us, status.resident_bytes) = (cpu_us, resident_bytes);
             status.node_faults = node_faults(&self.blocks, &self.room, &self.left_out);
-            status.log_bytes = self.engines.bytes();
+            status.log_bytes = self.engines.usage().bytes;
             status.clock_ahead_ms = self.clock.wall_ahead_ms();
             let nodes = self.routes.nodes();
             let address = |node: &u64| nodes.get(node).map(ToString::to_string).unwrap_or_default();
@@ -143,10 +147,16 @@ impl NodeHandler {
         answers: &Answers,
         held: &mut Held,
     ) -> (Response, Option<BlocksReply>) {
-        let (mut response, body) = match self.dispatch(request, answers, held).await {
+        let (began, mut role) = (self.monotonic.monotonic(), None);
+        let (mut response, body) = match self.dispatch(request, answers, held, &mut role).await {
             Ok(answer) => answer,
             Err(refusal) => (Response { error: Some(refusal.to_wire()), ..Response::default() }, None),
         };
+        self.meters.answered(
+            role.unwrap_or_default(),
+            self.monotonic.monotonic() - began,
+            response.error.is_some(),
+        );
         response.time = response.time.max(self.clock.told().0);
         (response, body)
     }
@@ -250,13 +260,14 @@ impl NodeHandler {
         bytes: Bytes,
         answers: &Answers,
         held: &mut Held,
+        asked: &mut Option<Role>,
     ) -> Result<(Response, Option<BlocksReply>), Refusal> {
         if bytes.len() > MESSAGE_BYTES_MAX {
             return Err(Refusal::new(Code::TooLarge, format!("a message of {} bytes", bytes.len())));
         }
         let request =
             Request::decode(bytes).map_err(|e| Refusal::malformed(format!("decode request: {e}")))?;
-        let role = self.admit(&request)?;
+        let role = *asked.insert(self.admit(&request)?);
         let not_here = |code: Code, what: String| match self.is_starting {
             true => Refusal::new(Code::NotReady, "this node is starting; try again"),
             false => Refusal::new(code, what),

@@ -15,6 +15,7 @@ pub mod handler;
 mod keeper;
 pub mod keys;
 mod members;
+pub mod metrics;
 pub mod node;
 mod placer;
 #[cfg(feature = "rocks")]

@@ -39,6 +39,7 @@ use crate::{
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
     keeper::{self, Keeper, Told},
     members::Asker,
+    metrics::{Meters, Watch},
     placer::{Placer, Placing, Reigns},
     room::Room,
     routes::{Peers, Routes},
@@ -146,16 +147,12 @@ pub struct NodeConfig {
 /// A running node. Dropping it closes the endpoint; [`Node::stop`] also flushes.
 pub struct Node {
     listening: Box<dyn Listening>,
-    replicas: Vec<Replicating>,
     /// Logs that this node was no member of when it started.
     not_kept: usize,
     stopping: Arc<AtomicBool>,
     client: Client,
     notices: Vec<String>,
-    clock: Arc<HybridClock>,
-    blocks: BTreeMap<u64, Arc<BlockService>>,
-    room: Arc<Room>,
-    left_out: BTreeMap<LogId, String>,
+    watch: Watch,
 }
 
 impl Node {
@@ -192,6 +189,7 @@ impl Node {
             started,
             asker: Asker::default(),
             ready: Arc::new(AtomicBool::new(false)),
+            meters: Arc::default(),
         };
         let facts = starter.shard_facts();
         let registry_facts = Arc::new(SharedFacts::new(RegistryFacts::default()));
@@ -240,23 +238,13 @@ impl Node {
         keeper.run(stopping.clone()).await?;
         placer.run(stopping.clone()).await?;
         starter.ready.store(true, Ordering::Release);
-        Ok(Node {
-            listening,
-            replicas,
-            not_kept,
-            stopping,
-            client,
-            notices: Vec::new(),
-            clock: starter.clock.clone(),
-            blocks: serving.blocks,
-            room: config.room.clone(),
-            left_out: config.roles.left_out.clone(),
-        })
+        let watch = starter.watch(replicas, serving.blocks);
+        Ok(Node { listening, not_kept, stopping, client, notices: Vec::new(), watch })
     }
 
     /// How many logs this node was no member of when it started, and how many it would keep.
     pub fn not_kept(&self) -> (usize, usize) {
-        (self.not_kept, self.replicas.len())
+        (self.not_kept, self.watch.replicas.len())
     }
 
     /// Where the node listens.
@@ -276,19 +264,24 @@ impl Node {
 
     /// The node's clock.
     pub fn clock(&self) -> &Arc<HybridClock> {
-        &self.clock
+        &self.watch.clock
     }
 
     /// What is wrong with the node beside its replicas.
     pub fn node_faults(&self) -> Vec<String> {
-        node_faults(&self.blocks, &self.room, &self.left_out)
+        node_faults(&self.watch.blocks, &self.watch.room, &self.watch.left_out)
+    }
+
+    /// What is measured of the node, for as long as somebody asks.
+    pub fn watch(&self) -> &Watch {
+        &self.watch
     }
 
     /// Why replicas have stopped for good, and whether any goes on.
     pub fn faults(&self) -> (Vec<String>, bool) {
         let faults: Vec<String> =
-            self.replicas.iter().filter_map(|(_, r, _)| r.fault().map(str::to_owned)).collect();
-        let serves = faults.len() < self.replicas.len() || self.replicas.is_empty();
+            self.watch.replicas.iter().filter_map(|(_, r, _)| r.fault().map(str::to_owned)).collect();
+        let serves = faults.len() < self.watch.replicas.len() || self.watch.replicas.is_empty();
         (faults, serves)
     }
 
@@ -297,7 +290,7 @@ impl Node {
         let clock = self.client.runtime().clock.clone();
         let end = clock.monotonic() + HAND_OVER_MAX;
         let mut led = Vec::new();
-        for (_, _, log) in &self.replicas {
+        for (_, _, log) in &self.watch.replicas {
             let status = log.status();
             if status.is_self && status.members.len() > 1 {
                 log.resign();
@@ -314,7 +307,7 @@ impl Node {
     pub async fn stop(self) {
         self.stopping.store(true, Ordering::Relaxed);
         self.hand_over().await;
-        for (_, replica, _) in &self.replicas {
+        for (_, replica, _) in &self.watch.replicas {
             replica.stop().await;
         }
     }
@@ -529,10 +522,11 @@ struct Starter<'a> {
     started: &'a Mutex<Vec<Replicating>>,
     /// Whether everything has started.
     ready: Arc<AtomicBool>,
+    meters: Arc<Meters>,
 }
 
 /// A replica and its log.
-type Replicating = (LogId, ReplicaHandle, Arc<dyn Log>);
+pub(crate) type Replicating = (LogId, ReplicaHandle, Arc<dyn Log>);
 
 type Started<M> = (ReplicaHandle, mpsc::UnboundedReceiver<LeaderEvent<<M as Machine>::Effect>>);
 
@@ -662,6 +656,20 @@ impl Starter<'_> {
         Arc::new(Routes::new(self.config.peers.clone(), logs))
     }
 
+    fn watch(&self, replicas: Vec<Replicating>, blocks: BTreeMap<u64, Arc<BlockService>>) -> Watch {
+        Watch {
+            runtime: self.config.runtime.clone(),
+            replicas,
+            blocks,
+            room: self.config.room.clone(),
+            left_out: self.config.roles.left_out.clone(),
+            engines: self.config.engines.clone(),
+            clock: self.clock.clone(),
+            meters: self.meters.clone(),
+            process_usage: self.config.process_usage,
+        }
+    }
+
     fn handler(&self, serving: &Serving, routes: Arc<Routes>, is_starting: bool) -> NodeHandler {
         NodeHandler {
             cluster: self.cluster,
@@ -672,6 +680,8 @@ impl Starter<'_> {
             shards: serving.shards.clone(),
             blocks: serving.blocks.clone(),
             process_usage: self.config.process_usage,
+            meters: self.meters.clone(),
+            monotonic: self.config.runtime.clock.clone(),
             engines: self.config.engines.clone(),
             incarnations: self.incarnations(),
             room: self.config.room.clone(),

@@ -9,7 +9,7 @@ use clutch_server::several::{Several, StartOptions, layout::Layout};
 use super::serving::{Stops, raise_open_files};
 use crate::{
     args::{Keep, NodeArgs, parse_retention},
-    keyring,
+    http, keyring,
     output::talk,
 };
 
@@ -18,6 +18,7 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
     let started = std::time::Instant::now();
     raise_open_files();
     let layout = Layout::read(&runtime, &args.config)?;
+    let monitored = http::listen(layout.settings.metrics.as_deref()).await?;
     let retain = layout.settings.retain_log.as_deref().map(parse_retention).transpose();
     let retain = retain.map_err(anyhow::Error::msg).context("node.toml: retain_log")?;
     let options = StartOptions {
@@ -33,7 +34,8 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
         () = stops.next() => return Ok(ExitCode::FAILURE),
     };
     let (layout, node) = (several.layout(), several.node());
-    let published = keyring::publish(
+    monitored.of(node.watch().clone());
+    let _published = keyring::publish(
         layout.cluster.cluster_id()?,
         &layout.advertised(),
         &layout.dir.join("keys/cluster.key"),
@@ -56,7 +58,6 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
     for notice in node.notices().iter().chain(&node.node_faults()) {
         talk!("  note: {notice}");
     }
-    keyring::tell(&published);
     let ended_by_fault = tokio::select! {
         by_fault = stops.serve(node) => by_fault,
         why = several.condemned() => {

@@ -10,7 +10,7 @@ use clutch_shard::Lifetimes;
 use super::serving::{Stops, raise_open_files};
 use crate::{
     args::{Keep, UpArgs, seconds},
-    keyring,
+    http, keyring,
     output::talk,
 };
 
@@ -18,6 +18,7 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     let mut stops = Stops::new()?;
     let started = std::time::Instant::now();
     raise_open_files();
+    let monitored = http::listen(args.metrics.as_deref()).await?;
     let config = UpConfig {
         dir: args.dir.clone(),
         listen: args.listen.as_str().into(),
@@ -40,9 +41,10 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
         up = Up::start(runtime, config) => up?,
         () = stops.next() => return Ok(ExitCode::FAILURE),
     };
+    monitored.of(up.node().watch().clone());
     let cluster = &up.cluster;
     let address = up.node().endpoint();
-    let published =
+    let _published =
         keyring::publish(cluster.cluster_id()?, &address.to_string(), &args.dir.join("keys/cluster.key"));
     let what = if up.created { "made" } else { "opened" };
     talk!(
@@ -79,7 +81,6 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     for notice in up.node().notices().iter().chain(&up.node().node_faults()) {
         talk!("  note: {notice}");
     }
-    keyring::tell(&published);
     let ended_by_fault = stops.serve(up.node()).await;
     Ok(stops.end(up.stop(), ended_by_fault).await)
 }

@@ -11,7 +11,7 @@ use async_trait::async_trait;
 use bytes::Bytes;
 use clutch_log::{
     Batch, Bounds, Commit, ConfigId, Engine, Epoch, Event, Events, Floors, Log, LogFault, LogletId,
-    LogletSpec, Member, NodeId, Position, Progress, Purpose, Rejected, Snapshots, Status,
+    LogletSpec, Member, NodeId, Position, Progress, Purpose, Rejected, Snapshots, Status, Usage,
 };
 use clutch_log_store::{Cursor, Look, Store, StoredGroup};
 use clutch_runtime::Runtime;
@@ -43,11 +43,6 @@ impl LocalEngine {
     /// What a log holds, without opening it; `None` when there is none of that id.
     pub fn bounds(&self, id: impl Into<LogletId>) -> Option<Bounds> {
         self.store.bounds(id)
-    }
-
-    /// Bytes of all segments.
-    pub fn bytes(&self) -> u64 {
-        self.store.bytes()
     }
 
     /// The batch at a position, without opening its log; `None` when a record of the engine lies there. Blocks on the disk.
@@ -108,8 +103,8 @@ impl Engine for LocalEngine {
         LocalEngine::batch(self, id, index)
     }
 
-    fn bytes(&self) -> u64 {
-        LocalEngine::bytes(self)
+    fn usage(&self) -> Usage {
+        self.store.usage()
     }
 }
 

@@ -29,7 +29,7 @@ use std::{collections::BTreeMap, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use clutch_log::{
-    Batch, Bounds, Engine, Log, LogFault, LogletId, LogletSpec, NodeId, Position, Purpose, Snapshots,
+    Batch, Bounds, Engine, Log, LogFault, LogletId, LogletSpec, NodeId, Position, Purpose, Snapshots, Usage,
 };
 use clutch_log_store::{RecordKind, Store};
 use clutch_proto::mutants::{self, Mutant};
@@ -206,8 +206,8 @@ impl Engine for RaftEngine {
         Ok(record.filter(|record| record.kind == RecordKind::Batch).map(clutch_log_store::Record::into_batch))
     }
 
-    fn bytes(&self) -> u64 {
-        self.store.bytes()
+    fn usage(&self) -> Usage {
+        self.store.usage()
     }
 }
 

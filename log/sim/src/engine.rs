@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, sync::Arc};
 use async_trait::async_trait;
 use clutch_log::{
     Batch, Bounds, Engine, Log, LogFault, LogId, LogletId, LogletSpec, NodeId, Position, Purpose, Snapshots,
+    Usage,
 };
 use clutch_runtime::Runtime;
 
@@ -76,7 +77,7 @@ impl Engine for SimEngine {
         Ok(None)
     }
 
-    fn bytes(&self) -> u64 {
-        0
+    fn usage(&self) -> Usage {
+        Usage::default()
     }
 }

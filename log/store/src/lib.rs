@@ -32,11 +32,11 @@ use std::{
     path::PathBuf,
     sync::{
         Arc,
-        atomic::{AtomicU64, AtomicUsize},
+        atomic::{AtomicU64, AtomicUsize, Ordering},
     },
 };
 
-use clutch_log::{Bounds, Epoch, LogFault, LogletId, Position};
+use clutch_log::{Bounds, Epoch, LogFault, LogletId, Position, Usage};
 use clutch_runtime::Runtime;
 use parking_lot::Mutex;
 use tokio::sync::mpsc;
@@ -79,6 +79,8 @@ impl Store {
             dir,
             options,
             queued_bytes: AtomicUsize::new(0),
+            appended: AtomicU64::new(0),
+            syncs: AtomicU64::new(0),
             groups: Mutex::new(groups.collect()),
             quarantined: Mutex::new(recovered.quarantined),
             segments: Mutex::new(recovered.segments),
@@ -177,9 +179,14 @@ impl Store {
         reader::GroupReader::new(self.handle.shared.clone(), id.into()).at(position)
     }
 
-    /// Bytes of all segments.
-    pub fn bytes(&self) -> u64 {
-        self.handle.shared.segments.lock().iter().map(|segment| segment.bytes).sum()
+    /// What all segments take, and what was appended to them.
+    pub fn usage(&self) -> Usage {
+        let shared = &self.handle.shared;
+        Usage {
+            bytes: shared.segments.lock().iter().map(|segment| segment.bytes).sum(),
+            appended: shared.appended.load(Ordering::Relaxed),
+            syncs: shared.syncs.load(Ordering::Relaxed),
+        }
     }
 
     /// Why the store stopped, if it has.

@@ -58,6 +58,9 @@ pub(crate) struct Shared {
     pub(crate) dir: PathBuf,
     pub(crate) options: Options,
     pub(crate) queued_bytes: AtomicUsize,
+    /// Bytes appended since the start, and how often they were synced.
+    pub(crate) appended: AtomicU64,
+    pub(crate) syncs: AtomicU64,
     pub(crate) groups: Mutex<BTreeMap<LogletId, Arc<Group>>>,
     /// Groups that are not opened, and why.
     pub(crate) quarantined: Mutex<BTreeMap<LogletId, LogFault>>,

@@ -249,6 +249,8 @@ impl Writer {
         if !mutants::is(Mutant::AcknowledgeBeforeSync) {
             current.file.sync().map_err(|e| e.to_string())?;
         }
+        self.shared.appended.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        self.shared.syncs.fetch_add(1, Ordering::Relaxed);
         current.offset = end;
         let (segment, offset) = (current.number, current.offset);
         self.write_mark(segment, offset)?;

@@ -82,6 +82,8 @@ pub struct Settings {
     /// How far apart the cluster's clocks may be.
     #[serde(default = "clock_skew_s")]
     pub clock_skew_s: u64,
+    /// Where metrics, health and readiness are asked over HTTP; nowhere when nothing is said.
+    pub metrics: Option<String>,
     /// How far back logs can be replayed, for example `12h`; `all` for whole logs.
     pub retain_log: Option<String>,
 }
@@ -126,6 +128,9 @@ impl Settings {
 
     fn check(&self) -> Result<()> {
         check_address(&self.listen).context("listen")?;
+        if let Some(address) = &self.metrics {
+            check_address(address).context("metrics")?;
+        }
         if let Some(address) = &self.advertise {
             check_reached(address).context("advertise")?;
         }
@@ -449,6 +454,7 @@ fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
              #failure_domain = \"{number}\"\n\n\
              # Everything else, with what holds when nothing is said:\n\
              #advertise = \"HOST:PORT\"   # what others reach it by: its address below\n\
+             #metrics = \"HOST:PORT\"   # where metrics, health and readiness are asked over HTTP\n\
              #segment_mib = {}\n\
              #reserve_mib = 1024          # a sixteenth of the file system, and at most this\n\
              #collect_every_s = {}\n\

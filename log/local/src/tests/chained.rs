@@ -175,14 +175,14 @@ fn what_was_given_up_keeps_no_segment() {
             let outcome = log.propose(epoch, vec![Bytes::from(bytes)]).expect("leads").await;
             assert!(matches!(outcome, Outcome::Committed(_)), "{outcome:?}");
         }
-        let before = Engine::bytes(&*engine);
+        let before = engine.usage().bytes;
         let all = log.status().bounds.last;
         log.set_floors(Floors { retain: all, snapshot: all, flushed: all }).await.expect("trims");
         for incarnation in [1, 4, 5] {
             let Bounds { first, last } = engine.bounds(id(incarnation)).expect("it is known");
             assert!(first > last, "incarnation {incarnation} still has {first} to {last}");
         }
-        assert!(Engine::bytes(&*engine) < before / 2, "{} of {before} bytes", Engine::bytes(&*engine));
+        assert!(engine.usage().bytes < before / 2, "{} of {before} bytes", engine.usage().bytes);
     });
 }
 

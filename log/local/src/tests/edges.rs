@@ -69,13 +69,17 @@ fn what_an_engine_says_of_its_logs_is_so_also_when_it_has_been_trimmed() {
         let log = engine.log(LogId::CDC).await.expect("opens");
         append(&log, Epoch(2), 30..40).await;
         look(&engine, 1, 42);
-        let before = engine.bytes();
+        let before = engine.usage().bytes;
         trim(&log, Position(20)).await.expect("trims");
         let first = log.status().bounds.first;
         assert!(first > Position(10) && first <= Position(21), "{first}");
         look(&engine, first.0, 42);
-        assert!(engine.bytes() + 10_000 < before, "{} of {before} bytes are left", engine.bytes());
-        engine.bytes()
+        assert!(
+            engine.usage().bytes + 10_000 < before,
+            "{} of {before} bytes are left",
+            engine.usage().bytes
+        );
+        engine.usage().bytes
     });
     assert_eq!(counted, on_disk(&world));
 }

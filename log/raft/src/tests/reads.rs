@@ -92,7 +92,7 @@ async fn open(runtime: &Runtime) -> (Arc<RaftLog>, u64) {
         Peers::new(runtime.clone(), 7, 1, [0; 32], group::identities(runtime, 1), "", Arc::new(|_| None));
     let options = Options { node: 1, cluster: 7, ..Options::default() };
     let store = Store::open(runtime, "log".into(), options).expect("the store opens");
-    let bytes = store.bytes();
+    let bytes = store.usage().bytes;
     let engine = RaftEngine::new(runtime.clone(), store, peers, Timing::default());
     let snapshots = Arc::new(SuiteSnapshots::default());
     let log = engine.open(clutch_log::LogId::CDC.into(), &parameters(&[1]), snapshots).await;

@@ -42,6 +42,8 @@ fn one_slot_of_the_mark_is_always_durable() {
                 dir: dir.into(),
                 options: Options::default(),
                 queued_bytes: Default::default(),
+                appended: Default::default(),
+                syncs: Default::default(),
                 groups: Default::default(),
                 quarantined: Default::default(),
                 cuts: Default::default(),

@@ -466,3 +466,29 @@ fn directories_that_are_not_as_they_should_be_are_refused_with_advice() {
         .contains("chmod 600")
     );
 }
+
+#[test]
+fn leaders_are_spread_over_the_nodes_when_nothing_changes() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    for node in 1..=3u64 {
+        let settings = three.dir.join(format!("n{node}/node.toml"));
+        let said = fs::read_to_string(&settings).expect("settings");
+        fs::write(&settings, format!("balance_after_s = 2\n{said}")).expect("written");
+        three.kill(node);
+        three.start_again(node);
+        three.whole();
+    }
+    three.ok(&["cluster", "move-leader", "--to", "1", "--all"]);
+    let begin = Instant::now();
+    loop {
+        let logs = three.logs();
+        let leads = |node: u64| logs.iter().filter(|log| log["leader"] == node).count();
+        if (1..=3).all(|node| leads(node) == 2) {
+            break;
+        }
+        assert!(begin.elapsed() < Duration::from_secs(120), "{logs:#?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    three.ok(&["fs", "mkdir", "/after"]);
+}

@@ -79,6 +79,10 @@ pub struct Settings {
     /// Rest of the collector between two passes; 0 for none.
     #[serde(default = "collect_every_s")]
     pub collect_every_s: u64,
+    /// How long a log's leader and members must have been who they are before another node is let lead it, so that nodes lead as many
+    /// logs as others; 0 for never.
+    #[serde(default = "balance_after_s")]
+    pub balance_after_s: u64,
     /// How far apart the cluster's clocks may be.
     #[serde(default = "clock_skew_s")]
     pub clock_skew_s: u64,
@@ -94,6 +98,10 @@ fn segment_mib() -> u64 {
 
 fn collect_every_s() -> u64 {
     60
+}
+
+fn balance_after_s() -> u64 {
+    600
 }
 
 fn clock_skew_s() -> u64 {
@@ -141,6 +149,7 @@ impl Settings {
         within("segment_mib", self.segment_mib, 1, 4096)?;
         within("reserve_mib", self.reserve_mib.unwrap_or(0), 0, 1 << 20)?;
         within("collect_every_s", self.collect_every_s, 0, 31_536_000)?;
+        within("balance_after_s", self.balance_after_s, 0, 31_536_000)?;
         within("clock_skew_s", self.clock_skew_s, 0, 3600)?;
         let domain = self.failure_domain.as_deref();
         ensure!(domain.is_none_or(|domain| !domain.trim().is_empty()), "failure_domain must not be empty");
@@ -458,6 +467,7 @@ fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
              #segment_mib = {}\n\
              #reserve_mib = 1024          # a sixteenth of the file system, and at most this\n\
              #collect_every_s = {}\n\
+             #balance_after_s = {}       # leaders are spread over nodes when nothing has changed for so long; 0 for never\n\
              #clock_skew_s = {}\n\
              #retain_log = \"all\"         # or an age, for example \"7d\"\n\n\
              # Where the nodes of the cluster are, the same on all of them.\n\
@@ -465,6 +475,7 @@ fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
         nodes.get(&number).map_or("", String::as_str),
         segment_mib(),
         collect_every_s(),
+        balance_after_s(),
         clock_skew_s(),
     );
     for (number, address) in nodes {

@@ -3,6 +3,7 @@
 //! Logs are kept by the engine `raft`, states by RocksDB, all under the node's directory ([`layout`]). The nodes find each other by
 //! the addresses in their settings.
 
+mod balance;
 mod heal;
 pub mod layout;
 
@@ -80,6 +81,13 @@ impl Several {
                 "collector",
                 collect(node.client().sibling(), node.endpoint().clone(), Duration::from_secs(collector)),
             );
+        }
+        let settled_after = layout.settings.balance_after_s;
+        if settled_after > 0 {
+            let (client, at, logs) =
+                (node.client().sibling(), node.endpoint().clone(), layout.cluster.logs());
+            let settled_after = Duration::from_secs(settled_after);
+            runtime.spawn("balance", balance::balance(client, at, logs, settled_after));
         }
         if let Some(keep) = options.retain_log {
             let client = node.client().sibling();

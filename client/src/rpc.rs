@@ -399,7 +399,13 @@ impl Client {
     }
 
     async fn target(&self, service: Service) -> Result<Target, ClientError> {
-        let not_yet = |what: String| ClientError::Refused(Refusal::new(Code::NotReady, what));
+        let not_yet = |what: String| {
+            // It may know by now.
+            if !mutants::is(Mutant::YoungMapKept) {
+                self.inner.routes.doubt();
+            }
+            ClientError::Refused(Refusal::new(Code::NotReady, what))
+        };
         let by_shard = |find: &dyn Fn(&clutch_proto::types::ShardPlacement) -> bool, map: &Map| {
             map.shards.iter().find(|s| find(s)).cloned()
         };

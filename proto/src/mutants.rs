@@ -223,6 +223,8 @@ pub enum Mutant {
     ReaderKept,
     /// A leader that has no room for its log goes on to lead, whoever else has some.
     LeadsWithoutRoom,
+    /// A client that has read the map before everything was in it does not read it again.
+    YoungMapKept,
     /// A log is led by another node although that leads as many then as the one before had.
     BalancedForNothing,
     /// A member that is cut off, or is none any more, shows what it has as what there is.
@@ -271,7 +273,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 130] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 131] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -382,6 +384,7 @@ impl Mutant {
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),
+        (Mutant::YoungMapKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::BalancedForNothing, &["units", "several::balance::tests::planted_bugs_are_found"]),
         (Mutant::CutOffShows, &["cut off"]),
         (Mutant::UnconfirmedMembers, &["units", "confirmed::tests::planted_bugs_are_found"]),

@@ -216,27 +216,41 @@ impl GroupReader {
     /// The group's record at a position; `None` where no segment has it. Where it is damaged the next start finds that, too.
     pub(crate) fn at(&mut self, position: Position) -> Result<Option<Record>, LogFault> {
         let read = self.read(position);
-        if let (Err(fault @ LogFault::Corrupt { .. }), Some(places)) = (&read, &self.places)
+        if let (Err(fault @ LogFault::Corrupt { .. }), Some((number, _))) = (&read, &self.segment)
+            && self.shared.options.may_quarantine
             && !mutants::is(Mutant::DamagedIndexKept)
         {
-            // A start believes an index, and reads a segment that has none.
-            let Shared { disk, dir, .. } = &*self.shared;
-            let index = index_path(dir, places.number);
-            match disk.remove(&index).and_then(|()| disk.sync_dir(dir)) {
-                Ok(()) => {
-                    tracing::warn!(%fault, index = %index.display(), "the index of a damaged segment is removed")
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => {
-                    tracing::warn!(%error, index = %index.display(), "cannot remove the index of a damaged segment")
-                }
-            }
+            self.doubt(*number, fault);
         }
         read
     }
 
+    /// Removes the index of a segment: a start believes an index, and reads a segment that has none, so that it finds what is damaged.
+    /// Where that could not go past the damage, no group of the segment would be opened, and it is better believed.
+    fn doubt(&self, number: u64, fault: &LogFault) {
+        let Shared { disk, dir, .. } = &*self.shared;
+        let index = index_path(dir, number);
+        let is_passed = || -> Result<(), LogFault> {
+            let mut reader = SegmentReader::open(&**disk, dir, number)?;
+            while reader.next_found()?.is_some() {}
+            Ok(())
+        };
+        if !disk.exists(&index) || is_passed().is_err() {
+            return;
+        }
+        match disk.remove(&index).and_then(|()| disk.sync_dir(dir)) {
+            Ok(()) => {
+                tracing::warn!(%fault, index = %index.display(), "the index of a damaged segment is removed")
+            }
+            Err(error) => {
+                tracing::warn!(%error, index = %index.display(), "cannot remove the index of a damaged segment");
+            }
+        }
+    }
+
     fn read(&mut self, position: Position) -> Result<Option<Record>, LogFault> {
-        let Some((number, offset)) = self.place(position)? else { return Ok(None) };
+        let placed = self.place(position).inspect_err(|_| self.segment = None)?;
+        let Some((number, offset)) = placed else { return Ok(None) };
         if self.segment.as_ref().is_none_or(|(open, _)| *open != number) {
             let reader = match SegmentReader::open(&*self.shared.disk, &self.shared.dir, number) {
                 Ok(reader) => reader,

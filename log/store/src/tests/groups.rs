@@ -200,8 +200,8 @@ mod closed {
 
     use super::*;
 
-    /// A record of a closed segment is damaged, and read. What is in quarantine after the next start.
-    fn quarantined_after_damage_was_read() -> Vec<LogletId> {
+    /// These bytes of a record of a closed segment are damaged, and it is read. What is in quarantine after the next start.
+    fn quarantined_after_damage_was_read(damaged: &'static [u64]) -> Vec<LogletId> {
         let world = World::new(5);
         let places = three_groups(&world);
         let (group, begin, _) = places[4];
@@ -213,26 +213,37 @@ mod closed {
             runtime.clock.sleep(Duration::from_millis(50)).await;
             drop(store);
             assert!(disk.exists(&crate::format::index_path(Path::new("log"), 1)), "the segment is closed");
-            assert!(disk.corrupt(Path::new("log/0000000000000001.log"), begin + 50, 1));
+            for byte in damaged {
+                assert!(disk.corrupt(Path::new("log/0000000000000001.log"), begin + byte, 1));
+            }
             let store = Store::open(&runtime, "log".into(), options()).expect("opens");
             assert!(store.quarantined().is_empty(), "the index is believed");
             assert!(matches!(content(&store, group), Err(LogFault::Corrupt { .. })));
             drop(store);
             runtime.clock.sleep(Duration::from_millis(50)).await;
             let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            for number in (1..=3).filter(|number| id(*number) != group) {
+                assert_eq!(
+                    content(&store, id(number)).expect("reads").len(),
+                    112,
+                    "the others are as they were"
+                );
+            }
             store.quarantined().into_keys().collect()
         })
     }
 
     #[test]
     fn damage_that_was_read_is_found_by_the_next_start() {
-        assert_eq!(quarantined_after_damage_was_read().len(), 1);
+        assert_eq!(quarantined_after_damage_was_read(&[50]).len(), 1);
+        // Behind what cannot be mended nothing would be found, of no group.
+        assert_eq!(quarantined_after_damage_was_read(&[4, 5, 9, 17]).len(), 0);
     }
 
     #[test]
     fn planted_bugs_are_found() {
         mutants::plant(Some(Mutant::DamagedIndexKept));
-        let (is_planted, found) = (mutants::planted().is_some(), quarantined_after_damage_was_read());
+        let (is_planted, found) = (mutants::planted().is_some(), quarantined_after_damage_was_read(&[50]));
         mutants::plant(None);
         assert_eq!(is_planted, found.is_empty());
     }

@@ -25,6 +25,11 @@ impl LogletSpec {
         position.0.checked_sub(self.base.0).map(Position)
     }
 
+    /// A configuration as the whole log names it, by the position of its record; 0 stays the one that was there from the beginning.
+    pub(crate) fn config(&self, config: ConfigId) -> ConfigId {
+        if config.0 == 0 { config } else { ConfigId(self.position_of(Position(config.0)).0) }
+    }
+
     /// A batch as the whole log has it.
     pub(crate) fn batch(&self, id: LogletId, batch: Batch) -> Batch {
         Batch { position: self.position_of(batch.position), epoch: id.epoch(batch.epoch), ..batch }
@@ -176,7 +181,9 @@ impl Log for VirtualLog {
 
     async fn reconfigure(&self, expect: ConfigId, members: Vec<Member>) -> Result<ConfigId, LogFault> {
         let Part { spec, log, .. } = self.parts.newest();
-        log.reconfigure(expect, members).await.map_err(|fault| spec.fault(fault))
+        let expect = ConfigId(spec.index_of(Position(expect.0)).map_or(0, |index| index.0));
+        let changed = log.reconfigure(expect, members).await.map_err(|fault| spec.fault(fault))?;
+        Ok(spec.config(changed))
     }
 
     fn status(&self) -> Status {
@@ -197,7 +204,7 @@ impl Log for VirtualLog {
             is_self,
             bounds: self.parts.chain.bounds(&held),
             sealed: sealed.map(|index| spec.position_of(index)),
-            config,
+            config: spec.config(config),
             members: members.into_iter().map(of_log).collect(),
             queued_bytes,
             fault,

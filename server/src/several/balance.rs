@@ -1,8 +1,8 @@
 //! Leaders that are spread over the nodes: a node that was away leads nothing when it is back, and those that took over do all the work.
 //!
 //! The node that leads the registry looks at all logs now and then, and lets one log after the other be led by a member that leads
-//! fewer. It leaves alone what has changed lately, so that it undoes no operator's drain, nor the election behind a fault; whose members
-//! are being changed; and nodes that say that something is wrong with them.
+//! fewer. It leaves alone logs that have changed lately, and nodes that have given a log away lately, so that it undoes no operator's drain,
+//! nor the election behind a fault; everything, while members change; and nodes that say that something is wrong with them.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context as _, Result};
 use clutch_client::Client;
 use clutch_client_maintenance::members;
-use clutch_log::{Epoch, LogId, NodeId};
+use clutch_log::{LogId, NodeId};
 use clutch_proto::{
     admin::{AdminRequest, Status, StatusReply, admin_request::Op},
     mutants::{self, Mutant},
@@ -60,18 +60,54 @@ fn next_move(logs: &[Led]) -> Option<(LogId, NodeId)> {
     best.map(|(_, id, to)| (id, to))
 }
 
-/// When each reign was seen first.
+/// What has changed of the logs, as far as it was seen, and when.
 #[derive(Default)]
-struct Reigns(BTreeMap<LogId, (Epoch, Duration)>);
+struct Changes {
+    /// Who leads each log in which reign, which members it has, and since when it is so.
+    logs: BTreeMap<LogId, (Seen, Duration)>,
+    /// When a node was seen last to lead a log no more.
+    left: BTreeMap<NodeId, Duration>,
+    /// When the members of any log were seen last to have changed.
+    members: Option<Duration>,
+}
 
-impl Reigns {
-    /// How long a reign has been seen by now.
-    fn age(&mut self, id: LogId, epoch: Epoch, now: Duration) -> Duration {
-        let seen = self.0.entry(id).or_insert((epoch, now));
-        if seen.0 != epoch {
-            *seen = (epoch, now);
+/// How a log stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Seen {
+    leader: NodeId,
+    epoch: u64,
+    config: u64,
+}
+
+impl Changes {
+    /// A log stands so now.
+    fn see(&mut self, id: LogId, now_is: Seen, now: Duration) {
+        let (was, since) = self.logs.entry(id).or_insert((now_is, now));
+        if *was == now_is {
+            return;
         }
-        now - seen.1
+        if was.leader != now_is.leader {
+            self.left.insert(was.leader, now);
+        }
+        if was.config != now_is.config {
+            self.members = Some(now);
+        }
+        (*was, *since) = (now_is, now);
+    }
+
+    /// Whether a log has stood as it does for so long.
+    fn is_settled(&self, id: LogId, after: Duration, now: Duration) -> bool {
+        self.logs.get(&id).is_some_and(|(_, since)| now - *since >= after)
+    }
+
+    /// Whether a node may be let lead something: it has given nothing away within so long, as one that is drained has.
+    fn may_lead(&self, node: NodeId, after: Duration, now: Duration) -> bool {
+        self.left.get(&node).is_none_or(|left| now - *left >= after)
+    }
+
+    /// Whether the members of some log have changed within so long: more of that may be to come.
+    fn are_members_changing(&self, after: Duration, now: Duration) -> bool {
+        self.members.is_some_and(|changed| now - changed < after)
     }
 }
 
@@ -79,17 +115,17 @@ impl Reigns {
 /// within `settled_after` is left alone.
 pub(super) async fn balance(client: Client, at: Endpoint, logs: Vec<LogId>, settled_after: Duration) {
     let clock = client.runtime().clock.clone();
-    let mut reigns = Reigns::default();
+    let mut changes = Changes::default();
     loop {
         clock.sleep((settled_after / 20).clamp(Duration::from_millis(250), Duration::from_secs(10))).await;
         match leads_registry(&client, &at).await {
             Ok(true) => {
-                if let Err(error) = look(&client, &logs, settled_after, &mut reigns).await {
+                if let Err(error) = look(&client, &logs, settled_after, &mut changes).await {
                     tracing::debug!(error = %format!("{error:#}"), "leaders are not balanced for now");
                 }
             }
             // Who comes to lead it begins to watch then.
-            Ok(false) | Err(_) => reigns.0.clear(),
+            Ok(false) | Err(_) => changes = Changes::default(),
         }
     }
 }
@@ -105,7 +141,7 @@ async fn leads_registry(client: &Client, at: &Endpoint) -> Result<bool> {
     Ok(status_at(client, at, Role::Registry, 0).await?.leading)
 }
 
-async fn look(client: &Client, ids: &[LogId], settled_after: Duration, reigns: &mut Reigns) -> Result<()> {
+async fn look(client: &Client, ids: &[LogId], settled_after: Duration, changes: &mut Changes) -> Result<()> {
     let mut logs = Vec::new();
     let mut nodes: BTreeMap<NodeId, String> = BTreeMap::new();
     for id in ids {
@@ -113,15 +149,22 @@ async fn look(client: &Client, ids: &[LogId], settled_after: Duration, reigns: &
         let (status, _) = looked.with_context(|| format!("{id} has no leader"))??;
         let is_whole = status.members.iter().all(|member| member.voter);
         let now = client.runtime().clock.monotonic();
-        let age = reigns.age(*id, Epoch(status.epoch), now);
+        let StatusReply { leader, epoch, config, .. } = status;
+        changes.see(*id, Seen { leader, epoch, config }, now);
         let able = status.members.iter().filter(|member| {
             member.voter
                 && (member.node == status.leader
                     || member.heard && member.matched + LAG_MAX >= status.log_last)
         });
-        let able: BTreeSet<NodeId> = able.map(|member| member.node).collect();
+        let able = able.map(|member| member.node);
+        let able: BTreeSet<NodeId> =
+            able.filter(|node| *node == leader || changes.may_lead(*node, settled_after, now)).collect();
         nodes.extend(status.members.iter().map(|member| (member.node, member.address.clone())));
-        logs.push(Led { id: *id, leader: status.leader, able, is_settled: is_whole && age >= settled_after });
+        let is_settled = is_whole && changes.is_settled(*id, settled_after, now);
+        logs.push(Led { id: *id, leader, able, is_settled });
+    }
+    if changes.are_members_changing(settled_after, client.runtime().clock.monotonic()) {
+        return Ok(());
     }
     let Some((id, to)) = next_move(&logs) else { return Ok(()) };
     // A node without room, or whose disks fail, is left as it is.
@@ -188,12 +231,28 @@ mod tests {
     }
 
     #[test]
-    fn a_reign_is_as_old_as_it_was_seen() {
-        let (mut reigns, s) = (Reigns::default(), Duration::from_secs);
-        assert_eq!(reigns.age(LogId::CDC, Epoch(3), s(10)), s(0));
-        assert_eq!(reigns.age(LogId::CDC, Epoch(3), s(17)), s(7));
-        assert_eq!(reigns.age(LogId::CDC, Epoch(4), s(18)), s(0), "another one leads");
-        assert_eq!(reigns.age(LogId::CDC, Epoch(4), s(20)), s(2));
+    fn what_has_changed_is_left_alone_for_a_while() {
+        let (mut changes, s, after) = (Changes::default(), Duration::from_secs, Duration::from_secs(10));
+        let seen = |leader, epoch, config| Seen { leader, epoch, config };
+        changes.see(LogId::CDC, seen(1, 3, 7), s(10));
+        changes.see(LogId::REGISTRY, seen(2, 3, 7), s(10));
+        assert!(
+            !changes.is_settled(LogId::CDC, after, s(19)) && changes.is_settled(LogId::CDC, after, s(20))
+        );
+        // Node 1 is drained: it gives away what it leads, and gets nothing back, also not of what has not changed.
+        changes.see(LogId::CDC, seen(2, 4, 7), s(30));
+        assert!(
+            !changes.is_settled(LogId::CDC, after, s(39))
+                && changes.is_settled(LogId::REGISTRY, after, s(39))
+        );
+        assert!(!changes.may_lead(1, after, s(39)) && changes.may_lead(1, after, s(40)));
+        assert!(changes.may_lead(2, after, s(31)) && !changes.are_members_changing(after, s(39)));
+        // A node is put in the place of another, one log after the other.
+        changes.see(LogId::CDC, seen(2, 4, 8), s(50));
+        assert!(changes.are_members_changing(after, s(59)) && !changes.are_members_changing(after, s(60)));
+        assert!(!changes.is_settled(LogId::CDC, after, s(59)));
+        changes.see(LogId::CDC, seen(2, 4, 8), s(61));
+        assert!(changes.is_settled(LogId::CDC, after, s(61)), "nothing has changed since");
     }
 
     #[test]

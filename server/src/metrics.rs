@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
 
 use clutch_blocks::BlockService;
-use clutch_log::{Engines, LogId, Status as LogStatus};
+use clutch_log::{Engines, LogId, NodeId, Status as LogStatus};
 use clutch_proto::{
     admin::{AdminRequest, Status, StatusReply, admin_request::Op},
     session::Role,
@@ -77,6 +77,8 @@ impl Meters {
 #[derive(Clone)]
 pub struct Watch {
     pub(crate) runtime: Runtime,
+    /// The node's number; `None` of one that is alone.
+    pub(crate) own: Option<NodeId>,
     pub(crate) replicas: Vec<Replicating>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) room: Arc<Room>,
@@ -147,11 +149,9 @@ impl Watch {
 
     async fn disks(&self) -> Vec<Disk> {
         let all = self.blocks.iter().map(|(service, of)| async move {
-            let (store, hangs) = (of.store().clone(), of.hangs());
-            let is_used = store.unusable().is_none() && of.fault().is_none();
-            let looked = async { self.runtime.blocking(move || store.space().ok()).await.flatten() };
-            // One that hangs would keep a thread for each time that it is asked.
-            let space = if hangs { None } else { self.runtime.timeout(PATIENCE, looked).await.flatten() };
+            let hangs = of.hangs();
+            let is_used = of.store().unusable().is_none() && of.fault().is_none();
+            let space = self.runtime.timeout(PATIENCE, of.space()).await.and_then(Result::ok);
             Disk { service: *service, is_used, hangs, space }
         });
         join_all(all).await
@@ -161,6 +161,11 @@ impl Watch {
     pub async fn unready(&self) -> Vec<String> {
         let mut reasons = Vec::new();
         for Seen { id, replica, log } in self.replicas().await {
+            // A node that is no member, yet or any more, serves its disks.
+            let is_own = |own| log.members.iter().any(|progress| progress.member.node == own);
+            if !self.own.is_none_or(is_own) {
+                continue;
+            }
             match replica {
                 None => reasons.push(format!("{id} does not answer")),
                 Some(status) if !status.fault.is_empty() => reasons.push(format!("{id}: {}", status.fault)),

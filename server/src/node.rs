@@ -659,6 +659,7 @@ impl Starter<'_> {
     fn watch(&self, replicas: Vec<Replicating>, blocks: BTreeMap<u64, Arc<BlockService>>) -> Watch {
         Watch {
             runtime: self.config.runtime.clone(),
+            own: self.config.peers.own(),
             replicas,
             blocks,
             room: self.config.room.clone(),

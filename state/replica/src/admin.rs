@@ -30,7 +30,6 @@ const SNAPSHOT_IDLE: Duration = Duration::from_secs(60);
 
 #[derive(Default)]
 pub(super) struct Snapshots {
-    next: u64,
     open: BTreeMap<u64, Snapshot>,
 }
 
@@ -251,14 +250,15 @@ impl<M: Machine> Replica<M> {
                     format!("{SNAPSHOTS_MAX} scans are open already"),
                 ));
             }
-            self.snapshots.next += 1;
+            // Not to be taken for another member's, or for one from before a restart.
+            let id = self.config.runtime.random.u64().max(1);
             let (view, position) = match scan.checkpoint {
                 0 => (self.applier.store().snapshot().map_err(store_fault)?, self.applier.position()),
                 at => (self.open_checkpoint(Position(at))?, Position(at)),
             };
             let snapshot = Snapshot { view, position, used: now };
-            self.snapshots.open.insert(self.snapshots.next, snapshot);
-            self.snapshots.next
+            self.snapshots.open.insert(id, snapshot);
+            id
         } else {
             scan.snapshot
         };

@@ -30,13 +30,11 @@ impl Drop for Published {
     }
 }
 
-/// The directory of this user, where the system has one, else one under `/tmp`. Not by the environment: nodes and commands may have
-/// different ones.
-fn place() -> PathBuf {
+/// Where keys are, best first: in the directory of this user, where the system has one, and under `/tmp`. Not by the environment: nodes
+/// and commands may have different ones. Both, because the first comes and goes as its user logs in and out.
+fn places() -> [PathBuf; 2] {
     let uid = rustix::process::getuid().as_raw();
-    let of_system = PathBuf::from(format!("/run/user/{uid}"));
-    let is_own = fs::symlink_metadata(&of_system).is_ok_and(|meta| meta.is_dir() && meta.uid() == uid);
-    if is_own { of_system.join("clutch") } else { PathBuf::from(format!("/tmp/clutch-{uid}")) }
+    [PathBuf::from(format!("/run/user/{uid}/clutch")), PathBuf::from(format!("/tmp/clutch-{uid}"))]
 }
 
 /// Fails unless a directory is this user's, and nobody else can look into it.
@@ -54,12 +52,12 @@ fn check(dir: &Path) -> Result<()> {
 
 /// Puts the key of a node's cluster, which this file holds, where commands find it, and says so where that cannot be; `address` is
 /// where the node is reached.
-pub(crate) fn publish(cluster: u64, address: &str, key: &Path) -> Option<Published> {
-    let published = publish_in(&place(), cluster, address, key);
-    if let Err(error) = &published {
+pub(crate) fn publish(cluster: u64, address: &str, key: &Path) -> Vec<Published> {
+    let all = places().map(|place| publish_in(&place, cluster, address, key));
+    if let [Err(_), Err(error)] = &all {
         talk!("clutch: commands that need the cluster's key must be told where it is (--key): {error:#}");
     }
-    published.ok()
+    all.into_iter().flatten().collect()
 }
 
 fn publish_in(dir: &Path, cluster: u64, address: &str, key: &Path) -> Result<Published> {
@@ -76,6 +74,7 @@ fn publish_in(dir: &Path, cluster: u64, address: &str, key: &Path) -> Result<Pub
             let _ = fs::remove_file(path);
         }
     }
+    remove_unnamed(dir);
     // Nodes in containers may have the same process number.
     let now = std::time::SystemTime::UNIX_EPOCH.elapsed().map_or(0, |since| since.as_nanos());
     let address = address.replace(['/', '-'], "_");
@@ -94,6 +93,17 @@ fn publish_in(dir: &Path, cluster: u64, address: &str, key: &Path) -> Result<Pub
     Ok(Published { path, _locked: locked })
 }
 
+/// Removes what a node left that ended before it gave its copy a name, long ago: one that is about to is left alone.
+fn remove_unnamed(dir: &Path) {
+    let is_old = |entry: &fs::DirEntry| {
+        let age = entry.metadata().and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
+        entry.file_name().to_string_lossy().starts_with('.') && age.is_some_and(|age| age.as_secs() > 3600)
+    };
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten().filter(is_old) {
+        let _ = fs::remove_file(entry.path());
+    }
+}
+
 /// The files of a directory that are there, but those without a name yet.
 fn files(dir: &Path) -> Result<Vec<(PathBuf, File)>> {
     let entries = fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))?;
@@ -107,7 +117,7 @@ fn files(dir: &Path) -> Result<Vec<(PathBuf, File)>> {
 /// moment.
 pub(crate) async fn find_of(runtime: &Runtime, cluster: u64, registry: &str) -> Option<[u8; 32]> {
     for _ in 0..20 {
-        if let Some(key) = find_in(&place(), cluster, registry) {
+        if let Some(key) = places().iter().find_map(|place| find_in(place, cluster, registry)) {
             return Some(key);
         }
         runtime.clock.sleep(Duration::from_millis(50)).await;

@@ -161,8 +161,9 @@ impl NodeHandler {
         (response, body)
     }
 
-    /// Looks at what every request says of itself.
-    fn admit(&self, role: Role, request: &Request) -> Result<(), Refusal> {
+    /// Looks at what every request says of itself; its role, which is told in any case.
+    fn admit(&self, request: &Request, asked: &mut Option<Role>) -> Result<Role, Refusal> {
+        let role = *asked.insert(Role::try_from(request.role).unwrap_or(Role::Unspecified));
         if !mutants::is(Mutant::TimeGoesBack) {
             let observed = self.clock.observe(Time(request.time));
             // Who stamps entries is led ahead by nobody. A block service stamps none: what counts there is signed.
@@ -189,7 +190,7 @@ impl NodeHandler {
                 false => Refusal::new(Code::NotLeader, "this node does not lead the log"),
             });
         }
-        Ok(())
+        Ok(role)
     }
 
     /// Whether who asks shows that it has the cluster's key, for this replica and of late.
@@ -266,8 +267,7 @@ impl NodeHandler {
         }
         let request =
             Request::decode(bytes).map_err(|e| Refusal::malformed(format!("decode request: {e}")))?;
-        let role = *asked.insert(Role::try_from(request.role).unwrap_or(Role::Unspecified));
-        self.admit(role, &request)?;
+        let role = self.admit(&request, asked)?;
         let not_here = |code: Code, what: String| match self.is_starting {
             true => Refusal::new(Code::NotReady, "this node is starting; try again"),
             false => Refusal::new(code, what),

@@ -13,7 +13,7 @@ use bytes::Bytes;
 use clutch_blocks::Codec;
 use clutch_proto::{
     Parts, Refusal, Slot, Time,
-    admin::{AdminReply, AdminRequest},
+    admin::{self, AdminReply, AdminRequest, admin_request},
     blocks::{BlocksReply, BlocksRequest, blocks_request},
     cdc::{CdcReply, CdcRequest, cdc_request},
     certificate,
@@ -834,6 +834,12 @@ impl Client {
         let target = Target { endpoint: address, role, number, members: Vec::new(), incarnation: 0 };
         let body = Body::Encoded(request.encode_to_vec().into());
         let how = How { admin: true, freshness: Freshness::Leader, answer_bytes: 0 };
+        if self.inner.options.system_key.is_some() && self.inner.clock.highest() == Time(0) {
+            // What shows that the key is there is good for a while by the cluster's time, which any answer tells.
+            let status = AdminRequest { op: Some(admin_request::Op::Status(admin::Status::default())) };
+            let status = Body::Encoded(status.encode_to_vec().into());
+            self.attempt(&target, Lane::Metadata, None, status, how).await.result?;
+        }
         let answer = self.attempt(&target, Lane::Metadata, None, body, how).await.result?;
         AdminReply::decode(answer).map_err(|_| ClientError::unexpected("an admin reply"))
     }

@@ -156,7 +156,19 @@ fn denied() -> Result<Vec<String>, String> {
             wrong.push(format!("{name} by who has the key: {refused:?}"));
         }
     }
+    wrong.extend(first_request(&cluster)?);
     Ok(wrong)
+}
+
+/// Why who has the key is not let in by his first request, before he knows the cluster's time.
+fn first_request(cluster: &SimCluster) -> Result<Option<String>, String> {
+    let client = cluster.client();
+    let first = async move {
+        let op = admin_request::Op::ReadLog(ReadLog { from: 1, limit_bytes: 1000 });
+        client.admin_at(endpoint(REGISTRY), Role::Registry, 0, AdminRequest { op: Some(op) }).await
+    };
+    let answered = cluster.world.run(CLIENT, Duration::from_secs(30), first).ok_or("no answer")?;
+    Ok(answered.err().map(|error| format!("a first request by who has the key: {error}")))
 }
 
 /// What is wrong in any case.

@@ -10,7 +10,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_proto::{
-    admin::{Status, admin_request},
+    admin::Status,
     mutants::{self, Mutant},
     registry::{Map, RegistryReply},
     types::ShardPlacement,

@@ -159,7 +159,7 @@ impl Watch {
 
     /// Why the node is not ready to serve what it should; nothing when it is.
     pub async fn unready(&self) -> Vec<String> {
-        let mut reasons = Vec::new();
+        let (mut reasons, mut members) = (Vec::new(), Vec::new());
         for Seen { id, replica, log } in self.replicas().await {
             // A node that is no member, yet or any more, serves its disks.
             let is_own = |own| log.members.iter().any(|progress| progress.member.node == own);
@@ -169,12 +169,21 @@ impl Watch {
             match replica {
                 None => reasons.push(format!("{id} does not answer")),
                 Some(status) if !status.fault.is_empty() => reasons.push(format!("{id}: {}", status.fault)),
-                Some(status) if !status.leading && log.leader.is_none() => {
-                    reasons.push(format!("{id} knows of no leader"));
-                }
-                Some(_) => {}
+                Some(_) => members.push((id, log.leader)),
             }
         }
+        // Who follows remembers a leader that is gone, and who leads may be cut off: only a quorum knows.
+        let confirmed = members.into_iter().map(|(id, leader)| async move {
+            let (_, _, log) = self.replicas.iter().find(|(of, _, _)| *of == id)?;
+            let said = self.runtime.timeout(PATIENCE, log.read_barrier(PATIENCE)).await;
+            let led_by = leader.map_or_else(String::new, |leader| format!(" (node {leader} led it)"));
+            match said {
+                Some(Ok(_)) => None,
+                Some(Err(fault)) => Some(format!("{id}: no quorum confirms who leads{led_by}: {fault}")),
+                None => Some(format!("{id}: no quorum confirms who leads{led_by}")),
+            }
+        });
+        reasons.extend(join_all(confirmed).await.into_iter().flatten());
         reasons.extend(self.left_out.values().cloned());
         reasons
     }

@@ -1,6 +1,10 @@
 //! Every flag, once.
 
-use std::{ffi::OsString, path::PathBuf, time::Duration};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{Args, Parser, Subcommand};
 
@@ -44,7 +48,7 @@ pub(crate) struct Cli {
     /// The cluster's key, which changing or examining its insides needs: `keys/cluster.key` in the directory of any node. A node that
     /// runs on this machine under the same user needs not be named.
     #[arg(long, global = true, env = "CLUTCH_KEY", value_name = "FILE")]
-    pub(crate) key: Option<PathBuf>,
+    key: Option<String>,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
@@ -68,6 +72,11 @@ pub(crate) fn seconds(seconds: u64) -> Duration {
 }
 
 impl Cli {
+    /// Where the cluster's key is, where that is said; an empty variable says nothing.
+    pub(crate) fn key(&self) -> Option<&Path> {
+        self.key.as_deref().filter(|key| !key.is_empty()).map(Path::new)
+    }
+
     pub(crate) fn patience(&self) -> Duration {
         seconds(self.patience_s)
     }
@@ -228,6 +237,11 @@ pub(crate) struct UpArgs {
     /// A log segment is closed when it is larger than this; whole segments are trimmed.
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=4096), value_name = "MIB")]
     pub(crate) segment_mib: u64,
+    /// Nodes, each with a member of every log, in this process: how a cluster of several works can be tried with 3. They listen on as many
+    /// ports one behind the other, and each has its settings in DIR/nN/node.toml.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=5), value_name = "N",
+        conflicts_with_all = ["segment_mib", "advertise", "metrics", "collect_every_s", "grant_s", "clock_skew_s", "accept_clock", "reserve_mib", "retain_log", "unfinished_s"])]
+    pub(crate) replicas: u16,
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT", value_parser = parse_address)]
     pub(crate) listen: String,

@@ -130,11 +130,12 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     };
     let client = || client_with(None);
     // One that has the cluster's key, where that can be had; who has it not is told what to do when he is refused.
-    let operator = async || match &cli.key {
+    let operator = async || match cli.key() {
         Some(file) => client_with(Some(keys::read_key(file)?)),
         None => client_with(keyring::find_of(&runtime, client()?.map().await?.cluster, &cli.registry).await),
     };
     match &cli.command {
+        Command::Up(args) if args.replicas > 1 => commands::up_several::run(runtime, args).await,
         Command::Up(args) => commands::up::run(runtime, args).await,
         Command::Node(args) => commands::node::run(runtime, args).await,
         Command::Cluster(command) => commands::cluster::run(&runtime, client, operator, command).await,

@@ -275,7 +275,7 @@ fn a_node_is_put_in_the_place_of_one_that_is_gone() {
     fs::set_permissions(&wrong, fs::Permissions::from_mode(0o600)).expect("changed");
     let wrong = wrong.to_str().expect("a name");
     let refused = three.run(&["cluster", "replace-node", "3", "--with", "4", "--key", wrong]);
-    assert!(text(&refused).contains("only who has the cluster's key"), "{}", text(&refused));
+    assert!(text(&refused).contains("is not this cluster's"), "{}", text(&refused));
     let unknown = three.run(&["cluster", "add-replica", "9", "--cdc", "--key", key]);
     assert!(text(&unknown).contains("node 9 is not known here"), "{}", text(&unknown));
     let mistyped = three.run(&["cluster", "replace-node", "9", "--with", "4", "--key", key]);
@@ -491,4 +491,48 @@ fn leaders_are_spread_over_the_nodes_when_nothing_changes() {
         std::thread::sleep(Duration::from_millis(100));
     }
     three.ok(&["fs", "mkdir", "/after"]);
+}
+
+#[test]
+fn three_nodes_run_in_one_process_for_a_trial() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let dir = temporary.path().join("trial");
+    let port = free_ports();
+    let registry = [0, 1, 2].map(|n| format!("127.0.0.1:{}", port + n)).join(",");
+    let up = |more: &[&str]| {
+        let mut command = Command::new(CLUTCH);
+        command.args(["up", "--listen", &format!("127.0.0.1:{port}"), "--dir"]).arg(&dir).args(more);
+        command
+    };
+    let clutch = |arguments: &[&str]| {
+        let output =
+            Command::new(CLUTCH).args(arguments).env("CLUTCH_REGISTRY", &registry).output().expect("runs");
+        assert!(output.status.success(), "{arguments:?}: {}", text(&output));
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    };
+    for round in 0..2 {
+        let mut process = up(&["--replicas", "3"]).spawn().expect("runs");
+        let status: serde_json::Value =
+            serde_json::from_str(&clutch(&["status", "--json", "--wait", "60"])).expect("JSON");
+        let logs = status["logs"].as_array().expect("logs");
+        assert!(
+            logs.iter().all(|log| log["replicas"].as_array().is_some_and(|all| all.len() == 3)),
+            "{logs:?}"
+        );
+        clutch(&["fs", "mkdir", &format!("/round{round}")]);
+        assert_eq!(clutch(&["fs", "ls", "/"]).lines().count(), round + 1);
+        clutch(&["fsck"]);
+        let pid = process.id().to_string();
+        assert!(Command::new("kill").arg(&pid).status().is_ok_and(|status| status.success()));
+        assert!(process.wait().is_ok_and(|status| status.success()), "it stops when it is told to");
+    }
+    for (more, said) in [
+        (&["--replicas", "2"][..], "another number of nodes"),
+        (&["--replicas", "3", "--retain-log", "7d"], "cannot be used with"),
+        (&["--replicas", "9"], "is not in 1..=5"),
+        (&[], "n1"),
+    ] {
+        let refused = up(more).output().expect("runs");
+        assert!(!refused.status.success() && text(&refused).contains(said), "{more:?}: {}", text(&refused));
+    }
 }

@@ -239,8 +239,16 @@ impl NodeHandler {
             None | Some(Op::Status(_) | Op::HashAt(_)) => return Ok(()),
         };
         if !self.is_proven(request) && !mutants::is(Mutant::AnybodyAdministers) {
-            let text = "only who has the cluster's key looks into its logs and tables, trims them, or changes its members: name \
-                        keys/cluster.key of a node with --key. (Or the clocks are more than a minute apart.)";
+            let text = match request.system_mac.is_empty() {
+                true => {
+                    "only who has the cluster's key looks into its logs and tables, trims them, or changes its members: name \
+                     keys/cluster.key of a node with --key"
+                }
+                false => {
+                    "the key that was used is not this cluster's (or the clocks are more than a minute apart): name \
+                     keys/cluster.key of one of its nodes with --key"
+                }
+            };
             return Err(Refusal::new(Code::Permission, text));
         }
         match members.iter().find(|member| self.routes.address(member.node).is_empty()) {

@@ -94,12 +94,26 @@ fn parse(line: &str) -> Result<Key> {
 
 /// Reads the key that the parts of the cluster know each other by, where others have made it.
 pub fn read_system_key(dir: &Path) -> Result<[u8; 32]> {
-    read_key(&dir.join("cluster.key"))
+    newest(read(&dir.join("cluster.key"))?)
 }
 
-/// Reads the key that the parts of a cluster know each other by, from that file.
+fn newest(keys: Vec<Key>) -> Result<[u8; 32]> {
+    Ok(keys.into_iter().max_by_key(|key| key.epoch).context("no key")?.secret)
+}
+
+/// Reads the key that the parts of a cluster know each other by, from a file that an operator names.
 pub fn read_key(path: &Path) -> Result<[u8; 32]> {
-    Ok(read(path)?.into_iter().max_by_key(|key| key.epoch).context("no key")?.secret)
+    let named = || {
+        format!(
+            "the cluster's key is to be in {} (--key or CLUTCH_KEY): name keys/cluster.key in the directory of a node",
+            path.display()
+        )
+    };
+    ensure!(!path.is_dir(), "{}; this is a directory", named());
+    let metadata = path.metadata().with_context(named)?;
+    ensure!(metadata.is_file(), named());
+    std::fs::File::open(path).with_context(named)?;
+    newest(read(path).with_context(named)?)
 }
 
 /// Reads the keys of these services, where others have made them: a key that is made anew is of no use to anybody.

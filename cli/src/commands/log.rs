@@ -99,8 +99,16 @@ async fn take_checkpoints(client: &Client, which: &Which) -> Result<ExitCode> {
 
 async fn trim(client: &Client, which: &Which, upto: u64) -> Result<ExitCode> {
     let ids = chosen(which, client.map().await?.shards.len() as u32)?;
+    let mut failed = None;
     for &id in &ids {
-        admin(client, id, Op::TrimLog(TrimLog { upto })).await?;
+        // One that cannot be trimmed keeps no other from it.
+        if let Err(error) = admin(client, id, Op::TrimLog(TrimLog { upto })).await {
+            if ids.len() == 1 {
+                return Err(error);
+            }
+            output::line(format!("{id}: not trimmed: {error:#}"))?;
+            failed = Some(error);
+        }
     }
     // A segment goes when no log needs it any more: only now is it known where each of them begins.
     for id in ids {
@@ -108,7 +116,7 @@ async fn trim(client: &Client, which: &Which, upto: u64) -> Result<ExitCode> {
         let first = reply.status.map_or(0, |status| status.log_first);
         output::line(format!("{id}: the log begins at {first} (whole segments are removed)"))?;
     }
-    Ok(ExitCode::SUCCESS)
+    failed.map_or(Ok(ExitCode::SUCCESS), |error| Err(error.context("not all logs were trimmed")))
 }
 
 async fn list_checkpoints(client: &Client, as_json: bool) -> Result<ExitCode> {

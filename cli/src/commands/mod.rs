@@ -13,3 +13,4 @@ pub(crate) mod serving;
 pub(crate) mod shell;
 pub(crate) mod status;
 pub(crate) mod up;
+pub(crate) mod up_several;

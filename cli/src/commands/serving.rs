@@ -84,7 +84,7 @@ impl Stops {
 }
 
 /// Completes when nothing useful is served any more: all replicas have stopped for good. Why they have.
-async fn useless(node: &Node) -> Vec<String> {
+pub(crate) async fn useless(node: &Node) -> Vec<String> {
     loop {
         let (faults, serves) = node.faults();
         if !serves {

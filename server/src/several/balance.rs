@@ -181,7 +181,7 @@ async fn look(client: &Client, ids: &[LogId], settled_after: Duration, changes: 
     let from = logs.iter().find(|led| led.id == id).map(|led| led.leader);
     let still = |status: &StatusReply| (Some(status.leader) == from).then_some(to);
     let leads = members::move_leader(client, id, &still).await?;
-    tracing::info!(log = %id, node = leads, "leads now, so that nodes lead as many logs as others");
+    tracing::warn!(log = %id, node = leads, "leads now, so that nodes lead as many logs as others");
     Ok(())
 }
 

@@ -100,8 +100,11 @@ fn collect_every_s() -> u64 {
     60
 }
 
+/// How long leaders are left where they are when nothing is said.
+pub const BALANCE_AFTER_S: u64 = 600;
+
 fn balance_after_s() -> u64 {
-    600
+    BALANCE_AFTER_S
 }
 
 fn clock_skew_s() -> u64 {
@@ -127,7 +130,9 @@ impl Settings {
         let mut nodes = BTreeMap::new();
         for (number, address) in &self.nodes {
             let node = number.parse().ok().filter(|node: &NodeId| *node > 0);
-            let node = node.with_context(|| format!("[nodes]: {number:?} is not the number of a node"))?;
+            let node = node.with_context(|| {
+                format!("[nodes]: {number:?} is not the number of a node; settings go above [nodes]")
+            })?;
             check_reached(address).with_context(|| format!("[nodes]: node {node}"))?;
             ensure!(nodes.insert(node, address.clone()).is_none(), "[nodes]: node {node} is there twice");
         }
@@ -138,6 +143,7 @@ impl Settings {
         check_address(&self.listen).context("listen")?;
         if let Some(address) = &self.metrics {
             check_address(address).context("metrics")?;
+            ensure!(*address != self.listen, "metrics = {address:?} is what it listens on: say another port");
         }
         if let Some(address) = &self.advertise {
             check_reached(address).context("advertise")?;
@@ -194,7 +200,12 @@ impl Layout {
         })?;
         let settings: Settings = toml::from_str(&text).map_err(|error| {
             let line = error.span().map_or(0, |span| text[..span.start].lines().count().max(1));
-            anyhow::anyhow!("{} is not as it should be: line {line}: {}", path.display(), error.message())
+            let said = text.lines().nth(line.saturating_sub(1)).unwrap_or_default().trim();
+            anyhow::anyhow!(
+                "{} is not as it should be: line {line} ({said}): {}",
+                path.display(),
+                error.message()
+            )
         })?;
         settings.check().with_context(|| format!("{} is not as it should be", path.display()))?;
         let nodes = settings.nodes().with_context(|| format!("{} is not as it should be", path.display()))?;

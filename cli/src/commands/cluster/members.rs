@@ -5,6 +5,7 @@ use clutch_client::Client;
 use clutch_client_maintenance::members::{self, Change};
 use clutch_log::LogId;
 use clutch_proto::admin::StatusReply;
+use clutch_server::several::layout::BALANCE_AFTER_S;
 
 use crate::{
     args::Which,
@@ -75,6 +76,9 @@ pub(super) async fn drain(client: &Client, node: u64) -> Result<()> {
         let to = |is: &StatusReply| if is.leader == node { members::successor(is, node) } else { None };
         say_leader(id, members::move_leader(client, id, &to).await?)?;
     }
+    talk!(
+        "  note: when balance_after_s of node.toml has passed ({BALANCE_AFTER_S} s where nothing is said) leaders may come back to node {node}"
+    );
     Ok(())
 }
 

@@ -384,7 +384,7 @@ impl Mutant {
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),
-        (Mutant::YoungMapKept, &["units", "rpc::tests::planted_bugs_are_found"]),
+        (Mutant::YoungMapKept, &["units", "rpc::tests::young::planted_bugs_are_found"]),
         (Mutant::BalancedForNothing, &["units", "several::balance::tests::planted_bugs_are_found"]),
         (Mutant::CutOffShows, &["cut off"]),
         (Mutant::UnconfirmedMembers, &["units", "confirmed::tests::planted_bugs_are_found"]),

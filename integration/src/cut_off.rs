@@ -3,18 +3,17 @@
 
 use std::time::Duration;
 
-use clutch_client::{Client, ClientError};
+use clutch_client::Client;
 use clutch_log::LogId;
 use clutch_proto::{
-    InodeId,
     admin::{AdminRequest, ReadLog, ScanRows, admin_request::Op},
     session::Role,
 };
 use clutch_runtime::simulated::NodeId;
 
 use crate::{
+    diverged::work,
     sim_cluster::{CLIENT, ClusterConfig, Engine, SimCluster, endpoint},
-    workload::attributes,
 };
 
 /// How many directories a member shows, by its rows and by its log; `None` where it shows none of either.
@@ -29,13 +28,6 @@ async fn shown(client: &Client, node: NodeId) -> Option<usize> {
         most = most.max(Some(rows.max(batches)));
     }
     most
-}
-
-async fn work(client: &Client, part: &str) -> Result<(), ClientError> {
-    for number in 0..8 {
-        client.make_directory(InodeId::ROOT, &format!("{part}{number}").into(), attributes()).await?;
-    }
-    Ok(())
 }
 
 fn check(seed: u64, leads: bool) -> Result<(), String> {

@@ -25,7 +25,8 @@ fn cluster(seed: u64) -> Result<SimCluster, String> {
     SimCluster::start_with(seed, config).ok_or_else(|| "the cluster does not come up".into())
 }
 
-async fn work(client: &Client, part: &str) -> Result<(), ClientError> {
+/// Makes a few directories.
+pub(crate) async fn work(client: &Client, part: &str) -> Result<(), ClientError> {
     for number in 0..8 {
         client.make_directory(InodeId::ROOT, &format!("{part}{number}").into(), attributes()).await?;
     }

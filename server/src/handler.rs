@@ -152,11 +152,7 @@ impl NodeHandler {
             Ok(answer) => answer,
             Err(refusal) => (Response { error: Some(refusal.to_wire()), ..Response::default() }, None),
         };
-        self.meters.answered(
-            role.unwrap_or_default(),
-            self.monotonic.monotonic() - began,
-            response.error.is_some(),
-        );
+        self.meters.answered(role, self.monotonic.monotonic() - began, response.error.is_some());
         response.time = response.time.max(self.clock.told().0);
         (response, body)
     }

@@ -63,8 +63,8 @@ impl Default for Meters {
 
 impl Meters {
     /// A request of a role was answered; requests that could not be read are of none, and not counted.
-    pub(crate) fn answered(&self, role: Role, took: Duration, is_refused: bool) {
-        if let Some((_, requests)) = self.by_role.iter().find(|(known, _)| *known == role) {
+    pub(crate) fn answered(&self, role: Option<Role>, took: Duration, is_refused: bool) {
+        if let Some((_, requests)) = self.by_role.iter().find(|(known, _)| Some(*known) == role) {
             requests.took.observe(took.as_secs_f64());
             if is_refused {
                 requests.refused.inc();

@@ -13,21 +13,23 @@ use crate::{
     output::talk,
 };
 
+/// How a node is started, by its settings.
+pub(super) fn options(layout: &Layout, accept_clock: bool) -> Result<StartOptions> {
+    let retain = layout.settings.retain_log.as_deref().map(parse_retention).transpose();
+    let retain_log = match retain.map_err(anyhow::Error::msg).context("node.toml: retain_log")? {
+        None | Some(Keep::All) => None,
+        Some(Keep::AtMost(ms)) => Some(Duration::from_millis(ms)),
+    };
+    Ok(StartOptions { accept_clock, retain_log })
+}
+
 pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
     let mut stops = Stops::new()?;
     let started = std::time::Instant::now();
     raise_open_files();
     let layout = Layout::read(&runtime, &args.config)?;
     let monitored = http::listen(layout.settings.metrics.as_deref()).await?;
-    let retain = layout.settings.retain_log.as_deref().map(parse_retention).transpose();
-    let retain = retain.map_err(anyhow::Error::msg).context("node.toml: retain_log")?;
-    let options = StartOptions {
-        accept_clock: args.accept_clock,
-        retain_log: match retain {
-            None | Some(Keep::All) => None,
-            Some(Keep::AtMost(ms)) => Some(Duration::from_millis(ms)),
-        },
-    };
+    let options = options(&layout, args.accept_clock)?;
     talk!("clutch: starting; it serves when most of the cluster's nodes run");
     let several = tokio::select! {
         several = Several::start(runtime, layout, options) => several?,

@@ -1,21 +1,20 @@
 //! `clutch up --replicas N`: the nodes of a cluster of several in one process, for a trial.
 
-use std::{path::Path, process::ExitCode, time::Duration};
+use std::{path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clutch_runtime::Runtime;
 use clutch_server::several::{
-    Several, StartOptions,
+    Several,
     layout::{Layout, NewCluster},
 };
 use futures_util::future::{join_all, select_all, try_join_all};
 
-use super::serving::{Stops, raise_open_files, useless};
-use crate::{
-    args::{Keep, UpArgs, parse_retention},
-    keyring,
-    output::talk,
+use super::{
+    node,
+    serving::{Stops, raise_open_files, useless},
 };
+use crate::{args::UpArgs, keyring, output::talk};
 
 /// Where the nodes listen: on as many ports one behind the other.
 fn addresses(listen: &str, count: u16) -> Result<Vec<String>> {
@@ -51,22 +50,13 @@ fn layouts(runtime: &Runtime, args: &UpArgs) -> Result<Vec<Layout>> {
     (1..=count).map(|n| Layout::read(runtime, Path::new(&dir_of(n)))).collect()
 }
 
-fn options(layout: &Layout) -> Result<StartOptions> {
-    let retain = layout.settings.retain_log.as_deref().map(parse_retention).transpose();
-    let retain_log = match retain.map_err(anyhow::Error::msg).context("node.toml: retain_log")? {
-        None | Some(Keep::All) => None,
-        Some(Keep::AtMost(ms)) => Some(Duration::from_millis(ms)),
-    };
-    Ok(StartOptions { accept_clock: false, retain_log })
-}
-
 pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     let mut stops = Stops::new()?;
     let started = std::time::Instant::now();
     raise_open_files();
     let mut starting = Vec::new();
     for layout in layouts(&runtime, args)? {
-        let options = options(&layout)?;
+        let options = node::options(&layout, false)?;
         starting.push(Several::start(runtime.clone(), layout, options));
     }
     // None serves before most of them do.

@@ -109,7 +109,8 @@ fn next_step(status: &StatusReply, change: Change) -> Result<Step> {
     })
 }
 
-fn role_of(id: LogId) -> Role {
+/// What a log's replicas are asked as.
+pub fn role_of(id: LogId) -> Role {
     match id {
         LogId::REGISTRY => Role::Registry,
         LogId::CDC => Role::Cdc,

@@ -137,7 +137,8 @@ async fn status_at(client: &Client, at: &Endpoint, role: Role, number: u32) -> R
     reply.status.context("an answer without a status")
 }
 
-async fn leads_registry(client: &Client, at: &Endpoint) -> Result<bool> {
+/// Whether the node there leads the registry: one node of all looks after what concerns all.
+pub(super) async fn leads_registry(client: &Client, at: &Endpoint) -> Result<bool> {
     Ok(status_at(client, at, Role::Registry, 0).await?.leading)
 }
 
@@ -169,12 +170,7 @@ async fn look(client: &Client, ids: &[LogId], settled_after: Duration, changes: 
     let Some((id, to)) = next_move(&logs) else { return Ok(()) };
     // A node without room, or whose disks fail, is left as it is.
     let at = Endpoint::from(nodes.get(&to).context("a member without an address")?.as_str());
-    let role = match id {
-        LogId::REGISTRY => Role::Registry,
-        LogId::CDC => Role::Cdc,
-        LogId { .. } => Role::Shard,
-    };
-    let status = status_at(client, &at, role, id.number).await?;
+    let status = status_at(client, &at, members::role_of(id), id.number).await?;
     if !status.fault.is_empty() || !status.node_faults.is_empty() {
         return Ok(());
     }

@@ -15,10 +15,6 @@ use clutch_client_maintenance::collector::{self, CollectOptions};
 use clutch_log::{Engines, LogId, LogletId, NodeId};
 use clutch_log_raft::{Identities, Peers as Streams, RaftEngine, Timing};
 use clutch_log_store::{Options, Store};
-use clutch_proto::{
-    admin::{AdminRequest, Status, admin_request::Op},
-    session::Role,
-};
 use clutch_runtime::{Endpoint, PeerStream, Runtime};
 use clutch_shard::{Lifetimes, Pages};
 
@@ -310,9 +306,7 @@ async fn collect(client: Client, own: Endpoint, pause: Duration) {
     let clock = client.runtime().clock.clone();
     loop {
         clock.sleep(pause).await;
-        let request = AdminRequest { op: Some(Op::Status(Status::default())) };
-        let asked = client.admin_at(own.clone(), Role::Registry, 0, request).await;
-        match asked.map(|reply| reply.status.is_some_and(|status| status.leading)) {
+        match balance::leads_registry(&client, &own).await {
             Ok(true) => collector::pass(&client, &options).await,
             Ok(false) => {}
             Err(error) => tracing::warn!(%error, "ask this node whether it is to collect"),

@@ -27,6 +27,11 @@ pub fn sleep(duration: Duration) -> BoxFuture<()> {
     standing::sleep(duration).unwrap_or_else(|| Box::pin(tokio::time::sleep(duration)))
 }
 
+/// Completes after `duration` or a little later, as [`crate::Clock::sleep_about`].
+pub fn sleep_about(duration: Duration) -> BoxFuture<()> {
+    sleep(crate::to_shared_moment(monotonic(), duration))
+}
+
 /// Runs a task beside the others. It ends with its node.
 ///
 /// # Panics

@@ -37,6 +37,24 @@ pub trait Clock: Send + Sync {
     fn steady(&self) -> Duration;
     /// Completes after `duration`.
     fn sleep(&self, duration: Duration) -> BoxFuture<()>;
+    /// Completes after `duration`, or up to [`SHARED_MOMENTS`] later: at a moment at which all wake that wait like this, so that
+    /// a node with many groups wakes once for all of them. For what is done again and again and need not be punctual.
+    fn sleep_about(&self, duration: Duration) -> BoxFuture<()> {
+        self.sleep(to_shared_moment(self.monotonic(), duration))
+    }
+}
+
+/// How far the moments lie apart at which whoever need not be punctual wakes.
+pub const SHARED_MOMENTS: Duration = Duration::from_millis(100);
+
+/// How long it is until the first shared moment that lies `duration` after now, or later.
+fn to_shared_moment(now: Duration, duration: Duration) -> Duration {
+    let due = now.saturating_add(duration);
+    let past = due.as_nanos() % SHARED_MOMENTS.as_nanos();
+    match u64::try_from(past) {
+        Ok(0) | Err(_) => duration,
+        Ok(past) => duration.saturating_add(SHARED_MOMENTS - Duration::from_nanos(past)),
+    }
 }
 
 /// The one source of randomness.

@@ -6,12 +6,12 @@ use async_trait::async_trait;
 use clutch_log::{Batch, Epoch, Event, Events, LogFault, NodeId, Position};
 use clutch_log_store::Cursor;
 use clutch_proto::mutants::{self, Mutant};
-use openraft::async_runtime::WatchReceiver as _;
 use std::sync::Arc;
 
 use crate::{
     member::Member,
-    types::{Command, Payload, TypeConfig, index_of, position_of},
+    standing::Standing,
+    types::{Command, Payload, index_of, position_of},
 };
 
 /// Reads what is delivered, and says who leads.
@@ -23,7 +23,7 @@ pub(crate) struct RaftEvents {
     durable: tokio::sync::watch::Receiver<Position>,
     /// Where what is not in memory any more is read.
     cursor: Cursor,
-    metrics: openraft::type_config::alias::WatchReceiverOf<TypeConfig, openraft::RaftMetrics<TypeConfig>>,
+    standing: tokio::sync::watch::Receiver<Standing>,
     next: Position,
     /// The reign that was told last, and who was said to lead in it.
     told: (u64, Option<NodeId>),
@@ -41,7 +41,7 @@ impl RaftEvents {
             resigning: member.resigning(),
             durable: member.log().group().last(),
             cursor: member.log().group().cursor(),
-            metrics: member.raft().metrics(),
+            standing: member.standing_changes(),
             member,
             next,
             told: (0, None),
@@ -121,7 +121,7 @@ impl RaftEvents {
             _ = self.resigning.changed() => Ok(()),
             _ = self.durable.changed() => Ok(()),
             // Whoever tells it is gone, and nobody would wake the reader again.
-            told = self.metrics.changed() => told.map_err(|_| LogFault::Storage("the group has ended".into())),
+            told = self.standing.changed() => told.map_err(|_| LogFault::Storage("the group has ended".into())),
         }
     }
 
@@ -154,6 +154,7 @@ impl Events for RaftEvents {
             self.changes.borrow_and_update();
             self.resigning.borrow_and_update();
             self.durable.borrow_and_update();
+            self.standing.borrow_and_update();
             if let Some(event) = self.ready()? {
                 return Ok(event);
             }

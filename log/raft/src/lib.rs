@@ -22,6 +22,7 @@ mod peers;
 mod quorum;
 mod seam;
 mod snapshots;
+mod standing;
 mod storage;
 mod types;
 
@@ -33,7 +34,7 @@ use clutch_log::{
 };
 use clutch_log_store::{RecordKind, Store};
 use clutch_proto::mutants::{self, Mutant};
-use clutch_runtime::Runtime;
+use clutch_runtime::{Runtime, SHARED_MOMENTS};
 use openraft::{Config, EmptyNode, SnapshotPolicy};
 
 pub use identities::Identities;
@@ -54,7 +55,9 @@ pub struct Timing {
 
 impl Default for Timing {
     fn default() -> Timing {
-        Timing { heartbeat: Duration::from_millis(75), lease: Duration::from_millis(450) }
+        // openraft sends a heartbeat at the first tick after so long, and ticks come at shared moments: at each second one.
+        let heartbeat = SHARED_MOMENTS * 2 - Duration::from_millis(10);
+        Timing { heartbeat, lease: Duration::from_millis(450) }
     }
 }
 

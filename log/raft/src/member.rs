@@ -34,6 +34,7 @@ use crate::{
     quorum,
     seam::SeamInstant,
     snapshots::{Received, Sent},
+    standing::{self, Standing},
     storage::GroupLog,
     types::{Command, Raft, Taken, Teller, TypeConfig, position_of},
 };
@@ -93,6 +94,7 @@ pub(crate) struct Member {
     fetched: Mutex<Fetched>,
     /// Told when a reign was given up.
     pub(crate) resigning: tokio::sync::watch::Sender<bool>,
+    standing: tokio::sync::watch::Receiver<Standing>,
     /// The next answer is lost on its way.
     #[cfg(test)]
     lose_next_answer: Mutex<bool>,
@@ -130,6 +132,7 @@ impl Member {
             barriers: Arc::default(),
             fetched: Mutex::default(),
             resigning: tokio::sync::watch::Sender::new(false),
+            standing: standing::watch(&runtime, &raft),
             #[cfg(test)]
             lose_next_answer: Mutex::new(false),
         });
@@ -169,6 +172,11 @@ impl Member {
 
     pub(crate) fn resigning(&self) -> tokio::sync::watch::Receiver<bool> {
         self.resigning.subscribe()
+    }
+
+    /// Tells when the reign or who leads in it has changed, or where the log begins, or that the group has failed.
+    pub(crate) fn standing_changes(&self) -> tokio::sync::watch::Receiver<Standing> {
+        self.standing.clone()
     }
 
     pub(crate) fn metrics(&self) -> RaftMetrics<TypeConfig> {

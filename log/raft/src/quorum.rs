@@ -40,7 +40,7 @@ struct Reign {
 pub(crate) async fn watch(runtime: Runtime, member: Weak<Member>) {
     let mut reign: Option<Reign> = None;
     loop {
-        runtime.clock.sleep(LOOK).await;
+        runtime.clock.sleep_about(LOOK).await;
         let Some(member) = member.upgrade() else { return };
         if member.fault().is_some() {
             return;

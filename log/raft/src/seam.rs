@@ -13,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use clutch_runtime::{BoxFuture, ambient};
+use clutch_runtime::{BoxFuture, SHARED_MOMENTS, ambient};
 use futures_util::FutureExt as _;
 use openraft::{AsyncRuntime, Instant, OptionalSend, TokioRuntime};
 use rand_10::{SeedableRng as _, rngs::SmallRng};
@@ -160,7 +160,12 @@ impl AsyncRuntime for SeamRuntime {
     }
 
     fn sleep_until(deadline: SeamInstant) -> BoxFuture<()> {
-        ambient::sleep(deadline - SeamInstant::now())
+        let wait = deadline - SeamInstant::now();
+        // Ticks of all groups come together. What waits for less than that is no tick, and something waits for it.
+        match wait < SHARED_MOMENTS / 20 {
+            true => ambient::sleep(wait),
+            false => ambient::sleep_about(wait),
+        }
     }
 
     fn timeout<R, F: Future<Output = R> + OptionalSend>(duration: Duration, future: F) -> Limited<F> {

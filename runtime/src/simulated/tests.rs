@@ -6,7 +6,7 @@ use bytes::Bytes;
 use clutch_proto::Parts;
 
 use super::*;
-use crate::{Answers, Disk as _, Endpoint, Handled, Handler, Lane, PeerStream, ambient};
+use crate::{Answers, Disk as _, Endpoint, Handled, Handler, Lane, PeerStream, SHARED_MOMENTS, ambient};
 
 struct Echo(Runtime);
 
@@ -268,4 +268,36 @@ fn a_thread_that_ends_drops_the_world_that_it_keeps() {
         });
     });
     keeper.join().expect("ends");
+}
+
+#[test]
+fn who_need_not_be_punctual_wakes_with_the_others() {
+    let world = World::new(3);
+    let runtime = world.node(NodeId(0));
+    let woken = world.run(NodeId(0), Duration::from_secs(60), async move {
+        let (told, mut heard) = tokio::sync::mpsc::unbounded_channel();
+        for ms in [0u64, 1, 40, 99, 100, 101, 250] {
+            let (clock, told, wait) = (runtime.clock.clone(), told.clone(), Duration::from_millis(ms));
+            runtime.spawn("waits", async move {
+                clock.sleep(Duration::from_micros(700 * ms)).await;
+                let began = clock.monotonic();
+                clock.sleep_about(wait).await;
+                let late = clock.monotonic() - began - wait;
+                let _ = told.send((clock.monotonic(), late));
+            });
+        }
+        drop(told);
+        let mut woken = Vec::new();
+        while let Some(one) = heard.recv().await {
+            woken.push(one);
+        }
+        woken
+    });
+    let woken = woken.expect("it ends");
+    assert_eq!(woken.len(), 7);
+    for (at, late) in woken {
+        let past = at.as_nanos() % SHARED_MOMENTS.as_nanos();
+        assert!(past < 1_000_000, "{past} ns behind a shared moment");
+        assert!(late < SHARED_MOMENTS + Duration::from_millis(1), "{late:?} late");
+    }
 }

@@ -202,14 +202,14 @@ impl<M: Machine> Replica<M> {
     ) -> Option<(ReplicaConfig<M>, Manifest)> {
         let mut events = self.config.log.events(self.applier.position().next());
         let clock = self.config.runtime.clock.clone();
-        let mut tick = clock.sleep(TICK);
+        let mut tick = clock.sleep_about(TICK);
         let mut inputs = Vec::new();
         loop {
             tokio::select! {
                 biased;
                 // First, because under load something else is always ready.
                 () = &mut tick => {
-                    tick = clock.sleep(TICK);
+                    tick = clock.sleep_about(TICK);
                     self.tick();
                 }
                 Some((id, outcome)) = self.in_flight.next(), if !self.in_flight.is_empty() => self.decided(id, outcome),

@@ -7,6 +7,7 @@ mod members;
 mod messages;
 mod nemesis;
 mod reads;
+mod standing;
 mod votes;
 
 use std::time::Duration;

@@ -440,6 +440,10 @@ impl RaftLogStorage<TypeConfig> for GroupLog {
     }
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
+        // Nothing lies behind it.
+        if self.last_id().map(|here| here.index) <= last.map(|last| last.index) {
+            return Ok(());
+        }
         self.room().await;
         let from = last.map_or(0, |last| last.index + 1);
         let written = {

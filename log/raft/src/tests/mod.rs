@@ -8,6 +8,7 @@ mod messages;
 mod nemesis;
 mod reads;
 mod standing;
+mod suites;
 mod votes;
 
 use std::time::Duration;

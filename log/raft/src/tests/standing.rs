@@ -39,9 +39,14 @@ fn is_told_of_the_end(seed: u64) -> bool {
                 }
             }
         };
-        let asked = peers.ask(leader, LogId::CDC.into(), Kind::Vote, body, Duration::from_secs(1));
-        assert!(asked.await.is_ok(), "the vote is asked for");
-        (reign, runtime.timeout(Duration::from_secs(1), told).await)
+        let asked = async {
+            // The reader waits by then.
+            runtime.clock.sleep(Duration::from_millis(1)).await;
+            peers.ask(leader, LogId::CDC.into(), Kind::Vote, body, Duration::from_secs(1)).await
+        };
+        let (told, asked) = tokio::join!(runtime.timeout(Duration::from_secs(1), told), asked);
+        assert!(asked.is_ok(), "the vote is asked for");
+        (reign, told)
     });
     let (reign, told): (Epoch, Option<Epoch>) = told.0;
     assert!(told.is_none_or(|told| told == reign), "{told:?} has ended, not {reign:?}");

@@ -1,6 +1,7 @@
 //! The load: lanes of clients that work on few names, so that they meet.
 
 use std::{
+    collections::BTreeMap,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -8,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use bytes::Bytes;
 use clutch_client::{Client, ClientError, FileAttributes, Resolved};
+use clutch_log::LogId;
 use clutch_proto::{InodeId, types::Code};
 use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
@@ -19,15 +21,20 @@ use tokio::task::JoinHandle;
 use crate::trial::Trial;
 
 const CLIENTS: u64 = 6;
+/// Clients that only look: who writes soon learns that another node leads, and who only looks may go on asking the one that led.
+const LOOKERS: u64 = 3;
 /// Operations of one client at a time.
 const LANES: u64 = 3;
 /// Rest between two of them: what is recorded is looked through at the end.
-const REST: Duration = Duration::from_millis(12);
-const DIRECTORIES: u32 = 12;
+const REST: Duration = Duration::from_millis(1);
+const DIRECTORIES_OF_SHARD: usize = 3;
+/// Names until each shard has as many.
+const NAMES_TRIED: u32 = 1000;
 const NAMES: u32 = 6;
 /// Operations, as often as they are drawn.
 const KINDS: [&str; 10] =
     ["create", "create", "create", "create", "lookup", "unlink", "unlink", "rename", "directory", "map"];
+const LOOKUP: usize = 4;
 
 /// Begins the load; it goes on until `stop`.
 pub(crate) async fn begin(
@@ -37,13 +44,14 @@ pub(crate) async fn begin(
 ) -> Result<Vec<JoinHandle<()>>> {
     let directories = trial.prepare(&trial.client(Some(u64::MAX))).await?;
     let mut lanes = Vec::new();
-    for number in 0..CLIENTS {
+    for number in 0..CLIENTS + LOOKERS {
         let client = trial.client(Some(number));
         for lane in 0..LANES {
             let (trial, client, stop) = (trial.clone(), client.clone(), stop.clone());
             let directories = directories.clone();
             let seed = seed.wrapping_mul(1000) + number * LANES + lane;
-            lanes.push(tokio::spawn(async move { trial.lane(client, directories, seed, stop).await }));
+            let looks = number >= CLIENTS;
+            lanes.push(tokio::spawn(async move { trial.lane(client, directories, seed, looks, stop).await }));
         }
     }
     Ok(lanes)
@@ -77,28 +85,43 @@ fn name_of(number: u32) -> Bytes {
 }
 
 impl Trial {
-    /// Makes the directories that the load is on; in which they are.
+    /// Makes the directories that the load is on, as many on each shard: something of each must be acknowledged.
     async fn prepare(&self, client: &Client) -> Result<Vec<InodeId>> {
-        let mut directories = Vec::new();
-        for number in 0..DIRECTORIES {
+        let mut in_shards: BTreeMap<LogId, Vec<InodeId>> = BTreeMap::new();
+        let is_full = |directories: &Vec<InodeId>| directories.len() >= DIRECTORIES_OF_SHARD;
+        // Shards are drawn by names, so that one may stay without any for long.
+        for number in 0..NAMES_TRIED {
             let name = Bytes::from(format!("failover-{number}-{}", std::process::id()));
             let made = client.make_directory(InodeId::ROOT, &name, FileAttributes::default()).await?;
-            directories.push(made.id);
+            let directories = in_shards.entry(self.shard_of(made.id.slot())).or_default();
+            if !is_full(directories) {
+                directories.push(made.id);
+            }
+            if in_shards.len() == self.shards as usize && in_shards.values().all(is_full) {
+                return Ok(in_shards.into_values().flatten().collect());
+            }
         }
-        Ok(directories)
+        bail!("{NAMES_TRIED} directories, and a shard has none of them")
     }
 
-    async fn lane(&self, client: Client, directories: Vec<InodeId>, seed: u64, stop: Arc<AtomicBool>) {
+    async fn lane(
+        &self,
+        client: Client,
+        directories: Vec<InodeId>,
+        seed: u64,
+        looks: bool,
+        stop: Arc<AtomicBool>,
+    ) {
         let mut random = StdRng::seed_from_u64(seed);
         while !stop.load(Ordering::Relaxed) {
             tokio::time::sleep(REST).await;
             let dir = *directories.choose(&mut random).expect("there are some");
             let name = name_of(random.random_range(0..NAMES));
-            let kind = random.random_range(0..10);
+            let kind = if looks { LOOKUP } else { random.random_range(0..KINDS.len()) };
             self.waiting.lock().insert(seed, (KINDS[kind], Instant::now()));
             let ended = match kind {
                 0..=3 => create(&client, dir, &name).await,
-                4 => client.lookup(dir, &name).await.map(drop),
+                LOOKUP => client.lookup(dir, &name).await.map(drop),
                 5 | 6 => take(&client, dir, &name).await,
                 7 => {
                     let to = *directories.choose(&mut random).expect("there are some");

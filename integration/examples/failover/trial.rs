@@ -14,6 +14,7 @@ use clutch_client::{AnsweredAt, Call, Client, ClientError, ClientOptions, Observ
 use clutch_integration::history::{History, Watcher};
 use clutch_log::LogId;
 use clutch_proto::{
+    Slot,
     admin::{AdminReply, AdminRequest, Status, StatusReply, admin_request::Op},
     session::Role,
 };
@@ -33,6 +34,11 @@ pub(crate) struct Acknowledged {
     last: BTreeMap<LogId, Vec<(Instant, Instant)>>,
 }
 
+/// The shard that a slot belongs to, where there are so many shards.
+fn shard_of(slot: Slot, shards: u32) -> LogId {
+    LogId::shard(u32::from(slot.0) * shards / 256)
+}
+
 /// Watches a client for the checkers, and its times.
 struct Eyes {
     watcher: Watcher,
@@ -47,7 +53,7 @@ impl Observer for Eyes {
         let log = match (call.role, call.slot) {
             (Role::Registry, _) => LogId::REGISTRY,
             (Role::Cdc, _) => LogId::CDC,
-            (_, Some(slot)) => LogId::shard(u32::from(slot.0) * self.shards / 256),
+            (_, Some(slot)) => shard_of(slot, self.shards),
             (_, None) => return id,
         };
         // A read may be answered by a leader that is about to be none.
@@ -144,6 +150,11 @@ impl Trial {
         let mut nodes = self.nodes.lock();
         nodes.remove(&old);
         nodes.insert(new);
+    }
+
+    /// The shard that a slot belongs to.
+    pub(crate) fn shard_of(&self, slot: Slot) -> LogId {
+        shard_of(slot, self.shards)
     }
 
     /// A client; what one with a number asks is recorded, and a third of them read from members that do not lead.

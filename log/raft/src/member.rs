@@ -346,12 +346,17 @@ async fn ask_barriers(raft: Raft, barriers: Arc<Mutex<Barriers>>) {
         };
         // What comes from here on may have been acknowledged later, and waits for the next question.
         let began = SeamInstant::now();
-        let answer = match raft.get_read_log_id(ReadPolicy::ReadIndex).await {
-            Ok((read, _)) => Ok(position_of(read.index())),
-            Err(_) if mutants::is(Mutant::ReadWithoutQuorum) => {
+        let asked = match mutants::is(Mutant::ReadWithoutQuorum) {
+            false => raft.get_read_log_id(ReadPolicy::ReadIndex).await,
+            true => {
                 let committed = raft.metrics().borrow_watched().cluster_committed;
-                Ok(committed.map_or(Position(0), |committed| position_of(committed.index)))
+                let position = committed.map_or(Position(0), |committed| position_of(committed.index));
+                waiting.into_iter().for_each(|told| drop(told.send(Ok(position))));
+                continue;
             }
+        };
+        let answer = match asked {
+            Ok((read, _)) => Ok(position_of(read.index())),
             Err(RaftError::APIError(LinearizableReadError::QuorumNotEnough(_))) => {
                 Err(LogFault::NoQuorum { waited: began.elapsed() })
             }

@@ -44,13 +44,9 @@ fn main() -> ExitCode {
     let cli = Cli::parse_from(args::registry_log_flag(std::env::args_os()));
     // Simulated clusters are full of faults on purpose; their complaints are not news.
     let level = if matches!(cli.command, Command::Fuzz(_)) { "off" } else { "warn,openraft=error" };
-    let filter = tracing_subscriber::EnvFilter::try_from_env("CLUTCH_LOG").unwrap_or_else(|_| level.into());
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_writer(|| output::Quiet)
-        .with_ansi(std::io::stderr().is_terminal())
-        .log_internal_errors(false)
-        .init();
+    if let Err(error) = begin_messages(level) {
+        return fail(&error, cli.command.wants_json());
+    }
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .max_blocking_threads(BLOCKING_THREADS_MAX)
         .enable_all()
@@ -76,6 +72,22 @@ fn main() -> ExitCode {
     // Owners on threads of their own must not see the timers end under them: the process ends them all.
     std::mem::forget(runtime);
     crash::end(code)
+}
+
+/// What is said on the way goes to standard error: lines for people, or objects where `CLUTCH_LOG_FORMAT` is `json`.
+fn begin_messages(level: &str) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CLUTCH_LOG").unwrap_or_else(|_| level.into());
+    let messages = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(|| output::Quiet)
+        .with_ansi(std::io::stderr().is_terminal())
+        .log_internal_errors(false);
+    match std::env::var("CLUTCH_LOG_FORMAT").as_deref() {
+        Err(_) | Ok("" | "text") => messages.init(),
+        Ok("json") => messages.json().flatten_event(true).init(),
+        Ok(other) => anyhow::bail!("CLUTCH_LOG_FORMAT is {other:?}: it is text or json"),
+    }
+    Ok(())
 }
 
 /// Says why a command failed, in JSON too where that was asked for, and what exit code that is.

@@ -276,7 +276,7 @@ fn register<L: EncodeLabelSet + Clone + std::hash::Hash + Eq + std::fmt::Debug +
 type Said = fn(&StatusReply) -> u64;
 
 /// What each replica says of itself, by its name and what it is.
-const OF_REPLICA: [(&str, &str, Said); 8] = [
+const OF_REPLICA: [(&str, &str, Said); 9] = [
     ("replica_leads", "Whether the replica leads its log", |status| u64::from(status.leading)),
     ("replica_stopped", "Whether the replica has stopped for good", |status| {
         u64::from(!status.fault.is_empty())
@@ -285,6 +285,11 @@ const OF_REPLICA: [(&str, &str, Said); 8] = [
     ("replica_flushed_position", "The last position that the state has on disk", |status| {
         status.flushed_position
     }),
+    (
+        "replica_checkpoint_time_seconds",
+        "The log's time at the newest checkpoint, in seconds since 1970; 0 for none",
+        |status| status.checkpoint_time / 1_000_000_000,
+    ),
     ("log_first_position", "The first position that the log still has", |status| status.log_first),
     ("log_last_position", "The last position of the log", |status| status.log_last),
     ("state_hashes_compared", "Positions at which the members' state hashes were compared", |status| {

@@ -220,6 +220,23 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().rev().map(|b| format!("{b:02x}")).collect()
 }
 
+/// How long ago the newest checkpoint was taken, from which a replay begins and which another member gets.
+fn checkpoint_age(status: &StatusReply) -> Option<Duration> {
+    let taken = Duration::from_nanos(status.checkpoint_time);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    (!taken.is_zero()).then(|| now.saturating_sub(taken))
+}
+
+/// A time in its largest unit.
+fn in_short(time: Duration) -> String {
+    match time.as_secs() {
+        seconds @ 0..=119 => format!("{seconds} s"),
+        seconds @ 120..=7199 => format!("{} min", seconds / 60),
+        seconds @ 7200..=172_799 => format!("{} h", seconds / 3600),
+        seconds => format!("{} days", seconds / 86_400),
+    }
+}
+
 fn document(picture: &Picture) -> serde_json::Value {
     let replicas: Vec<_> = picture
         .replicas
@@ -229,7 +246,7 @@ fn document(picture: &Picture) -> serde_json::Value {
                 "name": replica.name, "serving": replica.serves(), "epoch": s.epoch, "applied": s.applied_position,
                 "flushed": s.flushed_position, "time": output::nanoseconds(s.applied_time), "hash": hex(&s.hash),
                 "log_first": s.log_first, "log_last": s.log_last, "checks_compared": s.checks_compared,
-                "checks_not_compared": s.checks_not_compared, "checks_undecided": s.checks_undecided, "checkpoints": s.checkpoints, "fault": s.fault,
+                "checks_not_compared": s.checks_not_compared, "checks_undecided": s.checks_undecided, "checkpoints": s.checkpoints, "checkpoint_age_s": checkpoint_age(s).map(|age| age.as_secs()), "fault": s.fault,
                 "process_cpu_us": s.process_cpu_us, "resident_bytes": s.resident_bytes,
             }),
             Err(error) => json!({ "name": replica.name, "serving": false, "fault": error.to_string() }),
@@ -295,7 +312,7 @@ fn members(replica: &ReplicaStatus, status: &StatusReply) -> String {
 fn print(picture: &Picture) -> Result<()> {
     let mut table = comfy_table::Table::new();
     table.load_preset(comfy_table::presets::NOTHING);
-    let mut header = vec!["replica", "state", "applied", "log", "state hash", "checks"];
+    let mut header = vec!["replica", "state", "applied", "log", "checkpoint", "state hash", "checks"];
     header.extend(picture.replicas.iter().any(|r| !r.members.is_empty()).then_some("on nodes"));
     table.set_header(header);
     for replica in &picture.replicas {
@@ -309,6 +326,7 @@ fn print(picture: &Picture) -> Result<()> {
                 },
                 s.applied_position.to_string(),
                 format!("{}..{}", s.log_first, s.log_last),
+                checkpoint_age(s).map_or("none".to_owned(), |age| format!("{} ago", in_short(age))),
                 hex(&s.hash),
                 format!("{} equal, {} not compared", s.checks_compared, s.checks_not_compared),
                 members(replica, s),

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::PathBuf, sync::Arc, time::Duration};
 use bytes::Bytes;
 use clutch_log::{ConfigId, Event, Floors, Log, LogFault, Member, Position, Progress};
 use clutch_proto::{
-    Refusal,
+    Refusal, Time,
     admin::{
         AdminReply, AdminRequest, HashReply, LogBatch, LogMember, LogReply, MoveLeader, RescanReply, Row,
         ScanReply, ScanRows, StatusReply, admin_request::Op,
@@ -19,7 +19,7 @@ use tokio::sync::oneshot;
 use crate::{Replica, confirmed::confirmed};
 
 use clutch_state::{
-    applier::rescan,
+    applier::{rescan, stands_at},
     machine::Machine,
     store::{StoreError, Table, View},
 };
@@ -166,9 +166,11 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn status(&self) -> AdminResult {
+    fn status(&mut self) -> AdminResult {
         let log = self.config.log.status();
         let bounds = log.bounds;
+        let checkpoints = self.checkpoints()?;
+        let checkpoint_time = self.time_of_newest(&checkpoints).map_or(0, |time| time.0);
         let checks = self.applier.checks();
         let status = StatusReply {
             name: self.config.name.clone(),
@@ -184,7 +186,8 @@ impl<M: Machine> Replica<M> {
             checks_not_compared: checks.not_compared,
             checks_undecided: checks.undecided,
             fault: self.fault.get().cloned().unwrap_or_default(),
-            checkpoints: self.checkpoints()?.iter().map(|p| p.0).collect(),
+            checkpoints: checkpoints.iter().map(|p| p.0).collect(),
+            checkpoint_time,
             leader: log.leader.unwrap_or(0),
             members: log.members.into_iter().map(member_of).collect(),
             config: log.config.0,
@@ -197,6 +200,20 @@ impl<M: Machine> Replica<M> {
         let Some(dir) = &self.config.checkpoints else { return Ok(Vec::new()) };
         let names = self.config.runtime.disk.list(dir).map_err(fault)?;
         Ok(names.iter().filter_map(|n| n.parse().ok()).map(Position).collect())
+    }
+
+    /// The log's time at the newest of these checkpoints. It is opened once.
+    fn time_of_newest(&mut self, checkpoints: &[Position]) -> Option<Time> {
+        let newest = checkpoints.iter().max().copied()?;
+        if let Some((at, time)) = self.newest_checkpoint
+            && at == newest
+        {
+            return time;
+        }
+        let read = self.open_checkpoint(newest).ok().and_then(|view| stands_at(&*view).ok());
+        let time = read.map(|(_, time)| time);
+        self.newest_checkpoint = Some((newest, time));
+        time
     }
 
     fn open_checkpoint(&self, at: Position) -> Result<Arc<dyn View>, Refusal> {
@@ -219,6 +236,7 @@ impl<M: Machine> Replica<M> {
         let path: PathBuf = dir.join(format!("{:020}", self.applier.position().0));
         if !self.config.runtime.disk.exists(&path) {
             self.applier.store().checkpoint(&path).map_err(store_fault)?;
+            self.newest_checkpoint = Some((self.applier.position(), Some(self.applier.time())));
         }
         // Also of one that is there: who made it may not have come to this.
         self.config.runtime.disk.sync_dir(&dir).map_err(fault)

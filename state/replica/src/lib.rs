@@ -156,6 +156,8 @@ pub struct Replica<M: Machine> {
     ticks_since_check: u64,
     /// When it was tried last to hand a reign on because there is no room here.
     handed_on: Option<Duration>,
+    /// The newest checkpoint, and the log's time at it; `None` where it cannot be read.
+    newest_checkpoint: Option<(Position, Option<Time>)>,
     snapshots: admin::Snapshots,
 }
 
@@ -190,6 +192,7 @@ impl<M: Machine> Replica<M> {
             batches_since_check: 0,
             ticks_since_check: 0,
             handed_on: None,
+            newest_checkpoint: None,
             snapshots: admin::Snapshots::default(),
         }
     }

@@ -1,8 +1,13 @@
 //! What came of it: the logs, held against what clients were told.
 
-use std::{collections::BTreeMap, sync::atomic::Ordering, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::atomic::Ordering,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, Result, ensure};
+use bytes::Bytes;
 use clutch_client::Client;
 use clutch_integration::{
     checkers::{self, Evidence},
@@ -17,6 +22,9 @@ use clutch_proto::{
 use clutch_shard::Pages;
 
 use crate::trial::Trial;
+
+/// When nothing is asked any more members have the same within so long.
+const EVEN_WITHIN: Duration = Duration::from_secs(30);
 
 /// What has been read of the logs, from their beginning: it is trimmed while a trial runs.
 #[derive(Default)]
@@ -86,6 +94,25 @@ fn print(what: &str, mut times: Vec<Duration>) {
     }
 }
 
+/// The states of a log's members at one position, or where they stand if they do not come to one: a follower hears with the next
+/// heartbeat of what was committed last.
+async fn states(trial: &Trial, operator: &Client, log: LogId) -> Result<BTreeSet<(u64, Bytes)>> {
+    let begin = Instant::now();
+    loop {
+        let status = trial.status(operator, log).await?;
+        let mut states = BTreeSet::new();
+        for member in &status.members {
+            let of_member = trial.member(operator, log, &member.address).await?;
+            states.insert((of_member.applied_position, of_member.hash));
+        }
+        let positions: BTreeSet<u64> = states.iter().map(|(position, _)| *position).collect();
+        if positions.len() == 1 || begin.elapsed() > EVEN_WITHIN {
+            return Ok(states);
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 /// Reads all logs and says what is wrong.
 pub(crate) async fn judge(
     trial: &Trial,
@@ -95,13 +122,7 @@ pub(crate) async fn judge(
     let mut wrong: Vec<String> = Vec::new();
     for log in trial.logs() {
         read_on(trial, operator, log).await?;
-        let status = trial.status(operator, log).await?;
-        let mut hashes = Vec::new();
-        for member in &status.members {
-            let of_member = trial.member(operator, log, &member.address).await?;
-            hashes.push((of_member.applied_position, of_member.hash));
-        }
-        hashes.dedup();
+        let hashes = states(trial, operator, log).await?;
         if hashes.len() != 1 {
             wrong.push(format!("{log}: its members have different states: {hashes:?}"));
         }

@@ -474,7 +474,7 @@ fn leaders_are_spread_over_the_nodes_when_nothing_changes() {
     for node in 1..=3u64 {
         let settings = three.dir.join(format!("n{node}/node.toml"));
         let said = fs::read_to_string(&settings).expect("settings");
-        fs::write(&settings, format!("balance_after_s = 2\n{said}")).expect("written");
+        fs::write(&settings, format!("balance_after_s = 2\nlease_reads = true\n{said}")).expect("written");
         three.kill(node);
         three.start_again(node);
         three.whole();
@@ -491,6 +491,15 @@ fn leaders_are_spread_over_the_nodes_when_nothing_changes() {
         std::thread::sleep(Duration::from_millis(100));
     }
     three.ok(&["fs", "mkdir", "/after"]);
+    assert!(three.ok(&["fs", "ls", "/"]).contains("after"));
+    let ages = || -> Vec<Option<u64>> {
+        let status: serde_json::Value = serde_json::from_str(&three.ok(&["status", "--json"])).expect("JSON");
+        let replicas = status["replicas"].as_array().expect("replicas").clone();
+        replicas.iter().map(|replica| replica["checkpoint_age_s"].as_u64()).collect()
+    };
+    assert!(ages().iter().all(Option::is_none), "{:?}", ages());
+    three.ok(&["log", "checkpoint", "--all"]);
+    assert!(ages().iter().all(|age| age.is_some_and(|age| age < 600)), "{:?}", ages());
 }
 
 #[test]

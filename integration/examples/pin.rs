@@ -1,6 +1,7 @@
 //! Renews `integration/pins`: pins that still reach their states stay, and fresh seeds are tried for the others.
 //!
-//! `cargo run --release -p clutch-integration --example pin -- [FIRST_SEED] [COUNT]` tries the seeds of that range. Of the
+//! `cargo run --release -p clutch-integration --example pin -- [FIRST_SEED] [COUNT] [raft]` tries the seeds of that range, with `raft`
+//! on that engine alone, for states that only it has. Of the
 //! scripts that reach what is missing it keeps few and short ones. A state that none of them reaches is named on standard
 //! error, and its old pin stays.
 //!
@@ -52,9 +53,10 @@ fn reach(scripts: &(dyn Fn(u64) -> Script + Sync), count: u64) -> (BTreeMap<u64,
     (found.into_inner().expect("no thread panics"), violations.into_inner())
 }
 
-/// Every third one has logs of several members, and one of six the raft engine.
+/// Every third one has logs of several members, and one of six the raft engine, or all of them.
 fn fresh_script(seed: u64) -> Script {
     let members = match seed % 6 {
+        _ if std::env::args().nth(3).is_some_and(|engine| engine == "raft") => Members::Of(Engine::Raft, 3),
         0 | 3 => Members::Of(Engine::Sim, 3),
         5 => Members::Of(Engine::Raft, 3),
         _ => Members::Drawn,

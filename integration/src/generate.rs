@@ -141,6 +141,7 @@ fn draw_cluster(rng: &mut ChaCha8Rng, seed: u64, data_blocks: u32, parity_blocks
         collide: seed % 5 == 4,
         replicas: 1,
         joint: false,
+        leases: false,
     }
 }
 

@@ -392,7 +392,7 @@ impl fmt::Display for Script {
         writeln!(f, "seed {}", self.seed)?;
         writeln!(
             f,
-            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}{}{}",
+            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}{}{}{}",
             c.shards,
             c.disks,
             c.data_blocks,
@@ -408,7 +408,8 @@ impl fmt::Display for Script {
             self.clients,
             // One is not said: stored scripts stay as they are.
             if c.replicas == 1 { String::new() } else { format!(" replicas={}", c.replicas) },
-            if c.joint { " nodes=joint" } else { "" }
+            if c.joint { " nodes=joint" } else { "" },
+            if c.leases { " reads=leases" } else { "" }
         )?;
         self.events.iter().try_for_each(|event| writeln!(f, "{event}"))
     }
@@ -639,6 +640,7 @@ pub fn default_cluster() -> ClusterConfig {
         collide: false,
         replicas: 1,
         joint: false,
+        leases: false,
     }
 }
 
@@ -666,6 +668,13 @@ impl Script {
                         "apart" => false,
                         "joint" => true,
                         _ => return Err(format!("{value:?} are no nodes; apart and joint are")),
+                    }
+                }
+                "reads" => {
+                    self.cluster.leases = match value {
+                        "asked" => false,
+                        "leases" => true,
+                        _ => return Err(format!("{value:?} are no reads; asked and leases are")),
                     }
                 }
                 "policy" => {
@@ -734,6 +743,9 @@ impl Script {
         }
         if c.joint && (c.replicas == 1 || c.engine != Engine::Raft) {
             return Err("nodes: joint ones keep logs of several members; write engine=raft replicas=3".into());
+        }
+        if c.leases && c.engine != Engine::Raft {
+            return Err("reads: only the engine raft has leases; write engine=raft".into());
         }
         if c.data_blocks == 0 || c.data_blocks > DATA_BLOCKS_MAX || c.parity_blocks > PARITY_BLOCKS_MAX {
             return Err(format!(

@@ -113,6 +113,7 @@ impl Members {
             (cluster.engine, cluster.replicas) = (engine, replicas);
             // Odd and even seeds differ in how they end.
             cluster.joint = engine == Engine::Raft && replicas > 1 && seed / 2 % 2 == 1;
+            cluster.leases = engine == Engine::Raft && replicas > 1 && seed / 4 % 2 == 1;
         }
     }
 }
@@ -140,6 +141,8 @@ pub struct ClusterConfig {
     pub replicas: u32,
     /// Whether a node has a member of every log, as small clusters have; else each member has a node of its own.
     pub joint: bool,
+    /// Whether leaders answer reads by leases; of the engine raft.
+    pub leases: bool,
 }
 
 impl ClusterConfig {
@@ -156,6 +159,7 @@ impl ClusterConfig {
             collide: false,
             replicas: 1,
             joint: false,
+            leases: false,
         }
     }
 
@@ -204,6 +208,7 @@ fn open_raft(
     recording: &Recording,
     node: NodeId,
     cluster: u64,
+    leases: bool,
 ) -> Option<(RaftEngine, Arc<RaftPeers>)> {
     let options = StoreOptions {
         node: u64::from(node.0),
@@ -232,7 +237,9 @@ fn open_raft(
     let identities = opened.ok()?;
     let peers =
         RaftPeers::new(runtime.clone(), cluster, u64::from(node.0), SYSTEM_KEY, identities, "", addresses);
-    Some((RaftEngine::new(runtime.clone(), store, peers.clone(), Timing::default()), peers))
+    let lease_reads = leases.then_some(Duration::from_millis(100));
+    let timing = Timing { lease_reads, ..Timing::default() };
+    Some((RaftEngine::new(runtime.clone(), store, peers.clone(), timing), peers))
 }
 
 /// What a node knows of its logs' chains; `None` when its disk does not say.
@@ -286,7 +293,7 @@ fn open_engine(
             ("local", Arc::new(open_local(runtime, &seen.recording, seen.node)?), Arc::new(drop))
         }
         Engine::Raft => {
-            let (raft, peers) = open_raft(runtime, &seen.recording, seen.node, cluster)?;
+            let (raft, peers) = open_raft(runtime, &seen.recording, seen.node, cluster, seen.leases)?;
             ("raft", Arc::new(raft), Arc::new(move |stream| peers.accept(stream)))
         }
         Engine::Sim => sim_engine(runtime, seen.node, logs, homes),
@@ -307,7 +314,7 @@ fn new_logs(engine: &str, homes: Homes) -> NewLogs {
 
 /// What every node begins its logs with: one engine, and everything written down that it delivers.
 fn engines(name: &str, engine: Arc<dyn LogEngine>, seen: &Seen) -> Engines {
-    let Seen { recording, images, node } = seen.clone();
+    let Seen { recording, images, node, .. } = seen.clone();
     Engines::one(name, engine).seen_through(Arc::new(move |id, log| {
         let images = images.clone();
         recording.wrap(id, node, log, move || images.flushed(node, id))
@@ -321,6 +328,8 @@ struct Seen {
     /// What is on the node's disk of its states.
     images: SimImages,
     node: NodeId,
+    /// Whether leaders answer reads by leases.
+    leases: bool,
 }
 
 struct SimStores {
@@ -518,11 +527,11 @@ impl SimCluster {
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
         let (registries, peers, homes) = (self.registries(), self.peers(), self.homes.clone());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
-        let (pages, id) = (self.config.pages(), self.cluster_id());
+        let (pages, id, leases) = (self.config.pages(), self.cluster_id(), self.config.leases);
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
-            let seen = Seen { recording, images, node };
+            let seen = Seen { recording, images, node, leases };
             let opened = match has_logs {
                 true => open_engine(engine, &runtime, &seen, id, logs, &homes),
                 false => Some(sim_engine(&runtime, node, logs, &homes)),

@@ -229,6 +229,10 @@ pub enum Mutant {
     BalancedForNothing,
     /// A member that is cut off, or is none any more, shows what it has as what there is.
     CutOffShows,
+    /// A member votes as soon as it has started.
+    VotesAfterRestart,
+    /// A leader whose machine was suspended believes in promises from before.
+    LeaseThroughSuspension,
     /// Readers of a group are not told that a reign is over until something is delivered in the next one.
     StandingUntold,
     /// A segment that was found damaged when it was read is believed again at the next start.
@@ -275,7 +279,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 132] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 134] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -386,6 +390,8 @@ impl Mutant {
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),
+        (Mutant::VotesAfterRestart, &["units", "tests::lease::restart::planted_bugs_are_found"]),
+        (Mutant::LeaseThroughSuspension, &["units", "tests::lease::suspension::planted_bugs_are_found"]),
         (Mutant::StandingUntold, &["units", "tests::standing::planted_bugs_are_found"]),
         (Mutant::YoungMapKept, &["units", "rpc::tests::young::planted_bugs_are_found"]),
         (Mutant::BalancedForNothing, &["units", "several::balance::tests::planted_bugs_are_found"]),

@@ -39,11 +39,13 @@ impl Group for Member {
                 }
                 Kind::Vote => {
                     let request = messages::read_vote(body).map_err(text)?;
+                    self.check_may_vote(request.leadership_transfer)?;
                     let answer = self.raft().vote(request).await.map_err(text)?;
                     Ok(messages::vote_answer(&answer))
                 }
                 Kind::PreVote => {
                     let request = messages::read_vote(body).map_err(text)?;
+                    self.check_may_vote(request.leadership_transfer)?;
                     let answer = self.raft().pre_vote(request).await.map_err(text)?;
                     Ok(messages::vote_answer(&answer))
                 }
@@ -129,6 +131,15 @@ impl Member {
     /// Refuses what is asked of a group that has ended: openraft would complain about each of them.
     fn check_ended(&self) -> Result<(), String> {
         self.fault().map_or(Ok(()), |fault| Err(format!("the group has ended here: {fault}")))
+    }
+
+    /// Refuses to vote for a lease after the start, unless the leader itself asks for it.
+    fn check_may_vote(&self, by_leader: bool) -> Result<(), String> {
+        if by_leader || self.parts.lease.may_vote() {
+            return Ok(());
+        }
+        self.runtime().note("raft: a vote is refused after a start");
+        Err("this member has just started, and does not know whether somebody leads".into())
     }
 
     /// Gets the snapshot that the leader offers, unless everything in it is here already.

@@ -88,12 +88,11 @@ impl Member {
     }
 
     pub(crate) fn resign(&self) {
-        let config = self.raft.runtime_config();
-        config.elect(false);
+        self.retire();
         let Some(term) = self.leading() else { return };
         self.give_up(term);
         // The others hear nothing more of it, and elect another.
-        config.heartbeat(false);
+        self.raft.runtime_config().heartbeat(false);
         if let Some(other) = self.most_recent(&self.metrics()) {
             let raft = self.raft.clone();
             self.parts.runtime.spawn("raft resign", async move {
@@ -105,6 +104,7 @@ impl Member {
 
     /// This node does not stand for a reign of its own any more.
     pub(crate) fn give_up(&self, term: u64) {
+        self.parts.lease.hand_on(term);
         *self.resigned.lock() = Some(term);
         self.resigning.send_replace(true);
     }
@@ -231,6 +231,7 @@ impl Member {
                 self.node()
             )));
         }
+        self.parts.lease.hand_on(term);
         self.raft.trigger().transfer_leader(to).await.map_err(storage)
     }
 

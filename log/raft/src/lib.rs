@@ -14,6 +14,7 @@ mod delivered;
 mod events;
 mod greeting;
 mod identities;
+mod lease;
 mod log;
 mod member;
 mod messages;
@@ -51,13 +52,16 @@ pub struct Timing {
     pub heartbeat: Duration,
     /// After so long without a word a member believes that there is no leader; elections follow within as long again.
     pub lease: Duration,
+    /// Leaders answer reads by what a quorum has promised, without asking it, and stop so much before that ends: as much as clocks may
+    /// be apart after a lease. `None` where they always ask.
+    pub lease_reads: Option<Duration>,
 }
 
 impl Default for Timing {
     fn default() -> Timing {
         // openraft sends a heartbeat at the first tick after so long, and ticks come at shared moments: at each second one.
         let heartbeat = SHARED_MOMENTS * 2 - Duration::from_millis(10);
-        Timing { heartbeat, lease: Duration::from_millis(450) }
+        Timing { heartbeat, lease: Duration::from_millis(450), lease_reads: None }
     }
 }
 
@@ -67,6 +71,7 @@ pub struct RaftEngine {
     store: Store,
     peers: Arc<Peers>,
     config: Arc<Config>,
+    timing: Timing,
 }
 
 fn storage(error: impl std::fmt::Display) -> LogFault {
@@ -113,7 +118,7 @@ impl RaftEngine {
             ..Config::default()
         };
         let config = Arc::new(config.validate().expect("elections take longer than heartbeats"));
-        RaftEngine { runtime, store, peers, config }
+        RaftEngine { runtime, store, peers, config, timing }
     }
 
     /// Loglets that are not opened, because a record of theirs is damaged here, and how.
@@ -162,13 +167,32 @@ impl RaftEngine {
         // All of the first members say the same, so it does not matter who begins. Who has forgotten what it had is none of them
         // any more, whatever the parameters say.
         let may_begin = !has_voted || mutants::is(Mutant::RejoinsAsFounder);
+        let others = log.last_id().map(|last| log.members_at(last.index)).transpose().map_err(storage)?;
+        let is_alone = others.is_some_and(|members| members.voter_ids().all(|voter| voter == node));
+        let lease = Arc::new(lease::Lease::new(&self.runtime, self.timing, !has_voted || is_alone));
+        if !lease.may_vote() {
+            raft.runtime_config().elect(false);
+        }
         let is_founder = may_begin && first.contains_key(&node);
         if is_founder && !raft.is_initialized().await.map_err(storage)? {
             raft.initialize(first).await.map_err(storage)?;
         }
         let (runtime, peers) = (self.runtime.clone(), self.peers.clone());
-        let parts = Parts { runtime, id, peers, log, delivered, sent, received };
-        Ok(Arc::new(RaftLog(Member::start(parts, raft))))
+        let parts = Parts {
+            runtime: runtime.clone(),
+            id,
+            peers,
+            log,
+            delivered,
+            sent,
+            received,
+            lease: lease.clone(),
+        };
+        let member = Member::start(parts, raft);
+        if !lease.may_vote() {
+            runtime.spawn("raft lease", lease::wait(runtime.clone(), lease, Arc::downgrade(&member)));
+        }
+        Ok(Arc::new(RaftLog(member)))
     }
 }
 

@@ -9,7 +9,7 @@ use std::{
     collections::VecDeque,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -30,6 +30,7 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::{
     delivered::Delivered,
+    lease::Lease,
     peers::Peers,
     quorum,
     seam::SeamInstant,
@@ -79,6 +80,7 @@ pub(crate) struct Parts {
     pub(crate) delivered: Delivered,
     pub(crate) sent: Arc<Sent>,
     pub(crate) received: Arc<Received>,
+    pub(crate) lease: Arc<Lease>,
 }
 
 /// See the module.
@@ -95,6 +97,8 @@ pub(crate) struct Member {
     /// Told when a reign was given up.
     pub(crate) resigning: tokio::sync::watch::Sender<bool>,
     standing: tokio::sync::watch::Receiver<Standing>,
+    /// This member stands for no reign any more.
+    retired: AtomicBool,
     /// The next answer is lost on its way.
     #[cfg(test)]
     lose_next_answer: Mutex<bool>,
@@ -133,6 +137,7 @@ impl Member {
             fetched: Mutex::default(),
             resigning: tokio::sync::watch::Sender::new(false),
             standing: standing::watch(&runtime, &raft),
+            retired: AtomicBool::new(false),
             #[cfg(test)]
             lose_next_answer: Mutex::new(false),
         });
@@ -283,8 +288,38 @@ impl Member {
         }
     }
 
+    /// This member stands where the others hear of no leader, unless it has retired.
+    pub(crate) fn stand(&self) {
+        if !self.retired.load(Ordering::Acquire) {
+            self.raft.runtime_config().elect(true);
+        }
+    }
+
+    /// This member does not stand any more.
+    pub(crate) fn retire(&self) {
+        self.retired.store(true, Ordering::Release);
+        self.raft.runtime_config().elect(false);
+    }
+
+    /// The position that a read must have seen, where a quorum has promised that nobody else leads.
+    async fn by_lease(&self) -> Option<Position> {
+        let Parts { lease, runtime, .. } = &self.parts;
+        if !lease.is_used() {
+            return None;
+        }
+        let (read, _) = self.raft.get_read_log_id(ReadPolicy::LeaseRead).await.ok()?;
+        // It held when the position was taken where it holds now.
+        (self.leading().is_some() && lease.holds(runtime, &self.metrics())).then(|| {
+            runtime.note("raft: a read by a lease");
+            position_of(read.index())
+        })
+    }
+
     /// Asks a quorum, as the leader, for the position that a read must have seen; who asks meanwhile shares the next question.
     pub(crate) async fn barrier_here(&self, patience: Duration) -> Result<Position, LogFault> {
+        if let Some(position) = self.by_lease().await {
+            return Ok(position);
+        }
         let (told, answer) = oneshot::channel();
         let asks = {
             let mut barriers = self.barriers.lock();

@@ -88,7 +88,7 @@ async fn step_down(member: &Member, metrics: &RaftMetrics<TypeConfig>) {
     let vote = Vote::new(metrics.current_term + 1, other);
     let mut request = VoteRequest::new(vote, member.log().last_id());
     // A quorum may be heard again, and then nobody but the leader itself may end its reign: its lease is passed over, which is
-    // right as long as reads ask a quorum and trust no lease.
+    // right because a reign that was given up is read by no lease.
     request.leadership_transfer = true;
     // Refused where something was appended meanwhile: it is tried again then.
     match member.raft().vote(request).await {

@@ -60,6 +60,10 @@ struct Clocks {
     drift: BTreeMap<NodeId, (i64, u64)>,
     /// Added to all wall clocks at once.
     suspended_ms: u64,
+    /// Virtual nanoseconds in which a node was suspended by itself: its monotonic clock has stood still.
+    stood_ns: BTreeMap<NodeId, u64>,
+    /// Since when a node is suspended by itself.
+    suspended: BTreeMap<NodeId, u64>,
 }
 
 #[derive(Default)]
@@ -263,9 +267,24 @@ impl World {
         self.shared.executor.lock().pause(node);
     }
 
+    /// The same where the node's machine is suspended, so that its monotonic clock stands still, too. What it waits for then comes as if
+    /// it had not: a sleep may end before its clock says so.
+    pub fn suspend(&self, node: NodeId) {
+        self.pause(node);
+        let now = self.shared.executor.lock().now_ns();
+        self.shared.clocks.lock().suspended.insert(node, now);
+    }
+
     /// Ends a pause.
     pub fn resume(&self, node: NodeId) {
         self.shared.record("resume", u64::from(node.0));
+        let now = self.shared.executor.lock().now_ns();
+        {
+            let mut clocks = self.shared.clocks.lock();
+            if let Some(since) = clocks.suspended.remove(&node) {
+                *clocks.stood_ns.entry(node).or_default() += now - since;
+            }
+        }
         self.shared.executor.lock().resume(node);
     }
 
@@ -369,6 +388,18 @@ fn parts(ns: u64, ppm: i64) -> i64 {
     i64::try_from(i128::from(ns) * i128::from(ppm) / 1_000_000).unwrap_or(i64::MAX)
 }
 
+impl SimClock {
+    /// The monotonic clock, and how long it has stood still.
+    fn counting(&self) -> (Duration, Duration) {
+        let now = self.shared.executor.lock().now_ns();
+        let clocks = self.shared.clocks.lock();
+        let stands = clocks.suspended.get(&self.node).map_or(0, |since| now - since);
+        let stood = clocks.stood_ns.get(&self.node).copied().unwrap_or(0) + stands;
+        let runs = Duration::from_nanos(now.saturating_add_signed(parts(now, self.ppm)));
+        (runs.saturating_sub(Duration::from_nanos(stood)), Duration::from_nanos(stood))
+    }
+}
+
 impl Clock for SimClock {
     fn now(&self) -> Time {
         let now = self.shared.executor.lock().now_ns();
@@ -383,13 +414,13 @@ impl Clock for SimClock {
     }
 
     fn monotonic(&self) -> Duration {
-        let now = self.shared.executor.lock().now_ns();
-        Duration::from_nanos(now.saturating_add_signed(parts(now, self.ppm)))
+        self.counting().0
     }
 
     fn steady(&self) -> Duration {
+        let (monotonic, stood) = self.counting();
         let suspended = Duration::from_millis(self.shared.clocks.lock().suspended_ms);
-        self.monotonic() + suspended
+        monotonic + stood + suspended
     }
 
     fn sleep(&self, duration: Duration) -> BoxFuture<()> {

@@ -83,6 +83,9 @@ pub struct Settings {
     /// logs as others; 0 for never.
     #[serde(default = "balance_after_s")]
     pub balance_after_s: u64,
+    /// Whether leaders answer reads by what a quorum has promised, without asking it for each.
+    #[serde(default)]
+    pub lease_reads: bool,
     /// How far apart the cluster's clocks may be.
     #[serde(default = "clock_skew_s")]
     pub clock_skew_s: u64,
@@ -480,6 +483,7 @@ fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
              #collect_every_s = {}\n\
              #balance_after_s = {}       # leaders are spread over nodes when nothing has changed for so long; 0 for never\n\
              #clock_skew_s = {}\n\
+             #lease_reads = false         # reads by what a quorum has promised, without asking it for each\n\
              #retain_log = \"all\"         # or an age, for example \"7d\"\n\n\
              # Where the nodes of the cluster are, the same on all of them.\n\
              [nodes]\n",

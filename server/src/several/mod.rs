@@ -34,6 +34,8 @@ use crate::{
 
 /// A file that is there since the node has begun to keep logs.
 const BEGUN: &str = "begun";
+/// By so much clocks may be apart after a lease where reads go by it: a fifth of one.
+const LEASE_MARGIN: Duration = Duration::from_millis(100);
 /// How often it is looked whether the node is what it says it is.
 const LOOK_AT_IDENTITY: Duration = Duration::from_millis(200);
 /// The engine that logs begin with here.
@@ -157,7 +159,9 @@ async fn open_engine(
     let (own, met) = (layout.advertised(), identities.clone());
     let streams =
         Streams::new(runtime.clone(), cluster, layout.file.node, key, identities, &own, Arc::new(address));
-    Ok((RaftEngine::new(runtime.clone(), store, streams.clone(), Timing::default()), streams, met))
+    let lease_reads = layout.settings.lease_reads.then_some(LEASE_MARGIN);
+    let timing = Timing { lease_reads, ..Timing::default() };
+    Ok((RaftEngine::new(runtime.clone(), store, streams.clone(), timing), streams, met))
 }
 
 fn accepting(streams: &Arc<Streams>) -> Arc<dyn Fn(PeerStream) + Send + Sync> {

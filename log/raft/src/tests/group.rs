@@ -51,6 +51,7 @@ pub(super) struct Nodes {
     count: u64,
     /// The nodes that the log begins on.
     first: Vec<NodeId>,
+    timing: Timing,
     running: Mutex<BTreeMap<NodeId, Running>>,
     cut_off: Mutex<BTreeSet<NodeId>>,
 }
@@ -66,7 +67,14 @@ impl Nodes {
 
     /// Nodes of which these keep the log at first.
     pub(super) fn beginning_on(world: Arc<World>, count: u64, first: Vec<NodeId>) -> Nodes {
-        Nodes { world, count, first, running: Mutex::default(), cut_off: Mutex::default() }
+        let timing = Timing::default();
+        Nodes { world, count, first, timing, running: Mutex::default(), cut_off: Mutex::default() }
+    }
+
+    /// The same nodes, which read by leases with this margin.
+    pub(super) fn reading_by_lease(mut self, margin: Duration) -> Nodes {
+        self.timing.lease_reads = Some(margin);
+        self
     }
 
     pub(super) fn numbers(&self) -> impl Iterator<Item = NodeId> + use<> {
@@ -80,7 +88,7 @@ impl Nodes {
     /// Starts a node on what its disk has.
     pub(super) async fn boot(&self, node: NodeId) {
         let runtime = self.world.node(SimNode(node as u32));
-        let members = self.first.clone();
+        let (members, timing) = (self.first.clone(), self.timing);
         let (started, running) = tokio::sync::oneshot::channel();
         let on = runtime.clone();
         runtime.spawn("boot", async move {
@@ -90,7 +98,7 @@ impl Nodes {
             let listening = on.network.listen(&endpoint(node), handler).await.expect("a free name");
             let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };
             let store = Store::open(&on, "log".into(), options).expect("the store opens");
-            let engine = RaftEngine::new(on.clone(), store, peers, Timing::default());
+            let engine = RaftEngine::new(on.clone(), store, peers, timing);
             let snapshots = Arc::new(SuiteSnapshots::default());
             let log = engine.open(LogId::CDC.into(), &parameters(&members), snapshots.clone()).await;
             let log = log.expect("the log opens");

@@ -3,6 +3,7 @@
 mod copies;
 mod greetings;
 mod group;
+mod lease;
 mod members;
 mod messages;
 mod nemesis;

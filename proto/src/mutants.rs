@@ -229,6 +229,8 @@ pub enum Mutant {
     BalancedForNothing,
     /// A member that is cut off, or is none any more, shows what it has as what there is.
     CutOffShows,
+    /// A member that has what a snapshot has says so to whoever offers it, whomever it follows. A real bug once.
+    SnapshotAnsweredUnasked,
     /// A member votes as soon as it has started.
     VotesAfterRestart,
     /// A leader whose machine was suspended believes in promises from before.
@@ -279,7 +281,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 134] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 135] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -390,6 +392,7 @@ impl Mutant {
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),
+        (Mutant::SnapshotAnsweredUnasked, &["units", "tests::votes::snapshot::planted_bugs_are_found"]),
         (Mutant::VotesAfterRestart, &["units", "tests::lease::restart::planted_bugs_are_found"]),
         (Mutant::LeaseThroughSuspension, &["units", "tests::lease::suspension::planted_bugs_are_found"]),
         (Mutant::StandingUntold, &["units", "tests::standing::planted_bugs_are_found"]),

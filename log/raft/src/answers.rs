@@ -4,9 +4,13 @@ use std::{collections::VecDeque, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use clutch_log::NodeId;
+use clutch_proto::mutants::{self, Mutant};
 use clutch_runtime::BoxFuture;
 use futures_util::StreamExt as _;
-use openraft::{Snapshot, raft::TransferLeaderRequest};
+use openraft::{
+    Snapshot,
+    raft::{AppendEntriesRequest, AppendEntriesResponse, TransferLeaderRequest},
+};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
@@ -15,7 +19,7 @@ use crate::{
     member::Member,
     messages,
     peers::{Group, answer_with},
-    types::position_of,
+    types::{Vote, position_of},
 };
 
 /// How long the leader may take for what a follower asks of it.
@@ -142,6 +146,16 @@ impl Member {
         Err("this member has just started, and does not know whether somebody leads".into())
     }
 
+    /// Follows a leader, or says whom this member follows instead. Whoever is answered counts on it for a lease, and only openraft
+    /// knows whether it may.
+    async fn follow(&self, vote: Vote) -> Result<Vote, String> {
+        let request = AppendEntriesRequest { vote, prev_log_id: None, leader_commit: None, entries: vec![] };
+        Ok(match self.raft().append_entries(request).await.map_err(text)? {
+            AppendEntriesResponse::HigherVote(higher) => higher,
+            _ => vote,
+        })
+    }
+
     /// Gets the snapshot that the leader offers, unless everything in it is here already.
     async fn install(&self, body: Bytes, from: NodeId) -> Result<Bytes, String> {
         let (vote, meta, manifest) = messages::read_snapshot(body).map_err(text)?;
@@ -154,7 +168,11 @@ impl Member {
             || self.delivered().last().0 >= manifest.position;
         if is_here {
             self.runtime().note("raft: a snapshot is older than the log");
-            return Ok(Builder::default().vote(&vote).done());
+            let followed = match mutants::is(Mutant::SnapshotAnsweredUnasked) {
+                true => vote,
+                false => self.follow(vote).await?,
+            };
+            return Ok(Builder::default().vote(&followed).done());
         }
         self.received().receive(from, manifest.clone()).await.map_err(text)?;
         let snapshot = Snapshot { meta, snapshot: Some(manifest) };

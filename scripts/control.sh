@@ -4,7 +4,8 @@
 #   scripts/control.sh DIR PORT
 #
 # It builds what it needs: nodes into which bugs can be planted (and leaves the ordinary binary in target/release behind it), and the
-# trial. DIR must not be there yet; it and the hosts of scripts/namespaces.sh are used. Exit code 1 when a bug is not found.
+# trial. DIR must not be there yet; it and the hosts of scripts/namespaces.sh are used. Exit code 1 when a bug is not found, or one where
+# none is planted, and when a trial did not come to its end.
 set -eu
 
 [ $# -eq 2 ] || {
@@ -17,8 +18,9 @@ port=$2
     echo "$0: $dir is there already" >&2
     exit 1
 }
-cd "$(dirname "$0")/.."
 mkdir -p "$dir"
+dir=$(cd "$dir" && pwd)
+cd "$(dirname "$0")/.."
 cargo build --release --quiet -p clutch-integration --example failover
 cp target/release/examples/failover "$dir/failover"
 cargo build --release --quiet -p clutch-integration -p clutch-cli --bins \
@@ -26,14 +28,25 @@ cargo build --release --quiet -p clutch-integration -p clutch-cli --bins \
 cp target/release/clutch "$dir/clutch"
 cargo build --release --quiet -p clutch-cli
 
-# One planted bug under a fault: what the trial must say.
-planted() {
+# Runs the trial with a planted bug, or without one (none), under a fault; what it said is in $out.
+trial() {
     bug=$1 rounds=$2 fault=$3
     out=$dir/$bug.out
+    plant="CLUTCH_PLANT=$bug"
+    [ "$bug" != none ] || plant=
     # The trial itself is left as it is.
-    CLUTCH_BIN=$dir/clutch CLUTCH_PLANT=$bug scripts/namespaces.sh sh -c "
+    env CLUTCH_BIN="$dir/clutch" $plant scripts/namespaces.sh sh -c "
         scripts/three.sh $dir/$bug $port >/dev/null && env -u CLUTCH_PLANT $dir/failover $dir/$bug $port $rounds 1 $fault
         scripts/three.sh $dir/$bug $port stop" >"$out" 2>&1 || true
+    if ! grep -q "operations, .* requests" "$out"; then
+        echo "$bug under $fault: the trial did not come to its end, see $out"
+        missed=1
+        return 1
+    fi
+}
+
+planted() {
+    trial "$@" || return 0
     if grep -q "^VIOLATION linearizability" "$out"; then
         echo "$bug under $fault: found, $(grep -c '^VIOLATION' "$out") violations"
     else
@@ -43,6 +56,14 @@ planted() {
 }
 
 missed=0
+if trial none 4 cut; then
+    if grep -q "^VIOLATION" "$out"; then
+        echo "without a planted bug: violations, see $out"
+        missed=1
+    else
+        echo "without a planted bug: none is found"
+    fi
+fi
 # A leader that is cut off from the others answers reads without asking them; a follower answers what it has.
 planted ReadWithoutQuorum 6 cut
 planted FollowerReadsAtOnce 3 kill

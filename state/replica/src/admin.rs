@@ -166,7 +166,7 @@ impl<M: Machine> Replica<M> {
         }
     }
 
-    fn status(&mut self) -> AdminResult {
+    fn status(&self) -> AdminResult {
         let log = self.config.log.status();
         let bounds = log.bounds;
         let checkpoints = self.checkpoints()?;
@@ -202,18 +202,30 @@ impl<M: Machine> Replica<M> {
         Ok(names.iter().filter_map(|n| n.parse().ok()).map(Position).collect())
     }
 
-    /// The log's time at the newest of these checkpoints. It is opened once.
-    fn time_of_newest(&mut self, checkpoints: &[Position]) -> Option<Time> {
+    /// The log's time at the newest of these checkpoints, once that was read: beside the replica, which does not wait for it.
+    fn time_of_newest(&self, checkpoints: &[Position]) -> Option<Time> {
         let newest = checkpoints.iter().max().copied()?;
-        if let Some((at, time)) = self.newest_checkpoint
-            && at == newest
         {
-            return time;
+            let mut times = self.checkpoint_times.lock();
+            times.retain(|at, _| *at == newest);
+            if let Some(time) = times.get(&newest) {
+                return *time;
+            }
+            times.insert(newest, None);
         }
-        let read = self.open_checkpoint(newest).ok().and_then(|view| stands_at(&*view).ok());
-        let time = read.map(|(_, time)| time);
-        self.newest_checkpoint = Some((newest, time));
-        time
+        let (times, open) = (self.checkpoint_times.clone(), self.config.open_checkpoint.clone());
+        let path = self.config.checkpoints.as_ref()?.join(format!("{:020}", newest.0));
+        let runtime = self.config.runtime.clone();
+        self.config.runtime.spawn("checkpoint time", async move {
+            let read = runtime.blocking(move || open(&path).and_then(|view| stands_at(&*view))).await;
+            let mut times = times.lock();
+            match read {
+                Some(Ok((_, time))) => drop(times.insert(newest, Some(time))),
+                // It is tried again when somebody asks again.
+                Some(Err(_)) | None => drop(times.remove(&newest)),
+            }
+        });
+        None
     }
 
     fn open_checkpoint(&self, at: Position) -> Result<Arc<dyn View>, Refusal> {
@@ -236,7 +248,7 @@ impl<M: Machine> Replica<M> {
         let path: PathBuf = dir.join(format!("{:020}", self.applier.position().0));
         if !self.config.runtime.disk.exists(&path) {
             self.applier.store().checkpoint(&path).map_err(store_fault)?;
-            self.newest_checkpoint = Some((self.applier.position(), Some(self.applier.time())));
+            self.checkpoint_times.lock().insert(self.applier.position(), Some(self.applier.time()));
         }
         // Also of one that is there: who made it may not have come to this.
         self.config.runtime.disk.sync_dir(&dir).map_err(fault)

@@ -28,6 +28,7 @@ use clutch_proto::{
 };
 use clutch_runtime::{BoxFuture, HybridClock, Runtime};
 use futures_util::{StreamExt as _, stream::FuturesUnordered};
+use parking_lot::Mutex;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot};
 
@@ -156,8 +157,8 @@ pub struct Replica<M: Machine> {
     ticks_since_check: u64,
     /// When it was tried last to hand a reign on because there is no room here.
     handed_on: Option<Duration>,
-    /// The newest checkpoint, and the log's time at it; `None` where it cannot be read.
-    newest_checkpoint: Option<(Position, Option<Time>)>,
+    /// Checkpoints whose time was read, or is being read, and the log's time at them.
+    checkpoint_times: Arc<Mutex<BTreeMap<Position, Option<Time>>>>,
     snapshots: admin::Snapshots,
 }
 
@@ -192,7 +193,7 @@ impl<M: Machine> Replica<M> {
             batches_since_check: 0,
             ticks_since_check: 0,
             handed_on: None,
-            newest_checkpoint: None,
+            checkpoint_times: Arc::default(),
             snapshots: admin::Snapshots::default(),
         }
     }

@@ -18,8 +18,13 @@ use crate::{BoxFuture, simulated::standing};
 
 /// Time since some fixed moment; never goes back. As [`crate::Clock::monotonic`].
 pub fn monotonic() -> Duration {
+    standing::monotonic().unwrap_or_else(|| start().elapsed())
+}
+
+/// The moment from which the process counts, so that all its clocks have the same shared moments.
+pub(crate) fn start() -> Instant {
     static START: OnceLock<Instant> = OnceLock::new();
-    standing::monotonic().unwrap_or_else(|| START.get_or_init(Instant::now).elapsed())
+    *START.get_or_init(Instant::now)
 }
 
 /// Completes after `duration`.

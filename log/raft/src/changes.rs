@@ -104,7 +104,6 @@ impl Member {
 
     /// This node does not stand for a reign of its own any more.
     pub(crate) fn give_up(&self, term: u64) {
-        self.parts.lease.hand_on(term);
         *self.resigned.lock() = Some(term);
         self.resigning.send_replace(true);
     }
@@ -231,7 +230,6 @@ impl Member {
                 self.node()
             )));
         }
-        self.parts.lease.hand_on(term);
         self.raft.trigger().transfer_leader(to).await.map_err(storage)
     }
 

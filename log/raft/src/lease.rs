@@ -7,12 +7,12 @@
 //! Invariants:
 //! * Whoever has started votes for nobody, itself not either, before a lease has passed: it does not know whom it has answered.
 //! * A leader whose machine was suspended believes only what a quorum has answered since: monotonic clocks stand still meanwhile.
-//! * A reign that was given up or is being handed on is read by no lease: a successor does not wait for it.
+//! * A reign that was given up is read by no lease, nor one that is handed on, which openraft sees to: a successor does not wait.
 
 use std::{
     sync::{
         Arc, Weak,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
@@ -34,8 +34,6 @@ pub(crate) struct Lease {
     margin: Option<Duration>,
     /// Whether this member votes.
     may_vote: AtomicBool,
-    /// The reign that is being handed on, or was.
-    handed: AtomicU64,
     awake: Mutex<Awake>,
 }
 
@@ -51,19 +49,12 @@ impl Lease {
     pub(crate) fn new(runtime: &Runtime, timing: Timing, may_vote: bool) -> Lease {
         let may_vote = AtomicBool::new(may_vote || mutants::is(Mutant::VotesAfterRestart));
         let awake = Mutex::new(Awake { ahead: ahead(runtime), since: SeamInstant::now() });
-        let handed = AtomicU64::new(0);
-        Lease { lasts: timing.lease, margin: timing.lease_reads, may_vote, handed, awake }
+        Lease { lasts: timing.lease, margin: timing.lease_reads, may_vote, awake }
     }
 
     /// Whether this member may vote for anybody.
     pub(crate) fn may_vote(&self) -> bool {
         self.may_vote.load(Ordering::Acquire)
-    }
-
-    /// From now on nothing of this reign is read by a lease. openraft refuses such reads while it hands on; who is handed a reign may
-    /// hear of it after openraft has given that up.
-    pub(crate) fn hand_on(&self, term: u64) {
-        self.handed.fetch_max(term, Ordering::AcqRel);
     }
 
     /// Whether reads may go without a question at all.
@@ -74,9 +65,6 @@ impl Lease {
     /// Whether a quorum has promised that nobody else leads yet.
     pub(crate) fn holds(&self, runtime: &Runtime, metrics: &RaftMetrics<TypeConfig>) -> bool {
         let Some(margin) = self.margin else { return false };
-        if self.handed.load(Ordering::Acquire) >= metrics.current_term {
-            return false;
-        }
         let Some(acked) = metrics.last_quorum_acked.as_deref().copied() else { return false };
         acked >= self.awake_since(runtime) && acked.elapsed() + margin < self.lasts
     }
@@ -93,14 +81,17 @@ impl Lease {
 
 /// How far the clock that counts suspensions is ahead of the one that does not.
 fn ahead(runtime: &Runtime) -> Duration {
-    runtime.clock.steady().saturating_sub(runtime.clock.monotonic())
+    // In this order: a suspension between the two is seen.
+    let monotonic = runtime.clock.monotonic();
+    runtime.clock.steady().saturating_sub(monotonic)
 }
 
-/// Lets a member vote and stand when a lease has passed since its start, and somewhat more, so that not all stand at once.
+/// Lets a member vote when a lease has passed since its start, and stand somewhat later, so that not all do at once.
 pub(crate) async fn wait(runtime: Runtime, lease: Arc<Lease>, member: Weak<Member>) {
     let more = runtime.random.below(u64::try_from(lease.lasts.as_micros() / 2).unwrap_or(u64::MAX));
-    runtime.clock.sleep(lease.lasts + Duration::from_micros(more)).await;
+    runtime.clock.sleep(lease.lasts).await;
     lease.may_vote.store(true, Ordering::Release);
+    runtime.clock.sleep(Duration::from_micros(more)).await;
     if let Some(member) = member.upgrade() {
         member.stand();
     }

@@ -50,7 +50,8 @@ use types::Raft;
 pub struct Timing {
     /// How often a leader is heard of.
     pub heartbeat: Duration,
-    /// After so long without a word a member believes that there is no leader; elections follow within as long again.
+    /// After so long without a word a member believes that there is no leader; elections follow within as long again, at the next
+    /// shared moment.
     pub lease: Duration,
     /// Leaders answer reads by what a quorum has promised, without asking it, and stop so much before that ends: as much as clocks may
     /// be apart after a lease. `None` where they always ask.
@@ -59,8 +60,9 @@ pub struct Timing {
 
 impl Default for Timing {
     fn default() -> Timing {
-        // openraft sends a heartbeat at the first tick after so long, and ticks come at shared moments: at each second one.
-        let heartbeat = SHARED_MOMENTS * 2 - Duration::from_millis(10);
+        // openraft sends a heartbeat at the first tick after so long, and ticks come at shared moments: at each second one, also
+        // where one comes half of the way late.
+        let heartbeat = SHARED_MOMENTS * 2 - SHARED_MOMENTS / 2;
         Timing { heartbeat, lease: Duration::from_millis(450), lease_reads: None }
     }
 }

@@ -290,14 +290,16 @@ impl Member {
 
     /// This member stands where the others hear of no leader, unless it has retired.
     pub(crate) fn stand(&self) {
-        if !self.retired.load(Ordering::Acquire) {
-            self.raft.runtime_config().elect(true);
+        self.raft.runtime_config().elect(true);
+        // Who retires meanwhile has said so before.
+        if self.retired.load(Ordering::SeqCst) {
+            self.raft.runtime_config().elect(false);
         }
     }
 
     /// This member does not stand any more.
     pub(crate) fn retire(&self) {
-        self.retired.store(true, Ordering::Release);
+        self.retired.store(true, Ordering::SeqCst);
         self.raft.runtime_config().elect(false);
     }
 
@@ -317,9 +319,17 @@ impl Member {
 
     /// Asks a quorum, as the leader, for the position that a read must have seen; who asks meanwhile shares the next question.
     pub(crate) async fn barrier_here(&self, patience: Duration) -> Result<Position, LogFault> {
-        if let Some(position) = self.by_lease().await {
-            return Ok(position);
-        }
+        let answered = async {
+            match self.by_lease().await {
+                Some(position) => Ok(position),
+                None => self.by_question().await,
+            }
+        };
+        let answered = self.parts.runtime.timeout(patience, answered).await;
+        answered.unwrap_or(Err(LogFault::NoQuorum { waited: patience }))
+    }
+
+    async fn by_question(&self) -> Result<Position, LogFault> {
         let (told, answer) = oneshot::channel();
         let asks = {
             let mut barriers = self.barriers.lock();
@@ -329,11 +339,7 @@ impl Member {
         if asks {
             self.parts.runtime.spawn("raft barrier", ask_barriers(self.raft.clone(), self.barriers.clone()));
         }
-        match self.parts.runtime.timeout(patience, answer).await {
-            Some(Ok(answer)) => answer,
-            Some(Err(_)) => Err(storage("the group has ended")),
-            None => Err(LogFault::NoQuorum { waited: patience }),
-        }
+        answer.await.unwrap_or_else(|_| Err(storage("the group has ended")))
     }
 
     /// Ends the log, as the leader.

@@ -13,11 +13,14 @@ use std::{
     time::Duration,
 };
 
-use clutch_runtime::{BoxFuture, SHARED_MOMENTS, ambient};
+use clutch_runtime::{BoxFuture, ambient};
 use futures_util::FutureExt as _;
 use openraft::{AsyncRuntime, Instant, OptionalSend, TokioRuntime};
 use rand_10::{SeedableRng as _, rngs::SmallRng};
 use tokio::sync::oneshot;
+
+/// What waits for less is no tick.
+const SHORT: Duration = Duration::from_millis(1);
 
 /// See the module.
 #[derive(Debug)]
@@ -161,8 +164,8 @@ impl AsyncRuntime for SeamRuntime {
 
     fn sleep_until(deadline: SeamInstant) -> BoxFuture<()> {
         let wait = deadline - SeamInstant::now();
-        // Ticks of all groups come together. What waits for less than that is no tick, and something waits for it.
-        match wait < SHARED_MOMENTS / 20 {
+        // Ticks of all groups come together. openraft waits for microseconds, too, where something waits for it.
+        match wait < SHORT {
             true => ambient::sleep(wait),
             false => ambient::sleep_about(wait),
         }

@@ -20,6 +20,8 @@ pub(crate) struct Standing {
     leader: Option<NodeId>,
     leads: bool,
     purged: Option<LogId>,
+    /// Who belongs to the group: one that is alone can be sent nothing.
+    members: Option<LogId>,
     has_failed: bool,
 }
 
@@ -30,6 +32,7 @@ impl Standing {
             leader: metrics.current_leader,
             leads: metrics.state == ServerState::Leader,
             purged: metrics.purged,
+            members: *metrics.membership_config.log_id(),
             has_failed: metrics.running_state.is_err(),
         }
     }

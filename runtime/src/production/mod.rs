@@ -20,7 +20,7 @@ use parking_lot::Mutex;
 use rand::{RngCore as _, SeedableRng as _};
 use rand_chacha::ChaCha12Rng;
 
-use crate::{BoxFuture, Clock, Random, Runtime, Spawner};
+use crate::{BoxFuture, Clock, Random, Runtime, Spawner, ambient};
 
 pub use files::OsDisk;
 pub use sessions::GrpcNetwork;
@@ -32,7 +32,7 @@ pub use sessions::GrpcNetwork;
 pub fn runtime() -> Runtime {
     let handle = tokio::runtime::Handle::current();
     Runtime {
-        clock: Arc::new(OsClock { start: Instant::now() }),
+        clock: Arc::new(OsClock { start: ambient::start() }),
         random: Arc::new(OsRandom(Mutex::new(ChaCha12Rng::from_os_rng()))),
         spawner: Arc::new(TokioSpawner { handle }),
         network: Arc::new(GrpcNetwork::new()),

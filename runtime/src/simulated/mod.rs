@@ -161,6 +161,7 @@ impl World {
     }
 
     fn stop(&self, node: NodeId) {
+        self.end_suspension(node);
         self.shared.executor.lock().resume(node);
         self.drop_all(node, |executor| executor.take_tasks(node));
         self.shared.network.lock().close_all(node);
@@ -278,14 +279,16 @@ impl World {
     /// Ends a pause.
     pub fn resume(&self, node: NodeId) {
         self.shared.record("resume", u64::from(node.0));
-        let now = self.shared.executor.lock().now_ns();
-        {
-            let mut clocks = self.shared.clocks.lock();
-            if let Some(since) = clocks.suspended.remove(&node) {
-                *clocks.stood_ns.entry(node).or_default() += now - since;
-            }
-        }
+        self.end_suspension(node);
         self.shared.executor.lock().resume(node);
+    }
+
+    fn end_suspension(&self, node: NodeId) {
+        let now = self.shared.executor.lock().now_ns();
+        let mut clocks = self.shared.clocks.lock();
+        if let Some(since) = clocks.suspended.remove(&node) {
+            *clocks.stood_ns.entry(node).or_default() += now - since;
+        }
     }
 
     /// What was noted through [`Runtime::note`], and how often.
@@ -395,8 +398,9 @@ impl SimClock {
         let clocks = self.shared.clocks.lock();
         let stands = clocks.suspended.get(&self.node).map_or(0, |since| now - since);
         let stood = clocks.stood_ns.get(&self.node).copied().unwrap_or(0) + stands;
-        let runs = Duration::from_nanos(now.saturating_add_signed(parts(now, self.ppm)));
-        (runs.saturating_sub(Duration::from_nanos(stood)), Duration::from_nanos(stood))
+        let shows = |ns: u64| Duration::from_nanos(ns.saturating_add_signed(parts(ns, self.ppm)));
+        let monotonic = shows(now.saturating_sub(stood));
+        (monotonic, shows(now).saturating_sub(monotonic))
     }
 }
 

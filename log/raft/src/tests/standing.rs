@@ -27,9 +27,7 @@ fn is_told_of_the_end(seed: u64) -> bool {
         let vote = Vote { leader_id: LeaderId { term: TERM, voted_for: 9 }, committed: false };
         let mut request = VoteRequest::new(vote, log.0.log().last_id());
         request.leadership_transfer = true;
-        let addresses = Arc::new(|node| Some(format!("node{node}").as_str().into()));
-        let identities = group::identities(&runtime, 9);
-        let peers = Peers::new(runtime.clone(), group::CLUSTER, 9, group::KEY, identities, "", addresses);
+        let peers = votes::outsider(&runtime);
         let body = messages::vote(&request);
         let told = async {
             loop {

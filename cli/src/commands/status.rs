@@ -223,7 +223,8 @@ fn hex(bytes: &[u8]) -> String {
 /// How long ago the newest checkpoint was taken, from which a replay begins and which another member gets.
 fn checkpoint_age(status: &StatusReply) -> Option<Duration> {
     let taken = Duration::from_nanos(status.checkpoint_time);
-    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    // A clock that stands before 1970 says nothing of how old anything is.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).ok()?;
     (!taken.is_zero()).then(|| now.saturating_sub(taken))
 }
 
@@ -326,7 +327,10 @@ fn print(picture: &Picture) -> Result<()> {
                 },
                 s.applied_position.to_string(),
                 format!("{}..{}", s.log_first, s.log_last),
-                checkpoint_age(s).map_or("none".to_owned(), |age| format!("{} ago", in_short(age))),
+                checkpoint_age(s).map_or_else(
+                    || if s.checkpoint_time == 0 { "none" } else { "unknown" }.to_owned(),
+                    |age| format!("{} ago", in_short(age)),
+                ),
                 hex(&s.hash),
                 format!("{} equal, {} not compared", s.checks_compared, s.checks_not_compared),
                 members(replica, s),

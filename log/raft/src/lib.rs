@@ -170,7 +170,7 @@ impl RaftEngine {
         // any more, whatever the parameters say.
         let may_begin = !has_voted || mutants::is(Mutant::RejoinsAsFounder);
         let others = log.last_id().map(|last| log.members_at(last.index)).transpose().map_err(storage)?;
-        let is_alone = others.is_some_and(|members| members.voter_ids().all(|voter| voter == node));
+        let is_alone = others.is_some_and(|members| members.voter_ids().eq([node]));
         let lease = Arc::new(lease::Lease::new(&self.runtime, self.timing, !has_voted || is_alone));
         if !lease.may_vote() {
             raft.runtime_config().elect(false);

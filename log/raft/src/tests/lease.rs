@@ -15,15 +15,7 @@ where
     F: Future<Output = T> + Send + 'static,
     T: Send + 'static,
 {
-    let world = Arc::new(World::new(seed));
-    let nodes = Arc::new(Nodes::new(world.clone(), 3).reading_by_lease(MARGIN));
-    let done = world.run(SimNode(0), Duration::from_secs(3600), async move {
-        for node in nodes.numbers() {
-            nodes.boot(node).await;
-        }
-        part(nodes).await
-    });
-    done.unwrap_or_else(|| panic!("seed {seed} got stuck"))
+    on_nodes(seed, |world| Nodes::new(world, 3).reading_by_lease(MARGIN), part).0
 }
 
 /// Has something committed; where.

@@ -107,8 +107,21 @@ where
     F: Future<Output = T> + Send + 'static,
     T: Send + 'static,
 {
+    on_nodes(seed, |world| Nodes::new(world, 3), part)
+}
+
+/// The same on nodes that are made in another way.
+fn on_nodes<F, T>(
+    seed: u64,
+    make: impl FnOnce(Arc<World>) -> Nodes,
+    part: impl FnOnce(Arc<Nodes>) -> F + Send + 'static,
+) -> (T, u64)
+where
+    F: Future<Output = T> + Send + 'static,
+    T: Send + 'static,
+{
     let world = Arc::new(World::new(seed));
-    let nodes = Arc::new(Nodes::new(world.clone(), 3));
+    let nodes = Arc::new(make(world.clone()));
     let done = world.run(SimNode(0), Duration::from_secs(3600), async move {
         for node in nodes.numbers() {
             nodes.boot(node).await;

@@ -321,6 +321,11 @@ impl Client {
         self.inner.less_parity.load(Ordering::Relaxed)
     }
 
+    /// The key by which it shows that it may look after the cluster, where it has one.
+    pub fn key(&self) -> Option<[u8; 32]> {
+        self.inner.options.system_key
+    }
+
     /// What the client runs on.
     pub fn runtime(&self) -> &Runtime {
         &self.inner.runtime

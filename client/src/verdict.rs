@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use clutch_proto::{
+    Refusal,
     mutants::{self, Mutant},
     rules::v1::CLIENT_IDLE_LIFETIME_MS,
     types::Code,
@@ -20,7 +21,7 @@ const RENEWALS_MAX: u32 = 8;
 const COPIES_KNOWN: Duration = Duration::from_millis(CLIENT_IDLE_LIFETIME_MS / 2);
 
 /// A request on its way.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub(crate) struct Asked {
     /// Whether it changes something.
     pub(crate) is_tagged: bool,
@@ -29,6 +30,8 @@ pub(crate) struct Asked {
     renewals: u32,
     /// When the first attempt was sent, by a clock that also counts while the machine sleeps.
     first_sent: Option<Duration>,
+    /// Why who leads did not take it, of late: the others say that they do not lead, which tells a person less.
+    unready: Option<Refusal>,
 }
 
 /// How an attempt failed.
@@ -89,6 +92,9 @@ impl Asked {
                 Verdict { again: true, renew: true, note: Some("client: a tag is drawn again"), ..end }
             }
             ClientError::Refused(refusal) => {
+                if refusal.code == Code::NotReady {
+                    self.unready = Some(refusal.clone());
+                }
                 let has_expired = refusal.code == Code::ExpiredUnknown && !self.maybe_done && self.is_tagged;
                 let never_sent = has_expired && are_copies_known;
                 self.maybe_done |= attempt.was_sent && refusal.may_have_effect();
@@ -127,7 +133,8 @@ impl Asked {
 
     /// What the caller is told when it is not asked again; with a note.
     pub(crate) fn told(&self, error: ClientError, is_logged: bool) -> (ClientError, Option<&'static str>) {
-        match error {
+        let unready = self.unready.clone().filter(|_| error.code() == Some(Code::NotLeader));
+        match unready.map_or(error, ClientError::Refused) {
             // Once it may have been done, only an answer that says what became of it is better.
             ClientError::Refused(refusal)
                 if self.maybe_done && self.is_tagged && (!refusal.code.is_decision() || !is_logged) =>

@@ -18,6 +18,7 @@ use clutch_proto::{
     ServiceId, Time,
     admin::{AdminRequest, TakeCheckpoint, TrimLog, admin_request::Op},
     certificate::Key,
+    level,
     session::Role,
 };
 use clutch_runtime::{
@@ -188,6 +189,8 @@ pub struct SimCluster {
     spares: Mutex<u32>,
     /// Nodes whose start failed; whoever drives the world starts them again.
     failed: Arc<Mutex<Vec<NodeId>>>,
+    /// Nodes that run an older build.
+    older: Mutex<BTreeSet<NodeId>>,
     /// Disks that were made to lose or change what they hold.
     spoiled: Mutex<BTreeSet<u32>>,
 }
@@ -412,6 +415,7 @@ impl SimCluster {
             homes: Arc::new(Mutex::new(homes)),
             spares: Mutex::new(0),
             failed: Arc::default(),
+            older: Mutex::default(),
             spoiled: Mutex::default(),
         };
         for disk in 0..this.config.disks {
@@ -454,7 +458,7 @@ impl SimCluster {
     }
 
     /// Where the registry's members are.
-    fn registries(&self) -> Registries {
+    pub fn registries(&self) -> Registries {
         let all = self.members(LogId::REGISTRY).into_iter().map(endpoint).collect();
         Registries::new(all).expect("a log has a member")
     }
@@ -528,6 +532,7 @@ impl SimCluster {
         let (registries, peers, homes) = (self.registries(), self.peers(), self.homes.clone());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let (pages, id, leases) = (self.config.pages(), self.cluster_id(), self.config.leases);
+        let level = if self.older.lock().contains(&node) { level::FIRST } else { level::KNOWN };
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
@@ -553,6 +558,7 @@ impl SimCluster {
                 accept,
                 keyring,
                 system_key: SYSTEM_KEY,
+                level,
                 process_usage: || None,
                 lifetimes: LIFETIMES,
                 pages,
@@ -584,6 +590,15 @@ impl SimCluster {
     /// Nodes whose start failed since this was asked last.
     pub fn take_failed(&self) -> Vec<NodeId> {
         std::mem::take(&mut self.failed.lock())
+    }
+
+    /// A node runs a build that knows the first feature level only, or the newest one, when it is started next.
+    pub fn runs_older(&self, node: NodeId, is_older: bool) {
+        let mut older = self.older.lock();
+        match is_older {
+            true => older.insert(node),
+            false => older.remove(&node),
+        };
     }
 
     /// Removes all states of a node that is down.

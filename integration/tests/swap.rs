@@ -168,6 +168,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         accept: Arc::new(drop),
         keyring: Keyring::default(),
         system_key: [7; 32],
+        level: clutch_proto::level::KNOWN,
         process_usage: || None,
         lifetimes: Lifetimes::default(),
         pages: Pages::default(),

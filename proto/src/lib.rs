@@ -8,6 +8,7 @@ pub mod certificate;
 pub mod crc;
 pub mod error;
 pub mod ids;
+pub mod level;
 pub mod limits;
 pub mod listing;
 pub mod log;

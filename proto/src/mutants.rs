@@ -255,6 +255,12 @@ pub enum Mutant {
     AnybodyAdministers,
     /// Whoever asks changes the registry.
     AnybodyRegisters,
+    /// The leader of a log raises its feature level when its own build knows it.
+    LevelOfLeader,
+    /// An invitation is good for whoever comes.
+    InvitationTakenTwice,
+    /// An invitation is good for ever.
+    InvitationNeverOver,
     /// Whoever answers is believed to have the cluster's key.
     AnyAnswerTaken,
     /// A node that comes back with another identity is spoken to.

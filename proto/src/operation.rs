@@ -147,6 +147,7 @@ pub fn of_registry(op: &registry_request::Op) -> Class {
         | Op::PlaceCdc(_)
         | Op::SwapChain(_)
         | Op::SetServiceFlags(_) => Class::Release,
+        Op::InviteNode(_) | Op::RedeemInvitation(_) => Class::Change,
     }
 }
 

@@ -74,6 +74,12 @@ pub mod v1 {
     pub const SHARDS_MAX: u32 = 256;
     /// Transactions of the CDC that may be in flight.
     pub const TRANSACTIONS_MAX: u64 = 10_000;
+    /// Invitations of nodes that may be open.
+    pub const INVITATIONS_MAX: usize = 1000;
+    /// How long an invitation may be good.
+    pub const INVITATION_LIFETIME_MS_MAX: u64 = 2_592_000_000;
+    /// The highest number of a node that is invited.
+    pub const NODE_NUMBER_MAX: u64 = 4_294_967_295;
     /// Ended moves that the CDC remembers for walks.
     pub const MOVES_REMEMBERED: u64 = 1024;
 }

@@ -4,7 +4,7 @@
 //! good; `services_version` grows with every change that placement or routing must know.
 
 use clutch_proto::{
-    Refusal, Time,
+    Refusal, Time, level,
     log::Position,
     mutants::{self, Mutant},
     operation::{self, Class},
@@ -23,6 +23,8 @@ use clutch_state::{
     store::decode_row,
 };
 
+mod invitations;
+
 /// The registry's tables.
 pub mod tables {
     use clutch_state::Table;
@@ -35,6 +37,13 @@ pub mod tables {
     pub const SHARD: Table = Table(18);
     /// Role, number → `Chain`.
     pub const CHAIN: Table = Table(19);
+    /// Invitation → `InvitationRow`.
+    pub const INVITATION: Table = Table(20);
+
+    /// Key of an invitation.
+    pub fn invitation_key(invitation: u64) -> [u8; 8] {
+        invitation.to_be_bytes()
+    }
 
     /// Key of a service.
     pub fn service_key(service: u64) -> [u8; 8] {
@@ -87,6 +96,10 @@ impl Machine for Registry {
         }
     }
 
+    fn level(request: &RegistryRequest) -> u32 {
+        request.op.as_ref().map_or(level::FIRST, level::of_registry)
+    }
+
     fn is_read(request: &RegistryRequest) -> bool {
         request.op.as_ref().is_none_or(|op| operation::of_registry(op).is_read())
     }
@@ -115,7 +128,9 @@ impl Machine for Registry {
                 | Op::PlaceShard(_)
                 | Op::PlaceCdc(_)
                 | Op::SwapChain(_)
-                | Op::SetServiceFlags(_),
+                | Op::SetServiceFlags(_)
+                | Op::InviteNode(_)
+                | Op::RedeemInvitation(_),
             ) => Err(Refusal::malformed("not a read").into()),
             None => Err(Refusal::malformed("a request without an operation that this build knows").into()),
         }
@@ -208,6 +223,8 @@ fn apply_request(tx: &mut Tx<'_>, time: Time, request: RegistryRequest) -> Resul
             Ok(RegistryReply::default())
         }
         Op::SwapChain(op) => swap_chain(tx, op),
+        Op::InviteNode(op) => invitations::invite(tx, time, op),
+        Op::RedeemInvitation(op) => invitations::redeem(tx, time, op),
         Op::GetMap(_) | Op::GetChain(_) => Err(Stop::unknown("it holds a read")),
     }
 }

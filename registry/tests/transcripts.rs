@@ -4,8 +4,9 @@ use std::path::Path;
 
 use clutch_proto::{
     registry::{
-        Chain, ClusterRow, Genesis, GetChain, GetMap, PlaceCdc, PlaceShard, RegisterServices, RegistryEntry,
-        RegistryRequest, Segment, SetServiceFlags, SwapChain, registry_entry::Body, registry_request::Op,
+        Chain, ClusterRow, Genesis, GetChain, GetMap, InvitationRow, InviteNode, PlaceCdc, PlaceShard,
+        RedeemInvitation, RegisterServices, RegistryEntry, RegistryRequest, Segment, SetServiceFlags,
+        SwapChain, registry_entry::Body, registry_request::Op,
     },
     rules,
     types::{BlockService, ShardPlacement},
@@ -20,6 +21,7 @@ fn row(table: Table, value: &[u8]) -> (&'static str, String) {
         tables::SERVICE => ("service", shown::<BlockService>(value)),
         tables::SHARD => ("shard", shown::<ShardPlacement>(value)),
         tables::CHAIN => ("chain", shown::<Chain>(value)),
+        tables::INVITATION => ("invitation", shown::<InvitationRow>(value)),
         other => panic!("{other:?} is in no transcript"),
     }
 }
@@ -45,6 +47,27 @@ fn swap(expect_incarnation: u64, incarnation: u64) -> Op {
     let append =
         Some(Segment { base_position: 7, engine: "local".into(), incarnation, ..Segment::default() });
     Op::SwapChain(SwapChain { role: 3, number: 1, expect_incarnation, append })
+}
+
+fn invitations(t: &mut Transcript<Registry>) {
+    t.title("an invitation is taken once, by whoever comes first, until it is over; its node has a number of its own");
+    t.stamp = 1_000_000_000;
+    for (invitation, lifetime_ms) in [(7, 1000), (7, 1000), (8, 2000), (0, 1000), (9, 0), (9, u64::MAX)] {
+        entry(t, Op::InviteNode(InviteNode { invitation, lifetime_ms }));
+    }
+    let take = |invitation, joiner, least_node| {
+        Op::RedeemInvitation(RedeemInvitation { invitation, joiner, least_node })
+    };
+    for (invitation, joiner, least_node) in [(6, 1, 4), (7, 0, 4), (7, 1, 0), (7, 1, 4), (7, 1, 4), (7, 2, 4)]
+    {
+        entry(t, take(invitation, joiner, least_node));
+    }
+    // The others do not know of the one that was given a number and has not started yet.
+    entry(t, take(8, 3, 4));
+    t.stamp = 2_500_000_000;
+    entry(t, take(7, 1, 4));
+    entry(t, Op::InviteNode(InviteNode { invitation: 10, lifetime_ms: 1 }));
+    entry(t, take(10, 1, u64::MAX));
 }
 
 fn said() -> String {
@@ -84,6 +107,7 @@ fn said() -> String {
     }
     read(&mut t, Op::GetChain(GetChain { role: 3, number: 1 }));
     read(&mut t, Op::GetChain(GetChain { role: 3, number: 2 }));
+    invitations(&mut t);
     t.text
 }
 

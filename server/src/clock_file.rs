@@ -4,7 +4,7 @@
 //! cluster was down, so that a wall clock that was set meanwhile is not believed. The file is a hint: where it is missing,
 //! damaged or of another boot, nothing is known.
 
-use std::{path::Path, time::Duration};
+use std::{path::Path, sync::Arc, time::Duration};
 
 use clutch_proto::Time;
 use clutch_runtime::Runtime;
@@ -30,8 +30,14 @@ fn boot() -> Option<String> {
     Some(id.trim().to_owned())
 }
 
+/// How long ago logs ended, as the file in a directory tells.
+pub fn downtime(runtime: &Runtime, dir: &Path) -> Arc<dyn Fn(Time) -> Option<Duration> + Send + Sync> {
+    let (runtime, dir) = (runtime.clone(), dir.to_owned());
+    Arc::new(move |last| down_since(&runtime, &dir, last))
+}
+
 /// How long ago the logs ended at `last`; `None` when it cannot be told.
-pub fn down_since(runtime: &Runtime, dir: &Path, last: Time) -> Option<Duration> {
+fn down_since(runtime: &Runtime, dir: &Path, last: Time) -> Option<Duration> {
     let bytes = runtime.disk.read(&dir.join(FILE)).ok()?;
     let file: ClockFile = serde_json::from_slice(&bytes).ok()?;
     if file.boot != boot()? {

@@ -14,7 +14,7 @@ use clutch_proto::{
     session::Role,
 };
 use clutch_runtime::Endpoint;
-use clutch_state_replica::AskMembers;
+use clutch_state_replica::{AskLevels, AskMembers};
 use futures_util::{StreamExt as _, future::join_all, stream::FuturesUnordered};
 
 use crate::routes::Routes;
@@ -47,6 +47,25 @@ impl Asker {
                     asked.flatten().map(|hash| (node, hash))
                 });
                 join_all(asked).await.into_iter().flatten().collect::<BTreeMap<NodeId, Bytes>>()
+            })
+        })
+    }
+
+    /// Asks the other members of a log for the feature levels that they know; nobody before the node listens.
+    pub(crate) fn levels(&self, log: LogId) -> AskLevels {
+        let asker = self.clone();
+        Arc::new(move || {
+            let asker = asker.clone();
+            Box::pin(async move {
+                let Some((client, routes)) = asker.0.get() else { return BTreeMap::new() };
+                let (role, number) = role_of(log);
+                let asked = routes.others(log).into_iter().map(|(node, endpoint)| async move {
+                    let request = AdminRequest { op: Some(Op::Status(Status::default())) };
+                    let asked = client.admin_at(endpoint, role, number, request);
+                    let status = client.runtime().timeout(ASK_FOR, asked).await?.ok()?.status?;
+                    Some((node, status.level_known))
+                });
+                join_all(asked).await.into_iter().flatten().collect()
             })
         })
     }

@@ -126,6 +126,8 @@ pub struct NodeConfig {
     pub keyring: Keyring,
     /// What the parts of the cluster know each other by.
     pub system_key: [u8; 32],
+    /// The newest feature level that it takes part in: `clutch_proto::level::KNOWN`.
+    pub level: u32,
     /// How long what clients are given is good.
     pub lifetimes: Lifetimes,
     /// How much the answers of shards hold.
@@ -910,6 +912,8 @@ impl Starter<'_> {
             checkpoints: self.config.stores.checkpoints(id),
             open_checkpoint: self.config.stores.open_checkpoint(),
             ask_members: self.asker.of(id),
+            ask_levels: self.asker.levels(id),
+            level: self.config.level,
             restore: self.restoring::<M>(id),
             shortage: {
                 let room = self.config.room.clone();

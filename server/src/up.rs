@@ -23,7 +23,7 @@ use clutch_blocks::label::Label;
 use clutch_client_maintenance::collector::{self, CollectOptions};
 use clutch_log::{Engines, LogId};
 use clutch_log_local::{LocalEngine, Options};
-use clutch_proto::ServiceId;
+use clutch_proto::{ServiceId, level};
 use clutch_runtime::{Disk as _, Endpoint, HybridClock, Runtime, production::OsDisk};
 use clutch_shard::Lifetimes;
 
@@ -257,13 +257,11 @@ impl Up {
             accept: Arc::new(drop),
             keyring,
             system_key,
+            level: level::KNOWN,
             lifetimes: config.lifetimes,
             pages: clutch_shard::Pages::default(),
             clock_skew_ms_max: config.clock_skew_ms_max,
-            down: {
-                let (runtime, dir) = (seam.clone(), config.dir.clone());
-                Arc::new(move |last| clock_file::down_since(&runtime, &dir, last))
-            },
+            down: clock_file::downtime(&seam, &config.dir),
             accept_clock: config.accept_clock,
             room: room.clone(),
             reserve_on: on_the_same_file_system(&config.dir, &disks),

@@ -7,7 +7,7 @@ use std::{
 
 use bytes::Bytes;
 use clutch_proto::{
-    Refusal, Time,
+    Refusal, Time, level,
     log::{Batch, Position},
     mutants::{self, Mutant},
     state::{AppliedRow, ClientRow, Entry, OutcomeRow, Verdict, entry::Kind},
@@ -73,6 +73,12 @@ pub enum Fault {
         "the state has format {0}, this build reads format {FORMAT} only; with the build that wrote it, copy the files out (clutch fs get -r), then put them into a new directory"
     )]
     OldFormat(u32),
+    /// The log has agreed on what this build does not know.
+    #[error(
+        "the members of the log have agreed on feature level {0}, and this build knows levels up to {known}: run the newer build, as they do",
+        known = level::KNOWN
+    )]
+    Level(u32),
     /// The rows were written by a newer build.
     #[error("the state has format {0}, this build knows up to {FORMAT}; use the newer build")]
     Format(u32),
@@ -88,6 +94,7 @@ impl Fault {
             | Fault::Order { .. }
             | Fault::Diverged { .. }
             | Fault::OldFormat(_)
+            | Fault::Level(_)
             | Fault::Format(_) => false,
         }
     }
@@ -137,6 +144,10 @@ pub struct Applier<M: Machine> {
     /// CRC-32 over the batch at the stored position, which may lie before `position` by records of the engine.
     stored: (Position, u32),
     sums: Sums,
+    /// The feature level that the log has agreed on.
+    level: u32,
+    /// The same with the entries of the batch that is being applied.
+    agreed: u32,
     clients: ClientTable,
     recent: VecDeque<(Position, StateHash)>,
     checks: CheckCounts,
@@ -154,12 +165,15 @@ impl<M: Machine> Applier<M> {
             return Err(Fault::OldFormat(applied.format));
         }
         let sums = stored_sums(&*store)?;
+        let level = stored_level(&*store)?;
         let mut applier = Applier {
             store,
             position: Position(applied.position),
             time: Time(applied.time),
             stored: (Position(applied.position), applied.batch_crc),
             sums,
+            level,
+            agreed: level,
             clients: ClientTable::default(),
             recent: VecDeque::new(),
             checks: CheckCounts::default(),
@@ -167,6 +181,11 @@ impl<M: Machine> Applier<M> {
         };
         applier.remember_hash();
         Ok(applier)
+    }
+
+    /// The feature level that the log has agreed on.
+    pub fn level(&self) -> u32 {
+        self.level
     }
 
     /// The last position applied.
@@ -240,8 +259,7 @@ impl<M: Machine> Applier<M> {
             return Err(Fault::Order { applied: self.position, got: batch.position });
         }
         let store = self.store.clone();
-        let mut overlay = Overlay::default();
-        let mut effects = Effects::default();
+        let (mut overlay, mut effects) = (Overlay::default(), Effects::default());
         let mut outcomes = Vec::with_capacity(batch.entries.len());
         let mut time = self.time;
         for (ordinal, bytes) in batch.entries.iter().enumerate() {
@@ -270,7 +288,7 @@ impl<M: Machine> Applier<M> {
                     }
                 }
                 Some(kind) => {
-                    self.compare(kind).map_err(|fault| match fault {
+                    self.take(kind).map_err(|fault| match fault {
                         Fault::Unknown(what) => undecodable(what),
                         fault => fault,
                     })?;
@@ -282,6 +300,9 @@ impl<M: Machine> Applier<M> {
         }
         let mut tx = Tx::new(&mut overlay, &*store);
         self.clients.finish(&mut tx, time)?;
+        if self.agreed > self.level {
+            tx.put(Table::LEVEL, &[], self.agreed.to_be_bytes().to_vec());
+        }
         let batch_crc = batch_crc(&batch.entries);
         let applied = AppliedRow { position: batch.position.0, time: time.0, format: FORMAT, batch_crc };
         tx.put_row(Table::APPLIED, APPLIED_KEY, &applied);
@@ -297,7 +318,7 @@ impl<M: Machine> Applier<M> {
         }
         store.write(rows)?;
         assert!(time >= self.time || mutants::is(Mutant::TimeGoesBack), "time never goes backwards");
-        (self.position, self.time) = (batch.position, time);
+        (self.position, self.time, self.level) = (batch.position, time, self.agreed);
         self.stored = (batch.position, batch_crc);
         self.remember_hash();
         let Effects { actions, resolved } = effects;
@@ -363,8 +384,8 @@ impl<M: Machine> Applier<M> {
         Ok(outcome)
     }
 
-    /// Compares the state with what an entry says of it that nobody asked for.
-    fn compare(&mut self, kind: Kind) -> Result<(), Fault> {
+    /// Takes an entry that nobody asked for: mostly compares the state with what it says of it.
+    fn take(&mut self, kind: Kind) -> Result<(), Fault> {
         match kind {
             Kind::Check(check) => {
                 let theirs = StateHash::from_bytes(&check.hash);
@@ -372,6 +393,11 @@ impl<M: Machine> Applier<M> {
                 self.check(Position(check.position), theirs)
             }
             Kind::Verdict(verdict) => self.judge(&verdict),
+            Kind::Level(agreed) => {
+                check_level(agreed).map_err(|fault| Fault::Unknown(fault.to_string()))?;
+                self.agreed = self.agreed.max(agreed);
+                Ok(())
+            }
             Kind::TimeMark(_) | Kind::Body(_) => Ok(()),
         }
     }
@@ -454,6 +480,21 @@ pub struct Rescan {
 pub fn stands_at(view: &dyn View) -> Result<(Position, Time), StoreError> {
     let applied: AppliedRow = get_row(view, Table::APPLIED, APPLIED_KEY)?.unwrap_or_default();
     Ok((Position(applied.position), Time(applied.time)))
+}
+
+/// The feature level of a state.
+fn stored_level(view: &dyn View) -> Result<u32, Fault> {
+    let Some(stored) = view.get(Table::LEVEL, &[])? else { return Ok(level::FIRST) };
+    let stored = <[u8; 4]>::try_from(&stored[..]);
+    let stored = stored.map_err(|_| StoreError::Broken("the feature level has the wrong length".into()))?;
+    check_level(u32::from_be_bytes(stored))
+}
+
+fn check_level(level: u32) -> Result<u32, Fault> {
+    if level > level::KNOWN {
+        return Err(Fault::Level(level));
+    }
+    Ok(level)
 }
 
 fn stored_sums(view: &dyn View) -> Result<Sums, StoreError> {

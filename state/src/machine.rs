@@ -2,7 +2,7 @@
 
 use bytes::Bytes;
 use clutch_proto::{
-    Refusal, Time,
+    Refusal, Time, level,
     log::Position,
     types::{ClientTag, Code},
 };
@@ -109,6 +109,11 @@ pub trait Machine: Sized + Send + Sync + 'static {
     /// # Errors
     /// [`StoreError::Damaged`] when it is somebody else's.
     fn check_home(view: &dyn View, cluster: u64, number: u32) -> Result<(), StoreError>;
+
+    /// The feature level that the request belongs to.
+    fn level(_request: &Self::Request) -> u32 {
+        level::FIRST
+    }
 
     /// Whether the request only reads.
     fn is_read(request: &Self::Request) -> bool;

@@ -27,6 +27,8 @@ impl Table {
     pub const CLIENTS_BY_MINUTE: Table = Table(3);
     /// How many rows the table before has: one row, a number of 8 bytes, big-endian; none stands for 0.
     pub const CLIENT_COUNT: Table = Table(4);
+    /// The feature level that the log has agreed on: one row, a number of 4 bytes, big-endian; none stands for the first.
+    pub const LEVEL: Table = Table(5);
 
     /// Whether rows must match on every replica.
     pub fn is_hashed(self) -> bool {

@@ -12,6 +12,7 @@ use anyhow::Result;
 use clutch_client::{Client, ClientError};
 use clutch_proto::{
     admin::{AdminReply, AdminRequest, LogMember, Status, StatusReply, admin_request::Op},
+    level,
     registry::Map,
     session::Role,
 };
@@ -282,6 +283,7 @@ fn log(replica: &ReplicaStatus) -> Option<serde_json::Value> {
             "node": of.member.node, "address": of.member.address, "voter": of.member.voter,
             "applied": of.status.as_ref().ok().map(|s| s.applied_position), "lag": of.lag(status.log_last),
             "hash": of.status.as_ref().ok().map(|s| hex(&s.hash)), "fault": of.fault().unwrap_or_default(),
+            "feature_level_known": of.status.as_ref().ok().map(|s| s.level_known.max(level::FIRST)),
         })
     };
     let members: Vec<_> = match status.members.len() {
@@ -292,7 +294,8 @@ fn log(replica: &ReplicaStatus) -> Option<serde_json::Value> {
         _ => replica.members.iter().map(member).collect(),
     };
     Some(json!({
-        "name": replica.name, "leader": status.leader, "epoch": status.epoch, "replicas": members,
+        "name": replica.name, "leader": status.leader, "epoch": status.epoch, "feature_level": status.level.max(level::FIRST),
+        "replicas": members,
     }))
 }
 

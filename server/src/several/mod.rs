@@ -15,6 +15,7 @@ use clutch_client_maintenance::collector::{self, CollectOptions};
 use clutch_log::{Engines, LogId, LogletId, NodeId};
 use clutch_log_raft::{Identities, Peers as Streams, RaftEngine, Timing};
 use clutch_log_store::{Options, Store};
+use clutch_proto::level;
 use clutch_runtime::{Endpoint, PeerStream, Runtime};
 use clutch_shard::{Lifetimes, Pages};
 
@@ -259,13 +260,11 @@ async fn start_on(
         accept: accepting(&streams),
         keyring,
         system_key,
+        level: level::KNOWN,
         lifetimes: Lifetimes::default(),
         pages: Pages::default(),
         clock_skew_ms_max: layout.settings.clock_skew_s * 1000,
-        down: {
-            let (runtime, dir) = (runtime.clone(), dir.clone());
-            Arc::new(move |last| clock_file::down_since(&runtime, &dir, last))
-        },
+        down: clock_file::downtime(runtime, dir),
         accept_clock: options.accept_clock,
         room: room.clone(),
         reserve_on: up::on_the_same_file_system(dir, &disks),

@@ -191,6 +191,8 @@ impl<M: Machine> Replica<M> {
             leader: log.leader.unwrap_or(0),
             members: log.members.into_iter().map(member_of).collect(),
             config: log.config.0,
+            level_known: self.config.level,
+            level: self.applier.level(),
             ..StatusReply::default()
         };
         Ok(AdminReply { status: Some(status), ..AdminReply::default() })

@@ -44,6 +44,7 @@ mod confirmed;
 mod facts;
 mod fates;
 mod handle;
+mod levels;
 mod reads;
 mod restore;
 mod room;
@@ -54,6 +55,8 @@ pub use facts::SharedFacts;
 use fates::{Answers, Fates};
 pub use handle::{Answer, Freshness, ReplicaHandle};
 use handle::{Input, Reply};
+pub use levels::AskLevels;
+use levels::Known as KnownLevels;
 use reads::{Barrier, PendingRead, Waiting};
 pub use restore::Restore;
 pub use verdict::AskMembers;
@@ -117,6 +120,10 @@ pub struct ReplicaConfig<M: Machine> {
     pub restore: Restore,
     /// Asks the other members of the log what they have.
     pub ask_members: AskMembers,
+    /// Asks the other members of the log what their builds know.
+    pub ask_levels: AskLevels,
+    /// The newest feature level that this node takes part in.
+    pub level: u32,
 }
 
 /// Hears of reigns; must not wait.
@@ -149,6 +156,10 @@ pub struct Replica<M: Machine> {
     barriers: FuturesUnordered<BoxFuture<Barrier<M>>>,
     /// Members that are being asked.
     polls: FuturesUnordered<BoxFuture<Poll>>,
+    /// Members that are being asked for their feature levels.
+    level_polls: FuturesUnordered<BoxFuture<KnownLevels>>,
+    /// The level that was wanted last and who did not know it.
+    below: Option<(u32, String)>,
     /// Reads of what is not applied yet.
     waiting_reads: Waiting<M>,
     flushed_bytes: u64,
@@ -187,6 +198,8 @@ impl<M: Machine> Replica<M> {
             deferred: BTreeMap::new(),
             barriers: FuturesUnordered::new(),
             polls: FuturesUnordered::new(),
+            level_polls: FuturesUnordered::new(),
+            below: None,
             waiting_reads: Waiting::new(),
             flushed_bytes: 0,
             ticks_since_flush: 0,
@@ -228,6 +241,7 @@ impl<M: Machine> Replica<M> {
                     Err(fault) => self.stop_on(fault.to_string()),
                 },
                 Some(poll) = self.polls.next(), if !self.polls.is_empty() => self.polled(poll),
+                Some(known) = self.level_polls.next(), if !self.level_polls.is_empty() => self.levels_known(known),
                 Some((barrier, reads)) = self.barriers.next(), if !self.barriers.is_empty() => self.passed(barrier, reads),
                 Some(input) = admin.recv() => {
                     inputs.push(input);
@@ -649,6 +663,9 @@ impl<M: Machine> Replica<M> {
             && !M::gives_space_back(&request)
             && let Some(refusal) = self.want_of_room()
         {
+            return drop(reply.send(Answer::refused(refusal)));
+        }
+        if let Some(refusal) = self.want_of_level(M::level(&request)) {
             return drop(reply.send(Answer::refused(refusal)));
         }
         let random = self.config.runtime.random.clone();

@@ -249,6 +249,32 @@ fn what_most_members_have_decides() {
 }
 
 #[test]
+fn a_feature_level_is_kept_and_one_that_is_not_known_stops_it() {
+    let store = Arc::new(MemoryStore::new());
+    let mut applier = opened(&store);
+    assert_eq!(applier.level(), level::FIRST);
+    let before = applier.hash();
+    applier.apply(&batch(1, vec![entry(1, Kind::Level(level::FIRST))])).expect("applies");
+    assert_eq!(applier.hash(), before, "nothing is agreed on that was not before");
+    applier.apply(&batch(2, vec![entry(1, Kind::Level(level::KNOWN)), put(1, 1, 9)])).expect("applies");
+    // It never sinks.
+    applier.apply(&batch(3, vec![entry(1, Kind::Level(level::FIRST))])).expect("applies");
+    assert_eq!((applier.level(), opened(&store).level()), (level::KNOWN, level::KNOWN));
+    assert_eq!(applier.hash(), counted(&store), "the state has it");
+    let fault = applier.apply(&batch(4, vec![entry(1, Kind::Level(level::KNOWN + 1))])).map(|a| a.position);
+    assert!(
+        fault.as_ref().is_err_and(|fault| fault.to_string().contains("run the newer build")),
+        "{fault:?}"
+    );
+    assert_eq!((applier.position(), applier.level()), (Position(3), level::KNOWN));
+    let rows = |number: &[u8]| vec![(Table::LEVEL.stored_key(&[]), Some(Bytes::copy_from_slice(number)))];
+    store.write(rows(&(level::KNOWN + 1).to_be_bytes())).expect("writes");
+    assert!(matches!(Applier::<Toy>::open(store.clone()), Err(Fault::Level(_))));
+    store.write(rows(&[1])).expect("writes");
+    assert!(matches!(Applier::<Toy>::open(store), Err(Fault::Store(StoreError::Broken(_)))));
+}
+
+#[test]
 fn what_it_does_not_know_stops_it_and_what_is_refused_leaves_nothing() {
     let store = Arc::new(MemoryStore::new());
     let mut applier = opened(&store);

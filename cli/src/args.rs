@@ -13,7 +13,7 @@ use clutch_runtime::Endpoint;
 
 pub(crate) use self::{
     fuzz::{FuzzArgs, FuzzEngine, FuzzProfile},
-    nodes::{ClusterCommand, InitArgs, JoinArgs, NodeArgs},
+    nodes::{ClusterCommand, InitArgs, InviteArgs, JoinArgs, NodeArgs},
 };
 use crate::remote::RemotePath;
 
@@ -95,6 +95,7 @@ impl Command {
                 LogCommand::Checkpoint { command: Some(CheckpointCommand::Ls { json }), .. } => *json,
                 LogCommand::Checkpoint { command: None, .. } | LogCommand::Trim { .. } => false,
             },
+            Command::Cluster(ClusterCommand::Status(args)) => args.json,
             Command::Fsck(args) => args.json,
             Command::Collect(args) => args.json,
             Command::Fuzz(args) => args.json,

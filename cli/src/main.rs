@@ -150,7 +150,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Up(args) if args.replicas > 1 => commands::up_several::run(runtime, args).await,
         Command::Up(args) => commands::up::run(runtime, args).await,
         Command::Node(args) => commands::node::run(runtime, args).await,
-        Command::Cluster(command) => commands::cluster::run(&runtime, client, operator, command).await,
+        Command::Cluster(command) => commands::cluster::run(&runtime, client_with, operator, command).await,
         Command::Status(args) => commands::status::run(&client()?, args).await,
         Command::Fs(command) => commands::fs::run(Arc::new(client()?), command).await,
         Command::Log(command) => commands::log::run(client, operator, command).await,

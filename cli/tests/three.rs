@@ -313,6 +313,52 @@ fn a_node_is_put_in_the_place_of_one_that_is_gone() {
 }
 
 #[test]
+fn a_node_joins_by_a_token_that_is_good_once() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    let key = three.dir.join("n2/keys/cluster.key");
+    let key = key.to_str().expect("a name");
+    let token = three.ok(&["cluster", "invite", "--for", "10m", "--key", key]);
+    let join = |token: &str, dir: &str, address: &str| {
+        let dir = three.dir.join(dir);
+        let dir = dir.to_str().expect("a name");
+        three.run(&["cluster", "join", "--token", token, "--dir", dir, "--node", address, "--disks", "1"])
+    };
+    let address = format!("127.0.0.1:{}", free_ports());
+    // What is refused before anybody is asked does not use the token up.
+    for (dir, address) in [("n1", address.as_str()), ("n4", "0.0.0.0:1"), ("n4", &three.registry()[..15])] {
+        assert!(!join(token.trim(), dir, address).status.success(), "{dir} {address}");
+    }
+    let mistyped = join(&token.trim().replace("clutch-", "clutch-0"), "n4", &address);
+    assert!(text(&mistyped).contains("no whole token"), "{}", text(&mistyped));
+    let joined = join(token.trim(), "n4", &address);
+    assert!(text(&joined).contains("made node 4 of cluster"), "{}", text(&joined));
+    let again = join(token.trim(), "n5", &format!("127.0.0.1:{}", free_ports()));
+    assert!(text(&again).contains("has been used already"), "{}", text(&again));
+    assert!(!three.dir.join("n5").exists());
+    // Another one gets another number, although nobody has met the fourth yet.
+    let token = three.ok(&["cluster", "invite", "--key", key]);
+    let fifth = join(token.trim(), "n5", &format!("127.0.0.1:{}", free_ports()));
+    assert!(text(&fifth).contains("made node 5 of cluster"), "{}", text(&fifth));
+    // Nobody looks into its keys.
+    for name in ["keys", "keys/cluster.key"] {
+        let mode = fs::metadata(three.dir.join("n4").join(name)).expect("is there").permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{name}: {mode:o}");
+    }
+    assert!(three.script(&["start", "4"]).status.success());
+    let begin = Instant::now();
+    while !text(&three.run(&["cluster", "replace-node", "3", "--with", "4", "--key", key]))
+        .contains("1, 2, 4")
+    {
+        assert!(begin.elapsed() < Duration::from_secs(60), "{}", three.said(4));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    three.whole();
+    three.kill(1);
+    three.ok(&["fs", "mkdir", "/by the one that joined"]);
+}
+
+#[test]
 fn a_node_with_another_key_is_refused_and_the_others_go_on() {
     let temporary = tempfile::tempdir().expect("a directory");
     let three = Three::start(&temporary.path().join("cluster"));

@@ -11,8 +11,8 @@ use clutch_proto::{
     },
     certificate::{AdminClaims, admin_mac},
     registry::{
-        PlaceCdc, PlaceShard, RegisterServices, RegistryRequest, Segment, SetServiceFlags, SwapChain,
-        registry_request,
+        InviteNode, PlaceCdc, PlaceShard, RegisterServices, RegistryRequest, Segment, SetServiceFlags,
+        SwapChain, registry_request,
     },
     session::{Request, Response, Role},
     types::{BlockService, ClientTag, Code, ShardPlacement},
@@ -47,6 +47,7 @@ fn changes(disk: u64) -> Vec<(String, bool, Bytes)> {
         Op::PlaceShard(PlaceShard { placement: Some(placement) }),
         Op::PlaceCdc(PlaceCdc { address: "nowhere".into(), epoch: u64::MAX, members: Vec::new() }),
         Op::SwapChain(SwapChain { role: 3, number: 0, expect_incarnation: 1, append: Some(segment) }),
+        Op::InviteNode(InviteNode { invitation: 5, lifetime_ms: 60_000 }),
     ];
     let member = LogMember { node: u64::from(REGISTRY.0), voter: true, ..LogMember::default() };
     let of_members = [

@@ -14,6 +14,7 @@ pub mod golden_logs;
 pub mod hanging;
 pub mod history;
 pub mod hot_paths;
+pub mod joining;
 pub mod just_started;
 pub mod late_placement;
 pub mod late_write;

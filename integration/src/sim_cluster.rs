@@ -27,6 +27,7 @@ use clutch_runtime::{
 };
 use clutch_server::{
     Chains, ClusterFile, NewLogs, Node, NodeConfig, Peers, Roles,
+    joining::{Belongings, HandOver},
     room::Room,
     stores::{IsHome, Rebuilt, StoreProvider},
 };
@@ -533,6 +534,7 @@ impl SimCluster {
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let (pages, id, leases) = (self.config.pages(), self.cluster_id(), self.config.leases);
         let level = if self.older.lock().contains(&node) { level::FIRST } else { level::KNOWN };
+        let hand_over = self.hand_over();
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
@@ -559,6 +561,7 @@ impl SimCluster {
                 keyring,
                 system_key: SYSTEM_KEY,
                 level,
+                hand_over: Some(hand_over),
                 process_usage: || None,
                 lifetimes: LIFETIMES,
                 pages,
@@ -599,6 +602,14 @@ impl SimCluster {
             true => older.insert(node),
             false => older.remove(&node),
         };
+    }
+
+    /// What new nodes are handed over. The keys of a world are in no files.
+    fn hand_over(&self) -> HandOver {
+        let nodes = self.peers().all();
+        let nodes = nodes.into_iter().map(|(node, endpoint)| (node, endpoint.to_string())).collect();
+        let belongings = Belongings::new(self.cluster.clone(), vec![1], nodes, BTreeMap::new());
+        Arc::new(move || Ok(belongings.clone()))
     }
 
     /// Removes all states of a node that is down.

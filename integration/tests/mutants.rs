@@ -4,7 +4,7 @@
 use clutch_integration::{
     batches, begun_anew, cut_off, denied, diverged,
     generate::{Profile, generate_replicated},
-    hanging, just_started, late_placement, late_write, led_ahead, names, old_snapshot,
+    hanging, joining, just_started, late_placement, late_write, led_ahead, names, old_snapshot,
     run::run,
     sim_cluster::{Engine, Members},
     slow_reader, steps,
@@ -28,6 +28,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "begun anew" => begun_anew::all(),
         "denied" => denied::all(),
         "cut off" => cut_off::all(),
+        "joining" => joining::all(),
         "late placement" => late_placement::all(),
         "old snapshot" => old_snapshot::all(),
         _ if !batches::idle().is_empty() => batches::idle(),
@@ -43,8 +44,8 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
 fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str), String> {
     if let [
         checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"
-        | "just started" | "begun anew" | "denied" | "cut off" | "late placement" | "late write"
-        | "old snapshot"),
+        | "just started" | "begun anew" | "denied" | "cut off" | "joining" | "late placement"
+        | "late write" | "old snapshot"),
     ] = checkers
     {
         return find_apart(mutant, checker);

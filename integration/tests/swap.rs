@@ -169,6 +169,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         keyring: Keyring::default(),
         system_key: [7; 32],
         level: clutch_proto::level::KNOWN,
+        hand_over: None,
         process_usage: || None,
         lifetimes: Lifetimes::default(),
         pages: Pages::default(),

@@ -261,6 +261,8 @@ pub enum Mutant {
     InvitationTakenTwice,
     /// An invitation is good for ever.
     InvitationNeverOver,
+    /// Whoever names an invitation is taken for who has its secret.
+    AnyTokenTaken,
     /// Whoever answers is believed to have the cluster's key.
     AnyAnswerTaken,
     /// A node that comes back with another identity is spoken to.
@@ -287,7 +289,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 135] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 139] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -411,6 +413,10 @@ impl Mutant {
         (Mutant::OwnCopyTaken, &["units", "tests::copies::own::planted_bugs_are_found"]),
         (Mutant::OlderCopyTaken, &["units", "tests::copies::others::planted_bugs_are_found"]),
         (Mutant::AnybodyRegisters, &["denied"]),
+        (Mutant::LevelOfLeader, &["joining"]),
+        (Mutant::InvitationTakenTwice, &["joining"]),
+        (Mutant::InvitationNeverOver, &["joining"]),
+        (Mutant::AnyTokenTaken, &["joining"]),
         (Mutant::SilentVotersTaken, &["units", "tests::members::silent::planted_bugs_are_found"]),
         (
             Mutant::AnybodyAdministers,

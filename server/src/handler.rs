@@ -17,19 +17,21 @@ use clutch_proto::{
     answer,
     blocks::BlocksReply,
     certificate::{AdminClaims, SYSTEM_CLIENTS, is_admin_mac, is_system_mac},
+    level,
     limits::{MESSAGE_BYTES_MAX, METADATA_REQUEST_BYTES_MAX},
     mutants::{self, Mutant},
     operation,
-    registry::RegistryRequest,
+    registry::{RedeemInvitation, RegistryReply, RegistryRequest, registry_request},
     session::{self, Request, Response, Role},
     types::Code,
 };
-use clutch_runtime::{Answers, BoxFuture, Clock, Handled, Handler, Held, HybridClock, PeerStream};
+use clutch_runtime::{Answers, BoxFuture, Clock, Handled, Handler, Held, HybridClock, PeerStream, Runtime};
 use clutch_state_replica::{Answer, Freshness, ReplicaHandle};
 use parking_lot::RwLock;
 use prost::Message as _;
 
 use crate::{
+    joining::{HandOver, Token},
     metrics::Meters,
     room::Room,
     routes::{Routes, log_of},
@@ -49,6 +51,9 @@ pub(crate) struct NodeHandler {
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) process_usage: ProcessUsage,
     pub(crate) meters: Arc<Meters>,
+    /// What a new node is given, where the cluster has several.
+    pub(crate) hand_over: Option<HandOver>,
+    pub(crate) runtime: Runtime,
     /// By which requests are timed.
     pub(crate) monotonic: Arc<dyn Clock>,
     pub(crate) engines: Engines,
@@ -191,27 +196,51 @@ impl NodeHandler {
 
     /// Whether who asks shows that it has the cluster's key, for this replica and of late.
     fn is_proven(&self, request: &Request) -> bool {
+        self.is_proven_by(&self.system_key, request)
+    }
+
+    fn is_proven_by(&self, key: &[u8; 32], request: &Request) -> bool {
         let Request { cluster, role, number, time, .. } = *request;
         let claims = AdminClaims { cluster, role, number, time: Time(time) };
         let is_now = self.clock.told().0.abs_diff(time) <= ADMIN_LIFETIME_NS;
         // Another cluster's was refused before; a node that has just started does not name its own yet.
-        is_now && is_admin_mac(&self.system_key, claims, &request.body, &request.system_mac)
+        is_now && is_admin_mac(key, claims, &request.body, &request.system_mac)
     }
 
     /// Refuses what changes the registry, and so where everything is, from who is no node of the cluster.
-    fn admit_change(&self, role: Role, request: &Request) -> Result<(), Refusal> {
+    ///
+    /// An invitation is taken by whoever shows its secret in the place of the cluster's key; which, and by whom.
+    fn admit_change(&self, role: Role, request: &Request) -> Result<Option<RedeemInvitation>, Refusal> {
         // What is too large is refused where it goes.
         if role != Role::Registry || request.body.len() > METADATA_REQUEST_BYTES_MAX {
-            return Ok(());
+            return Ok(None);
         }
         // What cannot be read, or is nothing, is refused where it goes.
         let op = RegistryRequest::decode(request.body.clone()).ok().and_then(|request| request.op);
-        let is_change = op.is_some_and(|op| !operation::of_registry(&op).is_read());
-        if !is_change || self.is_proven(request) || mutants::is(Mutant::AnybodyRegisters) {
-            return Ok(());
+        let Some(op) = op.filter(|op| !operation::of_registry(op).is_read()) else { return Ok(None) };
+        let invitation = match op {
+            registry_request::Op::RedeemInvitation(op) => Some(op),
+            _ => None,
+        };
+        let is_of_several = level::of_registry(&op) == level::FIRST || self.hand_over.is_some();
+        if !is_of_several {
+            let text = "this cluster is one process, which no other node can join";
+            return Err(Refusal::new(Code::Unsupported, text));
+        }
+        let key = match &invitation {
+            Some(op) => Token::of(&self.system_key, self.cluster, op.invitation).signing_key(),
+            None => self.system_key,
+        };
+        let is_any = invitation.is_some() && mutants::is(Mutant::AnyTokenTaken);
+        if self.is_proven_by(&key, request) || is_any || mutants::is(Mutant::AnybodyRegisters) {
+            return Ok(invitation);
         }
         // A node that has another key than the others must not have the last word: who leads has.
         Err(match self.routes.leads(LogId::REGISTRY) {
+            true if invitation.is_some() => Refusal::new(
+                Code::Permission,
+                "the token is not one that this cluster has made (clutch cluster invite)",
+            ),
             true => Refusal::new(
                 Code::Permission,
                 "only nodes of the cluster, who have its key, tell the registry",
@@ -257,6 +286,20 @@ impl NodeHandler {
             }
             None => Ok(()),
         }
+    }
+
+    /// Adds to the number of a node that has taken an invitation what it is handed over.
+    fn welcome(&self, invitation: Option<&RedeemInvitation>, body: Bytes) -> Result<Bytes, Refusal> {
+        let Some(invitation) = invitation else { return Ok(body) };
+        let unwilling = |error: anyhow::Error| Refusal::new(Code::NotReady, format!("{error:#}"));
+        let mut reply = RegistryReply::decode(body).map_err(|error| Refusal::malformed(error.to_string()))?;
+        if let (Some(welcome), Some(hand_over)) = (&mut reply.welcome, &self.hand_over) {
+            let token = Token::of(&self.system_key, self.cluster, invitation.invitation);
+            let plain = hand_over().and_then(|belongings| belongings.encode()).map_err(unwilling)?;
+            let joining = (invitation.joiner, welcome.node);
+            welcome.sealed = token.seal(&self.runtime, joining, &plain).map_err(unwilling)?.into();
+        }
+        Ok(reply.encode_to_vec().into())
     }
 
     async fn dispatch(
@@ -313,12 +356,12 @@ impl NodeHandler {
             self.add_node(&mut reply);
             return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));
         }
-        self.admit_change(role, &request)?;
+        let invitation = self.admit_change(role, &request)?;
         let freshness = freshness(&request)?;
         let Answer { result, position, time } = replica.call_as(request.body, request.tag, freshness).await;
         let response = Response { time: time.0, position: position.0, ..Response::default() };
         let response = match result {
-            Ok(body) => Response { body, ..response },
+            Ok(body) => Response { body: self.welcome(invitation.as_ref(), body)?, ..response },
             Err(refusal) => {
                 let leader = match (refusal.code, log_of(role, request.number)) {
                     (Code::NotLeader, Some(log)) => self.routes.leader(log),

@@ -2,6 +2,7 @@
 //! digits of 32 random bytes, the check as 8 of the CRC32 of what is before it. Lines of earlier builds have no check.
 
 use std::{
+    collections::BTreeMap,
     io::Write as _,
     os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _},
     path::Path,
@@ -11,6 +12,8 @@ use anyhow::{Context as _, Result, ensure};
 use clutch_proto::{ServiceId, certificate::Key};
 use clutch_runtime::Runtime;
 use clutch_shard::Keyring;
+
+use crate::joining::Secret;
 
 /// Reads the keys of these services, and makes those that are missing.
 pub fn load_or_create(runtime: &Runtime, dir: &Path, services: &[u64]) -> Result<Keyring> {
@@ -127,9 +130,29 @@ pub fn load(dir: &Path, services: &[u64]) -> Result<Keyring> {
     Ok(keyring)
 }
 
-/// The same key in another file.
-pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
-    write(to, &std::fs::read(from).with_context(|| format!("read {}", from.display()))?)
+/// What is in all files with keys, by their names. Each is read as a key first: a damaged one is handed to nobody.
+pub(crate) fn texts(dir: &Path) -> Result<BTreeMap<String, Secret>> {
+    let mut texts = BTreeMap::new();
+    for entry in std::fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
+        let path = entry?.path();
+        let name = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".key"));
+        let Some(name) = name else { continue };
+        read(&path)?;
+        let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
+        texts.insert(name.to_owned(), Secret(text));
+    }
+    Ok(texts)
+}
+
+/// Writes a file with keys, as another node has it.
+pub(crate) fn store(dir: &Path, name: &str, text: &str) -> Result<()> {
+    let stem = name.strip_suffix(".key").unwrap_or_default();
+    let is_plain = !stem.is_empty() && stem.bytes().all(|byte| byte.is_ascii_alphanumeric());
+    ensure!(is_plain, "{name:?} is no name of a file with keys");
+    for line in text.lines().filter(|line| !line.trim().is_empty()) {
+        parse(line).with_context(|| format!("{name} is damaged"))?;
+    }
+    write(&dir.join(name), text.as_bytes())
 }
 
 fn create(runtime: &Runtime, path: &Path) -> Result<()> {

@@ -37,6 +37,7 @@ use crate::{
     chains::{self, Chains, NewLogs},
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
+    joining::HandOver,
     keeper::{self, Keeper, Told},
     members::Asker,
     metrics::{Meters, Watch},
@@ -126,6 +127,8 @@ pub struct NodeConfig {
     pub keyring: Keyring,
     /// What the parts of the cluster know each other by.
     pub system_key: [u8; 32],
+    /// Gives what a new node is handed over; `None` where the cluster is one process.
+    pub hand_over: Option<HandOver>,
     /// The newest feature level that it takes part in: `clutch_proto::level::KNOWN`.
     pub level: u32,
     /// How long what clients are given is good.
@@ -678,6 +681,8 @@ impl Starter<'_> {
             cluster: self.cluster,
             clock: self.clock.clone(),
             system_key: self.config.system_key,
+            hand_over: self.config.hand_over.clone(),
+            runtime: self.config.runtime.clone(),
             registry: serving.registry.clone(),
             cdc: serving.cdc.clone(),
             shards: serving.shards.clone(),

@@ -39,7 +39,7 @@ impl Peers {
     }
 
     /// All of them.
-    pub(crate) fn all(&self) -> BTreeMap<NodeId, Endpoint> {
+    pub fn all(&self) -> BTreeMap<NodeId, Endpoint> {
         (self.nodes)()
     }
 

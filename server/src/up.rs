@@ -258,6 +258,7 @@ impl Up {
             keyring,
             system_key,
             level: level::KNOWN,
+            hand_over: None,
             lifetimes: config.lifetimes,
             pages: clutch_shard::Pages::default(),
             clock_skew_ms_max: config.clock_skew_ms_max,

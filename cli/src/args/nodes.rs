@@ -4,7 +4,17 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 
-use super::{Which, parse_address, parse_policy, parse_shards};
+use super::{Keep, StatusArgs, Which, parse_address, parse_policy, parse_retention, parse_shards};
+
+/// How long an invitation may be good: what the registry allows.
+const LIFETIME_MS_MAX: u64 = clutch_proto::rules::v1::INVITATION_LIFETIME_MS_MAX;
+
+fn parse_lifetime(text: &str) -> Result<u64, String> {
+    match parse_retention(text)? {
+        Keep::AtMost(ms) if ms <= LIFETIME_MS_MAX => Ok(ms),
+        _ => Err("a token is good for 30 days at most: write for example 1h".into()),
+    }
+}
 
 #[derive(Args, Debug)]
 pub(crate) struct NodeArgs {
@@ -22,9 +32,13 @@ pub(crate) enum ClusterCommand {
     /// Make the directories of a new cluster's nodes, n1, n2 and so on: each is then carried to its machine, and kept from others, for
     /// it holds the cluster's keys.
     Init(InitArgs),
-    /// Make the directory of a node that is to be added to a running cluster. It is carried to its machine and started there, and
-    /// becomes a member of logs by `add-replica` or `replace-node`.
+    /// Print a token by which one node can join, once: for `join`, on the new node's machine.
+    Invite(InviteArgs),
+    /// Make the directory of a node that is to be added to a running cluster: by a token, on the node's machine; or from the directory of
+    /// another node, and then it is carried to its machine. It becomes a member of logs by `add-replica` or `replace-node`.
     Join(JoinArgs),
+    /// What `clutch status` shows.
+    Status(StatusArgs),
     /// Make a node a member of logs: it gets what they have, and votes as soon as it has it.
     AddReplica(NodeChange),
     /// Let a node be no member of logs any more. What it has of them stays on its disk.
@@ -67,13 +81,23 @@ pub(crate) struct NodeChange {
 }
 
 #[derive(Args, Debug)]
+pub(crate) struct InviteArgs {
+    /// How long the token is good, for example 30m, 12h or 7d; 30 days at most.
+    #[arg(long = "for", value_name = "TIME", default_value = "1h", value_parser = parse_lifetime)]
+    pub(crate) lifetime_ms: u64,
+}
+
+#[derive(Args, Debug)]
 pub(crate) struct JoinArgs {
     /// The new node's directory, which must be empty or not be there.
     #[arg(long)]
     pub(crate) dir: PathBuf,
-    /// The directory of any node of the cluster: the cluster's keys and what all nodes know are taken from it.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) from: PathBuf,
+    /// What `clutch cluster invite` has printed; `-` reads it from standard input, so that others on the machine do not see it.
+    #[arg(long, env = "CLUTCH_JOIN_TOKEN", hide_env_values = true, required_unless_present = "from")]
+    pub(crate) token: Option<String>,
+    /// In the place of a token: the directory of any node of the cluster, from which the cluster's keys and what all nodes know are taken.
+    #[arg(long, value_name = "DIR", conflicts_with = "token")]
+    pub(crate) from: Option<PathBuf>,
     /// Where the new node listens and is reached.
     #[arg(long = "node", value_name = "HOST:PORT", value_parser = parse_address)]
     pub(crate) address: String,

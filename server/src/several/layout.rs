@@ -27,7 +27,11 @@ use clutch_proto::ServiceId;
 use clutch_runtime::Runtime;
 use serde::{Deserialize, Serialize};
 
-use crate::{ClusterFile, keys};
+use crate::{
+    ClusterFile,
+    joining::{Belongings, Secret},
+    keys,
+};
 
 /// The layout that this build writes.
 const LAYOUT: u32 = 1;
@@ -260,6 +264,16 @@ impl Layout {
         Ok(())
     }
 
+    /// What a new node of the cluster is handed over from this one.
+    ///
+    /// # Errors
+    /// When the keys cannot be read.
+    pub fn belongings(&self) -> Result<Belongings> {
+        let (cluster, founders) = (self.cluster.clone(), self.file.founders.clone());
+        let keys = keys::texts(&self.dir.join("keys"))?;
+        Ok(Belongings::new(cluster, founders, self.nodes.clone(), keys))
+    }
+
     /// What others reach the node by.
     pub fn advertised(&self) -> String {
         let said = self.settings.advertise.clone();
@@ -351,7 +365,9 @@ impl NewCluster {
                 keys::system_key(runtime, &keys)?;
                 keys::load_or_create(runtime, &keys, &cluster.service_ids()?)?;
             }
-            _ => copy_keys(runtime, &made.join("n1").join("keys"), &keys)?,
+            _ => {
+                write_keys(runtime, &keys::texts(&made.join("n1").join("keys"))?, &keys)?;
+            }
         }
         let file = NodeFile {
             layout: LAYOUT,
@@ -373,10 +389,8 @@ impl NewCluster {
 pub struct NewNode {
     /// Its directory, which must be empty or not be there.
     pub dir: PathBuf,
-    /// The directory of a node of the cluster, for what all nodes know.
-    pub from: PathBuf,
-    /// The cluster, as its registry says.
-    pub cluster: u64,
+    /// What all nodes of its cluster know.
+    pub belongings: Belongings,
     /// Its number: one that no node ever had.
     pub node: NodeId,
     /// All nodes, and where they are; the new one among them.
@@ -386,25 +400,26 @@ pub struct NewNode {
 }
 
 impl NewNode {
+    /// Checks what does not depend on the cluster.
+    ///
+    /// # Errors
+    /// When the directory is not empty, or an address or a number is not allowed.
+    pub fn check(dir: &Path, address: &str, disks: u32) -> Result<()> {
+        check_reached(address)?;
+        ensure!(disks <= DISKS_OF_NODE_MAX, "{disks} disks: up to {DISKS_OF_NODE_MAX} are allowed");
+        empty_directory(dir).map(drop)
+    }
+
     /// Makes its directory, durably, or nothing.
     ///
     /// # Errors
     /// When the directory is not empty, or the other one is no node's.
     pub fn create(&self, runtime: &Runtime) -> Result<NodeFile> {
+        let own = self.nodes.get(&self.node).context("nobody says where the new node is")?;
+        NewNode::check(&self.dir, own, self.disks)?;
         self.nodes.values().try_for_each(|address| check_reached(address))?;
-        ensure!(
-            self.disks <= DISKS_OF_NODE_MAX,
-            "{} disks: up to {DISKS_OF_NODE_MAX} are allowed",
-            self.disks
-        );
-        let of = Layout::read(runtime, &self.from)?;
-        ensure!(
-            of.cluster.cluster_id()? == self.cluster,
-            "{} is a node of cluster {}, and the registry that was asked is of {:016x}: name the ones that belong together",
-            self.from.display(),
-            of.cluster.cluster,
-            self.cluster
-        );
+        let of = &self.belongings;
+        of.cluster.check().context("what the cluster hands over")?;
         let dir = empty_directory(&self.dir)?;
         let parent = dir.parent().context("the root directory is none for a node")?;
         let name = dir.file_name().context("the root directory is none for a node")?;
@@ -415,12 +430,14 @@ impl NewNode {
             fs::remove_dir_all(&made).with_context(|| format!("remove {}", made.display()))?;
         }
         runtime.disk.create_dir_all(&made)?;
-        copy_keys(runtime, &of.dir.join("keys"), &made.join("keys"))?;
+        write_keys(runtime, &of.keys, &made.join("keys"))?;
         let file = NodeFile {
+            layout: LAYOUT,
+            cluster: of.cluster.cluster.clone(),
             node: self.node,
+            founders: of.founders.clone(),
             disks: (0..self.disks).map(|_| format!("{:016x}", runtime.random.u64().max(1))).collect(),
             joined: true,
-            ..of.file
         };
         write_node(runtime, &made, &of.cluster, &file, &settings_text(self.node, &self.nodes))?;
         if dir.exists() {
@@ -500,12 +517,12 @@ fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
 }
 
 /// The same keys for another node.
-fn copy_keys(runtime: &Runtime, from: &Path, to: &Path) -> Result<()> {
+fn write_keys(runtime: &Runtime, all: &BTreeMap<String, Secret>, to: &Path) -> Result<()> {
     let disk = &*runtime.disk;
     disk.create_dir_all(to)?;
     fs::set_permissions(to, fs::Permissions::from_mode(0o700))?;
-    for name in disk.list(from)? {
-        keys::copy(&from.join(&name), &to.join(&name))?;
+    for (name, Secret(text)) in all {
+        keys::store(to, name, text)?;
     }
     disk.sync_dir(to)?;
     Ok(())

@@ -26,7 +26,9 @@ use self::{
 use crate::{
     Chains, ClusterFile, Node, NodeConfig, Peers, Roles, chains,
     chains::NewLogs,
-    clock_file, keys,
+    clock_file,
+    joining::{Belongings, HandOver},
+    keys,
     retention::Retention,
     room::Room,
     stores::{RocksStores, StoreProvider},
@@ -170,6 +172,16 @@ fn accepting(streams: &Arc<Streams>) -> Arc<dyn Fn(PeerStream) + Send + Sync> {
     Arc::new(move |stream| streams.accept(stream))
 }
 
+/// What a new node is handed over: what this one has, and where the nodes are by now.
+fn handing_over(layout: &Layout, identities: Identities) -> HandOver {
+    let (own, of) = (layout.file.clone(), layout.cluster.clone());
+    let (dir, peers) = (layout.dir.join("keys"), peers(layout, identities));
+    Arc::new(move || {
+        let nodes = peers.all().into_iter().map(|(node, endpoint)| (node, endpoint.to_string())).collect();
+        Ok(Belongings::new(of.clone(), own.founders.clone(), nodes, keys::texts(&dir)?))
+    })
+}
+
 /// Where the nodes are: as each has said, and where one has not, as the settings say.
 fn peers(layout: &Layout, identities: Identities) -> Peers {
     let mut said = layout.nodes.clone();
@@ -235,6 +247,7 @@ async fn start_on(
     let replicas = cluster.shards as usize + 2;
     let rocks = Arc::new(RocksStores::new(dir.join("state"), replicas, up::database_files()));
     let stores: Arc<dyn StoreProvider> = rocks.clone();
+    let hand_over = handing_over(layout, identities.clone());
     let peers = peers(layout, identities.clone());
     let registries = Registries::new(peers.all().into_values().collect()).context("[nodes] names none")?;
     let (by, with, on) = ((&registries, system_key), (&engine, &known), (runtime, &*rocks));
@@ -261,6 +274,7 @@ async fn start_on(
         keyring,
         system_key,
         level: level::KNOWN,
+        hand_over: Some(hand_over),
         lifetimes: Lifetimes::default(),
         pages: Pages::default(),
         clock_skew_ms_max: layout.settings.clock_skew_s * 1000,

@@ -1,29 +1,33 @@
 //! `clutch cluster`.
 
+mod joining;
 mod members;
 
 use std::process::ExitCode;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Result, ensure};
 use clutch_client::Client;
 use clutch_client_maintenance::members::Change;
 use clutch_runtime::Runtime;
-use clutch_server::several::layout::{NewCluster, NewNode};
+use clutch_server::several::layout::NewCluster;
 
 use crate::{
-    args::{ClusterCommand, InitArgs, JoinArgs},
+    args::{ClusterCommand, InitArgs},
+    commands::status,
     output::talk,
 };
 
 pub(crate) async fn run(
     runtime: &Runtime,
-    client: impl Fn() -> Result<Client>,
+    client: impl Fn(Option<[u8; 32]>) -> Result<Client>,
     operator: impl AsyncFn() -> Result<Client>,
     command: &ClusterCommand,
 ) -> Result<ExitCode> {
     match command {
         ClusterCommand::Init(args) => return init(runtime, args),
-        ClusterCommand::Join(args) => join(runtime, &client()?, args).await?,
+        ClusterCommand::Invite(args) => joining::invite(runtime, &operator().await?, args).await?,
+        ClusterCommand::Join(args) => joining::join(runtime, client, args).await?,
+        ClusterCommand::Status(args) => return status::run(&client(None)?, args).await,
         ClusterCommand::AddReplica(of) => {
             members::change(&operator().await?, of.which.as_ref(), Change::Add(of.node)).await?;
         }
@@ -48,29 +52,6 @@ pub(crate) async fn run(
         ClusterCommand::Drain { node } => members::drain(&operator().await?, *node).await?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-async fn join(runtime: &Runtime, client: &Client, args: &JoinArgs) -> Result<()> {
-    let mut nodes = clutch_client_maintenance::members::nodes(client).await?;
-    if let Some((node, _)) = nodes.iter().find(|(_, address)| **address == args.address) {
-        anyhow::bail!("node {node} is reached as {} already: choose another address", args.address);
-    }
-    let node =
-        nodes.keys().max().copied().context("the registry knows of no node: is it one of several?")? + 1;
-    nodes.insert(node, args.address.clone());
-    let (dir, from, disks) = (args.dir.clone(), args.from.clone(), args.disks);
-    let cluster = client.map().await?.cluster;
-    let file = NewNode { dir, from, cluster, node, nodes, disks }.create(runtime)?;
-    talk!("clutch: made node {node} of cluster {} in {}", file.cluster, args.dir.display());
-    talk!(
-        "  carry it to its machine and keep no copy; it holds keys, so keep it from others. Then start it there:"
-    );
-    talk!("    clutch node --config {}/node.toml", args.dir.display());
-    talk!("  and make it a member of all logs:");
-    talk!(
-        "    clutch cluster add-replica {node} --all    (or: clutch cluster replace-node OLD --with {node})"
-    );
-    Ok(())
 }
 
 fn init(runtime: &Runtime, args: &InitArgs) -> Result<ExitCode> {

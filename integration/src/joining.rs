@@ -1,0 +1,121 @@
+//! A node is invited and joins: once the build of every member of the registry's log knows of invitations, once for each invitation, and by
+//! nobody who has not its secret.
+
+use std::time::Duration;
+
+use clutch_client::{Client, ClientError};
+use clutch_log::LogId;
+use clutch_proto::{
+    registry::{InviteNode, RedeemInvitation, registry_request::Op},
+    types::Code,
+};
+use clutch_server::joining::Token;
+
+use crate::sim_cluster::{CLIENT, ClusterConfig, Engine, SYSTEM_KEY, SimCluster};
+
+const HOUR_MS: u64 = 3_600_000;
+
+async fn invite(client: &Client, invitation: u64) -> Result<(), String> {
+    let op = Op::InviteNode(InviteNode { invitation, lifetime_ms: HOUR_MS });
+    client.registry(op).await.map(drop).map_err(|error| error.to_string())
+}
+
+/// The number that a joiner gets, and how many nodes it is handed over with it.
+async fn redeem(client: &Client, token: &Token, joiner: u64) -> Result<(u64, usize), ClientError> {
+    let op = RedeemInvitation { invitation: token.invitation, joiner, least_node: 4 };
+    let reply = client.registry(Op::RedeemInvitation(op)).await?;
+    let welcome = reply.welcome.unwrap_or_default();
+    let opened = token.open(joiner, welcome.node, &welcome.sealed);
+    let handed_over = opened.map_err(|error| ClientError::DataLost(error.to_string()))?;
+    Ok((welcome.node, handed_over.nodes.len()))
+}
+
+/// What is wrong with who is let in and who is not.
+async fn joins(
+    operator: Client,
+    bearer: impl Fn(&Token) -> Client,
+    cluster: u64,
+) -> Result<Vec<String>, String> {
+    let token = |key: [u8; 32], invitation| Token::of(&key, cluster, invitation);
+    let mut wrong = Vec::new();
+    let mut expect = |what: &str, is: bool, said: String| {
+        if !is {
+            wrong.push(format!("{what}: {said}"));
+        }
+    };
+    let refused = |said: &Result<(u64, usize), ClientError>| matches!(said, Err(error) if error.code() == Some(Code::Permission));
+    invite(&operator, 8).await?;
+    invite(&operator, 9).await?;
+    let (seven, eight) = (token(SYSTEM_KEY, 7), token(SYSTEM_KEY, 8));
+    let foreign = Token::of(&[9; 32], cluster, 7);
+    for (who, by) in [("by another key", foreign), ("by another invitation", eight.clone())] {
+        let said = redeem(&bearer(&by), &seven, 1).await;
+        expect(who, refused(&said), format!("{said:?}"));
+    }
+    let said = redeem(&operator, &seven, 1).await;
+    expect("by the cluster's key", refused(&said), format!("{said:?}"));
+    let client = bearer(&seven);
+    for (joiner, what) in [(1, "the first"), (1, "the first again")] {
+        let said = redeem(&client, &seven, joiner).await;
+        expect(what, matches!(said, Ok((4, nodes)) if nodes == 3), format!("{said:?}"));
+    }
+    let said = redeem(&client, &seven, 2).await;
+    expect("another joiner", refused(&said), format!("{said:?}"));
+    let said = redeem(&bearer(&eight), &eight, 2).await;
+    expect("the second", matches!(said, Ok((5, _))), format!("{said:?}"));
+    operator.runtime().clock.sleep(Duration::from_millis(HOUR_MS + 1000)).await;
+    let nine = token(SYSTEM_KEY, 9);
+    let said = redeem(&bearer(&nine), &nine, 3).await;
+    expect("when it is over", refused(&said), format!("{said:?}"));
+    Ok(wrong)
+}
+
+fn check(seed: u64) -> Result<Vec<String>, String> {
+    let config =
+        ClusterConfig { replicas: 3, joint: true, engine: Engine::Raft, ..ClusterConfig::of(1, 3, (1, 1)) };
+    let cluster = SimCluster::start_with(seed, config).ok_or("the cluster does not come up")?;
+    let leader = cluster.home(LogId::REGISTRY).ok_or("nobody leads")?;
+    let members = cluster.members(LogId::REGISTRY);
+    let other = *members.iter().find(|node| **node != leader).ok_or("nobody follows")?;
+    let restart = |is_older| {
+        cluster.world.crash(other);
+        cluster.runs_older(other, is_older);
+        cluster.boot(other);
+        cluster.pause(Duration::from_secs(10));
+    };
+    let invited = || {
+        let client = cluster.client();
+        cluster.world.run(CLIENT, Duration::from_secs(120), async move { invite(&client, 7).await })
+    };
+    restart(true);
+    let early = invited().ok_or("an invitation does not come to an end")?;
+    if !early.as_ref().is_err_and(|text| text.contains("older build")) {
+        return Ok(vec![format!("invited while a member runs an older build: {early:?}")]);
+    }
+    restart(false);
+    invited().ok_or("an invitation does not come to an end")??;
+    let (operator, id) = (cluster.client(), cluster.cluster_id());
+    let (seam, registries) = (cluster.world.node(CLIENT), cluster.registries());
+    let bearer = move |token: &Token| {
+        let options = clutch_client::ClientOptions {
+            system_key: Some(token.signing_key()),
+            ..clutch_client::ClientOptions::default()
+        };
+        Client::new(seam.clone(), registries.clone(), options)
+    };
+    let ended = cluster.world.run(CLIENT, Duration::from_secs(9000), joins(operator, bearer, id));
+    ended.ok_or("joining does not come to an end")?
+}
+
+/// What is wrong.
+pub fn all() -> Vec<String> {
+    [1, 2].into_iter().flat_map(|seed| check(seed).unwrap_or_else(|error| vec![error])).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn nodes_join_by_invitation_once_and_when_all_know_of_it() {
+        assert_eq!(super::all(), Vec::<String>::new());
+    }
+}

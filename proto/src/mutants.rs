@@ -151,6 +151,8 @@ pub enum Mutant {
     SmallMovesLost,
     /// Of many idle clients only one batch's share is forgotten.
     ForgettingEndsEarly,
+    /// Damage at the end of a log is taken for what a power cut tore, also where all was synced.
+    SyncedTailCut,
     /// What a mark says is believed, whether or not it is durable. A real bug once.
     CachedMarkBelieved,
     /// A disk's label is looked at before work only, however long that takes. A real bug once.
@@ -289,7 +291,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 139] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 140] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -365,6 +367,7 @@ impl Mutant {
         (Mutant::SmallMovesLost, &["registry"]),
         (Mutant::ForgettingEndsEarly, &["batches"]),
         (Mutant::CachedMarkBelieved, &["steps"]),
+        (Mutant::SyncedTailCut, &["units", "tests::flips::planted_bugs_are_found"]),
         (Mutant::LabelLookedAtOnce, &["steps"]),
         (Mutant::SegmentGoesOnUnmarked, &["steps"]),
         (Mutant::FollowerStaysAhead, &["units", "hlc::tests::planted_bugs_are_found"]),

@@ -342,6 +342,9 @@ pub(crate) fn recover(
         return Ok(Recovered { mark: Mark { first: 1, ..Mark::default() }, ..Recovered::default() });
     };
     let mut mark = known_mark(disk, dir, mark, &numbers)?;
+    if mutants::is(Mutant::SyncedTailCut) && mark.segment == last {
+        mark.offset = SEGMENT_HEADER_BYTES;
+    }
     // The process before this one may have left it in the system's memory only, and a sync that failed may have left it there
     // for good. What it calls trimmed goes, and what it knows grows, only once it is durable.
     if mark.sequence > 0 && !mutants::is(Mutant::CachedMarkBelieved) {

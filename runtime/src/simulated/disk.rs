@@ -121,6 +121,17 @@ struct Tree {
 }
 
 impl Tree {
+    /// Another disk in the same place with the same files.
+    fn copy(&self) -> Tree {
+        let copied = |(path, inode): (&PathBuf, &InodeRef)| {
+            let bytes = inode.lock().bytes.clone();
+            let (durable, allocated) = (bytes.clone(), bytes.len() as u64);
+            (path.clone(), Arc::new(Mutex::new(Inode { bytes, durable, allocated, unsynced: Vec::new() })))
+        };
+        let files: BTreeMap<PathBuf, InodeRef> = self.files.iter().map(copied).collect();
+        Tree { durable: files.clone(), files, directories: self.directories.clone(), ..self.fresh() }
+    }
+
     /// Another, empty disk in the same place.
     fn fresh(&self) -> Tree {
         Tree { random: self.random, time: self.time.clone(), ..Tree::default() }
@@ -188,6 +199,13 @@ impl Tree {
 
 /// A disk that is not where it belongs.
 pub struct Unmounted(Tree);
+
+impl Unmounted {
+    /// Another with the same files.
+    pub fn copy(&self) -> Unmounted {
+        Unmounted(self.0.copy())
+    }
+}
 
 /// The disk of one node.
 pub struct SimDisk {
@@ -307,6 +325,11 @@ impl SimDisk {
         let mut tree = self.tree.lock();
         let fresh = tree.fresh();
         Unmounted(std::mem::replace(&mut *tree, fresh))
+    }
+
+    /// Another disk with all that is on this one, as somebody makes who copies it while nobody writes.
+    pub fn copy(&self) -> Unmounted {
+        Unmounted(self.tree.lock().copy())
     }
 
     /// Puts a disk back; what was written into its place meanwhile is hidden, and returned.

@@ -45,6 +45,23 @@ struct Running {
     _listening: Box<dyn Listening>,
 }
 
+/// A node on what its disk has; why it does not start.
+async fn start(on: &Runtime, node: NodeId, members: &[NodeId], timing: Timing) -> Result<Running, String> {
+    let addresses = Arc::new(|node| Some(endpoint(node)));
+    let identities = Identities::open(on, "identities".into(), node, || Ok(true));
+    let identities = identities.map_err(|error| error.to_string())?;
+    let peers = Peers::new(on.clone(), CLUSTER, node, KEY, identities, "", addresses);
+    let handler = Arc::new(Accepts(peers.clone()));
+    let listening = on.network.listen(&endpoint(node), handler).await.map_err(|error| error.to_string())?;
+    let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };
+    let store = Store::open(on, "log".into(), options).map_err(|error| error.to_string())?;
+    let engine = RaftEngine::new(on.clone(), store, peers, timing);
+    let snapshots = Arc::new(SuiteSnapshots::default());
+    let log = engine.open(LogId::CDC.into(), &parameters(members), snapshots.clone()).await;
+    let log = log.map_err(|error| error.to_string())?;
+    Ok(Running { log, snapshots, _listening: listening })
+}
+
 /// The nodes; node 0 drives them.
 pub(super) struct Nodes {
     pub(super) world: Arc<World>,
@@ -87,25 +104,22 @@ impl Nodes {
 
     /// Starts a node on what its disk has.
     pub(super) async fn boot(&self, node: NodeId) {
+        self.try_boot(node).await.expect("the node starts");
+    }
+
+    /// The same; why it does not start.
+    pub(super) async fn try_boot(&self, node: NodeId) -> Result<(), String> {
         let runtime = self.world.node(SimNode(node as u32));
         let (members, timing) = (self.first.clone(), self.timing);
         let (started, running) = tokio::sync::oneshot::channel();
         let on = runtime.clone();
         runtime.spawn("boot", async move {
-            let addresses = Arc::new(|node| Some(endpoint(node)));
-            let peers = Peers::new(on.clone(), CLUSTER, node, KEY, identities(&on, node), "", addresses);
-            let handler = Arc::new(Accepts(peers.clone()));
-            let listening = on.network.listen(&endpoint(node), handler).await.expect("a free name");
-            let options = Options { node, cluster: CLUSTER, may_quarantine: true, ..Options::default() };
-            let store = Store::open(&on, "log".into(), options).expect("the store opens");
-            let engine = RaftEngine::new(on.clone(), store, peers, timing);
-            let snapshots = Arc::new(SuiteSnapshots::default());
-            let log = engine.open(LogId::CDC.into(), &parameters(&members), snapshots.clone()).await;
-            let log = log.expect("the log opens");
-            let _ = started.send(Running { log, snapshots, _listening: listening });
+            // Nobody waits any more where the node was crashed meanwhile.
+            let _ = started.send(start(&on, node, &members, timing).await);
         });
-        let running = running.await.expect("the node starts");
+        let running = running.await.map_err(|_| "its power went".to_owned())??;
         self.running.lock().insert(node, running);
+        Ok(())
     }
 
     /// A node that is down forgets what it has of the log.
@@ -182,17 +196,19 @@ impl Nodes {
 
     /// A node that leads and can be reached, other than `but`.
     pub(super) async fn leader(&self, but: Option<NodeId>) -> NodeId {
-        let found = || {
-            let running = self.running.lock();
-            let cut_off = self.cut_off.lock();
-            let leads = |(node, is): (&NodeId, &Running)| {
-                let may = Some(*node) != but && !cut_off.contains(node);
-                let settled = is.log.0.leading() == Some(is.log.0.delivered().last().1);
-                (may && settled).then_some(*node)
-            };
-            running.iter().find_map(leads)
+        self.until("a member leads", || self.settled(but).is_some()).await;
+        self.settled(but).expect("it was there")
+    }
+
+    /// The same, if there is one now, which has delivered all of earlier reigns.
+    pub(super) fn settled(&self, but: Option<NodeId>) -> Option<NodeId> {
+        let running = self.running.lock();
+        let cut_off = self.cut_off.lock();
+        let leads = |(node, is): (&NodeId, &Running)| {
+            let may = Some(*node) != but && !cut_off.contains(node);
+            let settled = is.log.0.leading() == Some(is.log.0.delivered().last().1);
+            (may && settled).then_some(*node)
         };
-        self.until("a member leads", || found().is_some()).await;
-        found().expect("it was there")
+        running.iter().find_map(leads)
     }
 }

@@ -1,6 +1,7 @@
 //! The conformance suite on three nodes of a simulated world, and what is raft's own.
 
 mod copies;
+mod flips;
 mod greetings;
 mod group;
 mod lease;

@@ -151,6 +151,8 @@ pub enum Mutant {
     SmallMovesLost,
     /// Of many idle clients only one batch's share is forgotten.
     ForgettingEndsEarly,
+    /// Records that find no room end their group.
+    FullIsForGood,
     /// Damage at the end of a log is taken for what a power cut tore, also where all was synced.
     SyncedTailCut,
     /// What a mark says is believed, whether or not it is durable. A real bug once.
@@ -291,7 +293,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 140] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 141] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -367,6 +369,7 @@ impl Mutant {
         (Mutant::SmallMovesLost, &["registry"]),
         (Mutant::ForgettingEndsEarly, &["batches"]),
         (Mutant::CachedMarkBelieved, &["steps"]),
+        (Mutant::FullIsForGood, &["units", "tests::room::planted_bugs_are_found"]),
         (Mutant::SyncedTailCut, &["units", "tests::flips::planted_bugs_are_found"]),
         (Mutant::LabelLookedAtOnce, &["steps"]),
         (Mutant::SegmentGoesOnUnmarked, &["steps"]),

@@ -86,7 +86,14 @@ impl Trial {
         let logs: Vec<&PathBuf> = all.iter().filter(of_log).collect();
         let path = match random.random() {
             true => (*logs.choose(random).context("there is no log")?).clone(),
-            false => all.choose(random).context("there are no files")?.clone(),
+            // Keys are many files, and small: mostly what states have, checkpoints among it.
+            false => {
+                let of_state: Vec<&PathBuf> =
+                    all.iter().filter(|path| path.starts_with(dir.join("state"))).collect();
+                let is_state = random.random_range(0..4) > 0;
+                let chosen = of_state.choose(random).filter(|_| is_state).copied();
+                chosen.or_else(|| all.choose(random)).context("there are no files")?.clone()
+            }
         };
         let length = fs::metadata(&path)?.len();
         let at = match random.random() {

@@ -176,8 +176,9 @@ impl StoredGroup {
     /// is durable.
     ///
     /// # Errors
-    /// [`LogFault::Unsupported`] where it does not follow on what is there, [`LogFault::NoRoom`] where there is none: nothing
-    /// of it is written then. [`LogFault::Storage`] when the store has stopped; how much is written is not known.
+    /// [`LogFault::Unsupported`] where it does not follow on what is there, [`LogFault::NoRoom`] where too much waits already: nothing
+    /// of it is written then. [`LogFault::Storage`] when the store has stopped; how much is written is not known. Where the disk has no
+    /// room it waits until there is.
     pub fn write(&self, writes: Vec<Write>) -> impl Future<Output = Result<(), LogFault>> + Send + use<> {
         let bytes = writes.iter().map(|write| write.size().0).sum();
         let (done, answer) = oneshot::channel();

@@ -88,7 +88,7 @@ impl Store {
             failed: Mutex::new(None),
         });
         let writer = writer::Writer::new(&shared, recovered.current, recovered.mark);
-        runtime.spawner.spawn_owner("log-writer".into(), Box::pin(writer.run(receiver)));
+        runtime.spawner.spawn_owner("log-writer".into(), Box::pin(writer.run(runtime.clone(), receiver)));
         Ok(Store { handle: Handle { shared, commands } })
     }
 

@@ -3,12 +3,13 @@
 use std::{
     collections::BTreeMap,
     sync::{Arc, atomic::Ordering},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use clutch_log::{Batch, Epoch, LogFault, LogId, LogletId, NodeId, Outcome, Position, Refused};
 use clutch_proto::mutants::{self, Mutant};
-use clutch_runtime::File;
+use clutch_runtime::{File, Runtime};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::{
@@ -27,9 +28,11 @@ const MARK_LAG_BYTES_MAX: u64 = 4 << 20;
 /// Bytes of a vote or a members record: every segment begins with those of all groups.
 const KEPT_BYTES_MAX: usize = 16 << 10;
 /// Members records behind a group's base; a new base takes those before it away.
-pub const MEMBERS_MAX: usize = 32;
+pub const MEMBERS_MAX: usize = 512;
 /// Room that is set aside ahead of what is written.
 const AHEAD_BYTES: u64 = 4 << 20;
+/// What waits for room is tried again after so long.
+const ROOM_AGAIN: Duration = Duration::from_millis(200);
 
 pub(crate) struct Writer {
     shared: Arc<Shared>,
@@ -125,9 +128,24 @@ impl Writer {
     }
 
     /// Runs until every handle is gone or the disk fails.
-    pub(crate) async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+    pub(crate) async fn run(mut self, runtime: Runtime, mut commands: mpsc::Receiver<Command>) {
         let mut batch = Vec::new();
         loop {
+            if !batch.is_empty() {
+                // What waits for room is tried again, in its order and before what comes now; some of that may give room back.
+                runtime.note("log: records wait for room");
+                let mut more = Vec::new();
+                let most = self.shared.options.commands_max;
+                let come = runtime.timeout(ROOM_AGAIN, commands.recv_many(&mut more, most)).await;
+                if come == Some(0) {
+                    return;
+                }
+                batch.append(&mut more);
+                if let Err(reason) = self.write(&mut batch) {
+                    return self.fail(reason, commands).await;
+                }
+                continue;
+            }
             if commands.is_empty() && self.mark_unsynced {
                 // Nothing waits, so making the mark durable delays nobody.
                 if let Err(reason) = self.sync_mark() {
@@ -157,6 +175,8 @@ impl Writer {
         }
     }
 
+    /// Writes what these ask for; records of engines that give out positions themselves stay where there is no room for them, for others of
+    /// their log may be on their way behind them.
     fn write(&mut self, commands: &mut Vec<Command>) -> Result<(), String> {
         // Before anything gets a position: what there is no room for is certainly not in the log.
         let needed: usize = commands.iter().map(Command::bytes_max).sum();
@@ -166,7 +186,7 @@ impl Writer {
         };
         let node = self.shared.options.node;
         let mut merged = Merged { room, node, bytes: Vec::new(), staged: Vec::new(), released: 0 };
-        let mut trims = Vec::new();
+        let (mut trims, mut waiting) = (Vec::new(), Vec::new());
         for command in commands.drain(..) {
             match command {
                 Command::Append { group, epoch, entries, bytes, decided } => {
@@ -175,6 +195,9 @@ impl Writer {
                 }
                 Command::BeginEpoch { group, done } => merged.begin_epoch(group, done),
                 Command::Seal { group, done } => merged.seal(group, done),
+                Command::Write { .. } if merged.room.is_err() && !mutants::is(Mutant::FullIsForGood) => {
+                    waiting.push(command);
+                }
                 Command::Write { group, writes, bytes, done } => {
                     merged.released += bytes;
                     merged.records(&group, writes, done);
@@ -189,6 +212,7 @@ impl Writer {
             self.publish(staged, at);
         }
         self.shared.queued_bytes.fetch_sub(released, Ordering::Relaxed);
+        *commands = waiting;
         for done in trims {
             match self.trim() {
                 Ok(trimmed) => drop(done.send(trimmed.map_err(LogFault::Storage))),

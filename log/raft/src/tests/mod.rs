@@ -9,6 +9,7 @@ mod members;
 mod messages;
 mod nemesis;
 mod reads;
+mod room;
 mod standing;
 mod suites;
 mod votes;

@@ -153,6 +153,8 @@ pub enum Mutant {
     ForgettingEndsEarly,
     /// Records that find no room end their group.
     FullIsForGood,
+    /// A raft group ends where it cannot read what another member needs.
+    UnreadableEndsGroup,
     /// Damage at the end of a log is taken for what a power cut tore, also where all was synced.
     SyncedTailCut,
     /// What a mark says is believed, whether or not it is durable. A real bug once.
@@ -267,6 +269,10 @@ pub enum Mutant {
     InvitationNeverOver,
     /// Whoever names an invitation is taken for who has its secret.
     AnyTokenTaken,
+    /// A key of the cluster that was forgotten is believed until the next start.
+    ForgottenKeyBelieved,
+    /// A stream between nodes goes on when the key is forgotten that it was greeted under.
+    StreamOutlivesKey,
     /// Whoever answers is believed to have the cluster's key.
     AnyAnswerTaken,
     /// A node that comes back with another identity is spoken to.
@@ -293,7 +299,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 141] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 144] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -370,6 +376,7 @@ impl Mutant {
         (Mutant::ForgettingEndsEarly, &["batches"]),
         (Mutant::CachedMarkBelieved, &["steps"]),
         (Mutant::FullIsForGood, &["units", "tests::room::planted_bugs_are_found"]),
+        (Mutant::UnreadableEndsGroup, &["units", "tests::unreadable::planted_bugs_are_found"]),
         (Mutant::SyncedTailCut, &["units", "tests::flips::planted_bugs_are_found"]),
         (Mutant::LabelLookedAtOnce, &["steps"]),
         (Mutant::SegmentGoesOnUnmarked, &["steps"]),
@@ -423,6 +430,8 @@ impl Mutant {
         (Mutant::InvitationTakenTwice, &["joining"]),
         (Mutant::InvitationNeverOver, &["joining"]),
         (Mutant::AnyTokenTaken, &["joining"]),
+        (Mutant::ForgottenKeyBelieved, &["units", "rotation::tests::planted_bugs_are_found"]),
+        (Mutant::StreamOutlivesKey, &["units", "tests::greetings::outlived::planted_bugs_are_found"]),
         (Mutant::SilentVotersTaken, &["units", "tests::members::silent::planted_bugs_are_found"]),
         (
             Mutant::AnybodyAdministers,

@@ -122,6 +122,18 @@ pub(crate) fn storage(error: impl std::fmt::Display) -> LogFault {
     LogFault::Storage(error.to_string())
 }
 
+/// Lets another member lead whenever this one cannot read what a third one needs.
+async fn make_way(mut unreadable: tokio::sync::watch::Receiver<u64>, member: std::sync::Weak<Member>) {
+    while unreadable.changed().await.is_ok() {
+        let Some(member) = member.upgrade() else { return };
+        let other = member.leading().and_then(|_| member.most_recent(&member.metrics()));
+        if let Some(other) = other {
+            // Where it does not come about the read is tried again, and so is this. It may lead again when nobody else can.
+            let _ = member.raft.trigger().transfer_leader(other).await;
+        }
+    }
+}
+
 impl Member {
     /// Begins to take part.
     pub(crate) fn start(parts: Parts, raft: Raft) -> Arc<Member> {
@@ -143,6 +155,7 @@ impl Member {
         });
         peers.serve(id, member.clone());
         runtime.spawn("raft proposals", submit(runtime.clone(), raft, receiver));
+        runtime.spawn("raft unreadable", make_way(member.log().unreadable(), Arc::downgrade(&member)));
         runtime.spawn("raft quorum", quorum::watch(runtime.clone(), Arc::downgrade(&member)));
         member
     }

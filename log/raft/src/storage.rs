@@ -18,7 +18,7 @@ use openraft::{
     storage::{IOFlushed, RaftLogStorage},
 };
 use parking_lot::Mutex;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 use crate::{
     codec::{Builder, Malformed, Reader},
@@ -27,6 +27,8 @@ use crate::{
 
 /// Bytes of records that a group keeps in memory besides those that are not durable.
 const CACHE_BYTES_MAX: usize = 4 << 20;
+/// What could not be read is tried again after so long.
+const UNREADABLE: Duration = Duration::from_secs(1);
 /// Bytes of records that one message to another member takes, unless one record is larger.
 const MESSAGE_BYTES_MAX: usize = 1 << 20;
 /// How many records may be committed before that is written down.
@@ -101,6 +103,8 @@ pub(crate) struct GroupLog {
     group: StoredGroup,
     state: Arc<Mutex<State>>,
     flushes: mpsc::UnboundedSender<Flush>,
+    /// Counts what could not be read that another member needs.
+    unreadable: Arc<watch::Sender<u64>>,
 }
 
 fn failed(error: impl fmt::Display) -> io::Error {
@@ -186,7 +190,13 @@ impl GroupLog {
             cache_bytes: 0,
         };
         let (flushes, receiver) = mpsc::unbounded_channel();
-        let this = GroupLog { runtime: runtime.clone(), group, state: Arc::new(Mutex::new(state)), flushes };
+        let this = GroupLog {
+            runtime: runtime.clone(),
+            group,
+            state: Arc::new(Mutex::new(state)),
+            flushes,
+            unreadable: Arc::new(watch::Sender::new(0)),
+        };
         if view.last > base {
             let last = this.stored(&mut this.group.cursor(), view.last.0 - 1)?;
             this.state.lock().last = Some(last.log_id);
@@ -208,6 +218,11 @@ impl GroupLog {
     /// What the group runs on.
     pub(crate) fn runtime(&self) -> &Runtime {
         &self.runtime
+    }
+
+    /// Counts what could not be read that another member needs.
+    pub(crate) fn unreadable(&self) -> watch::Receiver<u64> {
+        self.unreadable.subscribe()
     }
 
     /// The last record that was appended, or purged.
@@ -352,7 +367,23 @@ impl RaftLogReader<TypeConfig> for GroupLog {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> Result<Vec<Entry>, io::Error> {
-        self.entries(start, end, MESSAGE_BYTES_MAX)
+        // An error here would end the group, which has only one member less that can send this: another one is let lead, and meanwhile
+        // it may be that it can be read again.
+        let mut turn = 0;
+        loop {
+            match self.entries(start, end, MESSAGE_BYTES_MAX) {
+                Err(error) if !mutants::is(Mutant::UnreadableEndsGroup) => {
+                    if turn == 0 {
+                        self.runtime.note("raft: a record that another member needs cannot be read");
+                        tracing::error!(group = %self.group.id(), %error, "what another member needs cannot be read: another is to lead");
+                    }
+                    self.unreadable.send_modify(|count| *count += 1);
+                    turn += 1;
+                    self.runtime.clock.sleep(UNREADABLE).await;
+                }
+                read => return read,
+            }
+        }
     }
 
     async fn read_vote(&mut self) -> Result<Option<Vote>, io::Error> {

@@ -12,6 +12,7 @@ mod reads;
 mod room;
 mod standing;
 mod suites;
+mod unreadable;
 mod votes;
 
 use std::time::Duration;

@@ -3,7 +3,7 @@
 use std::{
     collections::BTreeMap,
     io,
-    sync::{Arc, Mutex, Weak},
+    sync::{Arc, Mutex, PoisonError, RwLock, Weak},
 };
 
 use bytes::Bytes;
@@ -30,8 +30,8 @@ pub struct BlockService {
     clock: Arc<HybridClock>,
     store: Arc<BlockStore>,
     cluster: u64,
-    /// Live keys, newest first.
-    keys: Vec<Key>,
+    /// Live keys, the one that signs first.
+    keys: RwLock<Arc<[Key]>>,
     /// How far apart this service's clock and those of shards may be.
     skew_ms_max: u64,
     /// Writes and erases: they may hang where reads do not, and what ends there says nothing of these.
@@ -76,7 +76,7 @@ impl BlockService {
             clock,
             store,
             cluster,
-            keys,
+            keys: RwLock::new(keys.into()),
             skew_ms_max: CLOCK_SKEW_MS_MAX,
             changes,
             reads,
@@ -89,6 +89,15 @@ impl BlockService {
     /// for others.
     pub fn with_skew_ms_max(self, skew_ms_max: u64) -> BlockService {
         BlockService { skew_ms_max, ..self }
+    }
+
+    /// From now on these keys are live; the first one signs.
+    pub fn set_keys(&self, keys: Vec<Key>) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = keys.into();
+    }
+
+    fn keys(&self) -> Arc<[Key]> {
+        self.keys.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// The disk's blocks.
@@ -170,7 +179,7 @@ impl BlockService {
     /// A service that has just started may not know what time it is: nothing is written or erased then, since a grant of an hour ago
     /// would look like one of today, and its block may be proven erased. What is read is there or not.
     fn admit(&self, certificate: &[u8], operation: Operation) -> Result<(Claims, Expected), Refusal> {
-        let admitted = Claims::verify(certificate, &self.keys).and_then(|claims| {
+        let admitted = Claims::verify(certificate, &self.keys()).and_then(|claims| {
             // Whoever has the key signs by the cluster's time, so it is at least that late; within the bounds of clocks.
             let bound = self.clock.now().plus_ms(self.skew_ms_max + CLOCK_AHEAD_MS_MAX);
             if !self.clock.is_set() || claims.time <= bound {
@@ -264,7 +273,7 @@ impl BlockService {
 
     fn proof(&self, claims: &Claims, operation: Operation) -> BlocksReply {
         let now: Time = self.clock.now();
-        let proof = self.keys.first().map(|key| claims.proof(operation, now).sign(key)).unwrap_or_default();
+        let proof = self.keys().first().map(|key| claims.proof(operation, now).sign(key)).unwrap_or_default();
         BlocksReply { proof, ..BlocksReply::default() }
     }
 }

@@ -13,7 +13,7 @@ use clutch_runtime::Endpoint;
 
 pub(crate) use self::{
     fuzz::{FuzzArgs, FuzzEngine, FuzzProfile},
-    nodes::{ClusterCommand, InitArgs, InviteArgs, JoinArgs, NodeArgs},
+    nodes::{ClusterCommand, InitArgs, InviteArgs, JoinArgs, NodeArgs, RotateArgs},
 };
 use crate::remote::RemotePath;
 

@@ -6,7 +6,7 @@
 use std::{
     fs::{self, DirBuilder, File, TryLockError},
     io::{self, Write as _},
-    os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _},
+    os::unix::fs::{DirBuilderExt as _, FileExt as _, MetadataExt as _, OpenOptionsExt as _},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -14,13 +14,34 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use clutch_runtime::Runtime;
 use clutch_server::keys;
+use tokio::sync::watch;
 
 use crate::output::talk;
 
 /// A copy of a cluster's key that is there while a node runs.
 pub(crate) struct Published {
     path: PathBuf,
-    _locked: File,
+    locked: File,
+}
+
+impl Published {
+    /// Copies the key again, which is another one by now.
+    fn renew(&self, key: &Path) -> io::Result<()> {
+        let content = fs::read(key)?;
+        self.locked.set_len(0)?;
+        self.locked.write_all_at(&content, 0)
+    }
+}
+
+/// Copies a key again whenever it has changed, for as long as anybody tells of that.
+pub(crate) async fn follow(published: Vec<Published>, key: PathBuf, mut changes: watch::Receiver<u64>) {
+    while changes.changed().await.is_ok() {
+        for copy in &published {
+            if let Err(error) = copy.renew(&key) {
+                tracing::warn!(%error, "copy the cluster's key for commands");
+            }
+        }
+    }
 }
 
 impl Drop for Published {
@@ -90,7 +111,7 @@ fn publish_in(dir: &Path, cluster: u64, address: &str, key: &Path) -> Result<Pub
         Ok(file)
     };
     let locked = written().with_context(|| format!("write {}", path.display()))?;
-    Ok(Published { path, _locked: locked })
+    Ok(Published { path, locked })
 }
 
 /// Removes what a node left that ended before it gave its copy a name, long ago: one that is about to is left alone.

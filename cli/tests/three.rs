@@ -359,6 +359,72 @@ fn a_node_joins_by_a_token_that_is_good_once() {
 }
 
 #[test]
+fn the_clusters_key_is_exchanged_under_load() {
+    let temporary = tempfile::tempdir().expect("a directory");
+    let three = Three::start(&temporary.path().join("cluster"));
+    let name = |path: &Path| path.to_str().expect("a name").to_owned();
+    let (local, back) = (temporary.path().join("local"), temporary.path().join("back"));
+    fs::write(&local, noise(300_000, 1)).expect("written");
+    let old = temporary.path().join("old.key");
+    fs::copy(three.dir.join("n1/keys/cluster.key"), &old).expect("copied");
+    let (local, back, old) = (name(&local), name(&back), name(&old));
+    let key = name(&three.dir.join("n2/keys/cluster.key"));
+    three.ok(&["fs", "put", &local, "/before"]);
+    let is_over = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        // Nobody who works with files notices anything.
+        let works = scope.spawn(|| {
+            let mut count = 0;
+            while !is_over.load(Ordering::Relaxed) {
+                three.ok(&["fs", "put", &local, &format!("/under load {count}")]);
+                count += 1;
+            }
+            count
+        });
+        // A node that is down would be left behind.
+        three.kill(3);
+        let refused = three.run(&["cluster", "rotate-key", "--key", &key]);
+        assert!(text(&refused).contains("every node must take part"), "{}", text(&refused));
+        three.start_again(3);
+        three.whole();
+        let rotated = three.ok(&["cluster", "rotate-key", "--key", &old]);
+        assert_eq!(rotated, "");
+        let early = three.run(&["cluster", "rotate-key", "--finish", "--key", &key]);
+        assert!(text(&early).contains("--at-once"), "{}", text(&early));
+        let twice = three.run(&["cluster", "rotate-key", "--key", &key]);
+        assert!(text(&twice).contains("end that change first"), "{}", text(&twice));
+        // Under either key, until the old one is forgotten; also by a node that starts in between.
+        three.kill(1);
+        three.start_again(1);
+        three.whole();
+        three.ok(&["fsck", "--key", &old]);
+        three.ok(&["cluster", "rotate-key", "--finish", "--at-once", "--key", &key]);
+        three.ok(&["cluster", "rotate-key", "--finish", "--key", &key]);
+        is_over.store(true, Ordering::Relaxed);
+        assert!(works.join().expect("it goes on") > 0);
+    });
+    let refused = three.run(&["fsck", "--key", &old]);
+    assert!(text(&refused).contains("is not this cluster's"), "{}", text(&refused));
+    three.ok(&["fsck", "--key", &key]);
+    // The copy that running nodes keep for commands is the new one.
+    three.ok(&["fsck"]);
+    for node in [2, 3] {
+        three.kill(node);
+        three.ok(&["fs", "put", &local, &format!("/without {node}")]);
+        three.start_again(node);
+        three.whole();
+    }
+    for file in ["/before", "/under load 0", "/without 3"] {
+        three.ok(&["fs", "get", file, &back]);
+        assert_eq!(fs::read(&back).expect("read"), fs::read(&local).expect("read"), "{file}");
+    }
+    let text_of =
+        |node: u64| fs::read_to_string(three.dir.join(format!("n{node}/keys/cluster.key"))).expect("its key");
+    assert!(text_of(1).starts_with("2 ") && text_of(1).lines().count() == 1, "one key, of the next epoch");
+    assert_eq!((text_of(1), text_of(2)), (text_of(2), text_of(3)));
+}
+
+#[test]
 fn a_node_with_another_key_is_refused_and_the_others_go_on() {
     let temporary = tempfile::tempdir().expect("a directory");
     let three = Three::start(&temporary.path().join("cluster"));

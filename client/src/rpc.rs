@@ -25,7 +25,7 @@ use clutch_proto::{
     shard::{ShardReply, ShardRequest, shard_reply::Reply, shard_request},
     types::{ClientTag, Code},
 };
-use clutch_runtime::{Budget, Endpoint, HybridClock, Lane, Runtime};
+use clutch_runtime::{Budget, ClusterKeys, Endpoint, HybridClock, Lane, Runtime};
 use prost::Message as _;
 
 use crate::{
@@ -128,8 +128,8 @@ pub struct ClientOptions {
     /// The clock of the node that the client is part of, so that what it sends is above all that the node has seen, and what the
     /// node logs is above all that it was answered; `None` for one of its own, which goes by what servers say.
     pub clock: Option<Arc<HybridClock>>,
-    /// What proves that a request comes from the cluster itself; clients have none.
-    pub system_key: Option<[u8; 32]>,
+    /// What proves that a request comes from the cluster itself, or from who looks after it; clients have none.
+    pub keys: Option<ClusterKeys>,
     /// Who watches requests to registry, CDC and shards.
     pub observer: Option<Arc<dyn Observer>>,
 }
@@ -145,7 +145,7 @@ impl Default for ClientOptions {
             memory_mib_max: 64,
             reads: Reads::Leader,
             clock: None,
-            system_key: None,
+            keys: None,
             observer: None,
         }
     }
@@ -323,7 +323,7 @@ impl Client {
 
     /// The key by which it shows that it may look after the cluster, where it has one.
     pub fn key(&self) -> Option<[u8; 32]> {
-        self.inner.options.system_key
+        self.inner.options.keys.as_ref().map(ClusterKeys::used)
     }
 
     /// What the client runs on.
@@ -468,8 +468,8 @@ impl Client {
         how: How,
     ) -> Heard {
         let cluster = self.inner.routes.cluster();
-        let time = self.inner.clock.highest();
-        let system_mac = match (&self.inner.options.system_key, &tag, &body) {
+        let (time, key) = (self.inner.clock.highest(), self.key());
+        let system_mac = match (&key, &tag, &body) {
             (Some(key), Some(tag), Body::Encoded(body)) if tag.client < certificate::SYSTEM_CLIENTS => {
                 certificate::system_mac(key, tag, body)
             }
@@ -839,7 +839,7 @@ impl Client {
         let target = Target { endpoint: address, role, number, members: Vec::new(), incarnation: 0 };
         let body = Body::Encoded(request.encode_to_vec().into());
         let how = How { admin: true, freshness: Freshness::Leader, answer_bytes: 0 };
-        if self.inner.options.system_key.is_some() && self.inner.clock.highest() == Time(0) {
+        if self.inner.options.keys.is_some() && self.inner.clock.highest() == Time(0) {
             // What shows that the key is there is good for a while by the cluster's time, which any answer tells.
             let status = AdminRequest { op: Some(admin_request::Op::Status(admin::Status::default())) };
             let status = Body::Encoded(status.encode_to_vec().into());

@@ -98,7 +98,7 @@ fn check(seed: u64) -> Result<Vec<String>, String> {
     let (seam, registries) = (cluster.world.node(CLIENT), cluster.registries());
     let bearer = move |token: &Token| {
         let options = clutch_client::ClientOptions {
-            system_key: Some(token.signing_key()),
+            keys: Some(token.signing_key().into()),
             ..clutch_client::ClientOptions::default()
         };
         Client::new(seam.clone(), registries.clone(), options)

@@ -26,9 +26,10 @@ use clutch_runtime::{
     simulated::{NodeId, World},
 };
 use clutch_server::{
-    Chains, ClusterFile, NewLogs, Node, NodeConfig, Peers, Roles,
-    joining::{Belongings, HandOver},
+    Chains, ClusterFile, NewLogs, Node, NodeConfig, OfSeveral, Peers, Roles,
+    joining::Belongings,
     room::Room,
+    rotation::Rotation,
     stores::{IsHome, Rebuilt, StoreProvider},
 };
 use clutch_shard::{Keyring, Lifetimes, Pages};
@@ -534,7 +535,7 @@ impl SimCluster {
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
         let (pages, id, leases) = (self.config.pages(), self.cluster_id(), self.config.leases);
         let level = if self.older.lock().contains(&node) { level::FIRST } else { level::KNOWN };
-        let hand_over = self.hand_over();
+        let of_several = self.of_several();
         let boot_runtime = runtime.clone();
         runtime.spawn("boot", async move {
             let runtime = boot_runtime;
@@ -559,9 +560,9 @@ impl SimCluster {
                 new_logs: new_logs(name, homes),
                 accept,
                 keyring,
-                system_key: SYSTEM_KEY,
+                keys: SYSTEM_KEY.into(),
                 level,
-                hand_over: Some(hand_over),
+                of_several: Some(of_several),
                 process_usage: || None,
                 lifetimes: LIFETIMES,
                 pages,
@@ -605,11 +606,12 @@ impl SimCluster {
     }
 
     /// What new nodes are handed over. The keys of a world are in no files.
-    fn hand_over(&self) -> HandOver {
+    fn of_several(&self) -> OfSeveral {
         let nodes = self.peers().all();
         let nodes = nodes.into_iter().map(|(node, endpoint)| (node, endpoint.to_string())).collect();
         let belongings = Belongings::new(self.cluster.clone(), vec![1], nodes, BTreeMap::new());
-        Arc::new(move || Ok(belongings.clone()))
+        let rotation = Rotation::in_memory(self.cluster_id(), Key { epoch: 1, secret: SYSTEM_KEY });
+        OfSeveral { hand_over: Arc::new(move || Ok(belongings.clone())), rotation: Arc::new(rotation) }
     }
 
     /// Removes all states of a node that is down.
@@ -714,7 +716,7 @@ impl SimCluster {
 
     /// A client that keeps what it has looked up for a second, as real ones do.
     pub fn keeping_client(&self) -> Client {
-        let options = ClientOptions { system_key: Some(SYSTEM_KEY), ..ClientOptions::default() };
+        let options = ClientOptions { keys: Some(SYSTEM_KEY.into()), ..ClientOptions::default() };
         Client::new(self.world.node(CLIENT), self.registries(), options)
     }
 
@@ -737,7 +739,7 @@ impl SimCluster {
             cache_lifetime: Duration::ZERO,
             reads,
             observer,
-            system_key: Some(SYSTEM_KEY),
+            keys: Some(SYSTEM_KEY.into()),
             ..ClientOptions::default()
         };
         Client::new(self.world.node(node), self.registries(), options)

@@ -63,11 +63,11 @@ pub struct Key {
 }
 
 impl Key {
-    /// The key of a service that was added to a cluster after that was made: every node that has the cluster's key knows it.
-    pub fn derived(cluster_key: &[u8; 32], service: ServiceId) -> Key {
-        let mut hasher = blake3::Hasher::new_keyed(cluster_key);
+    /// The key of a block service that follows from this one, a cluster's: every node that has that knows it.
+    pub fn of_service(&self, service: ServiceId) -> Key {
+        let mut hasher = blake3::Hasher::new_keyed(&self.secret);
         hasher.update(b"clutch key of a block service").update(&service.0.to_le_bytes());
-        Key { epoch: 1, secret: *hasher.finalize().as_bytes() }
+        Key { epoch: self.epoch, secret: *hasher.finalize().as_bytes() }
     }
 }
 

@@ -9,6 +9,7 @@
 
 pub mod ambient;
 pub mod budget;
+pub mod cluster_keys;
 pub mod disk;
 pub mod hlc;
 pub mod network;
@@ -20,6 +21,7 @@ use std::{borrow::Cow, collections::BTreeMap, future::Future, pin::Pin, sync::Ar
 use clutch_proto::Time;
 
 pub use budget::{Budget, Held};
+pub use cluster_keys::ClusterKeys;
 pub use disk::{Disk, File};
 pub use hlc::HybridClock;
 pub use network::{Answers, CallError, Endpoint, Handled, Handler, Lane, Listening, Network, PeerStream};

@@ -13,7 +13,7 @@ use clutch_blocks::BlockService;
 use clutch_log::{Engines, LogId, Position};
 use clutch_proto::{
     Parts, Refusal, Time,
-    admin::{AdminReply, AdminRequest, KnownNode, admin_request::Op},
+    admin::{AdminReply, AdminRequest, KnownNode, RotateKey, admin_request::Op},
     answer,
     blocks::BlocksReply,
     certificate::{AdminClaims, SYSTEM_CLIENTS, is_admin_mac, is_system_mac},
@@ -25,14 +25,17 @@ use clutch_proto::{
     session::{self, Request, Response, Role},
     types::Code,
 };
-use clutch_runtime::{Answers, BoxFuture, Clock, Handled, Handler, Held, HybridClock, PeerStream, Runtime};
+use clutch_runtime::{
+    Answers, BoxFuture, Clock, ClusterKeys, Handled, Handler, Held, HybridClock, PeerStream, Runtime,
+};
 use clutch_state_replica::{Answer, Freshness, ReplicaHandle};
 use parking_lot::RwLock;
 use prost::Message as _;
 
 use crate::{
-    joining::{HandOver, Token},
+    joining::Token,
     metrics::Meters,
+    node::OfSeveral,
     room::Room,
     routes::{Routes, log_of},
 };
@@ -44,15 +47,15 @@ const ADMIN_LIFETIME_NS: u64 = 60_000_000_000;
 pub(crate) struct NodeHandler {
     pub(crate) cluster: u64,
     pub(crate) clock: Arc<HybridClock>,
-    pub(crate) system_key: [u8; 32],
+    pub(crate) keys: ClusterKeys,
     pub(crate) registry: Option<ReplicaHandle>,
     pub(crate) cdc: Option<ReplicaHandle>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
     pub(crate) process_usage: ProcessUsage,
     pub(crate) meters: Arc<Meters>,
-    /// What a new node is given, where the cluster has several.
-    pub(crate) hand_over: Option<HandOver>,
+    /// Where the cluster has several nodes.
+    pub(crate) of_several: Option<OfSeveral>,
     pub(crate) runtime: Runtime,
     /// By which requests are timed.
     pub(crate) monotonic: Arc<dyn Clock>,
@@ -67,6 +70,12 @@ pub(crate) struct NodeHandler {
     pub(crate) is_starting: bool,
     /// Everything has started.
     pub(crate) ready: Arc<AtomicBool>,
+}
+
+/// Who takes an invitation, as he has shown.
+struct Joining {
+    token: Token,
+    joiner: u64,
 }
 
 impl NodeHandler {
@@ -182,7 +191,7 @@ impl NodeHandler {
             return Err(Refusal::new(Code::StaleIncarnation, text));
         }
         if let Some(tag) = request.tag.as_ref().filter(|tag| tag.client < SYSTEM_CLIENTS)
-            && !is_system_mac(&self.system_key, tag, &request.body, &request.system_mac)
+            && self.keys.find(|key| is_system_mac(key, tag, &request.body, &request.system_mac)).is_none()
         {
             // A node that has another key than the others must not have the last word: who leads has.
             let leads = log_of(role, request.number).is_none_or(|log| self.routes.leads(log));
@@ -196,7 +205,12 @@ impl NodeHandler {
 
     /// Whether who asks shows that it has the cluster's key, for this replica and of late.
     fn is_proven(&self, request: &Request) -> bool {
-        self.is_proven_by(&self.system_key, request)
+        self.proof(request).is_some()
+    }
+
+    /// By which of the cluster's keys a request is proven.
+    fn proof(&self, request: &Request) -> Option<[u8; 32]> {
+        self.keys.find(|key| self.is_proven_by(key, request))
     }
 
     fn is_proven_by(&self, key: &[u8; 32], request: &Request) -> bool {
@@ -210,7 +224,7 @@ impl NodeHandler {
     /// Refuses what changes the registry, and so where everything is, from who is no node of the cluster.
     ///
     /// An invitation is taken by whoever shows its secret in the place of the cluster's key; which, and by whom.
-    fn admit_change(&self, role: Role, request: &Request) -> Result<Option<RedeemInvitation>, Refusal> {
+    fn admit_change(&self, role: Role, request: &Request) -> Result<Option<Joining>, Refusal> {
         // What is too large is refused where it goes.
         if role != Role::Registry || request.body.len() > METADATA_REQUEST_BYTES_MAX {
             return Ok(None);
@@ -218,22 +232,18 @@ impl NodeHandler {
         // What cannot be read, or is nothing, is refused where it goes.
         let op = RegistryRequest::decode(request.body.clone()).ok().and_then(|request| request.op);
         let Some(op) = op.filter(|op| !operation::of_registry(op).is_read()) else { return Ok(None) };
-        let invitation = match op {
-            registry_request::Op::RedeemInvitation(op) => Some(op),
-            _ => None,
-        };
-        let is_of_several = level::of_registry(&op) == level::FIRST || self.hand_over.is_some();
-        if !is_of_several {
+        if level::of_registry(&op) > level::FIRST && self.of_several.is_none() {
             let text = "this cluster is one process, which no other node can join";
             return Err(Refusal::new(Code::Unsupported, text));
         }
-        let key = match &invitation {
-            Some(op) => Token::of(&self.system_key, self.cluster, op.invitation).signing_key(),
-            None => self.system_key,
+        let is_any = mutants::is(Mutant::AnybodyRegisters);
+        let invitation = match op {
+            registry_request::Op::RedeemInvitation(op) => Some(op),
+            _ if self.is_proven(request) || is_any => return Ok(None),
+            _ => None,
         };
-        let is_any = invitation.is_some() && mutants::is(Mutant::AnyTokenTaken);
-        if self.is_proven_by(&key, request) || is_any || mutants::is(Mutant::AnybodyRegisters) {
-            return Ok(invitation);
+        if let Some(joining) = invitation.as_ref().and_then(|op| self.joining(op, request)) {
+            return Ok(Some(joining));
         }
         // A node that has another key than the others must not have the last word: who leads has.
         Err(match self.routes.leads(LogId::REGISTRY) {
@@ -259,7 +269,8 @@ impl NodeHandler {
                 | Op::ReadLog(_)
                 | Op::TakeCheckpoint(_)
                 | Op::TrimLog(_)
-                | Op::Rescan(_),
+                | Op::Rescan(_)
+                | Op::RotateKey(_),
             ) => &[],
             None | Some(Op::Status(_) | Op::HashAt(_)) => return Ok(()),
         };
@@ -288,17 +299,52 @@ impl NodeHandler {
         }
     }
 
+    /// Who takes an invitation, where he shows its secret: under the key that it was made under.
+    fn joining(&self, op: &RedeemInvitation, request: &Request) -> Option<Joining> {
+        let token = |key: &[u8; 32]| Token::of(key, self.cluster, op.invitation);
+        let key = self.keys.find(|key| self.is_proven_by(&token(key).signing_key(), request));
+        let key = key.or_else(|| mutants::is(Mutant::AnyTokenTaken).then(|| self.keys.used()))?;
+        Some(Joining { token: token(&key), joiner: op.joiner })
+    }
+
+    /// Goes a step from one of the cluster's keys to the next.
+    fn rotate(&self, op: &RotateKey, request: &Request) -> Result<AdminReply, Refusal> {
+        let Some(of) = &self.of_several else {
+            return Err(Refusal::new(
+                Code::Unsupported,
+                "this cluster is one process, whose key nobody else has",
+            ));
+        };
+        let shown = self.proof(request).unwrap_or_else(|| self.keys.used());
+        let key = of.rotation.step(&self.runtime, op, &shown)?;
+        Ok(AdminReply { key: Some(key), ..AdminReply::default() })
+    }
+
     /// Adds to the number of a node that has taken an invitation what it is handed over.
-    fn welcome(&self, invitation: Option<&RedeemInvitation>, body: Bytes) -> Result<Bytes, Refusal> {
-        let Some(invitation) = invitation else { return Ok(body) };
+    fn welcome(&self, joining: Option<&Joining>, body: Bytes) -> Result<Bytes, Refusal> {
+        let (Some(Joining { token, joiner }), Some(of)) = (joining, &self.of_several) else {
+            return Ok(body);
+        };
         let unwilling = |error: anyhow::Error| Refusal::new(Code::NotReady, format!("{error:#}"));
         let mut reply = RegistryReply::decode(body).map_err(|error| Refusal::malformed(error.to_string()))?;
-        if let (Some(welcome), Some(hand_over)) = (&mut reply.welcome, &self.hand_over) {
-            let token = Token::of(&self.system_key, self.cluster, invitation.invitation);
-            let plain = hand_over().and_then(|belongings| belongings.encode()).map_err(unwilling)?;
-            let joining = (invitation.joiner, welcome.node);
-            welcome.sealed = token.seal(&self.runtime, joining, &plain).map_err(unwilling)?.into();
+        if let Some(welcome) = &mut reply.welcome {
+            let plain = (of.hand_over)().and_then(|belongings| belongings.encode()).map_err(unwilling)?;
+            let sealed = token.seal(&self.runtime, (*joiner, welcome.node), &plain);
+            welcome.sealed = sealed.map_err(unwilling)?.into();
         }
+        Ok(reply.encode_to_vec().into())
+    }
+
+    /// Answers who looks after a cluster.
+    async fn administer(&self, replica: &ReplicaHandle, request: &Request) -> Result<Bytes, Refusal> {
+        let op = AdminRequest::decode(request.body.clone())
+            .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
+        self.admit_operator(&op, request)?;
+        let mut reply = match &op.op {
+            Some(Op::RotateKey(rotate)) => self.rotate(rotate, request)?,
+            _ => replica.admin(op).await?,
+        };
+        self.add_node(&mut reply);
         Ok(reply.encode_to_vec().into())
     }
 
@@ -349,19 +395,15 @@ impl NodeHandler {
             if may_be_large { answer::bytes_max(role, request.admin, &request.body) } else { 0 };
         *held = answers.pages.hold(answer_bytes).await;
         if request.admin {
-            let op = AdminRequest::decode(request.body.clone())
-                .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
-            self.admit_operator(&op, &request)?;
-            let mut reply = Box::pin(replica.admin(op)).await?;
-            self.add_node(&mut reply);
-            return Ok((Response { body: reply.encode_to_vec().into(), ..Response::default() }, None));
+            let body = Box::pin(self.administer(replica, &request)).await?;
+            return Ok((Response { body, ..Response::default() }, None));
         }
-        let invitation = self.admit_change(role, &request)?;
+        let joining = self.admit_change(role, &request)?;
         let freshness = freshness(&request)?;
         let Answer { result, position, time } = replica.call_as(request.body, request.tag, freshness).await;
         let response = Response { time: time.0, position: position.0, ..Response::default() };
         let response = match result {
-            Ok(body) => Response { body: self.welcome(invitation.as_ref(), body)?, ..response },
+            Ok(body) => Response { body: self.welcome(joining.as_ref(), body)?, ..response },
             Err(refusal) => {
                 let leader = match (refusal.code, log_of(role, request.number)) {
                     (Code::NotLeader, Some(log)) => self.routes.leader(log),

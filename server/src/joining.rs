@@ -24,6 +24,23 @@ const NONCE_BYTES: usize = 24;
 /// The layout of what is handed over that this build writes.
 const LAYOUT: u32 = 1;
 
+/// Closes something under a key, bound to something else that who opens it must know, too.
+pub(crate) fn seal(runtime: &Runtime, key: [u8; 32], bound: &[u8], plain: &[u8]) -> Result<Vec<u8>> {
+    let mut nonce = [0; NONCE_BYTES];
+    runtime.random.fill(&mut nonce);
+    let payload = Payload { msg: plain, aad: bound };
+    let sealed = XChaCha20Poly1305::new(&key.into()).encrypt(XNonce::from_slice(&nonce), payload);
+    let sealed = sealed.map_err(|_| anyhow::anyhow!("what is to be closed is too large"))?;
+    Ok([&nonce[..], &sealed].concat())
+}
+
+/// Opens it; `None` where it was closed otherwise, or was changed.
+pub(crate) fn open(key: [u8; 32], bound: &[u8], sealed: &[u8]) -> Option<Vec<u8>> {
+    let (nonce, sealed) = sealed.split_at_checked(NONCE_BYTES)?;
+    let payload = Payload { msg: sealed, aad: bound };
+    XChaCha20Poly1305::new(&key.into()).decrypt(XNonce::from_slice(nonce), payload).ok()
+}
+
 /// An invitation, as its bearer has it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
@@ -49,8 +66,8 @@ impl Token {
         blake3::derive_key("clutch 2026 invitation, requests", &self.secret)
     }
 
-    fn cipher(&self) -> XChaCha20Poly1305 {
-        XChaCha20Poly1305::new(&blake3::derive_key("clutch 2026 invitation, answers", &self.secret).into())
+    fn answer_key(&self) -> [u8; 32] {
+        blake3::derive_key("clutch 2026 invitation, answers", &self.secret)
     }
 
     /// What an answer is bound to beside the secret: whose it is.
@@ -65,13 +82,7 @@ impl Token {
         (joiner, node): (u64, NodeId),
         plain: &[u8],
     ) -> Result<Vec<u8>> {
-        let mut nonce = [0; NONCE_BYTES];
-        runtime.random.fill(&mut nonce);
-        let aad = self.bound(joiner, node);
-        let payload = Payload { msg: plain, aad: &aad };
-        let sealed = self.cipher().encrypt(XNonce::from_slice(&nonce), payload);
-        let sealed = sealed.map_err(|_| anyhow::anyhow!("what is handed over is too large"))?;
-        Ok([&nonce[..], &sealed].concat())
+        seal(runtime, self.answer_key(), &self.bound(joiner, node), plain)
     }
 
     /// Opens what was closed for this joiner.
@@ -80,11 +91,7 @@ impl Token {
     /// When it was changed on the way, or was made by somebody who has not the cluster's key.
     pub fn open(&self, joiner: u64, node: NodeId, sealed: &[u8]) -> Result<Belongings> {
         let foreign = "the answer was not made with this cluster's key, or was changed on the way: is the right cluster asked?";
-        ensure!(sealed.len() > NONCE_BYTES, foreign);
-        let (nonce, sealed) = sealed.split_at(NONCE_BYTES);
-        let aad = self.bound(joiner, node);
-        let opened = self.cipher().decrypt(XNonce::from_slice(nonce), Payload { msg: sealed, aad: &aad });
-        let Ok(opened) = opened else { bail!(foreign) };
+        let Some(opened) = open(self.answer_key(), &self.bound(joiner, node), sealed) else { bail!(foreign) };
         let belongings: Belongings = serde_json::from_slice(&opened).context(
             "what the cluster hands over is not known to this build: join with the build that its nodes run",
         )?;

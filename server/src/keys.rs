@@ -51,7 +51,8 @@ fn read_or_create(runtime: &Runtime, path: &Path) -> Result<Vec<Key>> {
     read(path)
 }
 
-fn read(path: &Path) -> Result<Vec<Key>> {
+/// Reads a file with keys.
+pub(crate) fn read(path: &Path) -> Result<Vec<Key>> {
     let metadata = path.metadata().with_context(|| {
         format!("look at {}: restore it from a copy, or copy it from another node", path.display())
     })?;
@@ -93,11 +94,6 @@ fn parse(line: &str) -> Result<Key> {
         *byte = u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).context("not a hexadecimal digit")?;
     }
     Ok(Key { epoch: epoch.parse().context("the epoch is not a number")?, secret })
-}
-
-/// Reads the key that the parts of the cluster know each other by, where others have made it.
-pub fn read_system_key(dir: &Path) -> Result<[u8; 32]> {
-    newest(read(&dir.join("cluster.key"))?)
 }
 
 fn newest(keys: Vec<Key>) -> Result<[u8; 32]> {
@@ -158,9 +154,18 @@ pub(crate) fn store(dir: &Path, name: &str, text: &str) -> Result<()> {
 fn create(runtime: &Runtime, path: &Path) -> Result<()> {
     let mut secret = [0u8; 32];
     runtime.random.fill(&mut secret);
-    let digits: String = secret.iter().map(|b| format!("{b:02x}")).collect();
-    let said = format!("1 {digits}");
-    write(path, format!("{said} {}\n", check(&said)).as_bytes())
+    write_all(path, &[Key { epoch: 1, secret }])
+}
+
+/// Writes a file with these keys, durably.
+pub(crate) fn write_all(path: &Path, keys: &[Key]) -> Result<()> {
+    let mut text = String::new();
+    for key in keys {
+        let digits: String = key.secret.iter().map(|b| format!("{b:02x}")).collect();
+        let said = format!("{} {digits}", key.epoch);
+        text += &format!("{said} {}\n", check(&said));
+    }
+    write(path, text.as_bytes())
 }
 
 fn write(path: &Path, bytes: &[u8]) -> Result<()> {

@@ -26,6 +26,7 @@ pub mod retention;
 #[cfg(feature = "rocks")]
 pub mod rewind;
 pub mod room;
+pub mod rotation;
 pub mod routes;
 mod services;
 #[cfg(feature = "rocks")]
@@ -37,5 +38,5 @@ pub mod up;
 
 pub use chains::{Chains, NewLogs};
 pub use cluster_file::ClusterFile;
-pub use node::{Node, NodeConfig, Roles};
+pub use node::{Node, NodeConfig, OfSeveral, Roles};
 pub use routes::Peers;

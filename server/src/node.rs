@@ -24,7 +24,7 @@ use clutch_proto::{
     state::Entry,
 };
 use clutch_registry::{Registry, RegistryFacts};
-use clutch_runtime::{Endpoint, HybridClock, Listening, PeerStream, Runtime, hlc::Start};
+use clutch_runtime::{ClusterKeys, Endpoint, HybridClock, Listening, PeerStream, Runtime, hlc::Start};
 use clutch_shard::{Keyring, Lifetimes, Pages, Shard, ShardFacts};
 use clutch_state::{Applier, Fault, Machine, StoreError, View, applier::batch_crc};
 use clutch_state_replica::{LeaderEvent, Replica, ReplicaConfig, ReplicaHandle, Restore, SharedFacts};
@@ -43,6 +43,7 @@ use crate::{
     metrics::{Meters, Watch},
     placer::{Placer, Placing, Reigns},
     room::Room,
+    rotation::Rotation,
     routes::{Peers, Routes},
     snapshots::ReplicaSnapshots,
     stores::{StoreProvider, log_name},
@@ -94,6 +95,15 @@ impl Roles {
     }
 }
 
+/// What a node of a cluster of several does beside its roles.
+#[derive(Clone)]
+pub struct OfSeveral {
+    /// Gives what a new node is handed over.
+    pub hand_over: HandOver,
+    /// Goes from one key of the cluster to the next.
+    pub rotation: Arc<Rotation>,
+}
+
 /// Everything a node is made of.
 #[derive(Clone)]
 pub struct NodeConfig {
@@ -126,9 +136,9 @@ pub struct NodeConfig {
     /// The block services' keys.
     pub keyring: Keyring,
     /// What the parts of the cluster know each other by.
-    pub system_key: [u8; 32],
-    /// Gives what a new node is handed over; `None` where the cluster is one process.
-    pub hand_over: Option<HandOver>,
+    pub keys: ClusterKeys,
+    /// What it does for others that come and go, and for their keys; `None` where the cluster is one process.
+    pub of_several: Option<OfSeveral>,
     /// The newest feature level that it takes part in: `clutch_proto::level::KNOWN`.
     pub level: u32,
     /// How long what clients are given is good.
@@ -204,6 +214,7 @@ impl Node {
         starter.learn_chains(registry.as_ref()).await?;
         let cdc = starter.start_others(registry, &mut serving, &registry_facts, &facts).await?;
         serving.blocks = starter.open_disks()?;
+        starter.follow_keys(&facts, &serving.blocks);
 
         let routes = starter.routes();
         keeper::tell_members(&routes, &registry_facts);
@@ -323,13 +334,13 @@ fn own_client(
     runtime: &Runtime,
     registry: Option<Registries>,
     address: &str,
-    system_key: [u8; 32],
+    keys: ClusterKeys,
     clock: &Arc<HybridClock>,
 ) -> Client {
     let registries = registry.unwrap_or_else(|| address.into());
     let options = ClientOptions {
         cache_lifetime: Duration::ZERO,
-        system_key: Some(system_key),
+        keys: Some(keys),
         clock: (!mutants::is(Mutant::UnsharedClock)).then(|| clock.clone()),
         ..ClientOptions::default()
     };
@@ -654,6 +665,19 @@ impl Starter<'_> {
         Ok(blocks)
     }
 
+    /// What signs, and what is believed, goes with the cluster's keys.
+    fn follow_keys(&self, facts: &Arc<SharedFacts<ShardFacts>>, blocks: &BTreeMap<u64, Arc<BlockService>>) {
+        let Some(OfSeveral { rotation, .. }) = &self.config.of_several else { return };
+        let (keyring, facts, blocks) = (self.config.keyring.clone(), facts.clone(), blocks.clone());
+        rotation.tell(move |keys| {
+            let keyring = Arc::new(keyring.with_cluster_keys(keys));
+            for (service, disk) in &blocks {
+                disk.set_keys(keyring.of(ServiceId(*service)).to_vec());
+            }
+            facts.update(|facts| ShardFacts { keyring: keyring.clone(), ..facts.clone() });
+        });
+    }
+
     /// Where the logs that run are led.
     fn routes(&self) -> Arc<Routes> {
         let started = self.started.lock();
@@ -680,8 +704,8 @@ impl Starter<'_> {
         NodeHandler {
             cluster: self.cluster,
             clock: self.clock.clone(),
-            system_key: self.config.system_key,
-            hand_over: self.config.hand_over.clone(),
+            keys: self.config.keys.clone(),
+            of_several: self.config.of_several.clone(),
             runtime: self.config.runtime.clone(),
             registry: serving.registry.clone(),
             cdc: serving.cdc.clone(),
@@ -707,7 +731,7 @@ impl Starter<'_> {
         let listening = config.runtime.network.listen(&config.listen, handler.clone()).await?;
         let address = config.advertise.clone().unwrap_or_else(|| listening.endpoint().to_string());
         let client =
-            own_client(&config.runtime, config.registry.clone(), &address, config.system_key, &self.clock);
+            own_client(&config.runtime, config.registry.clone(), &address, config.keys.clone(), &self.clock);
         Ok(Door { listening, handler, address, client })
     }
 

@@ -14,12 +14,12 @@ use clutch_proto::{
     types::{Block, BlockService, Span},
 };
 
-/// The keys of block services. Two epochs of a service may be live at a time; the newest signs. A service that has no key of its own
-/// was added after its cluster was made, and has one that follows from the cluster's.
+/// The keys of block services: the one that signs first, then others that are believed, too. A service that was there when its cluster was
+/// made has keys of its own, which count as long as the cluster's first key is believed; all other keys follow from the cluster's.
 #[derive(Clone, Default)]
 pub struct Keyring {
     keys: BTreeMap<ServiceId, Vec<Key>>,
-    cluster_key: Option<[u8; 32]>,
+    cluster_keys: Vec<Key>,
 }
 
 impl fmt::Debug for Keyring {
@@ -38,19 +38,26 @@ impl Keyring {
         keys.truncate(2);
     }
 
-    /// The same, for a cluster whose nodes share this key.
+    /// The same, for a cluster whose nodes share these keys, of which they use the first.
     #[must_use]
-    pub fn with_cluster_key(self, cluster_key: [u8; 32]) -> Keyring {
-        Keyring { cluster_key: Some(cluster_key), ..self }
+    pub fn with_cluster_keys(&self, cluster_keys: &[Key]) -> Keyring {
+        Keyring { keys: self.keys.clone(), cluster_keys: cluster_keys.to_vec() }
     }
 
-    /// The live keys of a service, newest first.
+    /// The live keys of a service, the one that signs first.
     pub fn of(&self, service: ServiceId) -> Cow<'_, [Key]> {
-        match (self.keys.get(&service), &self.cluster_key) {
-            (Some(keys), _) => Cow::Borrowed(keys.as_slice()),
-            (None, Some(cluster_key)) => Cow::Owned(vec![Key::derived(cluster_key, service)]),
-            (None, None) => Cow::Borrowed(&[]),
+        let own = self.keys.get(&service);
+        if let (Some(own), [] | [Key { epoch: 1, .. }]) = (own, &self.cluster_keys[..]) {
+            return Cow::Borrowed(own.as_slice());
         }
+        let mut all = Vec::new();
+        for key in &self.cluster_keys {
+            match own {
+                Some(own) if key.epoch == 1 => all.extend_from_slice(own),
+                _ => all.push(key.of_service(service)),
+            }
+        }
+        Cow::Owned(all)
     }
 }
 

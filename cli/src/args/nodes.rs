@@ -37,6 +37,9 @@ pub(crate) enum ClusterCommand {
     /// Make the directory of a node that is to be added to a running cluster: by a token, on the node's machine; or from the directory of
     /// another node, and then it is carried to its machine. It becomes a member of logs by `add-replica` or `replace-node`.
     Join(JoinArgs),
+    /// Go to another key by which the nodes know each other, while the cluster runs: all believe it, then all use it; with --finish, all forget
+    /// the one before.
+    RotateKey(RotateArgs),
     /// What `clutch status` shows.
     Status(StatusArgs),
     /// Make a node a member of logs: it gets what they have, and votes as soon as it has it.
@@ -78,6 +81,19 @@ pub(crate) struct NodeChange {
     pub(crate) node: u64,
     #[command(flatten)]
     pub(crate) which: Option<Which>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct RotateArgs {
+    /// Let all nodes forget the key before, when what was granted under it is over.
+    #[arg(long)]
+    pub(crate) finish: bool,
+    /// Also where it is not over.
+    #[arg(long, requires = "finish")]
+    pub(crate) at_once: bool,
+    /// Go on without this node, which is gone for good; once for each.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) without: Vec<u64>,
 }
 
 #[derive(Args, Debug)]

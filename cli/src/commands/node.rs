@@ -37,11 +37,9 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
     };
     let (layout, node) = (several.layout(), several.node());
     monitored.of(node.watch().clone());
-    let _published = keyring::publish(
-        layout.cluster.cluster_id()?,
-        &layout.advertised(),
-        &layout.dir.join("keys/cluster.key"),
-    );
+    let key = layout.dir.join("keys/cluster.key");
+    let published = keyring::publish(layout.cluster.cluster_id()?, &layout.advertised(), &key);
+    let following = tokio::spawn(keyring::follow(published, key, several.key_changes()));
     talk!(
         "clutch: node {} of cluster {} serves from {} ({:.1} s)",
         layout.file.node,
@@ -67,5 +65,9 @@ pub(crate) async fn run(runtime: Runtime, args: &NodeArgs) -> Result<ExitCode> {
             true
         }
     };
-    Ok(stops.end(several.stop(), ended_by_fault).await)
+    let ended = stops.end(several.stop(), ended_by_fault).await;
+    // Takes the copies with it.
+    following.abort();
+    let _ = following.await;
+    Ok(ended)
 }

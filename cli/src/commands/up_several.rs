@@ -68,7 +68,8 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
     for several in &nodes {
         let (layout, address) = (several.layout(), several.layout().advertised());
         let key = layout.dir.join("keys/cluster.key");
-        published.extend(keyring::publish(layout.cluster.cluster_id()?, &address, &key));
+        let copies = keyring::publish(layout.cluster.cluster_id()?, &address, &key);
+        published.push(tokio::spawn(keyring::follow(copies, key, several.key_changes())));
         registry.push(address);
     }
     let seconds = started.elapsed().as_secs_f64();

@@ -175,7 +175,7 @@ impl Trial {
             cache_lifetime: Duration::ZERO,
             observer,
             reads,
-            system_key: observed.is_none().then_some(self.key),
+            keys: observed.is_none().then(|| self.key.into()),
             ..ClientOptions::default()
         };
         let registries = Registries::new(self.addresses.clone()).expect("three addresses");

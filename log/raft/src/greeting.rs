@@ -20,7 +20,7 @@ use std::time::Duration;
 use bytes::{BufMut as _, Bytes, BytesMut};
 use clutch_log::NodeId;
 use clutch_proto::mutants::{self, Mutant};
-use clutch_runtime::{PeerStream, Runtime};
+use clutch_runtime::{ClusterKeys, PeerStream, Runtime};
 
 use crate::{
     codec::{Malformed, Reader},
@@ -48,7 +48,7 @@ pub(crate) struct Me {
     /// Who it is, and whom it has met.
     pub(crate) identities: Identities,
     /// What the cluster's nodes know each other by.
-    pub(crate) key: [u8; 32],
+    pub(crate) keys: ClusterKeys,
     /// What others reach it by; empty where they know by themselves.
     pub(crate) address: String,
 }
@@ -131,7 +131,7 @@ async fn next(runtime: &Runtime, stream: &mut PeerStream) -> Result<Bytes, Strin
     }
 }
 
-/// Greets the node at the other end of a stream that was opened to it.
+/// Greets the node at the other end of a stream that was opened to it; under which key.
 ///
 /// # Errors
 /// When it refuses, or does not know the cluster's key.
@@ -140,7 +140,7 @@ pub(crate) async fn open(
     me: &Me,
     to: NodeId,
     stream: &mut PeerStream,
-) -> Result<(), String> {
+) -> Result<[u8; 32], String> {
     let Claim { identity, mark, address } = me.identities.claim(&me.address);
     let (remembered, nonce) = (me.identities.remembered(to), nonce(runtime));
     let hello = Hello { cluster: me.cluster, from: me.node, to, identity, mark, remembered, nonce, address };
@@ -155,10 +155,12 @@ pub(crate) async fn open(
         return Err("it speaks another language".into());
     }
     let (drawn, proven) = answer.split_at(DRAWN_BYTES);
-    if !is_same(proven, mac(&me.key, Purpose::Answer, &hello, drawn)) && !mutants::is(Mutant::AnyAnswerTaken)
-    {
+    // By whichever it uses, and the proof by the same one: while the cluster goes from one key to the next, both are believed.
+    let fits = |key: &[u8; 32]| is_same(proven, mac(key, Purpose::Answer, &hello, drawn));
+    let key = me.keys.find(fits).or_else(|| mutants::is(Mutant::AnyAnswerTaken).then(|| me.keys.used()));
+    let Some(key) = key else {
         return Err("it has another key than this node (keys/cluster.key)".into());
-    }
+    };
     let mut said = Reader(Bytes::copy_from_slice(drawn));
     let found = (|| {
         let identity: Drawn = said.array()?;
@@ -167,17 +169,22 @@ pub(crate) async fn open(
     })();
     let (claim, remembered) = found.map_err(|error| error.to_string())?;
     me.identities.meet(runtime, to, claim).await?;
-    let proof = mac(&me.key, Purpose::Proof, &hello, drawn);
+    let proof = mac(&key, Purpose::Proof, &hello, drawn);
     stream.sender.send(Bytes::copy_from_slice(&proof)).await.map_err(gone)?;
     // Who is to be refused has been heard by then, so the other says why, too.
-    me.identities.is_remembered(to, remembered)
+    me.identities.is_remembered(to, remembered)?;
+    Ok(key)
 }
 
-/// Greets whoever has opened a stream to this node; which node it is.
+/// Greets whoever has opened a stream to this node; which node it is, and under which key.
 ///
 /// # Errors
 /// When it is none of the cluster's, or wants another.
-pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) -> Result<NodeId, String> {
+pub(crate) async fn accept(
+    runtime: &Runtime,
+    me: &Me,
+    stream: &mut PeerStream,
+) -> Result<(NodeId, [u8; 32]), String> {
     let first = next(runtime, stream).await?;
     let said = Hello::decode(first.clone()).map_err(|error| error.to_string()).and_then(|hello| {
         let Hello { cluster, from, to, identity, mark, remembered, address, .. } = hello;
@@ -202,16 +209,17 @@ pub(crate) async fn accept(runtime: &Runtime, me: &Me, stream: &mut PeerStream) 
     let Claim { identity, mark, .. } = me.identities.claim("");
     let marks = [mark, me.identities.remembered(from)].map(Mark::encode);
     let drawn = [&identity[..], &marks.concat(), &drawn].concat();
-    let answer = [&drawn[..], &mac(&me.key, Purpose::Answer, &first, &drawn)].concat();
+    let key = me.keys.used();
+    let answer = [&drawn[..], &mac(&key, Purpose::Answer, &first, &drawn)].concat();
     let gone = |_| "it ends the stream".to_owned();
     stream.sender.send(answer.into()).await.map_err(gone)?;
     let proof = next(runtime, stream).await?;
-    if !is_same(&proof, mac(&me.key, Purpose::Proof, &first, &drawn)) && !mutants::is(Mutant::AnyProofTaken) {
+    if !is_same(&proof, mac(&key, Purpose::Proof, &first, &drawn)) && !mutants::is(Mutant::AnyProofTaken) {
         return Err(format!(
             "who says that it is node {from} has another key than this node (keys/cluster.key)"
         ));
     }
     me.identities.meet(runtime, from, claim).await?;
     me.identities.is_remembered(from, remembered)?;
-    Ok(from)
+    Ok((from, key))
 }

@@ -18,7 +18,8 @@ use std::{
 use bytes::Bytes;
 use clutch_log::{LogletId, NodeId};
 use clutch_log_store::group_key;
-use clutch_runtime::{BoxFuture, Endpoint, PeerStream, Runtime};
+use clutch_proto::mutants::{self, Mutant};
+use clutch_runtime::{BoxFuture, ClusterKeys, Endpoint, PeerStream, Runtime};
 use parking_lot::Mutex;
 use tokio::sync::{mpsc, oneshot};
 
@@ -116,14 +117,14 @@ impl Peers {
         runtime: Runtime,
         cluster: u64,
         node: NodeId,
-        key: [u8; 32],
+        keys: impl Into<ClusterKeys>,
         identities: Identities,
         address: &str,
         addresses: Addresses,
     ) -> Arc<Peers> {
         Arc::new(Peers {
             runtime,
-            me: Me { cluster, node, identities, key, address: address.to_owned() },
+            me: Me { cluster, node, identities, keys: keys.into(), address: address.to_owned() },
             addresses,
             links: Mutex::default(),
             missed: Mutex::default(),
@@ -297,13 +298,17 @@ impl Peers {
         let address = self.address(to).ok_or_else(none)?;
         let mut stream = self.runtime.network.open(&address).await?;
         let greeted = greeting::open(&self.runtime, &self.me, to, &mut stream).await;
-        greeted.map_err(|why| std::io::Error::other(format!("node {to} at {address}: {why}")))?;
+        let key = greeted.map_err(|why| std::io::Error::other(format!("node {to} at {address}: {why}")))?;
         let PeerStream { sender, mut receiver } = stream;
         let waiting: Mutex<BTreeMap<u64, Answer>> = Mutex::default();
         let write = async {
             while let Some(Asked { number, frame, answer }) = questions.recv().await {
                 if answer.is_closed() {
                     continue;
+                }
+                // A stream is good for as long as the key that it was greeted under.
+                if !self.believes(&key) {
+                    return;
                 }
                 waiting.lock().insert(number, answer);
                 if sender.send(frame).await.is_err() {
@@ -331,6 +336,11 @@ impl Peers {
         Ok(())
     }
 
+    /// Whether this is one of the cluster's keys still.
+    fn believes(&self, key: &[u8; 32]) -> bool {
+        self.me.keys.find(|known| known == key).is_some() || mutants::is(Mutant::StreamOutlivesKey)
+    }
+
     /// Answers what another node asks on a stream that it has opened.
     pub fn accept(self: &Arc<Self>, stream: PeerStream) {
         let (this, runtime) = (self.clone(), self.runtime.clone());
@@ -345,7 +355,7 @@ impl Peers {
     }
 
     async fn answer(self: Arc<Self>, mut stream: PeerStream) -> Result<(), String> {
-        let from = greeting::accept(&self.runtime, &self.me, &mut stream).await?;
+        let (from, key) = greeting::accept(&self.runtime, &self.me, &mut stream).await?;
         let PeerStream { sender, mut receiver } = stream;
         // Appends of a group keep their order; all else is answered when it is ready.
         let mut appends: BTreeMap<u64, mpsc::UnboundedSender<Frame>> = BTreeMap::new();
@@ -353,6 +363,9 @@ impl Peers {
             let frame = Frame::decode(bytes).map_err(|error| error.to_string())?;
             if let Some(why) = self.me.identities.condemned() {
                 return Err(why);
+            }
+            if !self.believes(&key) {
+                return Ok(());
             }
             if frame.kind == Kind::Mark {
                 let (known, heard) = self.hear_mark(from, frame.body.clone())?;

@@ -16,21 +16,23 @@ use clutch_log::{Engines, LogId, LogletId, NodeId};
 use clutch_log_raft::{Identities, Peers as Streams, RaftEngine, Timing};
 use clutch_log_store::{Options, Store};
 use clutch_proto::level;
-use clutch_runtime::{Endpoint, PeerStream, Runtime};
+use clutch_runtime::{ClusterKeys, Endpoint, PeerStream, Runtime};
 use clutch_shard::{Lifetimes, Pages};
+use tokio::sync::watch;
 
 use self::{
     heal::{Healing, Rejoining},
     layout::Layout,
 };
 use crate::{
-    Chains, ClusterFile, Node, NodeConfig, Peers, Roles, chains,
+    Chains, ClusterFile, Node, NodeConfig, OfSeveral, Peers, Roles, chains,
     chains::NewLogs,
     clock_file,
     joining::{Belongings, HandOver},
     keys,
     retention::Retention,
     room::Room,
+    rotation::Rotation,
     stores::{RocksStores, StoreProvider},
     up,
 };
@@ -59,6 +61,7 @@ pub struct Several {
     layout: Layout,
     runtime: Runtime,
     identities: Identities,
+    rotation: Arc<Rotation>,
     _lock: File,
 }
 
@@ -74,7 +77,7 @@ impl Several {
             format!("listen on {listen}: say a free address of this machine in node.toml")
         })?);
         let started = start_on(&runtime, &layout, &options).await;
-        let (node, stores, identities) = started
+        let Started { node, stores, identities, rotation } = started
             .with_context(|| format!("start node {} in {}", layout.file.node, layout.dir.display()))?;
         let collector = layout.settings.collect_every_s;
         if collector > 0 {
@@ -97,7 +100,7 @@ impl Several {
             runtime.spawn("retention", retention.run(node.clock().clone()));
         }
         up::keep_clock_file(&runtime, &layout.dir, node.clock());
-        Ok(Several { node, layout, runtime, identities, _lock: lock })
+        Ok(Several { node, layout, runtime, identities, rotation, _lock: lock })
     }
 
     /// What it runs.
@@ -108,6 +111,11 @@ impl Several {
     /// Completes when the node turns out to be one that must not go on; why that is.
     pub async fn condemned(&self) -> String {
         condemned(&self.runtime, &self.identities).await
+    }
+
+    /// Counts the changes of the cluster's key in its directory.
+    pub fn key_changes(&self) -> watch::Receiver<u64> {
+        self.rotation.changes()
     }
 
     /// What its directory says.
@@ -127,7 +135,7 @@ impl Several {
 async fn open_engine(
     runtime: &Runtime,
     layout: &Layout,
-    key: [u8; 32],
+    keys: ClusterKeys,
 ) -> Result<(RaftEngine, Arc<Streams>, Identities)> {
     let cluster = layout.cluster.cluster_id()?;
     let (seam, dir) = (runtime.clone(), layout.dir.join("log"));
@@ -161,7 +169,7 @@ async fn open_engine(
     let address = move |node: NodeId| nodes.get(&node).map(|address| Endpoint::from(address.as_str()));
     let (own, met) = (layout.advertised(), identities.clone());
     let streams =
-        Streams::new(runtime.clone(), cluster, layout.file.node, key, identities, &own, Arc::new(address));
+        Streams::new(runtime.clone(), cluster, layout.file.node, keys, identities, &own, Arc::new(address));
     let lease_reads = layout.settings.lease_reads.then_some(LEASE_MARGIN);
     let timing = Timing { lease_reads, ..Timing::default() };
     Ok((RaftEngine::new(runtime.clone(), store, streams.clone(), timing), streams, met))
@@ -197,12 +205,12 @@ fn peers(layout: &Layout, identities: Identities) -> Peers {
 /// Lets the others take this node out of logs that are damaged here; those that it must go on without, and why.
 async fn leave_out(
     layout: &Layout,
-    (registries, key): (&Registries, [u8; 32]),
+    (registries, keys): (&Registries, ClusterKeys),
     (engine, chains): (&RaftEngine, &Chains),
     (runtime, stores): (&Runtime, &RocksStores),
     rejoining: &Rejoining,
 ) -> Result<BTreeMap<LogId, String>> {
-    let options = ClientOptions { system_key: Some(key), ..ClientOptions::default() };
+    let options = ClientOptions { keys: Some(keys), ..ClientOptions::default() };
     let client = Client::new(runtime.clone(), registries.clone(), options);
     let healing = Healing { runtime, client: &client, node: layout.file.node, engine, stores, rejoining };
     healing.finish().await?;
@@ -222,16 +230,20 @@ async fn leave_out(
     Ok(healing.take_out(damaged).await)
 }
 
-async fn start_on(
-    runtime: &Runtime,
-    layout: &Layout,
-    options: &StartOptions,
-) -> Result<(Node, Arc<RocksStores>, Identities)> {
+/// A node that serves, and what looks after it.
+struct Started {
+    node: Node,
+    stores: Arc<RocksStores>,
+    identities: Identities,
+    rotation: Arc<Rotation>,
+}
+
+async fn start_on(runtime: &Runtime, layout: &Layout, options: &StartOptions) -> Result<Started> {
     let (dir, cluster) = (&layout.dir, &layout.cluster);
     up::check_files(cluster.shards)?;
     let keys_dir = dir.join("keys");
-    let system_key = keys::read_system_key(&keys_dir)?;
-    let keyring = keys::load(&keys_dir, &cluster.service_ids()?)?.with_cluster_key(system_key);
+    let rotation = Arc::new(Rotation::read(&keys_dir, cluster.cluster_id()?)?);
+    let keyring = keys::load(&keys_dir, &cluster.service_ids()?)?;
     let disks = layout.disks()?;
     let places = vec![dir.join("log"), dir.join("state")];
     for place in &places {
@@ -240,7 +252,7 @@ async fn start_on(
     let reserve = layout.settings.reserve_mib.map(|mib| mib << 20);
     let room = Arc::new(Room::new(runtime.disk.clone(), places, reserve, Some(dir)));
     room.release_for_start();
-    let (engine, streams, identities) = open_engine(runtime, layout, system_key).await?;
+    let (engine, streams, identities) = open_engine(runtime, layout, rotation.keys().clone()).await?;
     let rejoining = Rejoining::open(runtime.disk.clone(), dir.join(heal::FILE), &cluster.logs())?;
     let rejoining = Arc::new(rejoining);
     let known = Chains::open(runtime.disk.clone(), dir.join(chains::FILE), cluster.cluster_id()?)?;
@@ -250,7 +262,7 @@ async fn start_on(
     let hand_over = handing_over(layout, identities.clone());
     let peers = peers(layout, identities.clone());
     let registries = Registries::new(peers.all().into_values().collect()).context("[nodes] names none")?;
-    let (by, with, on) = ((&registries, system_key), (&engine, &known), (runtime, &*rocks));
+    let (by, with, on) = ((&registries, rotation.keys().clone()), (&engine, &known), (runtime, &*rocks));
     let left_out = leave_out(layout, by, with, on, &rejoining).await?;
     let lost: Vec<LogId> = left_out.keys().copied().collect();
     let greeted = layout.nodes.keys().copied().collect();
@@ -272,9 +284,9 @@ async fn start_on(
         new_logs: NewLogs::with(RAFT, move |_| clutch_log_raft::parameters(&founders)),
         accept: accepting(&streams),
         keyring,
-        system_key,
+        keys: rotation.keys().clone(),
         level: level::KNOWN,
-        hand_over: Some(hand_over),
+        of_several: Some(OfSeveral { hand_over, rotation: rotation.clone() }),
         lifetimes: Lifetimes::default(),
         pages: Pages::default(),
         clock_skew_ms_max: layout.settings.clock_skew_s * 1000,
@@ -290,7 +302,7 @@ async fn start_on(
     room.hold_again();
     let coming = heal::come_back(node.client().sibling(), layout.file.node, rejoining, lost);
     runtime.spawn("come back", coming);
-    Ok((node, rocks, identities))
+    Ok(Started { node, stores: rocks, identities, rotation })
 }
 
 /// Starts a node, unless it learns meanwhile that it must not go on.

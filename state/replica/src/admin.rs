@@ -86,7 +86,8 @@ impl<M: Machine> Replica<M> {
     pub(super) fn admin(&mut self, request: AdminRequest, reply: oneshot::Sender<AdminResult>) {
         let runtime = self.config.runtime.clone();
         let answer = match request.op {
-            None => Err(Refusal::malformed("an admin request without an operation")),
+            // A node's, and not its replicas'.
+            None | Some(Op::RotateKey(_)) => Err(Refusal::malformed("an admin request without an operation")),
             Some(Op::HashAt(at)) => {
                 let hash = self
                     .applier
@@ -160,9 +161,10 @@ impl<M: Machine> Replica<M> {
                 let limit = (read.limit_bytes as usize).clamp(1, SCAN_BYTES_MAX);
                 let _ = reply.send(read_log(&*log, Position(read.from.max(1)), limit).await);
             }),
-            None | Some(Op::ScanRows(_) | Op::HashAt(_) | Op::TakeCheckpoint(_) | Op::Rescan(_)) => {
-                drop(reply.send(Err(Refusal::malformed("no request of a log"))))
-            }
+            None
+            | Some(
+                Op::ScanRows(_) | Op::HashAt(_) | Op::TakeCheckpoint(_) | Op::Rescan(_) | Op::RotateKey(_),
+            ) => drop(reply.send(Err(Refusal::malformed("no request of a log")))),
         }
     }
 

@@ -71,6 +71,7 @@ fn shows_present(request: &AdminRequest) -> bool {
             | Op::TakeCheckpoint(_)
             | Op::TrimLog(_)
             | Op::Rescan(_)
+            | Op::RotateKey(_)
             | Op::Reconfigure(_)
             | Op::MoveLeader(_),
         ) => false,

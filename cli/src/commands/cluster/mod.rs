@@ -2,6 +2,7 @@
 
 mod joining;
 mod members;
+mod rotation;
 
 use std::process::ExitCode;
 
@@ -49,6 +50,7 @@ pub(crate) async fn run(
         ClusterCommand::MoveLeader { to, which } => {
             members::move_leaders(&operator().await?, which.as_ref(), *to).await?;
         }
+        ClusterCommand::RotateKey(args) => rotation::rotate(&operator().await?, args).await?,
         ClusterCommand::Drain { node } => members::drain(&operator().await?, *node).await?,
     }
     Ok(ExitCode::SUCCESS)

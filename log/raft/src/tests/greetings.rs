@@ -20,7 +20,7 @@ const AT: &str = "greeted";
 
 fn identity(runtime: &Runtime, cluster: u64, node: NodeId, key: u8) -> Me {
     let identities = Identities::open(runtime, "identities".into(), node, || Ok(true)).expect("is there");
-    Me { cluster, node, identities, key: [key; 32], address: format!("at{node}") }
+    Me { cluster, node, identities, keys: [key; 32].into(), address: format!("at{node}") }
 }
 
 /// Greets whoever comes, and writes down what came of it.
@@ -35,7 +35,7 @@ impl Handler for Greets {
         let (runtime, greeted) = (self.0.clone(), self.1.clone());
         self.0.spawn("greets", async move {
             let me = identity(&runtime, CLUSTER, 1, KEY[0]);
-            let outcome = greeting::accept(&runtime, &me, &mut stream).await;
+            let outcome = greeting::accept(&runtime, &me, &mut stream).await.map(|(from, _)| from);
             greeted.lock().push(outcome);
             // It stays open while the other looks.
             while stream.receiver.recv().await.is_some() {}
@@ -69,7 +69,7 @@ fn meet(opener: Opener) -> (Option<Result<NodeId, String>>, Result<(), String>) 
 fn honest(cluster: u64, to: NodeId, key: u8) -> Opener {
     Box::new(move |runtime, mut stream| {
         Box::pin(async move {
-            greeting::open(&runtime, &identity(&runtime, cluster, 2, key), to, &mut stream).await
+            greeting::open(&runtime, &identity(&runtime, cluster, 2, key), to, &mut stream).await.map(drop)
         })
     })
 }
@@ -119,7 +119,7 @@ fn overheard() -> Vec<Bytes> {
             let greets = async {
                 let opened = greeting::open(&runtime, &me, 1, &mut stream).await;
                 drop(stream);
-                opened
+                opened.map(drop)
             };
             tokio::join!(greets, relay).0
         })
@@ -214,7 +214,7 @@ fn a_node_that_was_another_before_is_spoken_to_by_nobody() {
         let open = async |runtime: &Runtime, at: &str| {
             let mut stream = runtime.network.open(&at.into()).await.expect("it listens");
             let me = identity(runtime, CLUSTER, 2, KEY[0]);
-            let opened = greeting::open(runtime, &me, 1, &mut stream).await;
+            let opened = greeting::open(runtime, &me, 1, &mut stream).await.map(drop);
             runtime.clock.sleep(Duration::from_secs(5)).await;
             opened
         };
@@ -226,6 +226,85 @@ fn a_node_that_was_another_before_is_spoken_to_by_nobody() {
     assert!(other.is_err_and(|why| why.contains("forgotten its votes")));
     let greeted = std::mem::take(&mut *greeted.lock());
     assert!(matches!(&greeted[..], [Ok(2), Err(why)] if why.contains("forgotten its votes")), "{greeted:?}");
+}
+
+mod outlived {
+    use clutch_proto::mutants::{self, Mutant};
+    use clutch_runtime::{ClusterKeys, Endpoint};
+
+    use super::*;
+    use crate::Peers;
+
+    struct Accepts(Arc<Peers>);
+
+    impl Handler for Accepts {
+        fn handle(&self, _: Bytes, _: Answers) -> BoxFuture<Handled> {
+            Box::pin(async { Handled::default() })
+        }
+
+        fn accept(&self, stream: PeerStream) {
+            self.0.accept(stream);
+        }
+    }
+
+    const NEXT: [u8; 32] = [6; 32];
+
+    /// How far two nodes hear each other go on: while both have one key, while they go to the next one by one, and when the second has
+    /// forgotten the first one and the first has not heard of another.
+    fn heard() -> [bool; 3] {
+        let world = World::new(1);
+        let both = [1, 2].map(|node| world.node(SimNode(node)));
+        let done = world.run(SimNode(3), Duration::from_secs(600), async move {
+            let mut nodes = Vec::new();
+            for (node, runtime) in (1..).zip(&both) {
+                let keys = ClusterKeys::from(KEY);
+                let identities = group::identities(runtime, node);
+                let addresses = Arc::new(|node| Some(Endpoint::from(format!("node{node}").as_str())));
+                let peers = Peers::new(
+                    runtime.clone(),
+                    CLUSTER,
+                    node,
+                    keys.clone(),
+                    identities.clone(),
+                    "",
+                    addresses,
+                );
+                let handler = Arc::new(Accepts(peers.clone()));
+                let at = format!("node{node}").as_str().into();
+                let listening = runtime.network.listen(&at, handler).await.expect("a free name");
+                peers.greet(vec![1, 2]);
+                nodes.push((keys, identities, listening));
+            }
+            let clock = &both[0].clock;
+            let goes_on = async || {
+                clock.sleep(Duration::from_secs(10)).await;
+                let before = [nodes[0].1.remembered(2), nodes[1].1.remembered(1)];
+                clock.sleep(Duration::from_secs(30)).await;
+                nodes[0].1.remembered(2) != before[0] && nodes[1].1.remembered(1) != before[1]
+            };
+            let first = goes_on().await;
+            nodes[0].0.set(vec![KEY, NEXT]);
+            nodes[1].0.set(vec![NEXT, KEY]);
+            let second = goes_on().await;
+            nodes[1].0.set(vec![NEXT]);
+            nodes[0].0.set(vec![KEY]);
+            [first, second, goes_on().await]
+        });
+        done.expect("ends")
+    }
+
+    #[test]
+    fn nodes_that_share_a_key_go_on_and_those_that_do_not_end_their_streams() {
+        assert_eq!(heard(), [true, true, false]);
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::StreamOutlivesKey));
+        let (is_planted, heard) = (mutants::planted().is_some(), heard());
+        mutants::plant(None);
+        assert_eq!(heard, [true, true, is_planted]);
+    }
 }
 
 macro_rules! planted {

@@ -122,13 +122,27 @@ pub(crate) fn storage(error: impl std::fmt::Display) -> LogFault {
     LogFault::Storage(error.to_string())
 }
 
-/// Lets another member lead whenever this one cannot read what a third one needs.
-async fn make_way(mut unreadable: tokio::sync::watch::Receiver<u64>, member: std::sync::Weak<Member>) {
+/// A member that could not read something lets another lead, and not again before so long.
+const WAY_AGAIN: Duration = Duration::from_secs(60);
+
+/// Lets another member lead where this one cannot read what a third one needs: once in a while, for the other may not be able to either, and
+/// two that hand a reign to each other without end would serve nobody.
+async fn make_way(
+    runtime: Runtime,
+    mut unreadable: tokio::sync::watch::Receiver<u64>,
+    member: std::sync::Weak<Member>,
+) {
+    let mut last: Option<Duration> = None;
     while unreadable.changed().await.is_ok() {
         let Some(member) = member.upgrade() else { return };
+        let now = runtime.clock.monotonic();
+        if last.is_some_and(|last| now.saturating_sub(last) < WAY_AGAIN) {
+            continue;
+        }
         let other = member.leading().and_then(|_| member.most_recent(&member.metrics()));
         if let Some(other) = other {
-            // Where it does not come about the read is tried again, and so is this. It may lead again when nobody else can.
+            last = Some(now);
+            // Where it does not come about the read is tried again, and so is this, later.
             let _ = member.raft.trigger().transfer_leader(other).await;
         }
     }
@@ -155,7 +169,10 @@ impl Member {
         });
         peers.serve(id, member.clone());
         runtime.spawn("raft proposals", submit(runtime.clone(), raft, receiver));
-        runtime.spawn("raft unreadable", make_way(member.log().unreadable(), Arc::downgrade(&member)));
+        runtime.spawn(
+            "raft unreadable",
+            make_way(runtime.clone(), member.log().unreadable(), Arc::downgrade(&member)),
+        );
         runtime.spawn("raft quorum", quorum::watch(runtime.clone(), Arc::downgrade(&member)));
         member
     }

@@ -45,6 +45,8 @@ pub(crate) struct Writer {
     mark_unsynced: bool,
     /// Bytes of records since the mark was made durable.
     unmarked_bytes: u64,
+    /// Whether something was written last of what had waited for room.
+    found_room: bool,
 }
 
 struct OpenSegment {
@@ -53,6 +55,8 @@ struct OpenSegment {
     offset: u64,
     /// Room is set aside for the bytes before here.
     allocated: u64,
+    /// Where its first record may begin: a segment without any is not closed.
+    begun: u64,
 }
 
 /// Why a segment could not be begun.
@@ -124,19 +128,33 @@ impl Writer {
             mark_file: None,
             mark_unsynced: false,
             unmarked_bytes: 0,
+            found_room: false,
         }
     }
 
     /// Runs until every handle is gone or the disk fails.
     pub(crate) async fn run(mut self, runtime: Runtime, mut commands: mpsc::Receiver<Command>) {
-        let mut batch = Vec::new();
+        let (mut batch, mut is_told) = (Vec::new(), false);
         loop {
+            is_told &= !batch.is_empty();
             if !batch.is_empty() {
                 // What waits for room is tried again, in its order and before what comes now; some of that may give room back.
                 runtime.note("log: records wait for room");
+                if !is_told {
+                    is_told = true;
+                    let bytes: usize = batch.iter().map(Command::bytes_max).sum();
+                    tracing::warn!(dir = %self.shared.dir.display(), bytes, "records wait for room on the disk");
+                }
+                if self.mark_unsynced
+                    && let Err(reason) = self.sync_mark()
+                {
+                    return self.fail(reason, commands).await;
+                }
                 let mut more = Vec::new();
                 let most = self.shared.options.commands_max;
-                let come = runtime.timeout(ROOM_AGAIN, commands.recv_many(&mut more, most)).await;
+                // Some of it found room: the next may, too.
+                let again = if self.found_room { Duration::ZERO } else { ROOM_AGAIN };
+                let come = runtime.timeout(again, commands.recv_many(&mut more, most)).await;
                 if come == Some(0) {
                     return;
                 }
@@ -184,9 +202,17 @@ impl Writer {
             0 => Ok(()),
             needed => self.make_room(needed as u64)?,
         };
+        // Where there is not enough for all there may be for the first: small ones must not wait for large ones behind them.
+        let mut alone = match (&room, commands.first()) {
+            (Err(_), Some(first @ Command::Write { .. })) if commands.len() > 1 => {
+                self.make_room(first.bytes_max() as u64)?.is_ok()
+            }
+            _ => false,
+        };
         let node = self.shared.options.node;
         let mut merged = Merged { room, node, bytes: Vec::new(), staged: Vec::new(), released: 0 };
         let (mut trims, mut waiting) = (Vec::new(), Vec::new());
+        self.found_room = false;
         for command in commands.drain(..) {
             match command {
                 Command::Append { group, epoch, entries, bytes, decided } => {
@@ -195,6 +221,12 @@ impl Writer {
                 }
                 Command::BeginEpoch { group, done } => merged.begin_epoch(group, done),
                 Command::Seal { group, done } => merged.seal(group, done),
+                Command::Write { group, writes, bytes, done } if std::mem::take(&mut alone) => {
+                    merged.released += bytes;
+                    let none = std::mem::replace(&mut merged.room, Ok(()));
+                    merged.records(&group, writes, done);
+                    (merged.room, self.found_room) = (none, true);
+                }
                 Command::Write { .. } if merged.room.is_err() && !mutants::is(Mutant::FullIsForGood) => {
                     waiting.push(command);
                 }
@@ -235,9 +267,9 @@ impl Writer {
         {
             let path = self.shared.dir.join(segment_name(number));
             let file = self.shared.disk.open(&path, false).map_err(|e| e.to_string())?;
-            self.current = Some(OpenSegment { number, file, offset, allocated: 0 });
+            self.current = Some(OpenSegment { number, file, offset, allocated: 0, begun: 4096 });
         }
-        if self.current.as_ref().is_none_or(|c| c.offset + needed > limit && c.offset > 4096) {
+        if self.current.as_ref().is_none_or(|c| c.offset + needed > limit && c.offset > c.begun) {
             match self.begin_segment() {
                 Ok(()) => {}
                 Err(NewSegment::NoRoom(reason)) => return Ok(Err(reason)),
@@ -338,7 +370,7 @@ impl Writer {
             self.shared.disk.sync_dir(&self.shared.dir).map_err(failed)?;
         }
         let length = bytes.len() as u64;
-        self.current = Some(OpenSegment { number, file, offset: length, allocated: length });
+        self.current = Some(OpenSegment { number, file, offset: length, allocated: length, begun: length });
         {
             let mut segments = self.shared.segments.lock();
             // Whoever needs them finds them in the index.

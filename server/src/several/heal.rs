@@ -28,6 +28,8 @@ const VERSION: u32 = 1;
 const TAKE_OUT_MAX: Duration = Duration::from_secs(30);
 /// Pause before this node asks again to be taken in.
 const AGAIN: Duration = Duration::from_secs(5);
+/// How long a node waits until it is written down that it forgets a log.
+const FORGET_PATIENCE: Duration = Duration::from_secs(10);
 
 #[derive(Serialize, Deserialize)]
 struct RejoinFile {
@@ -201,7 +203,10 @@ impl Healing<'_> {
         // The state is made of what is forgotten, and may be ahead of what comes.
         self.stores.condemn(id.log, "its log was damaged");
         ensure!(self.stores.condemned(id.log).is_some(), "the state cannot be marked as one to be made anew");
-        self.engine.forget(id).await.context("forget the log")?;
+        // On a full disk that waits for room, and the node is to say so rather than wait with it.
+        let forgotten = self.runtime.timeout(FORGET_PATIENCE, self.engine.forget(id)).await;
+        let forgotten = forgotten.context("no room to write down that the log is forgotten: make room")?;
+        forgotten.context("forget the log")?;
         if !note.voted {
             self.rejoining.write(id, None).context("write down that nothing is to be come back to")?;
         }

@@ -370,8 +370,16 @@ fn the_clusters_key_is_exchanged_under_load() {
     let (local, back, old) = (name(&local), name(&back), name(&old));
     let key = name(&three.dir.join("n2/keys/cluster.key"));
     three.ok(&["fs", "put", &local, "/before"]);
+    struct Over<'a>(&'a std::sync::atomic::AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     let is_over = std::sync::atomic::AtomicBool::new(false);
     std::thread::scope(|scope| {
+        // Also when something is not as it should be: else nobody would hear of that.
+        let over = Over(&is_over);
         // Nobody who works with files notices anything.
         let works = scope.spawn(|| {
             let mut count = 0;
@@ -400,7 +408,7 @@ fn the_clusters_key_is_exchanged_under_load() {
         three.ok(&["fsck", "--key", &old]);
         three.ok(&["cluster", "rotate-key", "--finish", "--at-once", "--key", &key]);
         three.ok(&["cluster", "rotate-key", "--finish", "--key", &key]);
-        is_over.store(true, Ordering::Relaxed);
+        drop(over);
         assert!(works.join().expect("it goes on") > 0);
     });
     let refused = three.run(&["fsck", "--key", &old]);

@@ -92,8 +92,11 @@ impl Asked {
                 Verdict { again: true, renew: true, note: Some("client: a tag is drawn again"), ..end }
             }
             ClientError::Refused(refusal) => {
-                if refusal.code == Code::NotReady {
-                    self.unready = Some(refusal.clone());
+                match refusal.code {
+                    Code::NotReady => self.unready = Some(refusal.clone()),
+                    Code::NotLeader => {}
+                    // Something else happened since.
+                    _ => self.unready = None,
                 }
                 let has_expired = refusal.code == Code::ExpiredUnknown && !self.maybe_done && self.is_tagged;
                 let never_sent = has_expired && are_copies_known;

@@ -6,8 +6,8 @@ use bytes::Bytes;
 use clutch_proto::{
     Time,
     admin::{
-        AdminRequest, LogMember, MoveLeader, ReadLog, Reconfigure, Rescan, ScanRows, TakeCheckpoint, TrimLog,
-        admin_request,
+        AdminRequest, LogMember, MoveLeader, ReadLog, Reconfigure, Rescan, RotateKey, ScanRows,
+        TakeCheckpoint, TrimLog, admin_request,
     },
     certificate::{AdminClaims, admin_mac},
     registry::{
@@ -58,6 +58,7 @@ fn changes(disk: u64) -> Vec<(String, bool, Bytes)> {
         admin_request::Op::TakeCheckpoint(TakeCheckpoint {}),
         admin_request::Op::TrimLog(TrimLog { upto: 1 }),
         admin_request::Op::Rescan(Rescan {}),
+        admin_request::Op::RotateKey(RotateKey::default()),
     ];
     let of_registry = of_registry.into_iter().map(|op| {
         let name = format!("{op:?}");

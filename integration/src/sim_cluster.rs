@@ -560,7 +560,7 @@ impl SimCluster {
                 new_logs: new_logs(name, homes),
                 accept,
                 keyring,
-                keys: SYSTEM_KEY.into(),
+                keys: of_several.rotation.keys().clone(),
                 level,
                 of_several: Some(of_several),
                 process_usage: || None,

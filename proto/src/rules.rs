@@ -78,6 +78,8 @@ pub mod v1 {
     pub const INVITATIONS_MAX: usize = 1000;
     /// How long an invitation may be good.
     pub const INVITATION_LIFETIME_MS_MAX: u64 = 2_592_000_000;
+    /// How long an invitation that is over is remembered.
+    pub const INVITATION_SWEPT_AFTER_MS: u64 = 600_000;
     /// The highest number of a node that is invited.
     pub const NODE_NUMBER_MAX: u64 = 4_294_967_295;
     /// Ended moves that the CDC remembers for walks.

@@ -4,12 +4,15 @@ use clutch_proto::{
     Time,
     mutants::{self, Mutant},
     registry::{InvitationRow, InviteNode, RedeemInvitation, RegistryReply, Welcome},
-    rules::v1::{INVITATION_LIFETIME_MS_MAX, INVITATIONS_MAX, NODE_NUMBER_MAX},
+    rules::v1::{INVITATION_LIFETIME_MS_MAX, INVITATION_SWEPT_AFTER_MS, INVITATIONS_MAX, NODE_NUMBER_MAX},
     types::Code,
 };
 use clutch_state::{Stop, Tx, store::decode_row};
 
 use crate::{cluster, tables};
+
+/// An invitation that is over is remembered for so long: longer than a request is good that makes one.
+const SWEPT_AFTER_NS: u64 = INVITATION_SWEPT_AFTER_MS * 1_000_000;
 
 /// Makes an invitation, and forgets those that are over.
 pub(crate) fn invite(tx: &mut Tx<'_>, time: Time, op: InviteNode) -> Result<RegistryReply, Stop> {
@@ -23,7 +26,8 @@ pub(crate) fn invite(tx: &mut Tx<'_>, time: Time, op: InviteNode) -> Result<Regi
     let mut left = 0;
     for (known, value) in tx.scan(tables::INVITATION, &[], &[], INVITATIONS_MAX)? {
         let row: InvitationRow = decode_row(tables::INVITATION, &known, value)?;
-        if row.expires_at <= time.0 {
+        // Not at once: what was recorded of its making must not make it again.
+        if row.expires_at.saturating_add(SWEPT_AFTER_NS) <= time.0 {
             tx.delete(tables::INVITATION, &known);
         } else if known[..] == key {
             return Err(Stop::refuse(Code::Exists, "there is an invitation of this number"));

@@ -66,6 +66,8 @@ fn invitations(t: &mut Transcript<Registry>) {
     entry(t, take(8, 3, 4));
     t.stamp = 2_500_000_000;
     entry(t, take(7, 1, 4));
+    entry(t, Op::InviteNode(InviteNode { invitation: 7, lifetime_ms: 1 }));
+    t.stamp = 603_000_000_000;
     entry(t, Op::InviteNode(InviteNode { invitation: 10, lifetime_ms: 1 }));
     entry(t, take(10, 1, u64::MAX));
 }

@@ -13,11 +13,10 @@ use clutch_blocks::BlockService;
 use clutch_log::{Engines, LogId, Position};
 use clutch_proto::{
     Parts, Refusal, Time,
-    admin::{AdminReply, AdminRequest, KnownNode, RotateKey, admin_request::Op},
+    admin::{AdminReply, AdminRequest, KnownNode, admin_request::Op},
     answer,
     blocks::BlocksReply,
     certificate::{AdminClaims, SYSTEM_CLIENTS, is_admin_mac, is_system_mac},
-    level,
     limits::{MESSAGE_BYTES_MAX, METADATA_REQUEST_BYTES_MAX},
     mutants::{self, Mutant},
     operation,
@@ -232,7 +231,9 @@ impl NodeHandler {
         // What cannot be read, or is nothing, is refused where it goes.
         let op = RegistryRequest::decode(request.body.clone()).ok().and_then(|request| request.op);
         let Some(op) = op.filter(|op| !operation::of_registry(op).is_read()) else { return Ok(None) };
-        if level::of_registry(&op) > level::FIRST && self.of_several.is_none() {
+        let joins =
+            matches!(op, registry_request::Op::InviteNode(_) | registry_request::Op::RedeemInvitation(_));
+        if joins && self.of_several.is_none() {
             let text = "this cluster is one process, which no other node can join";
             return Err(Refusal::new(Code::Unsupported, text));
         }
@@ -307,8 +308,21 @@ impl NodeHandler {
         Some(Joining { token: token(&key), joiner: op.joiner })
     }
 
-    /// Goes a step from one of the cluster's keys to the next.
-    fn rotate(&self, op: &RotateKey, request: &Request) -> Result<AdminReply, Refusal> {
+    /// The request of who joins, with the least number that its node may get, which this node knows better.
+    fn numbered(&self, joining: &Joining) -> Bytes {
+        let last = self.routes.nodes().keys().max().copied().unwrap_or(0);
+        let (invitation, joiner) = (joining.token.invitation, joining.joiner);
+        let op = RedeemInvitation { invitation, joiner, least_node: last + 1 };
+        RegistryRequest { op: Some(registry_request::Op::RedeemInvitation(op)) }.encode_to_vec().into()
+    }
+
+    /// Goes a step from one of the cluster's keys to the next, where that is asked: of the node, whatever logs it keeps.
+    fn rotate(&self, request: &Request) -> Result<Option<Bytes>, Refusal> {
+        // What is too large, or cannot be read, is refused where it goes.
+        let is_small = request.admin && request.body.len() <= METADATA_REQUEST_BYTES_MAX;
+        let asked = is_small.then(|| AdminRequest::decode(request.body.clone()).ok()).flatten();
+        let Some(asked @ AdminRequest { op: Some(Op::RotateKey(op)) }) = &asked else { return Ok(None) };
+        self.admit_operator(asked, request)?;
         let Some(of) = &self.of_several else {
             return Err(Refusal::new(
                 Code::Unsupported,
@@ -317,7 +331,8 @@ impl NodeHandler {
         };
         let shown = self.proof(request).unwrap_or_else(|| self.keys.used());
         let key = of.rotation.step(&self.runtime, op, &shown)?;
-        Ok(AdminReply { key: Some(key), ..AdminReply::default() })
+        let reply = AdminReply { key: Some(key), ..AdminReply::default() };
+        Ok(Some(reply.encode_to_vec().into()))
     }
 
     /// Adds to the number of a node that has taken an invitation what it is handed over.
@@ -340,10 +355,7 @@ impl NodeHandler {
         let op = AdminRequest::decode(request.body.clone())
             .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
         self.admit_operator(&op, request)?;
-        let mut reply = match &op.op {
-            Some(Op::RotateKey(rotate)) => self.rotate(rotate, request)?,
-            _ => replica.admin(op).await?,
-        };
+        let mut reply = replica.admin(op).await?;
         self.add_node(&mut reply);
         Ok(reply.encode_to_vec().into())
     }
@@ -386,6 +398,9 @@ impl NodeHandler {
                 return Err(Refusal::malformed(format!("role {} is not known", request.role)));
             }
         };
+        if let Some(body) = self.rotate(&request)? {
+            return Ok((Response { body, ..Response::default() }, None));
+        }
         let replica = replica.ok_or_else(|| {
             not_here(Code::WrongShard, format!("{role:?} {} is not on this node", request.number))
         })?;
@@ -400,7 +415,8 @@ impl NodeHandler {
         }
         let joining = self.admit_change(role, &request)?;
         let freshness = freshness(&request)?;
-        let Answer { result, position, time } = replica.call_as(request.body, request.tag, freshness).await;
+        let body = joining.as_ref().map_or(request.body, |joining| self.numbered(joining));
+        let Answer { result, position, time } = replica.call_as(body, request.tag, freshness).await;
         let response = Response { time: time.0, position: position.0, ..Response::default() };
         let response = match result {
             Ok(body) => Response { body: self.welcome(joining.as_ref(), body)?, ..response },

@@ -131,7 +131,7 @@ pub(crate) fn texts(dir: &Path) -> Result<BTreeMap<String, Secret>> {
     let mut texts = BTreeMap::new();
     for entry in std::fs::read_dir(dir).with_context(|| format!("list {}", dir.display()))? {
         let path = entry?.path();
-        let name = path.file_name().and_then(|name| name.to_str()).filter(|name| name.ends_with(".key"));
+        let name = path.file_name().and_then(|name| name.to_str()).filter(|name| is_known(name));
         let Some(name) = name else { continue };
         read(&path)?;
         let text = std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
@@ -140,11 +140,17 @@ pub(crate) fn texts(dir: &Path) -> Result<BTreeMap<String, Secret>> {
     Ok(texts)
 }
 
+/// Whether a file has keys that all nodes have: the cluster's, the one that is to be its next, and those of block services.
+fn is_known(name: &str) -> bool {
+    let service = name.strip_suffix(".key").filter(|stem| stem.len() == 16);
+    name == "cluster.key"
+        || name == "cluster.next"
+        || service.is_some_and(|stem| stem.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
 /// Writes a file with keys, as another node has it.
 pub(crate) fn store(dir: &Path, name: &str, text: &str) -> Result<()> {
-    let stem = name.strip_suffix(".key").unwrap_or_default();
-    let is_plain = !stem.is_empty() && stem.bytes().all(|byte| byte.is_ascii_alphanumeric());
-    ensure!(is_plain, "{name:?} is no name of a file with keys");
+    ensure!(is_known(name), "{name:?} is no name of a file with keys");
     for line in text.lines().filter(|line| !line.trim().is_empty()) {
         parse(line).with_context(|| format!("{name} is damaged"))?;
     }

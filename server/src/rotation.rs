@@ -1,7 +1,7 @@
 //! The cluster's key is exchanged while the cluster runs, in steps that every node has taken before any takes the next: all believe the next
 //! key (`keys/cluster.next`), all use it and go on believing the one before (both in `keys/cluster.key`), all forget that.
 //!
-//! Invariant: what a node uses, all others believe already.
+//! Invariant: what a node uses, all others believe already. [Why so](../../docs/design/2026-11-28-rotating-the-key.md).
 
 use std::{
     fs,
@@ -100,7 +100,15 @@ impl Rotation {
         live.sort_by_key(|key| std::cmp::Reverse(key.epoch));
         let next_file = dir.join(NEXT_FILE);
         let next = match next_file.exists() {
-            true => keys::read(&next_file)?.into_iter().next(),
+            true => {
+                let read = keys::read(&next_file).with_context(|| {
+                    format!(
+                        "the key that is to be used next: remove {}, and tell clutch cluster rotate-key again",
+                        next_file.display()
+                    )
+                });
+                read?.into_iter().next()
+            }
             false => None,
         };
         // One that is used already was left there.
@@ -140,8 +148,10 @@ impl Rotation {
 
     /// Tells this of the keys that there are now, and again of others.
     pub(crate) fn tell(&self, listener: impl Fn(&[Key]) + Send + Sync + 'static) {
+        // No step is told to some and not to others.
+        let mut listeners = self.listeners.lock();
         listener(&self.believed());
-        self.listeners.lock().push(Box::new(listener));
+        listeners.push(Box::new(listener));
     }
 
     /// Takes a step that an operator asks for, who has shown this key; what there is then.
@@ -154,7 +164,12 @@ impl Rotation {
         op: &RotateKey,
         shown: &[u8; 32],
     ) -> Result<KeyReply, Refusal> {
-        let refused = |error: anyhow::Error| Refusal::new(Code::InvalidArgument, format!("{error:#}"));
+        // What could not be written may be there all the same.
+        let refused = |error: anyhow::Error| {
+            let is_io = error.chain().any(|cause| cause.is::<std::io::Error>());
+            let code = if is_io { Code::OutcomeUnknown } else { Code::InvalidArgument };
+            Refusal::new(code, format!("{error:#}"))
+        };
         let sealed = match Step::try_from(op.step) {
             Ok(Step::Look) => Vec::new(),
             Ok(Step::Believe) => self.believe(runtime, op, shown).map_err(refused)?,
@@ -188,6 +203,12 @@ impl Rotation {
         {
             let mut state = self.state.lock();
             if op.epoch == state.used().epoch {
+                // Whoever has only the one before is given nothing by it.
+                ensure!(
+                    *shown == state.used().secret,
+                    "the key of epoch {} is used already: name keys/cluster.key of a node as it is now",
+                    op.epoch
+                );
                 return seal(runtime, self.cluster, shown, state.used());
             }
             ensure!(
@@ -232,8 +253,11 @@ impl Rotation {
             self.write(KEY_FILE, &live)?;
             (state.live, state.next) = (live, None);
         }
-        self.remove_next()?;
         self.publish();
+        if let Err(error) = self.remove_next() {
+            // A start does not mind it: what is used already is not the next one.
+            tracing::warn!(%error, "remove the key that is used by now");
+        }
         Ok(())
     }
 
@@ -270,9 +294,11 @@ impl Rotation {
     }
 
     fn publish(&self) {
+        // One after the other: what is told last is what there is.
+        let listeners = self.listeners.lock();
         let believed = self.believed();
         self.shared.set(believed.iter().map(|key| key.secret).collect());
-        self.listeners.lock().iter().for_each(|listener| listener(&believed));
+        listeners.iter().for_each(|listener| listener(&believed));
         self.changes.send_modify(|count| *count += 1);
     }
 }

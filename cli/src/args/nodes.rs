@@ -109,7 +109,7 @@ pub(crate) struct JoinArgs {
     #[arg(long)]
     pub(crate) dir: PathBuf,
     /// What `clutch cluster invite` has printed; `-` reads it from standard input, so that others on the machine do not see it.
-    #[arg(long, env = "CLUTCH_JOIN_TOKEN", hide_env_values = true, required_unless_present = "from")]
+    #[arg(long, required_unless_present = "from")]
     pub(crate) token: Option<String>,
     /// In the place of a token: the directory of any node of the cluster, from which the cluster's keys and what all nodes know are taken.
     #[arg(long, value_name = "DIR", conflicts_with = "token")]

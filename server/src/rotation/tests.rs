@@ -53,8 +53,9 @@ fn rotated() -> (Vec<[u8; 32]>, Vec<[u8; 32]>) {
         take(node, op(Step::Believe, 3, 0, &[])).expect_err("two are enough");
     }
     // Who has come later gets it from who uses it.
-    let late = take(&one, op(Step::Believe, 2, 0, &[])).expect("is used");
-    assert_eq!(open(7, &shown, 2, &late.sealed).expect("opens"), key);
+    take(&one, op(Step::Believe, 2, 0, &[])).expect_err("who has the one before is given nothing");
+    let late = one.step(&runtime, &op(Step::Believe, 2, 0, &[]), &key.secret).expect("is used");
+    assert_eq!(open(7, &key.secret, 2, &late.sealed).expect("opens"), key);
     let heard = std::sync::Arc::new(Mutex::new(Vec::new()));
     let hears = heard.clone();
     one.tell(move |keys| hears.lock().push(keys.len()));
@@ -82,6 +83,9 @@ fn what_a_step_left_in_its_middle_is_put_right() {
     keys::write_all(&dir.path().join(NEXT_FILE), &keys[..1]).expect("written");
     let rotation = Rotation::read(dir.path(), 7).expect("is there");
     assert_eq!(rotation.believed(), keys, "the next one is used already");
+    fs::write(dir.path().join(NEXT_FILE), "3 00").expect("written");
+    let damaged = Rotation::read(dir.path(), 7).err().map(|error| format!("{error:#}")).unwrap_or_default();
+    assert!(damaged.contains("rotate-key again"), "{damaged}");
 }
 
 #[test]

@@ -410,26 +410,36 @@ impl NewNode {
         empty_directory(dir).map(drop)
     }
 
+    /// Makes the directory, still empty, that becomes the node's when it is whole; both. So what would fail for want of room or of a right
+    /// fails before the cluster is asked for anything.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn prepare(runtime: &Runtime, dir: &Path) -> Result<(PathBuf, PathBuf)> {
+        let dir = empty_directory(dir)?;
+        let parent = dir.parent().context("the root directory is none for a node")?;
+        let name = dir.file_name().context("the root directory is none for a node")?;
+        runtime.disk.create_dir_all(parent).with_context(|| format!("make {}", parent.display()))?;
+        let made = parent.join(format!(".{}.clutch-join", name.to_string_lossy()));
+        if made.exists() {
+            // What an earlier creation did not come to the end of: nobody has used it.
+            fs::remove_dir_all(&made).with_context(|| format!("remove {}", made.display()))?;
+        }
+        runtime.disk.create_dir_all(&made).with_context(|| format!("make {}", made.display()))?;
+        Ok((dir, made))
+    }
+
     /// Makes its directory, durably, or nothing.
     ///
     /// # Errors
-    /// When the directory is not empty, or the other one is no node's.
+    /// When the directory is not empty, or what was handed over is not as it should be.
     pub fn create(&self, runtime: &Runtime) -> Result<NodeFile> {
         let own = self.nodes.get(&self.node).context("nobody says where the new node is")?;
         NewNode::check(&self.dir, own, self.disks)?;
         self.nodes.values().try_for_each(|address| check_reached(address))?;
         let of = &self.belongings;
         of.cluster.check().context("what the cluster hands over")?;
-        let dir = empty_directory(&self.dir)?;
-        let parent = dir.parent().context("the root directory is none for a node")?;
-        let name = dir.file_name().context("the root directory is none for a node")?;
-        runtime.disk.create_dir_all(parent)?;
-        let made = parent.join(format!(".{}.clutch-join", name.to_string_lossy()));
-        if made.exists() {
-            // What an earlier creation did not come to the end of: nobody has used it.
-            fs::remove_dir_all(&made).with_context(|| format!("remove {}", made.display()))?;
-        }
-        runtime.disk.create_dir_all(&made)?;
+        let (dir, made) = NewNode::prepare(runtime, &self.dir)?;
         write_keys(runtime, &of.keys, &made.join("keys"))?;
         let file = NodeFile {
             layout: LAYOUT,
@@ -444,7 +454,7 @@ impl NewNode {
             fs::remove_dir(&dir)?;
         }
         fs::rename(&made, &dir).with_context(|| format!("name {}", dir.display()))?;
-        runtime.disk.sync_dir(parent)?;
+        runtime.disk.sync_dir(dir.parent().unwrap_or(Path::new("/")))?;
         Ok(file)
     }
 }

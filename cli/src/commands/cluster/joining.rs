@@ -1,6 +1,10 @@
 //! `clutch cluster invite` and `join`: how a new node gets what all nodes of a cluster know.
 
-use std::{collections::BTreeMap, io::Read as _, path::Path};
+use std::{
+    collections::BTreeMap,
+    io::{BufRead as _, Read as _},
+    path::Path,
+};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clutch_client::Client;
@@ -27,7 +31,7 @@ pub(super) async fn invite(runtime: &Runtime, client: &Client, args: &InviteArgs
     client.registry(Op::InviteNode(InviteNode { invitation, lifetime_ms: args.lifetime_ms })).await?;
     output::line(Token::of(&key, cluster, invitation))?;
     talk!("  on the new node's machine, within {} s, with CLUTCH_REGISTRY as here:", args.lifetime_ms / 1000);
-    talk!("    clutch cluster join --token TOKEN --dir DIR --node HOST:PORT --disks N");
+    talk!("    clutch cluster join --token - --dir DIR --node HOST:PORT --disks N    (and type the token)");
     talk!(
         "  whoever has the token can join once, and gets the cluster's key: pass it on as you would a password"
     );
@@ -59,6 +63,7 @@ pub(super) async fn join(
 ) -> Result<()> {
     // What would be refused in the end is refused before a token is used up.
     NewNode::check(&args.dir, &args.address, args.disks)?;
+    NewNode::prepare(runtime, &args.dir)?;
     let joining = match (&args.from, &args.token) {
         (Some(from), _) => from_node(runtime, &client(None)?, from, &args.address).await?,
         (None, Some(token)) => by_token(runtime, client, token, &args.address).await?,
@@ -110,8 +115,9 @@ async fn by_token(
     if token == "-" {
         said.clear();
         std::io::stdin()
+            .lock()
             .take(4096)
-            .read_to_string(&mut said)
+            .read_line(&mut said)
             .context("read the token from standard input")?;
     }
     let token: Token = said.parse().map_err(anyhow::Error::msg)?;

@@ -5,12 +5,13 @@
 use std::collections::BTreeMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
-use clutch_client::Client;
+use clutch_client::{Client, ClientError};
 use clutch_client_maintenance::members;
 use clutch_proto::{
     admin::{AdminRequest, KeyReply, RotateKey, admin_request::Op, rotate_key::Step},
     limits::CERTIFICATE_LIFETIME_MS,
     session::Role,
+    types::Code,
 };
 use clutch_server::rotation;
 
@@ -43,8 +44,8 @@ impl<'a> Nodes<'a> {
         }
         ensure!(
             silent.is_empty(),
-            "every node must take part, or it could not speak to the others afterwards: start those that do not answer, or say --without N of \
-             those that are gone for good\n  {}",
+            "every node must take part, or it could not speak to the others afterwards. Start those that do not answer; only of those that are \
+             gone for good say --without N\n  {}",
             silent.join("\n  ")
         );
         Ok(nodes)
@@ -61,10 +62,12 @@ impl<'a> Nodes<'a> {
         let address = self.addresses.get(&node).context("a node without an address")?;
         let rotate = RotateKey { step: step as i32, epoch, digest, sealed: sealed.into() };
         let request = AdminRequest { op: Some(Op::RotateKey(rotate)) };
-        let reply = self.client.admin_at(address.as_str().into(), Role::Registry, 0, request).await?;
-        reply.key.with_context(|| {
-            format!("node {node} runs a build that does not know of this: give it the newer one")
-        })
+        let reply = self.client.admin_at(address.as_str().into(), Role::Registry, 0, request).await;
+        let is_older = |error: &ClientError| error.code() == Some(Code::Malformed);
+        if reply.as_ref().is_err_and(is_older) {
+            bail!("it runs an older build, which does not know of this: give it the newer one");
+        }
+        reply?.key.context("it says nothing of its keys")
     }
 
     /// The key that is to be used, by its epoch: the one that was begun with, or the next one.

@@ -634,6 +634,12 @@ impl Client {
         // Before the registry's own turn: what any member may answer was asked of the one that reads are asked of.
         let is_kept = target.role == Role::Registry && mutants::is(Mutant::ReaderKept);
         if !how.admin && how.freshness != Freshness::Leader && target.members.len() > 1 && !is_kept {
+            if target.role == Role::Registry
+                && let Some(leader) = leader
+            {
+                // Others may have been put in the place of all that are known.
+                self.inner.registries.learn(&[leader.to_string()]);
+            }
             routes.turn_reader(target.log(), &target.endpoint, &target.members);
             return false;
         }

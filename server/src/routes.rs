@@ -82,10 +82,19 @@ impl Routes {
         }
     }
 
-    /// Where a log is led, as far as this node knows; empty when it does not.
+    /// Where a log is led, as far as this node knows; empty when it does not. Where it hears of no leader and knows a node that came later
+    /// than the members that it knows, that is named: others may have been put in the place of all that a client was told of.
     pub(crate) fn leader(&self, log: LogId) -> String {
-        let leader = self.logs.get(&log).and_then(|log| log.status().leader);
-        leader.map(|node| self.address(node)).unwrap_or_default()
+        let Some(log) = self.logs.get(&log) else { return String::new() };
+        let status = log.status();
+        let is_member = |node: NodeId| status.members.iter().any(|progress| progress.member.node == node);
+        let own = self.peers.own();
+        if let Some(leader) = status.leader.filter(|_| own.is_none_or(is_member)) {
+            return self.address(leader);
+        }
+        let nodes = self.peers.all();
+        let newest = nodes.last_key_value().filter(|(node, _)| Some(**node) != own && !is_member(**node));
+        newest.map(|(_, endpoint)| endpoint.to_string()).unwrap_or_default()
     }
 
     /// The other members of a log, and where they are.

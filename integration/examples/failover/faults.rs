@@ -15,8 +15,9 @@ use crate::{judge, trial::Trial};
 
 /// A node is cut off, paused or deaf for so long, in seconds: within that somebody else must lead.
 const LASTS_S: std::ops::Range<u64> = 3..9;
-/// A follower is away for so long, in seconds, while its log is trimmed.
+/// A follower is away for so long, in seconds, while its log is trimmed; and where it is far behind.
 const BEHIND_S: u64 = 20;
+const FAR_BEHIND_S: u64 = 300;
 /// Packets in a hundred that are lost, and as many that come twice, on each host.
 const LOST_PERCENT: u64 = 15;
 
@@ -42,6 +43,8 @@ pub(crate) enum Fault {
     Flip,
     /// A follower is cut off while what it lacks is trimmed: it gets a snapshot.
     Behind,
+    /// The same for five minutes.
+    FarBehind,
     /// A new node is put in the place of the one that was there first in all logs, which are trimmed before: it gets snapshots. The
     /// other goes on to serve its disks.
     Replace,
@@ -52,7 +55,8 @@ impl Fault {
     pub(crate) fn needs_namespaces(self) -> bool {
         match self {
             Fault::Kill | Fault::Restart | Fault::Pause | Fault::Flip | Fault::Replace => false,
-            Fault::Cut | Fault::Isolate | Fault::Deaf | Fault::Mute | Fault::Loss | Fault::Behind => true,
+            Fault::Cut | Fault::Isolate | Fault::Deaf | Fault::Mute | Fault::Loss => true,
+            Fault::Behind | Fault::FarBehind => true,
         }
     }
 }
@@ -132,9 +136,10 @@ impl Trial {
                 let oldest = self.nodes()[0];
                 return self.replace(oldest, operator).await.map(|()| (oldest, None));
             }
-            Fault::Behind => {
+            Fault::Behind | Fault::FarBehind => {
+                let for_s = if fault == Fault::Behind { BEHIND_S } else { FAR_BEHIND_S };
                 let follower = others[random.random_range(0..others.len())];
-                return self.leave_behind(follower, operator).await.map(|()| (follower, None));
+                return self.leave_behind(follower, for_s, operator).await.map(|()| (follower, None));
             }
         }
         // Only what is asked from here on: a rule takes some milliseconds to be in force.
@@ -172,12 +177,12 @@ impl Trial {
     }
 
     /// Cuts a node off that does not lead, and trims all logs to where it does not reach any more.
-    async fn leave_behind(&self, follower: u64, operator: &Client) -> Result<()> {
+    async fn leave_behind(&self, follower: u64, for_s: u64, operator: &Client) -> Result<()> {
         self.filter(
             follower,
             &self.drop_rules(&[&self.others(follower)[..], &[254]].concat(), false, false),
         )?;
-        tokio::time::sleep(Duration::from_secs(BEHIND_S)).await;
+        tokio::time::sleep(Duration::from_secs(for_s)).await;
         self.trim(operator).await?;
         self.filter(follower, "")?;
         Ok(())
@@ -196,7 +201,7 @@ impl Trial {
 }
 
 /// All faults, by the names that they are asked for with.
-const ALL: [(&str, Fault); 11] = [
+const ALL: [(&str, Fault); 12] = [
     ("kill", Fault::Kill),
     ("restart", Fault::Restart),
     ("pause", Fault::Pause),
@@ -207,6 +212,7 @@ const ALL: [(&str, Fault); 11] = [
     ("loss", Fault::Loss),
     ("flip", Fault::Flip),
     ("behind", Fault::Behind),
+    ("far-behind", Fault::FarBehind),
     ("replace", Fault::Replace),
 ];
 

@@ -88,12 +88,15 @@ impl Routes {
         let Some(log) = self.logs.get(&log) else { return String::new() };
         let status = log.status();
         let is_member = |node: NodeId| status.members.iter().any(|progress| progress.member.node == node);
-        let own = self.peers.own();
-        if let Some(leader) = status.leader.filter(|_| own.is_none_or(is_member)) {
+        // Where members do not come and go there is nobody else.
+        let Some(own) = self.peers.own() else {
+            return status.leader.map(|node| self.address(node)).unwrap_or_default();
+        };
+        if let Some(leader) = status.leader.filter(|_| is_member(own)) {
             return self.address(leader);
         }
         let nodes = self.peers.all();
-        let newest = nodes.last_key_value().filter(|(node, _)| Some(**node) != own && !is_member(**node));
+        let newest = nodes.last_key_value().filter(|(node, _)| **node != own && !is_member(**node));
         newest.map(|(_, endpoint)| endpoint.to_string()).unwrap_or_default()
     }
 

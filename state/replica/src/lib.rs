@@ -71,8 +71,8 @@ const FLUSH_BYTES: u64 = 256 << 20;
 const TICK: Duration = Duration::from_millis(250);
 /// Batches of reads that may wait for their barriers; what comes then waits before it is looked at.
 const BARRIERS_MAX: usize = 64;
-/// How long reads wait for a quorum before they are sent elsewhere: less than clients wait, who would not hear where else.
-const BARRIER_PATIENCE: Duration = Duration::from_millis(700);
+/// How long reads wait for a quorum before they are sent elsewhere.
+const BARRIER_PATIENCE: Duration = Duration::from_secs(1);
 
 /// What a change is told that the log had no room for.
 const NO_ROOM: &str =

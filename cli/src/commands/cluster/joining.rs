@@ -63,14 +63,19 @@ pub(super) async fn join(
 ) -> Result<()> {
     // What would be refused in the end is refused before a token is used up.
     NewNode::check(&args.dir, &args.address, args.disks)?;
-    NewNode::prepare(runtime, &args.dir)?;
+    let (_, made) = NewNode::prepare(runtime, &args.dir)?;
     let joining = match (&args.from, &args.token) {
-        (Some(from), _) => from_node(runtime, &client(None)?, from, &args.address).await?,
-        (None, Some(token)) => by_token(runtime, client, token, &args.address).await?,
+        (Some(from), _) => from_node(runtime, &client(None)?, from, &args.address).await,
+        (None, Some(token)) => by_token(runtime, client, token, &args.address).await,
         (None, None) => {
             bail!("name a token (clutch cluster invite) with --token, or a node's directory with --from")
         }
     };
+    if joining.is_err() {
+        // Empty still; one that stays is taken by the next try.
+        let _ = std::fs::remove_dir(made);
+    }
+    let joining = joining?;
     let Joining { node, mut nodes, belongings } = joining;
     nodes.insert(node, args.address.clone());
     let is_here = args.from.is_none();
@@ -132,7 +137,8 @@ async fn by_token(
     let (last, _) = known(&client, address).await?;
     let joiner = runtime.random.u64().max(1);
     let redeem = RedeemInvitation { invitation: token.invitation, joiner, least_node: last + 1 };
-    let welcome = client.registry(Op::RedeemInvitation(redeem)).await?.welcome.unwrap_or_default();
+    let welcome = client.registry(Op::RedeemInvitation(redeem)).await?.welcome;
+    let welcome = welcome.context("the registry answers without a welcome: does it run another build?")?;
     let belongings = token.open(joiner, welcome.node, &welcome.sealed)?;
     ensure!(
         belongings.cluster.cluster_id()? == cluster,

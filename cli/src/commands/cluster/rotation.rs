@@ -100,7 +100,7 @@ impl<'a> Nodes<'a> {
         let key = rotation::open(cluster, &shown, epoch, &drawn.sealed)?;
         let digest = rotation::digest(&key.secret);
         for node in self.addresses.keys().copied().filter(|node| *node != first).collect::<Vec<_>>() {
-            let told = self.keys.get(&node).cloned().unwrap_or_default();
+            let told = self.keys.get(&node).context("a node that was not asked")?;
             if !(told.used == epoch && told.used_digest == digest) {
                 let sealed = rotation::seal(self.client.runtime(), cluster, &shown, &key)?;
                 let told = self.step(node, Step::Believe, epoch, 0, sealed).await;

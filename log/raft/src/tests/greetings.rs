@@ -232,20 +232,8 @@ mod outlived {
     use clutch_proto::mutants::{self, Mutant};
     use clutch_runtime::{ClusterKeys, Endpoint};
 
-    use super::*;
+    use super::{super::group::Accepts, *};
     use crate::Peers;
-
-    struct Accepts(Arc<Peers>);
-
-    impl Handler for Accepts {
-        fn handle(&self, _: Bytes, _: Answers) -> BoxFuture<Handled> {
-            Box::pin(async { Handled::default() })
-        }
-
-        fn accept(&self, stream: PeerStream) {
-            self.0.accept(stream);
-        }
-    }
 
     const NEXT: [u8; 32] = [6; 32];
 

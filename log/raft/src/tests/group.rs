@@ -27,7 +27,7 @@ pub(super) fn identities(runtime: &Runtime, node: NodeId) -> Identities {
 }
 
 /// Takes streams, and nothing else.
-struct Accepts(Arc<Peers>);
+pub(super) struct Accepts(pub(super) Arc<Peers>);
 
 impl Handler for Accepts {
     fn handle(&self, _: Bytes, _: Answers) -> BoxFuture<Handled> {

@@ -255,6 +255,8 @@ pub enum Mutant {
     OwnCopyTaken,
     /// A node that is behind what is remembered of it is spoken to.
     OlderCopyTaken,
+    /// Who was taken out of a log and has not heard of it is told what its reads must have seen.
+    AnybodyReads,
     /// Members that do not answer are made voters, so many that nothing can be committed.
     SilentVotersTaken,
     /// Whoever asks changes the members of logs.
@@ -299,7 +301,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 144] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 145] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -432,6 +434,7 @@ impl Mutant {
         (Mutant::AnyTokenTaken, &["joining"]),
         (Mutant::ForgottenKeyBelieved, &["units", "rotation::tests::planted_bugs_are_found"]),
         (Mutant::StreamOutlivesKey, &["units", "tests::greetings::outlived::planted_bugs_are_found"]),
+        (Mutant::AnybodyReads, &["units", "tests::members::removed::planted_bugs_are_found"]),
         (Mutant::SilentVotersTaken, &["units", "tests::members::silent::planted_bugs_are_found"]),
         (
             Mutant::AnybodyAdministers,

@@ -63,6 +63,7 @@ impl Group for Member {
                     Ok(Bytes::new())
                 }
                 Kind::Barrier => {
+                    self.check_member(from)?;
                     let position = self.barrier_here(BARRIER_PATIENCE).await.map_err(text)?;
                     Ok(Builder::default().u64(position.0).done())
                 }
@@ -135,6 +136,17 @@ impl Member {
     /// Refuses what is asked of a group that has ended: openraft would complain about each of them.
     fn check_ended(&self) -> Result<(), String> {
         self.fault().map_or(Ok(()), |fault| Err(format!("the group has ended here: {fault}")))
+    }
+
+    /// Refuses to say what a read must have seen to who was taken out of the log and has not heard of it: nothing more comes there,
+    /// and whoever reads there would wait in vain.
+    fn check_member(&self, node: NodeId) -> Result<(), String> {
+        let is_member = self.metrics().membership_config.nodes().any(|(member, _)| *member == node);
+        if is_member || mutants::is(Mutant::AnybodyReads) {
+            return Ok(());
+        }
+        self.runtime().note("raft: who is no member asks for a barrier");
+        Err(format!("node {node} is no member of this log"))
     }
 
     /// Refuses to vote for a lease after the start, unless the leader itself asks for it.

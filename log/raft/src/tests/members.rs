@@ -175,6 +175,50 @@ fn comes_back() -> bool {
     done.expect("ends")
 }
 
+/// Whether a member that was away when it was taken out is told what to wait for; it would wait for good.
+fn waits_in_vain() -> bool {
+    let world = Arc::new(World::new(5));
+    let nodes = Arc::new(Nodes::new(world.clone(), 3));
+    let done = world.run(SimNode(0), Duration::from_secs(600), async move {
+        for node in nodes.numbers() {
+            nodes.boot(node).await;
+        }
+        let leader = nodes.leader(None).await;
+        assert!(commits(&nodes).await);
+        let log = nodes.log(leader);
+        let away = nodes.numbers().find(|node| *node != leader).expect("two follow");
+        nodes.crash(away);
+        let left: Vec<NodeId> = nodes.numbers().filter(|node| *node != away).collect();
+        log.reconfigure(log.status().config, voters(&left)).await.expect("it is taken out");
+        assert!(commits(&nodes).await);
+        nodes.boot(away).await;
+        let removed = nodes.log(away);
+        assert_eq!(removed.status().members.len(), 3, "it has not heard that it is out");
+        nodes.until("it knows who leads", || removed.status().leader == Some(leader)).await;
+        let barrier = removed.read_barrier(Duration::from_secs(3)).await;
+        let is_refused = matches!(&barrier, Err(LogFault::NotLeader { hint }) if *hint == Some(leader));
+        assert!(is_refused || barrier.is_ok(), "{barrier:?}");
+        let member = nodes.log(*left.iter().find(|node| **node != leader).expect("one more follows"));
+        member.read_barrier(Duration::from_secs(3)).await.expect("a member is told");
+        barrier.is_ok()
+    });
+    done.expect("ends")
+}
+
+#[test]
+fn who_was_taken_out_is_told_no_position_to_wait_for() {
+    assert!(!waits_in_vain());
+}
+
+mod removed {
+    use super::*;
+
+    #[test]
+    fn planted_bugs_are_found() {
+        assert_found(Mutant::AnybodyReads, waits_in_vain);
+    }
+}
+
 #[test]
 fn a_member_that_has_forgotten_everything_comes_back_when_it_is_taken_in() {
     assert!(comes_back());

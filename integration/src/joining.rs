@@ -4,15 +4,19 @@
 use std::time::Duration;
 
 use clutch_client::{Client, ClientError};
+use clutch_client_maintenance::members::{self, Change};
 use clutch_log::LogId;
 use clutch_proto::{
     registry::{InviteNode, RedeemInvitation, registry_request::Op},
     types::Code,
 };
+use clutch_runtime::simulated::NodeId;
 use clutch_server::joining::Token;
 
 use crate::sim_cluster::{CLIENT, ClusterConfig, Engine, SYSTEM_KEY, SimCluster};
 
+/// A node comes and goes so often: more than an older build keeps.
+const CHANGES_MANY: u32 = 12;
 const HOUR_MS: u64 = 3_600_000;
 
 async fn invite(client: &Client, invitation: u64) -> Result<(), String> {
@@ -72,6 +76,29 @@ async fn joins(
     Ok(wrong)
 }
 
+/// What is wrong when the members of a log are changed again and again while one of them runs an older build.
+fn changes_often(cluster: &SimCluster, older: NodeId) -> Result<Vec<String>, String> {
+    let id = cluster.log_ids().into_iter().find(|id| *id != LogId::REGISTRY).ok_or("one log")?;
+    let leader = cluster.home(id).ok_or("nobody leads")?;
+    let comes_and_goes = cluster.members(id).into_iter().find(|node| ![leader, older].contains(node));
+    let node = u64::from(comes_and_goes.ok_or("three keep it")?.0);
+    let client = cluster.client();
+    let changed = cluster.world.run(CLIENT, Duration::from_secs(900), async move {
+        for round in 0..CHANGES_MANY {
+            for to in [Change::Remove(node), Change::Add(node)] {
+                if let Err(error) = members::change(&client, id, to, &|_, _| {}).await {
+                    return Err((round, error.to_string()));
+                }
+            }
+        }
+        Ok(())
+    });
+    Ok(match changed.ok_or("changes of members do not come to an end")? {
+        Err((round, text)) if round > 2 && text.contains("older build") => Vec::new(),
+        said => vec![format!("members changed while one runs an older build: {said:?}")],
+    })
+}
+
 fn check(seed: u64) -> Result<Vec<String>, String> {
     let config =
         ClusterConfig { replicas: 3, joint: true, engine: Engine::Raft, ..ClusterConfig::of(1, 3, (1, 1)) };
@@ -93,6 +120,10 @@ fn check(seed: u64) -> Result<Vec<String>, String> {
     let early = invited().ok_or("an invitation does not come to an end")?;
     if !early.as_ref().is_err_and(|text| text.contains("older build")) {
         return Ok(vec![format!("invited while a member runs an older build: {early:?}")]);
+    }
+    let wrong = changes_often(&cluster, other)?;
+    if !wrong.is_empty() {
+        return Ok(wrong);
     }
     restart(false);
     invited().ok_or("an invitation does not come to an end")??;

@@ -72,6 +72,7 @@ impl Log for Nothing {
             sealed: None,
             config: ConfigId::default(),
             members: Vec::new(),
+            changes_kept: 0,
             queued_bytes: 0,
             fault: None,
         }

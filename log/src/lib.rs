@@ -284,6 +284,8 @@ pub struct Status {
     pub config: ConfigId,
     /// The present members.
     pub members: Vec<Progress>,
+    /// Changes of members that the log keeps, until it is trimmed behind them.
+    pub changes_kept: usize,
     /// Bytes that wait to be written.
     pub queued_bytes: u64,
     /// Why the engine stopped.

@@ -188,8 +188,18 @@ impl Log for VirtualLog {
 
     fn status(&self) -> Status {
         let Part { id, spec, log } = self.parts.newest();
-        let Status { epoch, leader, is_self, bounds, sealed, config, members, queued_bytes, fault } =
-            log.status();
+        let Status {
+            epoch,
+            leader,
+            is_self,
+            bounds,
+            sealed,
+            config,
+            members,
+            changes_kept,
+            queued_bytes,
+            fault,
+        } = log.status();
         let earlier = &self.parts.parts[..self.parts.parts.len() - 1];
         let mut held: Vec<Bounds> = earlier.iter().map(|part| part.log.status().bounds).collect();
         held.push(bounds);
@@ -206,6 +216,7 @@ impl Log for VirtualLog {
             sealed: sealed.map(|index| spec.position_of(index)),
             config: spec.config(config),
             members: members.into_iter().map(of_log).collect(),
+            changes_kept,
             queued_bytes,
             fault,
         }

@@ -265,6 +265,8 @@ pub enum Mutant {
     AnybodyRegisters,
     /// The leader of a log raises its feature level when its own build knows it.
     LevelOfLeader,
+    /// A log gets more changes of members than an older build among its members keeps.
+    ManyChangesAtOnce,
     /// An invitation is good for whoever comes.
     InvitationTakenTwice,
     /// An invitation is good for ever.
@@ -301,7 +303,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 145] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 146] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -429,6 +431,7 @@ impl Mutant {
         (Mutant::OlderCopyTaken, &["units", "tests::copies::others::planted_bugs_are_found"]),
         (Mutant::AnybodyRegisters, &["denied"]),
         (Mutant::LevelOfLeader, &["joining"]),
+        (Mutant::ManyChangesAtOnce, &["joining"]),
         (Mutant::InvitationTakenTwice, &["joining"]),
         (Mutant::InvitationNeverOver, &["joining"]),
         (Mutant::AnyTokenTaken, &["joining"]),

@@ -187,6 +187,7 @@ impl Log for LocalLog {
                 matched: Some(bounds.last),
                 is_heard: true,
             }],
+            changes_kept: 0,
             queued_bytes: self.group.queued_bytes() as u64,
             fault: self.group.failed(),
         }

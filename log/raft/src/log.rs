@@ -114,6 +114,7 @@ impl Log for RaftLog {
             sealed: member.parts.delivered.sealed(),
             config: config_of(&metrics),
             members: member.members(&metrics),
+            changes_kept: member.parts.log.group().view().members.len(),
             queued_bytes: member.queued_bytes.load(Ordering::Relaxed),
             fault: member.fault(),
         }

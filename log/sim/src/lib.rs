@@ -414,6 +414,7 @@ impl Log for SimLog {
             sealed: state.sealed,
             config: ConfigId::default(),
             members: members.collect(),
+            changes_kept: 0,
             queued_bytes: state.pending.iter().flat_map(|p| &p.entries).map(|e| e.len() as u64).sum(),
             fault: None,
         }

@@ -141,6 +141,9 @@ impl<M: Machine> Replica<M> {
                 }),
                 Err(refusal) => drop(reply.send(Err(refusal))),
             },
+            Some(Op::Reconfigure(_)) if let Some(refusal) = self.want_of_changes() => {
+                drop(reply.send(Err(refusal)));
+            }
             Some(Op::Reconfigure(change)) => runtime.spawn("reconfigure", async move {
                 let member = |m: LogMember| Member { node: m.node, voter: m.voter };
                 let members: Vec<Member> = change.members.into_iter().map(member).collect();

@@ -55,6 +55,7 @@ mod tests {
             sealed: None,
             config: ConfigId(7),
             members: vec![Progress { member, matched: Some(Position(9)), is_heard: true }],
+            changes_kept: 0,
             queued_bytes: 0,
             fault: None,
         }

@@ -45,6 +45,16 @@ impl<M: Machine> Replica<M> {
         Some(Refusal::new(Code::NotReady, text))
     }
 
+    /// Why members cannot be changed once more: an older build would end at the record.
+    pub(crate) fn want_of_changes(&mut self) -> Option<Refusal> {
+        let kept = self.config.log.status().changes_kept;
+        let wanted = match mutants::is(Mutant::ManyChangesAtOnce) {
+            false => level::of_change(kept),
+            true => level::FIRST,
+        };
+        self.want_of_level(wanted)
+    }
+
     /// Logs the level that was wanted, if the build of each member knows it.
     pub(crate) fn levels_known(&mut self, known: Known) {
         let Known { reign, wanted, mut levels } = known;

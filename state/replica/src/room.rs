@@ -110,6 +110,7 @@ mod tests {
             sealed: None,
             config: ConfigId::default(),
             members: members.iter().map(progress).collect(),
+            changes_kept: 0,
             queued_bytes: 0,
             fault: None,
         }

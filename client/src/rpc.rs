@@ -623,7 +623,11 @@ impl Client {
         let routes = &self.inner.routes;
         // A node may go on naming a leader that is gone.
         let leader = leader.filter(|leader| !failed.contains(leader));
-        if leader.is_none() {
+        // Before the registry's own turn: what any member may answer was asked of the one that reads are asked of.
+        let is_kept = target.role == Role::Registry && mutants::is(Mutant::ReaderKept);
+        let is_of_any =
+            !how.admin && how.freshness != Freshness::Leader && target.members.len() > 1 && !is_kept;
+        if leader.is_none() || is_of_any && !mutants::is(Mutant::FormerMembersKept) {
             failed.push(target.endpoint.clone());
         }
         // When all have been asked, the registry may know of others.
@@ -631,9 +635,7 @@ impl Client {
             failed.clear();
             routes.doubt();
         }
-        // Before the registry's own turn: what any member may answer was asked of the one that reads are asked of.
-        let is_kept = target.role == Role::Registry && mutants::is(Mutant::ReaderKept);
-        if !how.admin && how.freshness != Freshness::Leader && target.members.len() > 1 && !is_kept {
+        if is_of_any {
             if target.role == Role::Registry
                 && let Some(leader) = leader
             {

@@ -227,6 +227,8 @@ pub enum Mutant {
     HandedToAnybody,
     /// A client goes on to ask the same member of the registry, which cannot answer.
     ReaderKept,
+    /// A client whose reads any member may answer goes on to ask those that were members, as long as they name who leads.
+    FormerMembersKept,
     /// A leader that has no room for its log goes on to lead, whoever else has some.
     LeadsWithoutRoom,
     /// A client that has read the map before everything was in it does not read it again.
@@ -303,7 +305,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 146] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 147] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -414,6 +416,7 @@ impl Mutant {
         (Mutant::CursorForgotten, &["units", "tests::reads::planted_bugs_are_found"]),
         (Mutant::AnyProofTaken, &["units", "tests::greetings::proof::planted_bugs_are_found"]),
         (Mutant::HandedToAnybody, &["units", "tests::members::handed::planted_bugs_are_found"]),
+        (Mutant::FormerMembersKept, &["units", "rpc::tests::former::planted_bugs_are_found"]),
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),

@@ -139,3 +139,81 @@ mod young {
         assert_eq!(is_planted, is_found);
     }
 }
+
+mod former {
+    use clutch_proto::shard::{EdgeReply, Lookup, shard_request};
+
+    use super::*;
+
+    /// One of four nodes, of which the last one keeps the shard in the place of the others.
+    struct Moved {
+        is_member: bool,
+        asked: AtomicU32,
+    }
+
+    impl Handler for Moved {
+        fn handle(&self, request: Bytes, _: Answers) -> BoxFuture<Handled> {
+            let request = Request::decode(request).expect("a request");
+            let names = |all: &[&str]| all.iter().map(|name| (*name).to_owned()).collect();
+            let response = match (request.role == Role::Registry as i32, self.is_member) {
+                (true, _) => {
+                    let is_moved = self.asked.fetch_add(1, Ordering::Relaxed) > 0;
+                    let (address, members) = match is_moved {
+                        true => ("d", names(&["d"])),
+                        false => ("a", names(&["a", "b", "c"])),
+                    };
+                    let (slot_last, address) = (255, address.into());
+                    let shard = ShardPlacement { slot_last, address, members, ..ShardPlacement::default() };
+                    let map = Map { cluster: 7, services_version: 1, shards: vec![shard], ..Map::default() };
+                    let reply = RegistryReply { map: Some(map), ..RegistryReply::default() };
+                    Response { body: reply.encode_to_vec().into(), position: 3, ..Response::default() }
+                }
+                (false, true) => {
+                    let reply = Reply::Edge(EdgeReply::default());
+                    let reply = ShardReply { reply: Some(reply) };
+                    Response { body: reply.encode_to_vec().into(), position: 3, ..Response::default() }
+                }
+                (false, false) => {
+                    let refusal = Refusal::new(Code::NotLeader, "who leads is another");
+                    Response { error: Some(refusal.to_wire()), leader: "d".into(), ..Response::default() }
+                }
+            };
+            Box::pin(async move { Handled { answer: response.encode_to_vec().into(), ..Handled::default() } })
+        }
+    }
+
+    /// Whether a client that has read the map, and whose reads any member may answer, finds a log all of whose members went.
+    fn is_followed() -> bool {
+        let world = World::new(1);
+        let driver = world.node(NodeId(9));
+        let ended = world.run(NodeId(9), Duration::from_secs(3600), async move {
+            let mut listening = Vec::new();
+            for name in ["a", "b", "c", "d", "registry"] {
+                let node = Arc::new(Moved { is_member: name == "d", asked: AtomicU32::new(0) });
+                listening.push(driver.network.listen(&name.into(), node).await.expect("a free name"));
+            }
+            let options = ClientOptions {
+                reads: Reads::Member,
+                patience: Duration::from_secs(20),
+                ..ClientOptions::default()
+            };
+            let client = Client::new(driver.clone(), "registry", options);
+            client.map().await.expect("a map");
+            client.shard(shard_request::Op::Lookup(Lookup::default())).await.is_ok()
+        });
+        ended.expect("ends")
+    }
+
+    #[test]
+    fn who_was_a_member_and_names_another_is_not_asked_for_ever() {
+        assert!(is_followed());
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::FormerMembersKept));
+        let (is_planted, is_found) = (mutants::planted().is_some(), !is_followed());
+        mutants::plant(None);
+        assert_eq!(is_planted, is_found);
+    }
+}

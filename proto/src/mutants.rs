@@ -247,6 +247,8 @@ pub enum Mutant {
     StandingUntold,
     /// A segment that was found damaged when it was read is believed again at the next start.
     DamagedIndexKept,
+    /// A damaged record of a group is in the way of what the group has since it was removed and began again.
+    DamageOutlivesRemoval,
     /// Who was a member when a leader last looked is told as if most members had said so.
     UnconfirmedMembers,
     /// A leader that hears nothing of a quorum goes on to say that it leads.
@@ -305,7 +307,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 147] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 148] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -419,6 +421,7 @@ impl Mutant {
         (Mutant::FormerMembersKept, &["units", "rpc::tests::former::planted_bugs_are_found"]),
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
+        (Mutant::DamageOutlivesRemoval, &["units", "tests::groups::again::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),
         (Mutant::SnapshotAnsweredUnasked, &["units", "tests::votes::snapshot::planted_bugs_are_found"]),
         (Mutant::VotesAfterRestart, &["units", "tests::lease::restart::planted_bugs_are_found"]),

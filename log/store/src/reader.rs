@@ -13,7 +13,7 @@ use clutch_runtime::{Disk, File};
 
 use crate::{
     format::{
-        INDEX_READ_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader, SEGMENT_HEADER_BYTES,
+        INDEX_READ_BYTES_MAX, RECORD_HEADER_BYTES, Record, RecordHeader, RecordKind, SEGMENT_HEADER_BYTES,
         check_segment_header, decode_header, decode_index, decode_offsets, decode_payload, index_path,
         mended_header, missing, segment_name,
     },
@@ -333,19 +333,31 @@ impl GroupReader {
     fn scanned(&self, number: u64, first: Position, count: u64) -> Result<Vec<u32>, LogFault> {
         let mut reader = SegmentReader::open(&*self.shared.disk, &self.shared.dir, number)?;
         let mut segment = Segment { number, ..Segment::default() };
+        let mut damage = None;
         loop {
             let at = reader.offset();
             let record = match reader.next_found()? {
                 None => break,
-                Some(Found::Damaged(header, _)) if header.group != self.id => continue,
-                Some(Found::Damaged(_, fault)) => return Err(fault),
+                Some(Found::Damaged(header, fault)) => {
+                    if header.group == self.id {
+                        damage.get_or_insert(fault);
+                    }
+                    continue;
+                }
                 Some(Found::Whole(record)) => record,
             };
             if record.group == self.id {
+                if record.kind == RecordKind::Remove && !mutants::is(Mutant::DamageOutlivesRemoval) {
+                    // What was damaged is gone with all that was there.
+                    damage = None;
+                }
                 let span = segment.spans.get(&self.id).filter(|span| !span.is_empty());
                 let next = span.map_or(record.position, |span| span.last.next());
                 segment.take(self.id, record.position, effect(record.kind, record.position, next), at);
             }
+        }
+        if let Some(fault) = damage {
+            return Err(fault);
         }
         let span = segment.spans.remove(&self.id).unwrap_or_default();
         if span.first != first || span.count() < count {

@@ -298,6 +298,56 @@ fn a_group_that_is_not_opened_can_be_removed_and_the_others_go_on() {
     });
 }
 
+mod again {
+    use super::*;
+
+    /// A group of which a record was damaged is removed and begins again in the same segment, which is closed and loses its index
+    /// because something of another group is damaged. How many of its records can be read then.
+    fn read_past_what_was_damaged() -> Result<usize, LogFault> {
+        let world = World::new(7);
+        let places = three_groups(&world);
+        let ((group, begin, _), (other, other_begin, _)) = (places[4], places[5]);
+        let (path, disk) = (Path::new("log/0000000000000001.log"), world.disk(NODE));
+        assert!(group != other && disk.corrupt(path, begin + 50, 1));
+        let runtime = world.node(NODE);
+        run(&world, async move {
+            let whole = Options { segment_bytes_max: 1 << 20, ..options() };
+            let store = Store::open(&runtime, "log".into(), whole).expect("opens");
+            store.remove(group).await.expect("removed");
+            let nothing = Vote { epoch: Epoch(0), content: Bytes::from_static(b"nothing") };
+            store.revive(group, nothing).await.expect("begins again");
+            for position in 1..=20 {
+                store.group(group).expect("opens").write(vec![entry(position, 3)]).await.expect("written");
+            }
+            drop(store);
+            runtime.clock.sleep(Duration::from_millis(50)).await;
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            go_on_without(&store, group, 0).await;
+            drop(store);
+            runtime.clock.sleep(Duration::from_millis(50)).await;
+            let index = crate::format::index_path(Path::new("log"), 1);
+            runtime.disk.remove(&index).expect("the segment is closed");
+            assert!(disk.corrupt(path, other_begin + 50, 1));
+            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
+            assert_eq!(store.quarantined().into_keys().collect::<Vec<_>>(), [other]);
+            content(&store, group).map(|records| records.len())
+        })
+    }
+
+    #[test]
+    fn what_was_damaged_before_it_was_removed_is_not_in_the_way() {
+        assert_eq!(read_past_what_was_damaged().expect("reads"), 20);
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::DamageOutlivesRemoval));
+        let (is_planted, is_found) = (mutants::planted().is_some(), read_past_what_was_damaged().is_err());
+        mutants::plant(None);
+        assert_eq!(is_planted, is_found);
+    }
+}
+
 #[test]
 fn a_group_that_was_removed_begins_again_with_nothing_and_only_when_that_is_asked() {
     let world = World::new(6);

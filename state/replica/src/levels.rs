@@ -48,11 +48,12 @@ impl<M: Machine> Replica<M> {
     /// Why members cannot be changed once more: an older build would end at the record.
     pub(crate) fn want_of_changes(&mut self) -> Option<Refusal> {
         let kept = self.config.log.status().changes_kept;
-        let wanted = match mutants::is(Mutant::ManyChangesAtOnce) {
-            false => level::of_change(kept),
-            true => level::FIRST,
-        };
-        self.want_of_level(wanted)
+        if mutants::is(Mutant::ManyChangesAtOnce) {
+            return None;
+        }
+        // Ahead of the need: a member that is built anew is taken out first, and cannot say then what it knows.
+        let refusal = self.want_of_level(level::of_change(2 * kept));
+        refusal.filter(|_| level::of_change(kept) > self.applier.level())
     }
 
     /// Logs the level that was wanted, if the build of each member knows it.

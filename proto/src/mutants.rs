@@ -249,6 +249,8 @@ pub enum Mutant {
     DamagedIndexKept,
     /// A damaged record of a group is in the way of what the group has since it was removed and began again.
     DamageOutlivesRemoval,
+    /// A segment without an index is read from its beginning for each part of a group that is looked for.
+    SegmentScannedForEach,
     /// Who was a member when a leader last looked is told as if most members had said so.
     UnconfirmedMembers,
     /// A leader that hears nothing of a quorum goes on to say that it leads.
@@ -307,7 +309,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 148] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 149] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -421,6 +423,7 @@ impl Mutant {
         (Mutant::FormerMembersKept, &["units", "rpc::tests::former::planted_bugs_are_found"]),
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
+        (Mutant::SegmentScannedForEach, &["units", "tests::groups::again::planted_bugs_are_found"]),
         (Mutant::DamageOutlivesRemoval, &["units", "tests::groups::again::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),
         (Mutant::SnapshotAnsweredUnasked, &["units", "tests::votes::snapshot::planted_bugs_are_found"]),

@@ -283,12 +283,11 @@ impl GroupReader {
         let (number, bytes, first, count) = {
             let segments = self.shared.segments.lock();
             // The newest are asked for most.
-            let found = segments.iter().enumerate().rev().find_map(|(at, segment)| {
-                segment.spans.get(&self.id).filter(|span| span.has(position)).map(|span| (at, segment, span))
+            let found = segments.iter().rev().find_map(|segment| {
+                segment.spans.get(&self.id).filter(|span| span.has(position)).map(|span| (segment, span))
             });
-            let Some((at, segment, span)) = found else { return Ok(None) };
-            let is_open = at + 1 == segments.len() && !span.offsets.is_empty();
-            if is_open {
+            let Some((segment, span)) = found else { return Ok(None) };
+            if !span.offsets.is_empty() {
                 let from = (position.0 - span.first.0) as usize;
                 let upto = span.offsets.len().min(from + OPEN_OFFSETS_MAX);
                 let offsets = span.offsets[from..upto].to_vec();
@@ -298,16 +297,35 @@ impl GroupReader {
             }
             (segment.number, segment.bytes, span.first, span.count())
         };
-        let mut offsets = match self.indexed(number, bytes, first, count) {
+        let indexed = self.indexed(number, bytes, first, count);
+        let is_indexed = indexed.is_some();
+        let mut offsets = match indexed {
             Some(offsets) => offsets,
             None => self.scanned(number, first, count)?,
         };
+        if !is_indexed && !mutants::is(Mutant::SegmentScannedForEach) {
+            self.keep(number, generation, first, count, &offsets);
+        }
         // What a later segment has taken away is not of this one any more.
         offsets.truncate(usize::try_from(count).unwrap_or(usize::MAX));
         let places = Places { number, generation, from: first, offsets };
         let offset = places.offset(position);
         self.places = Some(places);
         Ok(offset.map(|offset| (number, offset)))
+    }
+
+    /// Keeps the offsets of a segment without an index in memory: to find them takes a look at all of the segment.
+    fn keep(&self, number: u64, generation: u64, first: Position, count: u64, offsets: &[u32]) {
+        let mut segments = self.shared.segments.lock();
+        if self.shared.cuts.load(Ordering::Acquire) != generation {
+            return;
+        }
+        let segment = segments.iter_mut().find(|segment| segment.number == number);
+        let span = segment.and_then(|segment| segment.spans.get_mut(&self.id));
+        let Some(span) = span.filter(|span| span.first == first && span.count() == count) else { return };
+        if span.offsets.is_empty() {
+            span.offsets = offsets.iter().take(count as usize).copied().collect();
+        }
     }
 
     /// The offsets that the index of a segment has; `None` where it is missing or damaged.

@@ -20,7 +20,8 @@ pub struct Span {
     pub last: Position,
     /// What it does to earlier segments.
     pub restart: Option<Restart>,
-    /// Where in the segment's file each record begins; only in the segment that is written, and where an index is made.
+    /// Where in the segment's file each record begins; only in the segment that is written, where an index is made, and where there is
+    /// none.
     pub offsets: Vec<u32>,
 }
 

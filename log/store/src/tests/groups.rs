@@ -302,8 +302,9 @@ mod again {
     use super::*;
 
     /// A group of which a record was damaged is removed and begins again in the same segment, which is closed and loses its index
-    /// because something of another group is damaged. How many of its records can be read then.
-    fn read_past_what_was_damaged() -> Result<usize, LogFault> {
+    /// because something of another group is damaged. How many of its records can be read then, and again when nobody could read the
+    /// segment from its beginning any more.
+    fn read_past_what_was_damaged() -> Result<(usize, Option<usize>), LogFault> {
         let world = World::new(7);
         let places = three_groups(&world);
         let ((group, begin, _), (other, other_begin, _)) = (places[4], places[5]);
@@ -330,21 +331,27 @@ mod again {
             assert!(disk.corrupt(path, other_begin + 50, 1));
             let store = Store::open(&runtime, "log".into(), options()).expect("opens");
             assert_eq!(store.quarantined().into_keys().collect::<Vec<_>>(), [other]);
-            content(&store, group).map(|records| records.len())
+            let first = content(&store, group)?.len();
+            for byte in [4, 5, 9, 17] {
+                assert!(disk.corrupt(path, other_begin + byte, 1));
+            }
+            Ok((first, content(&store, group).ok().map(|records| records.len())))
         })
     }
 
     #[test]
-    fn what_was_damaged_before_it_was_removed_is_not_in_the_way() {
-        assert_eq!(read_past_what_was_damaged().expect("reads"), 20);
+    fn what_was_damaged_before_it_was_removed_is_not_in_the_way_and_looked_at_once() {
+        assert_eq!(read_past_what_was_damaged().expect("reads"), (20, Some(20)));
     }
 
     #[test]
     fn planted_bugs_are_found() {
-        mutants::plant(Some(Mutant::DamageOutlivesRemoval));
-        let (is_planted, is_found) = (mutants::planted().is_some(), read_past_what_was_damaged().is_err());
-        mutants::plant(None);
-        assert_eq!(is_planted, is_found);
+        for mutant in [Mutant::DamageOutlivesRemoval, Mutant::SegmentScannedForEach] {
+            mutants::plant(Some(mutant));
+            let (is_planted, read) = (mutants::planted().is_some(), read_past_what_was_damaged());
+            mutants::plant(None);
+            assert_eq!(is_planted, !matches!(read, Ok((20, Some(20)))), "{mutant:?}");
+        }
     }
 }
 

@@ -16,7 +16,7 @@ use clutch_proto::{
 };
 use clutch_state::{
     Applied, Applier, EntryOutcome, Machine, MemoryStore, ProduceContext, Stop, Store, StoreError, Table, Tx,
-    View, machine::Effects, store::WriteBatch,
+    View, hash::digest, machine::Effects, store::WriteBatch,
 };
 use clutch_state_buffered::{BufferedStore, RowCache};
 use parking_lot::Mutex;
@@ -29,7 +29,7 @@ const ROWS: Table = Table(200);
 /// One thing that an entry does.
 #[derive(Clone, PartialEq, Message)]
 struct Act {
-    /// 0 get, 1 put, 2 delete, 3 insert, 4 scan.
+    /// 0 get, 1 put, 2 delete, 3 insert, 4 scan, 5 remove what has not been looked at, by its digest.
     #[prost(uint32, tag = "1")]
     kind: u32,
     #[prost(bytes = "bytes", tag = "2")]
@@ -151,6 +151,12 @@ impl Machine for Toy {
                 1 => tx.put_row(ROWS, &act.key, &row),
                 2 => tx.delete(ROWS, &act.key),
                 3 => tx.insert_row(ROWS, &act.key, &row),
+                5 => {
+                    let after = [&act.key[..], &[0]].concat();
+                    if let Some((_, value)) = tx.scan(ROWS, &act.key, &after, 1)?.first() {
+                        tx.remove_large(ROWS, &act.key, digest(value));
+                    }
+                }
                 _ => {
                     for (_, bytes) in tx.scan(ROWS, &act.key, &act.until, act.value as usize)? {
                         seen.values.push(Value::decode(bytes).map_or(u64::MAX, |row| row.value));
@@ -194,7 +200,7 @@ impl Model {
             match act.kind {
                 0 => seen.push(self.rows.get(&act.key).copied().unwrap_or(0)),
                 1 | 3 => drop(self.rows.insert(act.key.clone(), act.value)),
-                2 => drop(self.rows.remove(&act.key)),
+                2 | 5 => drop(self.rows.remove(&act.key)),
                 _ => {
                     let inside = |key: &Bytes| *key >= act.key && (act.until.is_empty() || *key < act.until);
                     let found = self.rows.iter().filter(|(key, _)| inside(key)).map(|(_, value)| *value);
@@ -243,7 +249,7 @@ fn entries(rng: &mut ChaCha8Rng) -> Vec<ToyEntry> {
         let promise = rng.random_ratio(1, 4);
         let mut acts = Vec::new();
         for _ in 0..rng.random_range(1..6) {
-            let kind = rng.random_range(0..5u32);
+            let kind = rng.random_range(0..6u32);
             let (from, value) = (rng.random_range(0..8u32), rng.random_range(1..1000));
             acts.push(match kind {
                 // Who is told to come again may be executed again.
@@ -256,6 +262,7 @@ fn entries(rng: &mut ChaCha8Rng) -> Vec<ToyEntry> {
                     let until = if rng.random() { key(from + rng.random_range(0..5)) } else { Bytes::new() };
                     Act { kind, key: key(from), until, value: rng.random_range(1..5) }
                 }
+                5 => Act { kind, key: key(from), until: Bytes::new(), value },
                 _ => Act { kind: kind % 3, key: key(from), until: Bytes::new(), value },
             });
         }

@@ -103,6 +103,8 @@ pub enum Mutant {
     SegmentNameUnsynced,
     /// What a refused entry takes back is a write of an earlier one of its batch, too.
     UndoTakesTooMuch,
+    /// An entry that is undone leaves what it has removed without a look removed in the rest of its batch.
+    RemovalNotUndone,
     /// A scan does not make up for stored rows that its batch has deleted.
     ScanEndsEarly,
     /// A refusal is not recorded: who asks again is executed.
@@ -309,7 +311,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 149] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 150] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -358,6 +360,7 @@ impl Mutant {
         (Mutant::GoneUnsynced, &["steps"]),
         (Mutant::SegmentNameUnsynced, &["steps"]),
         (Mutant::UndoTakesTooMuch, &["batches"]),
+        (Mutant::RemovalNotUndone, &["batches"]),
         (Mutant::ScanEndsEarly, &["batches"]),
         (Mutant::RefusalNotRecorded, &["batches"]),
         (Mutant::HistoryCutAtWrongEnd, &["linearizability"]),

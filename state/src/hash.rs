@@ -1,6 +1,6 @@
 //! The state hash: a sum over all hashed rows that costs O(1) for each write, whatever their order.
 //!
-//! Each row counts as XXH3-128 of table, key length, key and value; a slot's sum is the wrapping sum of its rows
+//! Each row counts as XXH3-128 of table, key length, key and value, or instead of a large table's value its digest; a slot's sum is the wrapping sum of its rows
 //! and the state's hash the sum of the slots'. It finds divergence and rot; it is no defence against someone who
 //! chooses rows to collide (an additive hash cannot be), and nothing relies on that.
 
@@ -39,8 +39,23 @@ impl fmt::Display for StateHash {
     }
 }
 
+/// What a large value counts as, and is known by: 16 bytes, XXH3-128, little-endian.
+pub type Digest = [u8; 16];
+
+/// The digest of a value.
+pub fn digest(value: &[u8]) -> Digest {
+    xxh3_128(value).to_le_bytes()
+}
+
 /// What one row counts.
 pub fn row_hash(table: Table, key: &[u8], value: &[u8]) -> u128 {
+    match table.is_large() {
+        true => hash_of(table, key, &digest(value)),
+        false => hash_of(table, key, value),
+    }
+}
+
+fn hash_of(table: Table, key: &[u8], value: &[u8]) -> u128 {
     let parts = [&[table.0][..], &(key.len() as u32).to_le_bytes(), key, value];
     let mut room = [0; 256];
     let len = 5 + key.len() + value.len();
@@ -78,7 +93,15 @@ impl Sums {
         }
         let gone = old.map_or(0, |v| row_hash(table, key, v));
         let come = new.map_or(0, |v| row_hash(table, key, v));
-        let change = come.wrapping_sub(gone);
+        self.change(table, key, come.wrapping_sub(gone));
+    }
+
+    /// Takes a row of a large table out, of which only the digest of its value is known.
+    pub fn remove_large(&mut self, table: Table, key: &[u8], digest: &Digest) {
+        self.change(table, key, 0u128.wrapping_sub(hash_of(table, key, digest)));
+    }
+
+    fn change(&mut self, table: Table, key: &[u8], change: u128) {
         let lane = usize::from(table.lane(key));
         self.lanes[lane] = self.lanes[lane].wrapping_add(change);
         self.total = self.total.wrapping_add(change);
@@ -131,6 +154,10 @@ mod tests {
             let plain = [&[7][..], &(key_len as u32).to_le_bytes(), &key, &value].concat();
             assert_eq!(row_hash(Table(7), &key, &value), xxh3_128(&plain), "{key_len} and {value_len} bytes");
         }
+        // A large value counts as its digest.
+        let value = vec![5u8; 70_000];
+        let plain = [&[200][..], &2u32.to_le_bytes(), b"ab", &xxh3_128(&value).to_le_bytes()].concat();
+        assert_eq!(row_hash(Table(200), b"ab", &value), xxh3_128(&plain));
         // Where the key ends is part of it.
         assert_ne!(row_hash(Table(7), b"ab", b"c"), row_hash(Table(7), b"a", b"bc"));
     }

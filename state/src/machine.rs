@@ -115,6 +115,14 @@ pub trait Machine: Sized + Send + Sync + 'static {
         level::FIRST
     }
 
+    /// Bytes of users' data in the rows.
+    ///
+    /// # Errors
+    /// When the store cannot be read, or its sum of them.
+    fn inline_bytes(_view: &dyn View) -> Result<u64, StoreError> {
+        Ok(0)
+    }
+
     /// Whether the request only reads.
     fn is_read(request: &Self::Request) -> bool;
 

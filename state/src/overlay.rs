@@ -10,13 +10,22 @@ use clutch_proto::mutants::{self, Mutant};
 use prost::Message;
 
 use crate::{
-    hash::Sums,
+    hash::{Digest, Sums, digest},
     store::{Key, Rows, StoreError, Table, View, WriteBatch, decode_row, key_after},
 };
 
+/// What the store has.
+enum Base {
+    /// Nobody has looked.
+    Unknown,
+    /// This, or nothing.
+    Known(Option<Bytes>),
+    /// A large value that nobody has read, of this digest.
+    Of(Digest),
+}
+
 struct Row {
-    /// What the store has; `None` while nobody has looked.
-    base: Option<Option<Bytes>>,
+    base: Base,
     current: Option<Bytes>,
     dirty: bool,
 }
@@ -39,7 +48,12 @@ impl Overlay {
     pub fn undo_entry(&mut self) {
         for (key, value, dirty) in self.undo.drain(..).rev() {
             if let btree_map::Entry::Occupied(mut row) = self.rows.entry(key) {
-                if row.get().base.is_none() && (!dirty || mutants::is(Mutant::UndoTakesTooMuch)) {
+                let is_unread = match row.get().base {
+                    Base::Known(_) => false,
+                    Base::Of(_) => !mutants::is(Mutant::RemovalNotUndone),
+                    Base::Unknown => true,
+                };
+                if is_unread && (!dirty || mutants::is(Mutant::UndoTakesTooMuch)) {
                     // Nobody had looked at it before: what the store has is still unknown.
                     row.remove();
                 } else {
@@ -54,7 +68,7 @@ impl Overlay {
             btree_map::Entry::Occupied(row) => Ok(row.get().current.clone()),
             btree_map::Entry::Vacant(vacant) => {
                 let value = store.get_stored(vacant.key())?;
-                vacant.insert(Row { base: Some(value.clone()), current: value.clone(), dirty: false });
+                vacant.insert(Row { base: Base::Known(value.clone()), current: value.clone(), dirty: false });
                 Ok(value)
             }
         }
@@ -65,7 +79,7 @@ impl Overlay {
         let stored = table.stored_key(key);
         if let btree_map::Entry::Vacant(vacant) = self.rows.entry(stored) {
             self.undo.push((Key::from_slice(vacant.key()), None, false));
-            vacant.insert(Row { base: Some(None), current: Some(value), dirty: true });
+            vacant.insert(Row { base: Base::Known(None), current: Some(value), dirty: true });
         } else {
             self.set(table, key, Some(value));
         }
@@ -80,8 +94,19 @@ impl Overlay {
                 row.dirty = true;
             }
             btree_map::Entry::Vacant(vacant) => {
-                vacant.insert(Row { base: None, current: value, dirty: true });
+                vacant.insert(Row { base: Base::Unknown, current: value, dirty: true });
                 self.undo.push((stored, None, false));
+            }
+        }
+    }
+
+    /// Removes a row of a large table, and takes the caller's word for the digest of its value.
+    fn remove_large(&mut self, table: Table, key: &[u8], digest: Digest) {
+        match self.rows.entry(table.stored_key(key)) {
+            btree_map::Entry::Occupied(_) => self.set(table, key, None),
+            btree_map::Entry::Vacant(vacant) => {
+                self.undo.push((Key::from_slice(vacant.key()), None, false));
+                vacant.insert(Row { base: Base::Of(digest), current: None, dirty: true });
             }
         }
     }
@@ -143,11 +168,21 @@ impl Overlay {
             }
             let (table, key) = (Table(stored[0]), &stored[1..]);
             let old = match row.base {
-                Some(base) => {
+                Base::Known(base) => {
                     debug_assert_eq!(store.get(table, key)?, base, "a row was said to be new");
                     base
                 }
-                None => store.get_stored(&stored)?,
+                Base::Of(of) if row.current.is_none() => {
+                    debug_assert_eq!(
+                        store.get(table, key)?.map(|value| digest(&value)),
+                        Some(of),
+                        "a large value"
+                    );
+                    sums.remove_large(table, key, &of);
+                    batch.push((stored, None));
+                    continue;
+                }
+                Base::Of(_) | Base::Unknown => store.get_stored(&stored)?,
             };
             if old == row.current {
                 continue;
@@ -200,6 +235,21 @@ impl<'a> Tx<'a> {
     /// look at what was there, which the hash needs otherwise.
     pub fn insert_row<M: Message>(&mut self, table: Table, key: &[u8], row: &M) {
         self.overlay.insert(table, key, row.encode_to_vec().into());
+    }
+
+    /// Writes a row of a large table whose key is new, as with [`Tx::insert_row`]; returns the digest of the value.
+    pub fn insert_large(&mut self, table: Table, key: &[u8], value: Bytes) -> Digest {
+        assert!(table.is_large(), "table {} has no large values", table.0);
+        let digest = digest(&value);
+        self.overlay.insert(table, key, value);
+        digest
+    }
+
+    /// Removes a row of a large table whose value has this digest, without reading it. There must be that row: the hash takes the
+    /// caller's word.
+    pub fn remove_large(&mut self, table: Table, key: &[u8], digest: Digest) {
+        assert!(table.is_large(), "table {} has no large values", table.0);
+        self.overlay.remove_large(table, key, digest);
     }
 
     /// Encodes and writes a row.

@@ -12,7 +12,8 @@ pub type Key = SmallVec<[u8; 56]>;
 /// A table. Its number is the first byte of every key on disk, so numbers are never reused.
 ///
 /// 0..16 belong to this crate. 16..64 are for rows that belong to a whole machine. From 64 on the first byte of
-/// every key is a slot, and the hash is kept for each slot by itself.
+/// every key is a slot, and the hash is kept for each slot by itself. From 192 on values are large: in the hash such a
+/// row counts by its value's digest, so that whoever knows the digest removes the row without reading it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Table(pub u8);
 
@@ -33,6 +34,11 @@ impl Table {
     /// Whether rows must match on every replica.
     pub fn is_hashed(self) -> bool {
         self != Table::APPLIED && self != Table::SUMS
+    }
+
+    /// Whether values are large and rows count by their digests.
+    pub fn is_large(self) -> bool {
+        self.0 >= 192
     }
 
     /// The hash sum that a row counts in.

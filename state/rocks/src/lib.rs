@@ -45,6 +45,9 @@ impl SharedMemory {
 /// Shards of the block cache, as a power of two. Each database has one writer and few readers.
 const CACHE_SHARD_BITS: i32 = 2;
 
+/// Values from so many bytes on are kept in files of their own.
+const LARGE_BYTES_MIN: u64 = 1024;
+
 /// A database.
 pub struct RocksStore {
     db: Arc<DB>,
@@ -112,6 +115,15 @@ fn options(memory: &SharedMemory) -> Options {
     options.set_memtable_prefix_bloom_ratio(0.015);
     options.set_arena_block_size(256 << 10);
     options.set_compression_type(DBCompressionType::Lz4);
+    // Large values lie beside the sorted rows, which are merged again and again without them. The oldest files of them are written anew
+    // when half of what they have is gone.
+    options.set_enable_blob_files(true);
+    options.set_min_blob_size(LARGE_BYTES_MIN);
+    options.set_blob_compression_type(DBCompressionType::Lz4);
+    options.set_blob_file_size(64 << 20);
+    options.set_enable_blob_gc(true);
+    options.set_blob_gc_age_cutoff(0.5);
+    options.set_blob_gc_force_threshold(0.5);
     options.set_max_open_files(memory.files_max);
     options.set_keep_log_file_num(2);
     options.set_max_log_file_size(4 << 20);

@@ -18,8 +18,8 @@ use clutch_proto::{
     session::{Request, Response, Role},
     shard::{shard_request::Op, *},
     types::{
-        ClientTag, Code, DirectoryPolicy, SnapshotPolicy, SpanClass, SpanClasses, SpanShape, StorageClass,
-        StorageClasses, StripePolicy,
+        ClientTag, Code, DirectoryPolicy, InlinePolicy, SnapshotPolicy, SpanClass, SpanClasses, SpanShape,
+        StorageClass, StorageClasses, StripePolicy,
     },
 };
 use clutch_runtime::{Lane, Runtime};
@@ -72,6 +72,13 @@ fn shard_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
             mode: small,
             mtime: id,
             ..CreateFile::default()
+        }),
+        Op::CreateInline(CreateInline {
+            dir: if number.is_multiple_of(2) { id } else { InodeId::ROOT.raw() },
+            name: name.clone(),
+            data: vec![small as u8; small as usize % 100_000].into(),
+            replace: true,
+            ..CreateInline::default()
         }),
         Op::CreateSymlink(CreateSymlink { dir: id, name: name.clone(), ..CreateSymlink::default() }),
         Op::StartContent(StartContent { dir: id }),
@@ -147,6 +154,7 @@ fn upkeep_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
         }),
         storage: Some(StorageClasses { classes: vec![StorageClass::default(); small as usize % 100] }),
         stripe: Some(StripePolicy { cell_size: small }),
+        inline: Some(InlinePolicy { size_max: small }),
     };
     let visits =
         [Bytes::new(), odd.clone(), Bytes::from(vec![small as u8; 40])].into_iter().flat_map(|after| {

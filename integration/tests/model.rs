@@ -397,22 +397,31 @@ impl Test {
     fn create(&mut self) {
         let (dir, replace) = (self.pick_dir(), self.system.rng.random());
         let name = self.pick_name(dir);
-        let data = Bytes::from(vec![self.system.rng.random::<u8>(); self.system.rng.random_range(0..300)]);
-        let expected = self.model.can_put(dir, &name, false, replace);
-        let expected = if data.len() > 255 && self.model.dirs.contains_key(&dir) {
-            Err(Code::TooLarge)
-        } else {
-            expected
+        let is_apart = self.system.rng.random_ratio(1, 3);
+        let length = self.system.rng.random_range(0..if is_apart { 70_000 } else { 300 });
+        let data = Bytes::from(vec![self.system.rng.random::<u8>(); length]);
+        let is_possible = if is_apart { (1..=65_536).contains(&length) } else { length <= 255 };
+        // Before anything is looked at, or behind the directory.
+        let is_told = is_apart || self.model.dirs.contains_key(&dir);
+        let expected = match is_possible || !is_told {
+            true => self.model.can_put(dir, &name, false, replace),
+            false => Err(Code::TooLarge),
         };
-        let op = CreateFile {
-            dir: dir.raw(),
-            name: name.clone(),
-            mode: 0o600,
-            data: data.clone(),
-            replace,
-            ..CreateFile::default()
+        let (raw, name, mode) = (dir.raw(), name, 0o600);
+        let op = match (is_apart, name.clone(), data.clone()) {
+            (false, name, data) => {
+                Op::CreateFile(CreateFile { dir: raw, name, mode, data, replace, ..CreateFile::default() })
+            }
+            (true, name, data) => Op::CreateInline(CreateInline {
+                dir: raw,
+                name,
+                mode,
+                data,
+                replace,
+                ..CreateInline::default()
+            }),
         };
-        let got = self.system.write(dir.slot().0, Op::CreateFile(op));
+        let got = self.system.write(dir.slot().0, op);
         if let Some((id, at)) = made(compare("create", got, expected)) {
             self.model.put(dir, &name, id, at);
             self.model.files.insert(id, (data, 0o600));

@@ -108,6 +108,7 @@ impl Code {
             Code::DiskFault => "disk fault",
             Code::TooEarly => "too early",
             Code::Unreachable => "unreachable",
+            Code::NotAgreed => "not all nodes know of it yet",
         }
     }
 
@@ -127,7 +128,7 @@ impl Code {
             Code::Busy | Code::Overloaded | Code::TooEarly => 16,
             Code::Stale => 116,
             Code::Permission => 1,
-            Code::Unsupported => 95,
+            Code::Unsupported | Code::NotAgreed => 95,
             Code::Malformed
             | Code::WrongShard
             | Code::NotLeader
@@ -189,6 +190,7 @@ impl Code {
                 | Code::BadProof
                 | Code::CrcMismatch
                 | Code::TooEarly
+                | Code::NotAgreed
         )
     }
 
@@ -223,7 +225,7 @@ mod tests {
         NotLeader R, StaleIncarnation -, ClockAhead R, Overloaded R, NotReady R, Unsupported -, WrongCluster -, \
         WrongService -, OutcomeUnknown RE, ExpiredUnknown E, ReplicaFault E, Diverged -, Acknowledged E, \
         TransientGone D, BadCookie D, BadCertificate -, CertificateExpired -, BadProof D, CrcMismatch DA, \
-        BlockNotFound -, BlockCorrupt -, DiskFault -, TooEarly D, Unreachable R";
+        BlockNotFound -, BlockCorrupt -, DiskFault -, TooEarly D, Unreachable R, NotAgreed D";
 
     #[test]
     fn every_code_is_in_its_classes() {

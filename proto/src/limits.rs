@@ -17,6 +17,13 @@ pub const SYMLINK_BYTES_MAX: usize = pick(4095, 4000);
 pub const PATH_DEPTH_MAX: usize = pick(4096, 4000);
 /// Bytes that are stored in the metadata instead of in blocks.
 pub const INLINE_BYTES_MAX: usize = pick(255, 200);
+/// Bytes of a file that is stored in the metadata as a whole, in a table of its own: what one more round of syncs would cost more
+/// than its bytes in the log.
+pub const INLINE_FILE_BYTES_MAX: usize = pick(64 << 10, 32 << 10);
+/// Such bytes in one shard: they are on every replica, and in every snapshot.
+pub const INLINE_OF_SHARD_BYTES_MAX: u64 = pick(16 << 30, 8 << 30);
+/// The same bytes in one page of a layout, but for the first extent.
+pub const LAYOUT_INLINE_BYTES_MAX: usize = 1 << 20;
 /// Data blocks of a span.
 pub const DATA_BLOCKS_MAX: u32 = pick(16, 12);
 /// Parity blocks of a span.

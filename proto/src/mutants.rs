@@ -273,6 +273,8 @@ pub enum Mutant {
     AnybodyRegisters,
     /// The leader of a log raises its feature level when its own build knows it.
     LevelOfLeader,
+    /// What is removed leaves its inline data behind.
+    InlineLeaks,
     /// A log gets more changes of members than an older build among its members keeps.
     ManyChangesAtOnce,
     /// An invitation is good for whoever comes.
@@ -311,7 +313,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 150] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 151] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -340,6 +342,7 @@ impl Mutant {
         (Mutant::EraseBeforeGrantsEnd, &["leaks"]),
         (Mutant::PolicyNotRechecked, &["oracle", "linearizability"]),
         (Mutant::OwnPolicyIgnored, &["oracle", "linearizability"]),
+        (Mutant::InlineLeaks, &["invariants"]),
         (Mutant::SharedUseNotCounted, &["invariants", "oracle"]),
         (Mutant::PublishIgnoresExpected, &["oracle", "linearizability"]),
         (Mutant::SwapNotIndexed, &["invariants"]),

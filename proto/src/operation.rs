@@ -87,6 +87,7 @@ pub fn of_shard(op: &shard_request::Op) -> (Home, Class) {
         Op::VisitDeadSpans(op) => (Home::Slot(op.slot), Read),
         Op::VisitBlocks(op) => (Home::Slot(op.slot), Read),
         Op::CreateFile(op) => (Home::Inode(op.dir), Change),
+        Op::CreateInline(op) => (Home::Inode(op.dir), Change),
         Op::CreateSymlink(op) => (Home::Inode(op.dir), Change),
         Op::StartContent(op) => (Home::Inode(op.dir), Change),
         Op::InitiateSpan(op) => (Home::Part(op.content), Change),

@@ -28,6 +28,10 @@ pub mod v1 {
     pub const PATH_DEPTH_MAX: usize = 4096;
     /// Bytes that are stored in the metadata instead of in blocks.
     pub const INLINE_BYTES_MAX: usize = 255;
+    /// Bytes of a file that is stored in the metadata as a whole.
+    pub const INLINE_FILE_BYTES_MAX: usize = 65_536;
+    /// Bytes of inline data that one entry may copy.
+    pub const INLINE_PER_ENTRY_BYTES_MAX: u64 = 65_536;
     /// Data blocks of a span.
     pub const DATA_BLOCKS_MAX: u32 = 16;
     /// Parity blocks of a span.
@@ -106,6 +110,7 @@ mod tests {
             (limits::NAME_BYTES_MAX as u64, v1::NAME_BYTES_MAX as u64),
             (limits::SYMLINK_BYTES_MAX as u64, v1::SYMLINK_BYTES_MAX as u64),
             (limits::INLINE_BYTES_MAX as u64, v1::INLINE_BYTES_MAX as u64),
+            (limits::INLINE_FILE_BYTES_MAX as u64, v1::INLINE_FILE_BYTES_MAX as u64),
             (u64::from(limits::SPAN_BYTES_MAX), u64::from(v1::SPAN_BYTES_MAX)),
             (u64::from(limits::BLOCK_BYTES_MAX), u64::from(v1::BLOCK_BYTES_MAX)),
             (limits::EXTENTS_PER_ENTRY_MAX as u64, v1::EXTENTS_PER_ENTRY_MAX as u64),

@@ -276,7 +276,7 @@ fn register<L: EncodeLabelSet + Clone + std::hash::Hash + Eq + std::fmt::Debug +
 type Said = fn(&StatusReply) -> u64;
 
 /// What each replica says of itself, by its name and what it is.
-const OF_REPLICA: [(&str, &str, Said); 9] = [
+const OF_REPLICA: [(&str, &str, Said); 10] = [
     ("replica_leads", "Whether the replica leads its log", |status| u64::from(status.leading)),
     ("replica_stopped", "Whether the replica has stopped for good", |status| {
         u64::from(!status.fault.is_empty())
@@ -295,6 +295,7 @@ const OF_REPLICA: [(&str, &str, Said); 9] = [
     ("state_hashes_compared", "Positions at which the members' state hashes were compared", |status| {
         status.checks_compared
     }),
+    ("inline_bytes", "Bytes of users' data in the state of a shard", |status| status.inline_bytes),
     ("state_hashes_undecided", "Positions at which no state hash had most members", |status| {
         status.checks_undecided
     }),

@@ -8,7 +8,8 @@ use clutch_proto::{
     BlockId, ContentId, InodeKind, ServiceId, Slot, SpanId, Time,
     mutants::{self, Mutant},
     rules::v1::{
-        CERTIFICATE_LIFETIME_MS, CONTENT_EXTENTS_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX, TRANSIENT_LIFETIME_MS,
+        CERTIFICATE_LIFETIME_MS, CONTENT_EXTENTS_MAX, FILE_BYTES_MAX, INLINE_BYTES_MAX,
+        INLINE_FILE_BYTES_MAX, TRANSIENT_LIFETIME_MS,
     },
     shard::{
         AddHole, AddInline, CertifySpanEntry, ContentReply, ContentRow, Done, ExtentRow, InitiateSpanEntry,
@@ -169,6 +170,15 @@ pub(crate) fn add_inline(tx: &mut Tx<'_>, time: Time, op: AddInline) -> Reapplie
     }
     append(tx, time, id, row, op.data.len() as u64, Source::Inline(op.data))?;
     progress(tx, id)
+}
+
+/// Refuses inline data of a whole file that is none, or too much.
+pub(crate) fn check_inline(bytes: usize) -> Result<(), Stop> {
+    if !(1..=INLINE_FILE_BYTES_MAX).contains(&bytes) {
+        let text = format!("{bytes} bytes in the metadata; 1 to {INLINE_FILE_BYTES_MAX} are allowed");
+        return Err(Stop::refuse(Code::TooLarge, text));
+    }
+    Ok(())
 }
 
 pub(crate) fn add_hole(tx: &mut Tx<'_>, time: Time, op: &AddHole) -> Reapplied {

@@ -10,16 +10,16 @@ use clutch_proto::{
     name,
     rules::v1::{INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
     shard::{
-        ContentRow, CreateFile, CreateSymlink, Done, EdgeReply, EdgeRow, ExtentRow, InodeRow, InsertEdge,
+        ContentRow, CreateFile, CreateInline, CreateSymlink, Done, EdgeReply, EdgeRow, InodeRow, InsertEdge,
         LinkFile, LockEdge, PastEdgeRow, RemoveLockedEdge, RenameInDirectory, Undelete, Unlink, UnlockEdge,
-        extent_row::Source, shard_reply::Reply,
+        shard_reply::Reply,
     },
     types::Code,
 };
 use clutch_state::{Stop, StoreError, Tx, broken_unless};
 
 use crate::{
-    content, inode,
+    content, inline, inode,
     rows::{Reapplied, parse_directory, parse_inode},
     tables,
 };
@@ -133,6 +133,19 @@ pub(crate) fn create_file(tx: &mut Tx<'_>, time: Time, op: CreateFile) -> Reappl
             format!("{} bytes of data with a create; at most {INLINE_BYTES_MAX} are allowed", op.data.len());
         return Err(Stop::refuse(Code::TooLarge, text));
     }
+    create(tx, time, (dir, dir_row), op)
+}
+
+pub(crate) fn create_inline(tx: &mut Tx<'_>, time: Time, op: CreateInline) -> Reapplied {
+    let dir = parse_directory(tx, op.dir)?;
+    let dir_row = inode::live_directory(tx, dir)?;
+    content::check_inline(op.data.len())?;
+    let CreateInline { dir: raw, name, mode, uid, gid, mtime, data, replace } = op;
+    create(tx, time, (dir, dir_row), CreateFile { dir: raw, name, mode, uid, gid, mtime, data, replace })
+}
+
+/// Makes a file, with its bytes when it has some.
+fn create(tx: &mut Tx<'_>, time: Time, (dir, dir_row): (InodeId, InodeRow), op: CreateFile) -> Reapplied {
     let id = inode::next_inode(tx, InodeKind::File, dir.slot())?;
     let mut row = inode::new_row(time, op.mode, op.uid, op.gid, op.mtime);
     let replaced = insert(tx, time, dir, &op.name, id, op.replace)?;
@@ -142,8 +155,7 @@ pub(crate) fn create_file(tx: &mut Tx<'_>, time: Time, op: CreateFile) -> Reappl
         row.content = content.0;
         let content_row = ContentRow { size: row.size, file: id.raw(), ..ContentRow::default() };
         tx.insert_row(tables::CONTENT, &tables::content_key(content), &content_row);
-        let extent = ExtentRow { length: row.size, source: Some(Source::Inline(op.data)) };
-        tx.insert_row(tables::EXTENT, &tables::extent_key(content, 0), &extent);
+        inline::insert(tx, content, 0, op.data)?;
     }
     inode::insert(tx, id, &row);
     touch(tx, time, dir, dir_row)?;

@@ -65,7 +65,7 @@ fn extent_of(tx: &mut Tx<'_>, content: u64, offset: u64, span: u64) -> Result<(E
     match extent {
         Some(extent) => match extent.source {
             Some(Source::Span(range)) if range.span_id == span => Ok((extent, range.offset)),
-            Some(Source::Span(_) | Source::Hole(_) | Source::Inline(_)) => {
+            Some(Source::Span(_) | Source::Hole(_) | Source::Inline(_) | Source::Apart(_)) => {
                 Err(Stop::refuse(Code::Stale, format!("content {id} has another span at {offset} now")))
             }
             None => Err(extent::unknown_source(content)),

@@ -9,7 +9,7 @@ use clutch_proto::{
 };
 use clutch_state::{Stop, StoreError, Tx, key_after, store::decode_row};
 
-use crate::{rows::Rows, span::release, tables};
+use crate::{inline, rows::Rows, span::release, tables};
 
 /// An extent whose source this build does not know: nothing is guessed of it.
 pub(crate) fn unknown_source(content: u64) -> Stop {
@@ -79,6 +79,7 @@ pub(crate) fn part(source: Option<Source>, from: u64, length: u64) -> Result<Sou
             Ok(Source::Span(SpanRange { span_id: range.span_id, offset: range.offset + from as u32 }))
         }
         Some(Source::Hole(_)) => Ok(Source::Hole(true)),
+        Some(Source::Apart(_)) => Err(StoreError::Broken("a part of inline data that was not read".into())),
         Some(Source::Inline(_)) => {
             Err(StoreError::Broken("an extent that is shorter than its length".into()))
         }
@@ -93,7 +94,7 @@ pub(crate) fn goes_on(extent: &ExtentRow, next: &Source) -> bool {
             range.span_id == next.span_id && u64::from(range.offset) + extent.length == u64::from(next.offset)
         }
         (Some(Source::Hole(_)), Source::Hole(_)) => true,
-        (Some(Source::Span(_) | Source::Hole(_) | Source::Inline(_)) | None, _) => false,
+        (Some(Source::Span(_) | Source::Hole(_) | Source::Inline(_) | Source::Apart(_)) | None, _) => false,
     }
 }
 
@@ -109,6 +110,7 @@ pub(crate) fn take_apart(
         let extent: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
         match extent.source {
             Some(Source::Span(range)) => release(tx, SpanId(range.span_id))?,
+            Some(Source::Apart(digest)) => inline::remove(tx, &key, extent.length, &digest)?,
             Some(Source::Inline(_) | Source::Hole(_)) => {}
             None => return Err(unknown_source(id.0)),
         }

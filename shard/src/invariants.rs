@@ -13,6 +13,8 @@
 //! 8. exactly the unpublished contents are in the index of transients
 //! 9. a span is dead exactly if nothing uses it and no content waits for it
 //! 10. a published content is its file's present one or has exactly one row among the file's past ones
+//! 16. an extent whose bytes lie apart has exactly one row of inline data, of its length and digest; there is no other, and the sum of
+//!     their lengths is the shard's
 //!
 //! Of all shards, when the CDC has nothing in flight:
 //! 11. every current edge leads to an inode that exists
@@ -30,10 +32,15 @@ use clutch_proto::{
     shard::{ContentRow, EdgeRow, ExtentRow, InodeRow, PastContentRow, PastEdgeRow, extent_row::Source},
     types::Span,
 };
-use clutch_state::{StoreError, Table, View, key_after, store::decode_row};
+use clutch_state::{
+    StoreError, Table, View,
+    hash::{Digest, digest},
+    key_after,
+    store::{decode_row, hex},
+};
 use prost::Message;
 
-use crate::tables;
+use crate::{inline, tables};
 
 /// What one shard contributes to the checks of all.
 #[derive(Default)]
@@ -52,6 +59,8 @@ pub struct Facts {
     pub contents: u64,
     /// Spans, dead ones among them.
     pub spans: u64,
+    /// Bytes of inline data.
+    pub inline_bytes: u64,
 }
 
 /// What contents say of spans.
@@ -83,7 +92,7 @@ fn for_rows<M: Message + Default>(
 impl Facts {
     /// Adds the facts of other slots.
     pub fn add(&mut self, other: Facts) {
-        let Facts { inodes, edges, owned_past, blocks, past_edges, contents, spans } = other;
+        let Facts { inodes, edges, owned_past, blocks, past_edges, contents, spans, inline_bytes } = other;
         self.inodes.extend(inodes);
         self.edges.extend(edges);
         self.owned_past.extend(owned_past);
@@ -91,11 +100,22 @@ impl Facts {
         self.past_edges += past_edges;
         self.contents += contents;
         self.spans += spans;
+        self.inline_bytes += inline_bytes;
     }
 }
 
-/// Checks one shard, or some of its slots; returns what is wrong and what the others must know.
+/// Checks one shard; returns what is wrong and what the others must know.
 pub fn check_shard(view: &dyn View) -> Result<(Vec<String>, Facts), StoreError> {
+    let (mut wrong, facts) = check_slots(view, &inline_rows(view)?)?;
+    let sum = inline::bytes(view)?;
+    if sum != facts.inline_bytes {
+        wrong.push(format!("{} bytes of inline data, but their sum says {sum}", facts.inline_bytes));
+    }
+    Ok((wrong, facts))
+}
+
+/// The same of some of its slots, whose inline data is not in the view.
+pub fn check_slots(view: &dyn View, inline: &InlineRows) -> Result<(Vec<String>, Facts), StoreError> {
     let mut wrong = Vec::new();
     let mut facts = Facts::default();
     let mut inodes: BTreeMap<InodeId, InodeRow> = BTreeMap::new();
@@ -106,7 +126,8 @@ pub fn check_shard(view: &dyn View) -> Result<(Vec<String>, Facts), StoreError> 
         }
     })?;
     check_edges(view, &inodes, &mut wrong, &mut facts)?;
-    let spans = check_contents(view, &inodes, &mut wrong, &mut facts)?;
+    let spans = check_contents(view, &inodes, inline, &mut wrong, &mut facts)?;
+    facts.inline_bytes = inline.values().map(|(length, _)| length).sum();
     check_spans(view, spans, &mut wrong, &mut facts)?;
     facts.inodes = inodes.into_iter().map(|(id, row)| (id, row.parent)).collect();
     Ok((wrong, facts))
@@ -178,6 +199,7 @@ fn check_edges(
 fn check_contents(
     view: &dyn View,
     inodes: &BTreeMap<InodeId, InodeRow>,
+    inline: &InlineRows,
     wrong: &mut Vec<String>,
     facts: &mut Facts,
 ) -> Result<SpanUses, StoreError> {
@@ -190,6 +212,7 @@ fn check_contents(
     let mut uses = SpanUses::default();
     let mut ends: BTreeMap<u64, u64> = BTreeMap::new();
     let mut counts: BTreeMap<u64, u64> = BTreeMap::new();
+    let mut apart: Vec<(Bytes, u64, Bytes)> = Vec::new();
     for_rows(view, tables::EXTENT, |key, row: ExtentRow| {
         let Some((content, offset)) = tables::parse_pair(key) else {
             return wrong.push(format!("extent with the key {}", clutch_state::store::hex(key)));
@@ -201,6 +224,7 @@ fn check_contents(
         *end = offset.saturating_add(row.length);
         *counts.entry(content).or_default() += 1;
         match row.source {
+            Some(Source::Apart(digest)) => apart.push((key.clone(), row.length, digest)),
             Some(Source::Span(range)) => {
                 uses.ranges.entry(range.span_id).or_default().push((u64::from(range.offset), row.length))
             }
@@ -214,6 +238,7 @@ fn check_contents(
             wrong.push(format!("an extent of content {content:x}, which does not exist"));
         }
     })?;
+    check_inline(&apart, inline, wrong);
     for (id, row) in &contents {
         if row.begin > 0 && row.file != 0 {
             wrong.push(format!("content {id:x}: is published and begins at {}", row.begin));
@@ -247,11 +272,6 @@ fn check_contents(
             wrong.push(format!("content {id:x}: waits for a span that does not exist"));
         }
     }
-    for (id, row) in inodes {
-        if row.content != 0 && contents.get(&row.content).is_none_or(|c| c.file != id.raw()) {
-            wrong.push(format!("file {id}: its content {:x} does not exist or is another's", row.content));
-        }
-    }
     check_past_contents(view, inodes, &contents, wrong)?;
     for_rows(view, tables::TRANSIENT, |key, (): ()| {
         let known = tables::parse_pair(key)
@@ -263,12 +283,46 @@ fn check_contents(
     Ok(uses)
 }
 
+/// What there is of inline data: lengths and digests by the extents' keys.
+pub type InlineRows = BTreeMap<Bytes, (u64, Digest)>;
+
+fn inline_rows(view: &dyn View) -> Result<InlineRows, StoreError> {
+    let mut rows = InlineRows::new();
+    view.visit(tables::INLINE, &[], &[], &mut |key, value| {
+        rows.insert(Bytes::copy_from_slice(key), (value.len() as u64, digest(value)));
+        true
+    })?;
+    Ok(rows)
+}
+
+/// Checks inline data against the extents that it belongs to: key, length and digest.
+fn check_inline(apart: &[(Bytes, u64, Bytes)], rows: &InlineRows, wrong: &mut Vec<String>) {
+    for (key, length, expected) in apart {
+        let at = hex(key);
+        match rows.get(key) {
+            None => wrong.push(format!("no inline data for the extent at {at}")),
+            Some((found, digest)) if found != length || digest[..] != expected[..] => {
+                wrong.push(format!("other inline data at {at} than its extent names"));
+            }
+            Some(_) => {}
+        }
+    }
+    if rows.len() != apart.len() {
+        wrong.push(format!("{} rows of inline data for {} extents", rows.len(), apart.len()));
+    }
+}
+
 fn check_past_contents(
     view: &dyn View,
     inodes: &BTreeMap<InodeId, InodeRow>,
     contents: &BTreeMap<u64, ContentRow>,
     wrong: &mut Vec<String>,
 ) -> Result<(), StoreError> {
+    for (id, row) in inodes {
+        if row.content != 0 && contents.get(&row.content).is_none_or(|c| c.file != id.raw()) {
+            wrong.push(format!("file {id}: its content {:x} does not exist or is another's", row.content));
+        }
+    }
     let mut past: BTreeSet<u64> = BTreeSet::new();
     for_rows(view, tables::PAST_CONTENT, |key, row: PastContentRow| {
         let file = tables::parse_pair(key).and_then(|(file, _)| InodeId::from_wire(file));

@@ -12,6 +12,7 @@ mod edge;
 mod exchange;
 mod extent;
 mod facts;
+mod inline;
 mod inode;
 pub mod invariants;
 pub mod jump;
@@ -26,7 +27,7 @@ pub mod tables;
 mod visit;
 
 use clutch_proto::{
-    InodeId, Time,
+    InodeId, Time, level,
     log::Position,
     mutants::{self, Mutant},
     operation::{self, Class},
@@ -74,6 +75,14 @@ impl Machine for Shard {
             }
             _ => Ok(()),
         }
+    }
+
+    fn level(request: &ShardRequest) -> u32 {
+        request.op.as_ref().map_or(level::FIRST, level::of_shard)
+    }
+
+    fn inline_bytes(view: &dyn View) -> Result<u64, StoreError> {
+        inline::bytes(view)
     }
 
     fn is_read(request: &ShardRequest) -> bool {
@@ -150,6 +159,7 @@ fn apply_request(tx: &mut Tx<'_>, time: Time, request: ShardRequest) -> Reapplie
     let op = request.op.ok_or_else(|| Stop::unknown("it has no operation that this build knows"))?;
     match op {
         Op::CreateFile(op) => edge::create_file(tx, time, op),
+        Op::CreateInline(op) => edge::create_inline(tx, time, op),
         Op::CreateSymlink(op) => edge::create_symlink(tx, time, op),
         Op::LinkFile(op) => edge::link_file(tx, time, op),
         Op::RenameInDirectory(op) => edge::rename(tx, time, op),

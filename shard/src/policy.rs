@@ -7,11 +7,14 @@ use clutch_proto::{
     Time,
     mutants::{self, Mutant},
     rules::v1::{
-        CELL_BYTES_MAX, DATA_BLOCKS_MAX, PAGE_BYTES, PARITY_BLOCKS_MAX, POLICY_CLASSES_MAX,
-        SNAPSHOT_VERSIONS_MAX, SPAN_BYTES_MAX,
+        CELL_BYTES_MAX, DATA_BLOCKS_MAX, INLINE_BYTES_MAX, INLINE_FILE_BYTES_MAX, PAGE_BYTES,
+        PARITY_BLOCKS_MAX, POLICY_CLASSES_MAX, SNAPSHOT_VERSIONS_MAX, SPAN_BYTES_MAX,
     },
     shard::{InodeRow, SetPolicy, shard_reply::Reply},
-    types::{Code, DirectoryPolicy, PolicyPart, SnapshotPolicy, SpanClasses, StorageClasses, StripePolicy},
+    types::{
+        Code, DirectoryPolicy, InlinePolicy, PolicyPart, SnapshotPolicy, SpanClasses, StorageClasses,
+        StripePolicy,
+    },
 };
 use clutch_state::{Stop, Tx};
 
@@ -78,6 +81,18 @@ fn check_stripe(policy: &StripePolicy) -> Result<(), Stop> {
     Ok(())
 }
 
+fn check_inline(policy: &InlinePolicy) -> Result<(), Stop> {
+    let size_max = policy.size_max as usize;
+    if size_max != 0 && !(INLINE_BYTES_MAX..=INLINE_FILE_BYTES_MAX).contains(&size_max) {
+        let text = format!(
+            "files of up to {size_max} bytes in the metadata; {INLINE_BYTES_MAX} to {INLINE_FILE_BYTES_MAX} are allowed, and 0 for no \
+             more than has to be"
+        );
+        return Err(bad(text));
+    }
+    Ok(())
+}
+
 /// Refuses parts that this build does not know, before they are logged.
 pub(crate) fn check_parts(op: &SetPolicy) -> Result<(), Stop> {
     let is_known = |part: &i32| !matches!(PolicyPart::try_from(*part), Ok(PolicyPart::Unspecified) | Err(_));
@@ -97,12 +112,14 @@ pub(crate) fn set(tx: &mut Tx<'_>, time: Time, op: SetPolicy) -> Reapplied {
     change.spans.as_ref().map_or(Ok(()), check_spans)?;
     change.storage.as_ref().map_or(Ok(()), check_storage)?;
     change.stripe.as_ref().map_or(Ok(()), check_stripe)?;
+    change.inline.as_ref().map_or(Ok(()), check_inline)?;
     for part in &op.inherit {
         match PolicyPart::try_from(*part) {
             Ok(PolicyPart::Snapshot) => policy.snapshot = None,
             Ok(PolicyPart::Spans) => policy.spans = None,
             Ok(PolicyPart::Storage) => policy.storage = None,
             Ok(PolicyPart::Stripe) => policy.stripe = None,
+            Ok(PolicyPart::Inline) => policy.inline = None,
             // Refused before it is logged, so that a newer build logged it.
             Ok(PolicyPart::Unspecified) | Err(_) => {
                 return Err(Stop::unknown(format!("part {part} of a policy")));
@@ -113,6 +130,7 @@ pub(crate) fn set(tx: &mut Tx<'_>, time: Time, op: SetPolicy) -> Reapplied {
     policy.spans = change.spans.or(policy.spans);
     policy.storage = change.storage.or(policy.storage);
     policy.stripe = change.stripe.or(policy.stripe);
+    policy.inline = change.inline.or(policy.inline);
     let policy = Some(policy).filter(|p| *p != DirectoryPolicy::default());
     let row = InodeRow { policy, ctime: time.0, ..row };
     inode::put(tx, id, &row);

@@ -3,20 +3,25 @@
 use bytes::Bytes;
 use clutch_proto::{
     ContentId, Refusal, SpanId, Time,
-    limits::{AVOID_MAX, CERTIFICATE_LIFETIME_MS, TRANSIENT_LIFETIME_MS},
+    limits::{
+        AVOID_MAX, CERTIFICATE_LIFETIME_MS, EXTENTS_PER_ENTRY_MAX, INLINE_OF_SHARD_BYTES_MAX,
+        TRANSIENT_LIFETIME_MS,
+    },
     operation::{self, Class},
+    rules::v1::INLINE_PER_ENTRY_BYTES_MAX,
     shard::{
         CertifySpan, CertifySpanEntry, ContentRow, ExtentRow, InitiateSpan, InitiateSpanEntry, RemoveSpan,
-        RemoveSpanEntry, ShardEntry, ShardRequest, StartContentEntry, extent_row::Source, shard_entry::Body,
-        shard_request::Op,
+        RemoveSpanEntry, ShardEntry, ShardRequest, ShareRange, StartContentEntry, extent_row::Source,
+        shard_entry::Body, shard_request::Op,
     },
     types::{BlockService, ClientTag, Code, Span},
 };
-use clutch_state::{ProduceContext, Stop, View, client_table::SYSTEM_CLIENTS, get_row};
+use clutch_state::{ProduceContext, Stop, View, client_table::SYSTEM_CLIENTS, get_row, store::decode_row};
 
 use crate::{
-    content,
+    content, extent,
     facts::ShardFacts,
+    inline,
     placement::{self, FLAG_GONE},
     policy,
     rows::check_slot,
@@ -62,10 +67,43 @@ pub(crate) fn produce(
             if let Op::SetPolicy(op) = &op {
                 policy::check_parts(op)?;
             }
+            if let Op::CreateInline(op) = &op {
+                content::check_inline(op.data.len())?;
+                check_room_for_inline(view, op.data.len() as u64)?;
+            }
+            if let Op::ShareRange(op) = &op {
+                check_room_for_range(view, op)?;
+            }
             op.into()
         }
     };
     Ok(ShardEntry { tag, body: Some(body) })
+}
+
+/// Refuses inline data that is too much together with what the shard has: files lie on block services then.
+fn check_room_for_inline(view: &dyn View, bytes: u64) -> Result<(), Stop> {
+    if inline::bytes(view)?.saturating_add(bytes) <= INLINE_OF_SHARD_BYTES_MAX {
+        return Ok(());
+    }
+    let text = format!("the shard has {INLINE_OF_SHARD_BYTES_MAX} bytes of inline data and takes no more");
+    Err(Stop::refuse(Code::NoSpace, text))
+}
+
+/// The same for a range that is shared: what lies in the metadata of it is copied.
+fn check_room_for_range(view: &dyn View, op: &ShareRange) -> Result<(), Stop> {
+    let most = op.length.min(INLINE_PER_ENTRY_BYTES_MAX);
+    let Err(refused) = check_room_for_inline(view, most) else { return Ok(()) };
+    let (from, end) = (ContentId(op.from_content), op.from_offset.saturating_add(op.length));
+    let mut rows = view;
+    let first = extent::start_of(&mut rows, from, op.from_offset)?;
+    let (begin, until) = (tables::extent_key(from, first), tables::extent_key(from, end));
+    for (key, value) in view.scan(tables::EXTENT, &begin, &until, EXTENTS_PER_ENTRY_MAX)? {
+        let extent: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
+        if matches!(extent.source, Some(Source::Apart(_))) {
+            return Err(refused);
+        }
+    }
+    Ok(())
 }
 
 fn initiate(

@@ -6,7 +6,7 @@
 use clutch_proto::{
     ContentId, InodeId, InodeKind, SpanId, Time,
     mutants::{self, Mutant},
-    rules::v1::{CONTENT_EXTENTS_MAX, EXTENTS_PER_ENTRY_MAX},
+    rules::v1::{CONTENT_EXTENTS_MAX, EXTENTS_PER_ENTRY_MAX, INLINE_PER_ENTRY_BYTES_MAX},
     shard::{
         ContentRow, ExtentRow, InodeRow, PastContentRow, PublishContent, RestoreContent, ShareRange,
         extent_row::Source, shard_reply::Reply,
@@ -16,7 +16,7 @@ use clutch_proto::{
 use clutch_state::{Key, Stop, StoreError, Tx, broken_unless, key_after, store::decode_row};
 
 use crate::{
-    content, extent, inode,
+    content, extent, inline, inode,
     rows::{Reapplied, check_slot, parse_inode},
     span, tables,
 };
@@ -49,7 +49,7 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
         let text = format!("the range has more than {EXTENTS_PER_ENTRY_MAX} extents; share it in parts");
         return Err(Stop::refuse(Code::TooLarge, text));
     }
-    let mut at = op.offset;
+    let (mut at, mut copied) = (op.offset, 0);
     let mut last = extent::last_extent(tx, id, row.size)?;
     for (key, value) in rows {
         let (_, offset) =
@@ -57,7 +57,11 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
         let extent: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
         let begin = offset.max(op.from_offset);
         let length = (offset + extent.length).min(end) - begin;
-        let source = extent::part(extent.source, begin - offset, length)?;
+        if matches!(extent.source, Some(Source::Apart(_))) {
+            copied += length;
+            check_copied(copied)?;
+        }
+        let source = extent::part(inline::fetched(tx, &key, extent)?, begin - offset, length)?;
         match &mut last {
             Some((begin, last)) if extent::goes_on(last, &source) => {
                 last.length += length;
@@ -68,14 +72,7 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
                     return Err(content::too_many_extents());
                 }
                 row.extents += 1;
-                if let Source::Span(range) = &source
-                    && !mutants::is(Mutant::SharedUseNotCounted)
-                {
-                    span::acquire(tx, SpanId(range.span_id))?;
-                }
-                let extent = ExtentRow { length, source: Some(source) };
-                tx.put_row(tables::EXTENT, &tables::extent_key(id, at), &extent);
-                last = Some((at, extent));
+                last = put_shared(tx, id, at, length, source)?.map(|extent| (at, extent));
             }
         }
         at += length;
@@ -87,6 +84,39 @@ pub(crate) fn share_range(tx: &mut Tx<'_>, time: Time, op: &ShareRange) -> Reapp
     row.size = new_size;
     content::put_transient(tx, time, id, row);
     content::progress(tx, id)
+}
+
+/// Adds an extent that shares a span, or has a part of what the other has in the metadata; one that may go on with the next.
+fn put_shared(
+    tx: &mut Tx<'_>,
+    id: ContentId,
+    at: u64,
+    length: u64,
+    source: Source,
+) -> Result<Option<ExtentRow>, Stop> {
+    if let Source::Inline(data) = source {
+        inline::insert(tx, id, at, data)?;
+        return Ok(None);
+    }
+    if let Source::Span(range) = &source
+        && !mutants::is(Mutant::SharedUseNotCounted)
+    {
+        span::acquire(tx, SpanId(range.span_id))?;
+    }
+    let extent = ExtentRow { length, source: Some(source) };
+    tx.put_row(tables::EXTENT, &tables::extent_key(id, at), &extent);
+    Ok(Some(extent))
+}
+
+/// Refuses to copy more inline data than one entry may.
+fn check_copied(bytes: u64) -> Result<(), Stop> {
+    if bytes > INLINE_PER_ENTRY_BYTES_MAX {
+        let text = format!(
+            "the range has more than {INLINE_PER_ENTRY_BYTES_MAX} bytes in the metadata; share it in parts"
+        );
+        return Err(Stop::refuse(Code::TooLarge, text));
+    }
+    Ok(())
 }
 
 /// A file of this shard whose present content is the expected one.

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use clutch_proto::{
     ContentId, InodeKind, Refusal, SpanId,
-    limits::WHOLE_HISTORY_ROWS_MAX,
+    limits::{LAYOUT_INLINE_BYTES_MAX, WHOLE_HISTORY_ROWS_MAX},
     listing,
     mutants::{self, Mutant},
     name,
@@ -23,7 +23,7 @@ use prost::Message as _;
 use crate::{
     extent,
     facts::Pages,
-    inode,
+    inline, inode,
     rows::{check_slot, parse_directory, parse_inode},
     tables, visit,
 };
@@ -45,6 +45,7 @@ pub(crate) fn read(view: &dyn View, request: &ShardRequest, pages: &Pages) -> Re
         Op::VisitBlocks(op) => visit::blocks(view, op, pages),
         // Changes and steps do not come here.
         Op::CreateFile(_)
+        | Op::CreateInline(_)
         | Op::CreateSymlink(_)
         | Op::StartContent(_)
         | Op::InitiateSpan(_)
@@ -178,16 +179,24 @@ fn layout(mut view: &dyn View, op: &Layout, pages: &Pages) -> Result<Reply, Stop
     let until = key_after(&tables::extent_key(content, 0)[..9]);
     let from = extent::start_of(&mut view, content, op.offset)?;
     let rows = view.scan(tables::EXTENT, &tables::extent_key(content, from), &until, pages.extents + 1)?;
+    let mut inline_bytes = 0;
     for (key, value) in rows {
         let (_, offset) =
             tables::parse_pair(&key).ok_or_else(|| StoreError::Broken("an extent's key".into()))?;
-        if reply.extents.len() == pages.extents {
+        let row: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
+        if matches!(row.source, Some(extent_row::Source::Apart(_))) {
+            inline_bytes += row.length as usize;
+        }
+        let is_full = inline_bytes > LAYOUT_INLINE_BYTES_MAX && !reply.extents.is_empty();
+        if reply.extents.len() == pages.extents || is_full {
             reply.next_offset = offset;
             break;
         }
-        let row: ExtentRow = decode_row(tables::EXTENT, &key, value)?;
         let source = match row.source {
             Some(extent_row::Source::Inline(data)) => Source::Inline(data),
+            Some(extent_row::Source::Apart(digest)) => {
+                Source::Inline(inline::checked(&key, row.length, &digest, view.get(tables::INLINE, &key)?)?)
+            }
             Some(extent_row::Source::Hole(_)) => Source::Hole(true),
             None => return Err(extent::unknown_source(content.0)),
             Some(extent_row::Source::Span(range)) => {

@@ -30,13 +30,18 @@ pub const DEAD_SPAN: Table = Table(74);
 /// slot → `CounterRow`.
 pub const COUNTER: Table = Table(72);
 
-/// The tables whose keys begin with a slot, all of them: rows of one slot speak only of rows of the same slot.
+/// One row: bytes of all inline data that lie in the table below, 8 bytes, big-endian; none stands for 0.
+pub const INLINE_BYTES: Table = Table(18);
+/// slot, content, offset → bytes of a content, by the digest that its `ExtentRow` has.
+pub const INLINE: Table = Table(192);
+
+/// The tables whose keys begin with a slot, all of them but for that of inline data: rows of one slot speak only of rows of the same slot.
 pub const BY_SLOT: std::ops::RangeInclusive<u8> = INODE.0..=DEAD_SPAN.0;
 
 /// Tables that are written for later and seldom read, history and indexes for those who collect and repair; no other
 /// machine has tables of these numbers.
 pub const PASSING: &[Table] =
-    &[Table::CLIENTS_BY_MINUTE, PAST_EDGE, PAST_CONTENT, TRANSIENT, BLOCK, DEAD_SPAN];
+    &[Table::CLIENTS_BY_MINUTE, PAST_EDGE, PAST_CONTENT, TRANSIENT, BLOCK, DEAD_SPAN, INLINE];
 
 fn key(slot: Slot, numbers: &[u64]) -> Key {
     let mut key = Key::with_capacity(1 + numbers.len() * 8);

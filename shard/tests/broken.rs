@@ -4,21 +4,24 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use clutch_proto::{
-    ContentId, InodeId, SpanId,
+    ContentId, InodeId, SpanId, Time,
+    limits::INLINE_OF_SHARD_BYTES_MAX,
     log::{Batch, Epoch},
     rules,
     shard::{
-        AddHole, CertifySpan, CertifySpanEntry, CollectContent, ContentRow, CreateFile, EdgeReply, EdgeRow,
-        ExtentRow, Genesis, InitiateSpan, InitiateSpanEntry, InodeRow, Layout, PastContentRow,
-        PublishContent, RemoveSpan, RemoveSpanEntry, RestoreContent, ServicesChanged, ShardEntry,
-        ShardRequest, StartContent, StartContentEntry, SwapSpans, Unlink, shard_entry::Body,
-        shard_reply::Reply, shard_request::Op,
+        AddHole, CertifySpan, CertifySpanEntry, CollectContent, ContentRow, CreateFile, CreateInline,
+        EdgeReply, EdgeRow, ExtentRow, ForgetEdge, Genesis, InitiateSpan, InitiateSpanEntry, InodeRow,
+        Layout, PastContentRow, PublishContent, RemoveSpan, RemoveSpanEntry, RestoreContent, ServicesChanged,
+        ShardEntry, ShardRequest, ShareRange, StartContent, StartContentEntry, SwapSpans, Unlink,
+        shard_entry::Body, shard_reply::Reply, shard_request::Op,
     },
     state::{Entry, entry::Kind},
-    types::{BlockService, Span, SpanShape},
+    types::{BlockService, Code, SnapshotPolicy, Span, SpanShape},
 };
 use clutch_shard::{Shard, ShardFacts, tables};
-use clutch_state::{Applier, EntryOutcome, Machine as _, MemoryStore, Store as _, Table, get_row};
+use clutch_state::{
+    Applier, EntryOutcome, Machine as _, MemoryStore, ProduceContext, Stop, Store as _, Table, get_row,
+};
 use prost::Message;
 
 const ROOT: u64 = InodeId::ROOT.raw();
@@ -134,6 +137,80 @@ fn a_directory_changes_after_its_edges() {
     replica.set(tables::INODE, &key, &InodeRow { edge_time: 1 << 60, ..row });
     let create = CreateFile { dir: ROOT, name: "f".into(), ..CreateFile::default() };
     replica.breaks(Op::CreateFile(create), "had an edge at");
+}
+
+#[test]
+fn inline_data_is_what_its_extent_names() {
+    let mut replica = Replica::new();
+    let data = Bytes::from(vec![1; 1000]);
+    let op = CreateInline { dir: ROOT, name: "f".into(), data: data.clone(), ..CreateInline::default() };
+    let Reply::Edge(file) = replica.done(Op::CreateInline(op).into()) else { panic!("an edge") };
+    let (id, content) = replica.content_of(file.target);
+    let request = ShardRequest { op: Some(Op::Layout(Layout { id: id.raw(), ..Layout::default() })) };
+    let read = |replica: &Replica| Shard::read(&*replica.store, &request, &ShardFacts::default());
+    read(&replica).expect("it is there");
+    let key = tables::INLINE.stored_key(&tables::extent_key(ContentId(content), 0));
+    for (row, words) in [(Some(Bytes::from(vec![2; 1000])), "other inline data"), (None, "no inline data")] {
+        replica.store.write(vec![(key.clone(), row)]).expect("writes");
+        let fault = read(&replica).expect_err(words);
+        assert!(format!("{fault:?}").contains(words), "{fault:?}");
+        let (wrong, _) = clutch_shard::invariants::check_shard(&*replica.store).expect("reads");
+        assert!(wrong.iter().any(|what| what.contains(words)), "{wrong:?}");
+    }
+    // What is removed is not read; the sum tells of one that was counted twice.
+    let write = vec![(key, Some(data)), (tables::INLINE_BYTES.stored_key(&[]), None)];
+    replica.store.write(write).expect("writes");
+    let unlink = Unlink { dir: ROOT, name: "f".into(), target: file.target, created_at: file.created_at };
+    let Reply::Edge(ended) = replica.done(Op::Unlink(unlink).into()) else { panic!("an edge") };
+    let policy = Some(SnapshotPolicy { age_ms: Some(0), ..SnapshotPolicy::default() });
+    let (target, ended_at) = (file.target, ended.created_at);
+    replica.done(Op::ForgetEdge(ForgetEdge { dir: ROOT, name: "f".into(), target, ended_at, policy }).into());
+    replica.breaks(Op::CollectContent(CollectContent { content }), "less inline data than is removed");
+}
+
+#[test]
+fn a_shard_takes_so_much_inline_data_and_no_more() {
+    let mut replica = Replica::new();
+    let file = |name: &'static str| CreateInline {
+        dir: ROOT,
+        name: name.into(),
+        data: vec![1; 1000].into(),
+        ..CreateInline::default()
+    };
+    let Reply::Edge(edge) = replica.done(Op::CreateInline(file("f")).into()) else { panic!("an edge") };
+    let (_, content) = replica.content_of(edge.target);
+    let share = |content, from_content, length| ShareRange {
+        content,
+        cookie: COOKIE,
+        from_content,
+        length,
+        ..ShareRange::default()
+    };
+    let (draft, plain) = (replica.content(ROOT), replica.edge("plain").target);
+    let plain = replica.content_of(plain).1;
+    let all = [
+        Op::CreateInline(file("g")),
+        Op::ShareRange(share(draft, content, 1000)),
+        // Nothing of it is copied into the table.
+        Op::ShareRange(share(draft, plain, 4)),
+    ];
+    for (room, taken) in [(1000, [true, true, true]), (999, [false, false, true])] {
+        let bytes = INLINE_OF_SHARD_BYTES_MAX - room;
+        let key = tables::INLINE_BYTES.stored_key(&[]);
+        replica.store.write(vec![(key, Some(bytes.to_be_bytes().to_vec().into()))]).expect("writes");
+        let produced = all.clone().map(|op| {
+            let mut random = || 1;
+            let mut context = ProduceContext { now: Time(1), random: &mut random };
+            let request = ShardRequest { op: Some(op) };
+            let facts = ShardFacts::default();
+            match Shard::produce(&*replica.store, request, None, &mut context, &facts) {
+                Ok(_) => true,
+                Err(Stop::Refused(refusal)) if refusal.code == Code::NoSpace => false,
+                Err(other) => panic!("{other}"),
+            }
+        });
+        assert_eq!(produced, taken, "with room for {room}");
+    }
 }
 
 #[test]

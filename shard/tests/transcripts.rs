@@ -37,6 +37,8 @@ fn row(table: Table, value: &[u8]) -> (&'static str, String) {
         tables::TRANSIENT => ("transient", String::new()),
         tables::DEAD_SPAN => ("dead span", String::new()),
         tables::BLOCK => ("block", value.iter().map(|byte| format!("{byte:02x}")).collect()),
+        tables::INLINE_BYTES => ("inline bytes", value.iter().map(|byte| format!("{byte:02x}")).collect()),
+        tables::INLINE => ("inline data", format!("{} bytes", value.len())),
         other => panic!("{other:?} is in no transcript"),
     }
 }
@@ -211,6 +213,56 @@ fn directories() -> String {
     t.0.text
 }
 
+fn inline() -> String {
+    let mut t = Transcript::new();
+    t.title("a small file lies in the metadata, its bytes beside its extent");
+    let data = Bytes::from(vec![b'x'; 300]);
+    let op = CreateInline { dir: ROOT, name: "f".into(), mode: 0o644, data, ..CreateInline::default() };
+    let Some(Reply::Edge(file)) = t.entry(Op::CreateInline(op.clone())) else { panic!("an edge") };
+    t.entry(Op::CreateInline(CreateInline { name: "g".into(), data: Bytes::new(), ..op.clone() }));
+    t.entry(Op::CreateInline(op));
+    let Some(Reply::Layout(layout)) = t.read(Op::Layout(Layout { id: file.target, ..Layout::default() }))
+    else {
+        panic!("a layout")
+    };
+    let content = layout.content;
+
+    t.title("a part of it is shared, and lies by itself");
+    let other = t.content(file.target);
+    let share = |offset, from_offset, length| ShareRange {
+        content: other,
+        cookie: COOKIE,
+        offset,
+        from_content: content,
+        from_offset,
+        length,
+    };
+    t.entry(Op::ShareRange(share(0, 10, 280)));
+    t.entry(Op::ShareRange(share(280, 290, 10)));
+    let publish = PublishContent {
+        id: file.target,
+        content: other,
+        cookie: COOKIE,
+        expected_content: content,
+        dir: ROOT,
+        ..PublishContent::default()
+    };
+    t.entry(Op::PublishContent(publish));
+    t.read(Op::Layout(Layout { id: file.target, ..Layout::default() }));
+
+    t.title("what was before goes with its bytes");
+    let Some(Reply::ContentHistory(past)) =
+        t.read(Op::ContentHistory(ContentHistory { id: file.target, after: 0 }))
+    else {
+        panic!("a history")
+    };
+    t.0.stamp = LATER;
+    let ended_at = past.past[0].ended_at;
+    t.entry(Op::ForgetContent(ForgetContent { id: file.target, content, policy: forget(), ended_at }));
+    t.entry(Op::CollectContent(CollectContent { content }));
+    t.0.text
+}
+
 fn contents() -> String {
     let mut t = Transcript::new();
     t.services();
@@ -380,6 +432,7 @@ fn every_operation_does_what_its_transcript_says() {
         ("files", files()),
         ("directories", directories()),
         ("contents", contents()),
+        ("inline", inline()),
         ("spans", spans()),
         ("collection", collection()),
     ];

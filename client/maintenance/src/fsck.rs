@@ -15,8 +15,11 @@ use clutch_proto::{
     mutants::{self, Mutant},
     session::Role,
 };
-use clutch_shard::{invariants, tables::BY_SLOT};
-use clutch_state::{MemoryStore, Store as _, Table, applier::Rescanner};
+use clutch_shard::{
+    invariants::{self, InlineRows},
+    tables::{BY_SLOT, INLINE, INLINE_BYTES},
+};
+use clutch_state::{MemoryStore, Store as _, Table, applier::Rescanner, hash::digest};
 
 /// Rounds that must agree before something is called wrong: what moves between two of them is no fault.
 const ROUNDS: usize = 3;
@@ -181,16 +184,20 @@ impl Scan<'_> {
     }
 
     /// Takes the rows between two keys into the comparison with the stored hashes.
-    async fn rescan(&mut self, after: &[u8], until: &[u8], rescanner: &mut Rescanner) -> Result<()> {
-        let mut after = after.to_vec();
+    /// Returns the shard's sum of its inline data, where that lies between them.
+    async fn rescan(&mut self, after: &[u8], until: &[u8], rescanner: &mut Rescanner) -> Result<Bytes> {
+        let (mut after, mut sum) = (after.to_vec(), Bytes::new());
         loop {
             let (rows, is_last) = self.page(&after, until, SCAN_BYTES_MAX).await?;
             for row in &rows {
                 let (table, key) = parts_of(row)?;
                 rescanner.row(table, key, &row.value);
+                if table == INLINE_BYTES {
+                    sum = row.value.clone();
+                }
             }
             if is_last {
-                return Ok(());
+                return Ok(sum);
             }
             after = rows.last().map(|row| row.key.to_vec()).unwrap_or_default();
         }
@@ -250,25 +257,31 @@ async fn facts_of(scan: &mut Scan<'_>, checked: &mut Checked) -> Result<invarian
     let mut rescanner = Rescanner::default();
     let mut wrong = Vec::new();
     let mut facts = invariants::Facts::default();
-    scan.rescan(&[], &[*BY_SLOT.start()], &mut rescanner).await?;
+    let sum = scan.rescan(&[], &[*BY_SLOT.start()], &mut rescanner).await?;
     let mut cursors: Vec<Cursor> = BY_SLOT
+        .chain([INLINE.0])
         .map(|table| Cursor { table, rows: VecDeque::new(), after: end_of(table - 1), is_last: false })
         .collect();
     for slot in 0..=255u8 {
-        let store = MemoryStore::new();
+        let (store, mut inline) = (MemoryStore::new(), InlineRows::new());
         for cursor in &mut cursors {
             let mut rows = Vec::new();
             while let Some(row) = cursor.next(scan, slot).await? {
                 let (table, key) = parts_of(&row)?;
                 rescanner.row(table, key, &row.value);
-                rows.push((row.key[..].into(), Some(row.value)));
+                if table == INLINE {
+                    // The bytes may be many.
+                    inline.insert(row.key.slice(1..), (row.value.len() as u64, digest(&row.value)));
+                } else {
+                    rows.push((row.key[..].into(), Some(row.value)));
+                }
             }
             store.write(rows)?;
         }
-        if store.is_empty() {
+        if store.is_empty() && inline.is_empty() {
             continue;
         }
-        let work = client.runtime().blocking(move || invariants::check_shard(&store)).await;
+        let work = client.runtime().blocking(move || invariants::check_slots(&store, &inline)).await;
         let (found, mut of_slot) = work.context("the check did not finish")??;
         wrong.extend(found);
         checked.counts.add(&of_slot);
@@ -276,8 +289,16 @@ async fn facts_of(scan: &mut Scan<'_>, checked: &mut Checked) -> Result<invarian
         of_slot.blocks = Vec::new();
         facts.add(of_slot);
     }
-    // Tables that come after, if a later build made some. The scan ends with them.
-    scan.rescan(&end_of(*BY_SLOT.end()), &[], &mut rescanner).await?;
+    // Other tables, if a later build made some. The scan ends with them.
+    scan.rescan(&end_of(*BY_SLOT.end()), &[INLINE.0], &mut rescanner).await?;
+    scan.rescan(&end_of(INLINE.0), &[], &mut rescanner).await?;
+    let is_sum = match &sum[..] {
+        [] => facts.inline_bytes == 0,
+        sum => sum == facts.inline_bytes.to_be_bytes(),
+    };
+    if !is_sum {
+        wrong.push(format!("{} bytes of inline data are not what the shard says", facts.inline_bytes));
+    }
     let rescan = rescanner.finish()?;
     checked.rows += rescan.rows;
     let found = wrong.into_iter().chain(rescan.differences);

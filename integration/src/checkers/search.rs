@@ -11,7 +11,9 @@ use clutch_client::{ClientError, Freshness};
 use clutch_proto::{
     cdc::{CdcReply, CdcRequest, cdc_request},
     session::Role,
-    shard::{ShardReply, shard_reply::Reply, shard_request::Op},
+    shard::{
+        CreateFile, CreateInline, CreateSymlink, LinkFile, ShardReply, shard_reply::Reply, shard_request::Op,
+    },
     types::Code,
 };
 use prost::Message as _;
@@ -213,17 +215,16 @@ fn acts(record: &Record) -> Vec<(Name, Request)> {
     }
     let request = clutch_proto::shard::ShardRequest::decode(record.call.body.clone());
     let Some(op) = request.ok().and_then(|r| r.op) else { return vec![] };
-    let edge = match result {
-        Some(Ok(bytes)) => match ShardReply::decode(bytes.clone()).ok().and_then(|r| r.reply) {
-            Some(Reply::Edge(edge)) => Some((edge.target, edge.created_at)),
-            _ => None,
-        },
+    let answered = |bytes: &bytes::Bytes| ShardReply::decode(bytes.clone()).ok()?.reply;
+    let edge = match result.as_ref().and_then(|result| answered(result.as_ref().ok()?)) {
+        Some(Reply::Edge(edge)) => Some((edge.target, edge.created_at)),
         _ => None,
     };
     match op {
-        Op::CreateFile(op) => put((op.dir, op.name), edge, op.replace),
-        Op::CreateSymlink(op) => put((op.dir, op.name), edge, op.replace),
-        Op::LinkFile(op) => put((op.dir, op.name), edge, op.replace),
+        Op::CreateFile(CreateFile { dir, name, replace, .. })
+        | Op::CreateInline(CreateInline { dir, name, replace, .. })
+        | Op::CreateSymlink(CreateSymlink { dir, name, replace, .. })
+        | Op::LinkFile(LinkFile { dir, name, replace, .. }) => put((dir, name), edge, replace),
         Op::Undelete(op) => put((op.dir, op.new_name), edge, false),
         Op::Unlink(op) => take((op.dir, op.name), op.target, op.created_at),
         Op::RenameInDirectory(op) if op.old_name != op.new_name => {

@@ -88,17 +88,7 @@ pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
                 .filter_map(|(key, p)| Some((tables::parse_pair(&key)?, (p.content, p.dir))))
                 .collect();
         compare("past content", &past_contents, &oracle.past_contents, &mut wrong);
-        let extents: BTreeMap<(u64, u64), (u64, Source)> = rows::<ExtentRow>(store, tables::EXTENT)
-            .into_iter()
-            .filter_map(|(key, e)| {
-                let source = match e.source? {
-                    extent_row::Source::Inline(data) => Source::Inline(data),
-                    extent_row::Source::Hole(_) => Source::Hole,
-                    extent_row::Source::Span(range) => Source::Span(range.span_id, range.offset),
-                };
-                Some((tables::parse_pair(&key)?, (e.length, source)))
-            })
-            .collect();
+        let extents = extents(store);
         let expected = oracle
             .contents
             .iter()
@@ -121,4 +111,21 @@ pub fn check(evidence: &Evidence, replayed: &Replayed) -> Vec<Violation> {
             .extend(wrong.into_iter().take(5).map(|what| Violation::new("oracle", format!("{id}: {what}"))));
     }
     violations
+}
+
+/// Lengths and sources of all extents, by content and offset.
+fn extents(store: &MemoryStore) -> BTreeMap<(u64, u64), (u64, Source)> {
+    let rows = rows::<ExtentRow>(store, tables::EXTENT).into_iter();
+    let extents = rows.filter_map(|(key, extent)| {
+        let source = match extent.source? {
+            extent_row::Source::Inline(data) => Source::Inline(data),
+            extent_row::Source::Apart(_) => {
+                Source::Inline(store.get(tables::INLINE, &key).ok()?.unwrap_or_default())
+            }
+            extent_row::Source::Hole(_) => Source::Hole,
+            extent_row::Source::Span(range) => Source::Span(range.span_id, range.offset),
+        };
+        Some((tables::parse_pair(&key)?, (extent.length, source)))
+    });
+    extents.collect()
 }

@@ -181,7 +181,7 @@ impl ShardOracle {
         if end > from.size {
             return Err(Code::InvalidArgument);
         }
-        let mut pieces = Vec::new();
+        let (mut pieces, mut copied) = (Vec::new(), 0);
         for (at, length, source) in &from.extents {
             let (begin, stop) = ((*at).max(op.from_offset), (at + length).min(end));
             if begin >= stop {
@@ -190,6 +190,7 @@ impl ShardOracle {
             let skip = begin - at;
             let source = match source {
                 Source::Inline(data) => {
+                    copied += if data.len() > INLINE_BYTES_MAX { stop - begin } else { 0 };
                     Source::Inline(data.slice(skip as usize..(skip + stop - begin) as usize))
                 }
                 Source::Hole => Source::Hole,
@@ -197,7 +198,7 @@ impl ShardOracle {
             };
             pieces.push((stop - begin, source));
         }
-        if pieces.len() > EXTENTS_PER_ENTRY_MAX {
+        if pieces.len() > EXTENTS_PER_ENTRY_MAX || copied > 65_536 {
             return Err(Code::TooLarge);
         }
         for (length, source) in pieces {
@@ -249,6 +250,16 @@ impl ShardOracle {
             content.file = op.id;
         }
         self.replace_content(op.id, op.content, op.mtime, op.dir)
+    }
+
+    /// A file's content of these bytes, all in the metadata.
+    pub(super) fn whole_content(&mut self, slot: u8, file: u64, data: Bytes) -> u64 {
+        let counter = self.counter(slot);
+        counter.content += 1;
+        let (id, size) = (counter.content << 8 | u64::from(slot), data.len() as u64);
+        let extents = vec![(0, size, Source::Inline(data))];
+        self.contents.insert(id, Content { size, file, extents, ..Content::default() });
+        id
     }
 
     pub(super) fn restore(&mut self, op: &RestoreContent) -> Outcome {
@@ -367,6 +378,7 @@ impl ShardOracle {
                 Ok(PolicyPart::Spans) => policy.spans = None,
                 Ok(PolicyPart::Storage) => policy.storage = None,
                 Ok(PolicyPart::Stripe) => policy.stripe = None,
+                Ok(PolicyPart::Inline) => policy.inline = None,
                 _ => return Err(Code::InvalidArgument),
             }
         }
@@ -381,6 +393,9 @@ impl ShardOracle {
         }
         if change.stripe.is_some() {
             policy.stripe = change.stripe;
+        }
+        if change.inline.is_some() {
+            policy.inline = change.inline;
         }
         let (time, is_empty) = (self.time, policy == DirectoryPolicy::default());
         let row = self.inodes.get_mut(&op.id).ok_or(Code::NotFound)?;
@@ -410,5 +425,6 @@ fn is_possible(policy: &DirectoryPolicy) -> bool {
     let stripe = policy
         .stripe
         .is_none_or(|s| s.cell_size > 0 && s.cell_size % 4096 == 0 && s.cell_size <= CELL_BYTES_MAX);
-    snapshot && spans && storage && stripe
+    let inline = policy.inline.is_none_or(|i| i.size_max == 0 || (255..=65_536).contains(&i.size_max));
+    snapshot && spans && storage && stripe && inline
 }

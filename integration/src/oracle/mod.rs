@@ -18,7 +18,7 @@ use bytes::Bytes;
 use clutch_log::Position;
 use clutch_proto::{
     InodeId, InodeKind,
-    limits::{INLINE_BYTES_MAX, SYMLINK_BYTES_MAX},
+    limits::{INLINE_BYTES_MAX, INLINE_FILE_BYTES_MAX, SYMLINK_BYTES_MAX},
     name,
     shard::*,
     state::{self, entry::Kind},
@@ -230,6 +230,7 @@ impl ShardOracle {
     fn change(&mut self, op: Op) -> Outcome {
         match op {
             Op::CreateFile(op) => self.create_file(op),
+            Op::CreateInline(op) => self.create_inline(op),
             Op::CreateSymlink(op) => self.create_symlink(op),
             Op::LinkFile(op) => self.link_file(op),
             Op::RenameInDirectory(op) => self.rename(op),
@@ -395,18 +396,26 @@ impl ShardOracle {
         if op.data.len() > INLINE_BYTES_MAX {
             return Err(Code::TooLarge);
         }
+        self.create(op)
+    }
+
+    fn create_inline(&mut self, op: CreateInline) -> Outcome {
+        self.live(op.dir)?;
+        if op.data.is_empty() || op.data.len() > INLINE_FILE_BYTES_MAX {
+            return Err(Code::TooLarge);
+        }
+        let CreateInline { dir, name, mode, uid, gid, mtime, data, replace } = op;
+        self.create(CreateFile { dir, name, mode, uid, gid, mtime, data, replace })
+    }
+
+    fn create(&mut self, op: CreateFile) -> Outcome {
         self.may_insert(op.dir, &op.name, false, op.replace)?;
         let slot = op.dir as u8;
         let id = self.next_inode(InodeKind::File, slot);
         let mut row = self.new_inode(op.mode, op.uid, op.gid, op.mtime);
         if !op.data.is_empty() {
-            let counter = self.counter(slot);
-            counter.content += 1;
-            row.content = counter.content << 8 | u64::from(slot);
             row.size = op.data.len() as u64;
-            let extents = vec![(0, row.size, Source::Inline(op.data))];
-            self.contents
-                .insert(row.content, Content { size: row.size, file: id, extents, ..Content::default() });
+            row.content = self.whole_content(slot, id, op.data);
         }
         self.inodes.insert(id, row);
         Ok(self.insert(op.dir, &op.name, id))

@@ -186,8 +186,9 @@ fn copy_checkpoint(from: &Path, home: &Path) -> io::Result<()> {
         let path = entry?.path();
         let Some(name) = path.file_name() else { continue };
         let to = new.join(name);
-        let is_table = path.extension().is_some_and(|extension| extension == "sst");
-        if !is_table || fs::hard_link(&path, &to).is_err() {
+        // Nobody changes these any more.
+        let is_whole = path.extension().is_some_and(|extension| extension == "sst" || extension == "blob");
+        if !is_whole || fs::hard_link(&path, &to).is_err() {
             fs::copy(&path, &to)?;
             fs::File::open(&to)?.sync_all()?;
         }

@@ -198,6 +198,8 @@ impl<M: Machine> Replica<M> {
             config: log.config.0,
             level_known: self.config.level,
             level: self.applier.level(),
+            // A store that has failed says nothing more; that is said above.
+            inline_bytes: M::inline_bytes(&**self.applier.store()).unwrap_or(0),
             ..StatusReply::default()
         };
         Ok(AdminReply { status: Some(status), ..AdminReply::default() })
@@ -325,23 +327,20 @@ fn page(view: &dyn View, after: &[u8], until: &[u8], limit: usize) -> Result<(Ve
     let mut bytes = 0;
     let first = after.first().copied().unwrap_or(0);
     for table in first..=255 {
-        let mut from =
+        let from =
             if table == first && !after.is_empty() { [&after[1..], &[0]].concat() } else { Vec::new() };
-        loop {
-            let found = view.scan(Table(table), &from, &[], 512)?;
-            let Some((last, _)) = found.last() else { break };
-            from = [last, &[0][..]].concat();
-            for (key, value) in found {
-                let key = Table(table).stored_key(&key);
-                if !until.is_empty() && key[..] >= *until {
-                    return Ok((rows, true));
-                }
+        let mut is_behind = false;
+        view.visit(Table(table), &from, &[], &mut |key, value| {
+            let key = Table(table).stored_key(key);
+            is_behind = !until.is_empty() && key[..] >= *until;
+            if !is_behind {
                 bytes += key.len() + value.len() + 16;
-                rows.push(Row { key: key.into_vec().into(), value });
-                if bytes >= limit {
-                    return Ok((rows, false));
-                }
+                rows.push(Row { key: key.into_vec().into(), value: Bytes::copy_from_slice(value) });
             }
+            !is_behind && bytes < limit
+        })?;
+        if is_behind || bytes >= limit {
+            return Ok((rows, is_behind));
         }
     }
     Ok((rows, true))

@@ -8,7 +8,6 @@ use clutch_proto::{
     Refusal, level,
     mutants::{self, Mutant},
     state::entry::Kind,
-    types::Code,
 };
 use clutch_runtime::BoxFuture;
 use clutch_state::machine::Machine;
@@ -42,7 +41,7 @@ impl<M: Machine> Replica<M> {
             let asked = (self.config.ask_levels)();
             self.level_polls.push(Box::pin(async move { Known { reign, wanted, levels: asked.await } }));
         }
-        Some(Refusal::new(Code::NotReady, text))
+        Some(Refusal::new(level::code_of(wanted), text))
     }
 
     /// Why members cannot be changed once more: an older build would end at the record.

@@ -45,6 +45,10 @@ pub(crate) struct Cli {
     /// reported as unknown.
     #[arg(long, global = true, default_value_t = 30, value_name = "SECONDS")]
     pub(crate) patience_s: u64,
+    /// Files of up to this size lie in the metadata where no directory says otherwise (`clutch fs policy`); 0 for those of at most 255
+    /// bytes alone.
+    #[arg(long, global = true, env = "CLUTCH_INLINE_MAX", value_parser = parse_size, default_value = "4K", value_name = "SIZE", hide_short_help = true)]
+    pub(crate) inline_default: u32,
     /// The cluster's key, which changing or examining its insides needs: `keys/cluster.key` in the directory of any node. A node that
     /// runs on this machine under the same user needs not be named.
     #[arg(long, global = true, env = "CLUTCH_KEY", value_name = "FILE")]
@@ -601,6 +605,10 @@ pub(crate) enum PolicyCommand {
         /// About the size of the cells that spans are cut into.
         #[arg(long, value_parser = parse_size, value_name = "SIZE")]
         cell_size: Option<u32>,
+        /// Files of up to this size lie in the metadata, with one request each: 255 to 64K, or 0 for those of at most 255 bytes alone, which
+        /// always do.
+        #[arg(long, value_parser = parse_size, value_name = "SIZE")]
+        inline_max: Option<u32>,
         /// Inherit these again.
         #[arg(long, value_delimiter = ',', value_enum)]
         inherit: Vec<Part>,
@@ -627,6 +635,8 @@ pub(crate) enum Part {
     Storage,
     /// Size of cells.
     CellSize,
+    /// Sizes of files in the metadata.
+    InlineMax,
 }
 
 fn parse_age(text: &str) -> Result<Keep<u64>, String> {

@@ -137,8 +137,12 @@ async fn run(cli: Cli) -> Result<ExitCode> {
     let runtime = production::runtime();
     let client_with = |key: Option<[u8; 32]>| {
         let registry = args::parse_registry(&cli.registry).map_err(anyhow::Error::msg)?;
-        let options =
-            ClientOptions { patience: cli.patience(), keys: key.map(Into::into), ..ClientOptions::default() };
+        let options = ClientOptions {
+            patience: cli.patience(),
+            inline_bytes: cli.inline_default,
+            keys: key.map(Into::into),
+            ..ClientOptions::default()
+        };
         anyhow::Ok(Client::new(production::runtime(), registry, options))
     };
     let client = || client_with(None);

@@ -131,7 +131,8 @@ fn policies_are_set_inherited_and_shown() {
     let get = |path: &str| cluster.json(&["fs", "policy", "get", "--json", path]);
     let default = get("/a/b");
     assert_eq!(default["keep"]["age_ms"], 604_800_000u64);
-    assert_eq!(default["spans"]["classes"][0]["data_blocks"], 4);
+    assert_eq!(default["spans"]["classes"][0]["data_blocks"], 1, "small spans are mirrored");
+    assert_eq!(default["spans"]["classes"][1]["data_blocks"], 4);
     cluster.ok(&[
         "fs",
         "policy",
@@ -162,6 +163,29 @@ fn policies_are_set_inherited_and_shown() {
     std::fs::write(&file, noise(3 << 20, 1)).expect("writes");
     cluster.ok(&["fs", "put", file.to_str().expect("text"), "/a/b/large"]);
     assert_eq!((count()["spans"].as_u64(), count()["blocks"].as_u64()), (Some(4), Some(12)));
+    // What is smaller lies in the metadata, unless the directory says otherwise.
+    for (name, inline_max, spans) in
+        [("tiny", None, 4), ("tiny-in-blocks", Some("0"), 5), ("small-inline", Some("16K"), 5)]
+    {
+        let bytes = noise(if name == "small-inline" { 10_000 } else { 3000 }, 2);
+        std::fs::write(&file, &bytes).expect("writes");
+        if let Some(inline_max) = inline_max {
+            cluster.ok(&["fs", "policy", "set", "/a/b", "--inline-max", inline_max]);
+        }
+        let path = format!("/a/b/{name}");
+        cluster.ok(&["fs", "put", file.to_str().expect("text"), &path]);
+        assert_eq!(count()["spans"].as_u64(), Some(spans), "{name}");
+        let back = temp.path().join("back");
+        cluster.ok(&["fs", "get", &path, back.to_str().expect("text")]);
+        assert!(std::fs::read(&back).expect("reads") == bytes);
+        std::fs::remove_file(back).expect("removes");
+    }
+    assert_eq!(get("/a/b")["inline"]["size_max"], 16_384);
+    cluster.ok(&["fs", "policy", "set", "/a/b", "--inherit", "inline-max"]);
+    assert_eq!(
+        (get("/a/b")["inline"]["size_max"].as_u64(), &get("/a/b")["inline"]["from"]),
+        (Some(4096), &"default".into())
+    );
     cluster.ok(&["fs", "policy", "set", "/a/b", "--inherit", "spans"]);
     assert_eq!(get("/a/b")["spans"]["from"], "default");
     for (words, arguments) in [
@@ -169,6 +193,7 @@ fn policies_are_set_inherited_and_shown() {
         ("order of their sizes", &["fs", "policy", "set", "/a", "--spans", "1M=2+1,64K=1+2"]),
         ("not a directory", &["fs", "policy", "set", "/a/b/small", "--keep-age", "1d"]),
         ("versions", &["fs", "policy", "set", "/a", "--keep-versions", "100000"]),
+        ("255 to 65536", &["fs", "policy", "set", "/a", "--inline-max", "128K"]),
     ] {
         let text = cluster.fails(1, arguments);
         assert!(text.contains(words), "{arguments:?} says {text:?}, not {words:?}");

@@ -27,7 +27,7 @@ pub use draft::Draft;
 pub use error::ClientError;
 pub use files::{Created, DirCursor, FileAttributes};
 pub use path::{Resolved, means_directory};
-pub use policy::WritePolicy;
+pub use policy::{INLINE_FILE_BYTES_DEFAULT, MIRROR_BYTES_DEFAULT, WritePolicy};
 pub use registries::Registries;
 pub use rpc::{AnsweredAt, Call, Client, ClientOptions, Freshness, Observer, Reads};
 pub use source::ContentSource;

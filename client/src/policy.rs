@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use clutch_proto::{
-    InodeId,
-    limits::{PATH_DEPTH_MAX, SNAPSHOT_AGE_MS_DEFAULT},
+    InodeId, Refusal,
+    limits::{INLINE_FILE_BYTES_MAX, PATH_DEPTH_MAX, SNAPSHOT_AGE_MS_DEFAULT},
     shard::{SetPolicy, shard_request::Op},
-    types::{Attributes, DirectoryPolicy, PolicyPart, SnapshotPolicy},
+    types::{Attributes, Code, DirectoryPolicy, PolicyPart, SnapshotPolicy},
 };
 
 use crate::{
@@ -17,10 +17,20 @@ use crate::{
 
 /// How long a policy is believed.
 const POLICY_LIFETIME: Duration = Duration::from_secs(5);
+/// How long the members of a shard's log may take to say whether they know of what is new in a policy.
+const LEVEL_PATIENCE: Duration = Duration::from_secs(3);
+/// Pause before the shard is asked again.
+const LEVEL_PAUSE: Duration = Duration::from_millis(50);
 /// Directories whose policies are remembered.
 const POLICIES_MAX: usize = 4096;
 const SPAN_BYTES_DEFAULT: u32 = 8 << 20;
 const CELL_BYTES_DEFAULT: u32 = 1 << 20;
+/// Spans of up to so many bytes are mirrored where no directory says otherwise: cut into the blocks of a code they would take twice the
+/// files and syncs, and not less space.
+pub const MIRROR_BYTES_DEFAULT: u32 = 16 << 10;
+/// Files of up to so many bytes lie in the metadata where no directory says otherwise: more than half of a source tree's, with few of
+/// its bytes.
+pub const INLINE_FILE_BYTES_DEFAULT: u32 = 4 << 10;
 
 /// How bytes become spans.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,13 +41,31 @@ pub struct WritePolicy {
     storage: Vec<(u32, u32)>,
     /// About the size of a cell.
     pub(crate) cell_size: u32,
+    /// Files of up to so many bytes lie in the metadata.
+    pub(crate) inline_bytes: usize,
 }
 
 impl WritePolicy {
     /// One code for everything.
     pub fn plain(span_bytes: u32, data_blocks: u32, parity_blocks: u32) -> WritePolicy {
         let classes = vec![(span_bytes.max(1), data_blocks.max(1), parity_blocks)];
-        WritePolicy { classes, storage: Vec::new(), cell_size: CELL_BYTES_DEFAULT }
+        WritePolicy { classes, storage: Vec::new(), cell_size: CELL_BYTES_DEFAULT, inline_bytes: 0 }
+    }
+
+    /// The same, with copies of one block, as many as are lost with any disks that the code bears, for spans of up to a size.
+    fn with_mirrors(mut self, up_to: u32) -> WritePolicy {
+        match self.classes[..] {
+            [(size_max, data, parity)] if data > 1 && parity > 0 && (1..size_max).contains(&up_to) => {
+                self.classes.insert(0, (up_to, 1, parity));
+            }
+            _ => {}
+        }
+        self
+    }
+
+    /// The codes by size: up to so many bytes, data and parity blocks; in the order of the sizes.
+    pub fn classes(&self) -> &[(u32, u32, u32)] {
+        &self.classes
     }
 
     /// Data and parity blocks of a span of that size.
@@ -56,6 +84,11 @@ impl WritePolicy {
         self.cell_size
     }
 
+    /// Files of up to so many bytes lie in the metadata.
+    pub fn inline_bytes(&self) -> u32 {
+        self.inline_bytes as u32
+    }
+
     /// Where blocks of that size go.
     pub fn storage_class_of(&self, block_bytes: u32) -> u32 {
         self.storage.iter().rev().find(|s| block_bytes >= s.0).map_or(0, |s| s.1)
@@ -69,11 +102,13 @@ fn inherit(own: DirectoryPolicy, above: &DirectoryPolicy) -> DirectoryPolicy {
         spans: own.spans.or_else(|| above.spans.clone()),
         storage: own.storage.or_else(|| above.storage.clone()),
         stripe: own.stripe.or(above.stripe),
+        inline: own.inline.or(above.inline),
     }
 }
 
 fn is_whole(policy: &DirectoryPolicy) -> bool {
-    policy.snapshot.is_some() && policy.spans.is_some() && policy.storage.is_some() && policy.stripe.is_some()
+    let DirectoryPolicy { snapshot, spans, storage, stripe, inline } = policy;
+    snapshot.is_some() && spans.is_some() && storage.is_some() && stripe.is_some() && inline.is_some()
 }
 
 impl Client {
@@ -130,7 +165,8 @@ impl Client {
         let found = self.effective_policy(dir).await?;
         let default = self.map().await?.default_policy.unwrap_or_default();
         let span_bytes = if default.span_size_max == 0 { SPAN_BYTES_DEFAULT } else { default.span_size_max };
-        let mut policy = WritePolicy::plain(span_bytes, default.data_blocks, default.parity_blocks);
+        let mut policy = WritePolicy::plain(span_bytes, default.data_blocks, default.parity_blocks)
+            .with_mirrors(self.inner.options.mirror_bytes);
         if let Some(spans) = found.spans {
             policy.classes =
                 spans.classes.iter().map(|c| (c.size_max, c.data_blocks, c.parity_blocks)).collect();
@@ -139,6 +175,9 @@ impl Client {
             policy.storage = storage.classes.iter().map(|c| (c.size_min, c.storage_class)).collect();
         }
         policy.cell_size = found.stripe.map_or(CELL_BYTES_DEFAULT, |s| s.cell_size);
+        let inline = found.inline.map_or(self.inner.options.inline_bytes, |inline| inline.size_max);
+        // What is not inline after all fits into the first span.
+        policy.inline_bytes = (inline as usize).min(INLINE_FILE_BYTES_MAX).min(policy.span_bytes() - 1);
         Ok(policy)
     }
 
@@ -162,12 +201,28 @@ impl Client {
         policy: DirectoryPolicy,
         inherit: &[PolicyPart],
     ) -> Result<Attributes, ClientError> {
-        let inherit = inherit.iter().map(|part| *part as i32).collect();
+        let (inherit, wanted) = (inherit.iter().map(|part| *part as i32).collect(), policy.inline);
         let op = Op::SetPolicy(SetPolicy { id: dir.raw(), policy: Some(policy), inherit });
-        let reply = self.shard(op).await;
+        let clock = &self.inner.runtime.clock;
+        let end = clock.monotonic() + LEVEL_PATIENCE;
+        let reply = loop {
+            match self.shard(op.clone()).await {
+                // The shard's members are being asked whether they know of it.
+                Err(error) if error.code() == Some(Code::NotAgreed) && clock.monotonic() < end => {
+                    clock.sleep(LEVEL_PAUSE).await;
+                }
+                reply => break reply,
+            }
+        };
         // Of this directory and of all that inherit from it.
         lock(&self.inner.policies).known.clear();
-        attributes_of(reply?)
+        let attributes = attributes_of(reply?)?;
+        let is_set = attributes.policy.as_ref().and_then(|policy| policy.inline) == wanted;
+        if wanted.is_some() && !is_set {
+            let text = "the build that leads the shard's log does not know inline data; the rest of the policy is set";
+            return Err(Refusal::new(Code::Unsupported, text).into());
+        }
+        Ok(attributes)
     }
 }
 
@@ -186,12 +241,27 @@ mod tests {
             classes: vec![(65_536, 1, 2), (1 << 20, 4, 2), (8 << 20, 10, 4)],
             storage: vec![(65_536, 1), (1 << 20, 2)],
             cell_size: 4096,
+            inline_bytes: 0,
         };
         assert_eq!(policy.code_of(1), (1, 2));
         assert_eq!(policy.code_of(65_537), (4, 2));
         assert_eq!(policy.code_of(100 << 20), (10, 4));
         assert_eq!([1, 65_536, 1 << 19, 4 << 20].map(|b| policy.storage_class_of(b)), [0, 1, 1, 2]);
         assert_eq!(policy.span_bytes(), 8 << 20);
+    }
+
+    #[test]
+    fn small_spans_are_mirrored_where_a_code_has_parity() {
+        let codes = |data, parity| {
+            let policy = WritePolicy::plain(8 << 20, data, parity).with_mirrors(MIRROR_BYTES_DEFAULT);
+            [16 << 10, (16 << 10) + 1].map(|size| policy.code_of(size))
+        };
+        assert_eq!(codes(4, 2), [(1, 2), (4, 2)]);
+        assert_eq!(codes(10, 4), [(1, 4), (10, 4)]);
+        for (data, parity) in [(1, 1), (1, 2), (4, 0)] {
+            assert_eq!(codes(data, parity), [(data, parity); 2]);
+        }
+        assert_eq!(WritePolicy::plain(4096, 4, 2).with_mirrors(MIRROR_BYTES_DEFAULT).code_of(1), (4, 2));
     }
 
     #[test]

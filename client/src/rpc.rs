@@ -31,6 +31,7 @@ use prost::Message as _;
 use crate::{
     caches::{EdgeCache, PolicyCache},
     error::ClientError,
+    policy::{INLINE_FILE_BYTES_DEFAULT, MIRROR_BYTES_DEFAULT},
     registries::Registries,
     routes::Routes,
     seen::{Began, Seen},
@@ -123,6 +124,11 @@ pub struct ClientOptions {
     /// MiB of files that are in memory at a time, on their way in or out, all of this client's transfers together. A span
     /// that takes more is alone.
     pub memory_mib_max: u32,
+    /// Files of up to so many bytes lie in the metadata where no directory says otherwise; more than the shortest only where all
+    /// members of the shard's log know of it.
+    pub inline_bytes: u32,
+    /// Spans of up to so many bytes are mirrored where no directory says otherwise.
+    pub mirror_bytes: u32,
     /// Whom reads are asked of.
     pub reads: Reads,
     /// The clock of the node that the client is part of, so that what it sends is above all that the node has seen, and what the
@@ -143,6 +149,8 @@ impl Default for ClientOptions {
             cache_lifetime: Duration::from_secs(1),
             cache_entries_max: 16_384,
             memory_mib_max: 64,
+            inline_bytes: INLINE_FILE_BYTES_DEFAULT,
+            mirror_bytes: MIRROR_BYTES_DEFAULT,
             reads: Reads::Leader,
             clock: None,
             keys: None,
@@ -177,6 +185,8 @@ pub(crate) struct Inner {
     pub(crate) less_parity: AtomicU64,
     /// When the last of them was.
     pub(crate) less_parity_at: Mutex<Option<Duration>>,
+    /// Until when files of a slot are not given to its shard as inline data, which would not take one.
+    pub(crate) inline_not_before: Mutex<std::collections::BTreeMap<u8, Duration>>,
 }
 
 #[derive(Default)]
@@ -299,6 +309,7 @@ impl Client {
                 suspects: Mutex::default(),
                 less_parity: AtomicU64::new(0),
                 less_parity_at: Mutex::default(),
+                inline_not_before: Mutex::default(),
             }),
         }
     }

@@ -15,15 +15,17 @@ use clutch_proto::{
     InodeId, Refusal,
     blocks::{WriteBlock, blocks_request},
     limits::{AVOID_MAX, INLINE_BYTES_MAX},
-    shard::{CertifySpan, CreateFile, InitiateSpan, shard_reply::Reply, shard_request::Op},
+    shard::{CertifySpan, CreateFile, CreateInline, InitiateSpan, shard_reply::Reply, shard_request::Op},
     types::{Block, Code, Span},
 };
+use clutch_runtime::Held;
 use futures_util::future::{Either, join_all, select};
 
 use crate::{
     draft::Draft,
     error::ClientError,
     files::{Created, FileAttributes, created},
+    policy::WritePolicy,
     rpc::{Client, lock},
     source::{ContentSource, read_onto, read_up_to},
     span::{Encoded, Never, with_parity},
@@ -44,6 +46,12 @@ const LESS_PARITY_AFTER: Duration = Duration::from_secs(3);
 const LESS_PARITY_FOR: Duration = Duration::from_secs(30);
 /// Failures that an error lists at most, besides the last ones.
 const FAILURES_SHOWN: usize = 16;
+/// Times a small file is given to a shard whose members are being asked whether they know of inline data.
+const INLINE_ATTEMPTS_MAX: usize = 4;
+/// Pause between them.
+const INLINE_PAUSE: Duration = Duration::from_millis(20);
+/// A shard that would not take one in a slot is not asked again for so long.
+const INLINE_AGAIN: Duration = Duration::from_secs(10);
 /// Times one block is tried on its service.
 const BLOCK_ATTEMPTS_MAX: usize = 4;
 
@@ -73,15 +81,18 @@ impl Client {
             return created(self.shard(Op::CreateFile(op)).await?);
         }
         let policy = self.write_policy(dir).await?;
-        let span_bytes = policy.span_bytes();
-        // What is small is read at once; more only when there is memory for a whole span.
-        read_onto(source, &mut first, span_bytes.min(SMALL_BYTES)).await?;
-        let mut held = None;
-        if first.len() >= SMALL_BYTES {
-            held = Some(self.memory_for(span_bytes as u32, &policy).await);
-            first.reserve_exact(room_for(span_bytes) - first.len());
-            read_onto(source, &mut first, span_bytes).await?;
+        if policy.inline_bytes > INLINE_BYTES_MAX && self.may_be_inline(dir) {
+            read_onto(source, &mut first, policy.inline_bytes + 1).await?;
+            // A hole takes less.
+            if first.len() <= policy.inline_bytes && first.iter().any(|byte| *byte != 0) {
+                match self.create_inline(dir, name, attributes, replace, first).await? {
+                    Ok(made) => return Ok(made),
+                    Err(bytes) => first = bytes,
+                }
+            }
         }
+        let span_bytes = policy.span_bytes();
+        let held = self.first_span(&policy, &mut first, source).await?;
         let mut draft = self.start_draft(dir).await?;
         let written = async {
             let mut is_last = first.len() < span_bytes;
@@ -115,6 +126,64 @@ impl Client {
         let written = written.await;
         self.give_up(&draft, &written).await;
         written
+    }
+
+    /// Whether a file in a directory can be inline data, as far as its shard has said of late.
+    fn may_be_inline(&self, dir: InodeId) -> bool {
+        let not_before = lock(&self.inner.inline_not_before).get(&dir.slot().0).copied();
+        not_before.is_none_or(|at| self.inner.runtime.clock.monotonic() >= at)
+    }
+
+    /// Stores a small file in the metadata with one request; its bytes again when the shard does not take it there.
+    async fn create_inline(
+        &self,
+        dir: InodeId,
+        name: &Bytes,
+        attributes: FileAttributes,
+        replace: bool,
+        data: Vec<u8>,
+    ) -> Result<Result<Created, Vec<u8>>, ClientError> {
+        let clock = &self.inner.runtime.clock;
+        let FileAttributes { mode, uid, gid, mtime } = attributes;
+        let (slot, name, data) = (dir.slot().0, name.clone(), Bytes::from(data));
+        let op = CreateInline { dir: dir.raw(), name, mode, uid, gid, mtime, data, replace };
+        for attempt in 1..=INLINE_ATTEMPTS_MAX {
+            let error = match self.shard(Op::CreateInline(op.clone())).await {
+                Ok(reply) => return created(reply).map(Ok),
+                Err(error) => error,
+            };
+            match error.code() {
+                // Its members are being asked; mostly all of them know.
+                Some(Code::NotAgreed) if attempt < INLINE_ATTEMPTS_MAX => clock.sleep(INLINE_PAUSE).await,
+                // Builds from before inline data do not know the request, and a shard takes so much of it at most.
+                Some(
+                    Code::NotAgreed | Code::Malformed | Code::Unsupported | Code::TooLarge | Code::NoSpace,
+                ) => break,
+                _ => return Err(error),
+            }
+        }
+        self.inner.runtime.note("write: a small file is not taken as inline data");
+        lock(&self.inner.inline_not_before).insert(slot, clock.monotonic() + INLINE_AGAIN);
+        Ok(Err(op.data.into()))
+    }
+
+    /// Waits for memory and reads the rest of a file's first span, if it has one.
+    async fn first_span(
+        &self,
+        policy: &WritePolicy,
+        first: &mut Vec<u8>,
+        source: &mut dyn ContentSource,
+    ) -> Result<Option<Held>, ClientError> {
+        let span_bytes = policy.span_bytes();
+        // What is small is read at once; more only when there is memory for a whole span.
+        read_onto(source, first, span_bytes.min(SMALL_BYTES)).await?;
+        if first.len() < SMALL_BYTES {
+            return Ok(None);
+        }
+        let held = self.memory_for(span_bytes as u32, policy).await;
+        first.reserve_exact(room_for(span_bytes) - first.len());
+        read_onto(source, first, span_bytes).await?;
+        Ok(Some(held))
     }
 
     /// Initiates, writes the blocks and certifies; elsewhere again when a service fails.

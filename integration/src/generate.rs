@@ -142,6 +142,7 @@ fn draw_cluster(rng: &mut ChaCha8Rng, seed: u64, data_blocks: u32, parity_blocks
         replicas: 1,
         joint: false,
         leases: false,
+        inline: [0, 600, 0, 65_536][(seed / 2 % 4) as usize],
     }
 }
 

@@ -3,10 +3,11 @@
 
 use std::time::Duration;
 
-use clutch_client::{Client, ClientError};
+use clutch_client::{Client, ClientError, FileAttributes};
 use clutch_client_maintenance::members::{self, Change};
 use clutch_log::LogId;
 use clutch_proto::{
+    InodeId,
     registry::{InviteNode, RedeemInvitation, registry_request::Op},
     types::Code,
 };
@@ -99,9 +100,33 @@ fn changes_often(cluster: &SimCluster, older: NodeId) -> Result<Vec<String>, Str
     })
 }
 
+/// Stores a small file; whether it lies in the metadata.
+async fn is_inline(client: &Client, name: &'static str) -> Result<bool, String> {
+    let (root, bytes, name) = (InodeId::ROOT, vec![7; 1000], name.into());
+    let attributes = FileAttributes { mode: 0o600, uid: 0, gid: 0, mtime: 0 };
+    let made = client.write_file(root, &name, attributes, false, &mut &bytes[..]).await;
+    let file = made.map_err(|error| error.to_string())?.id;
+    let mut read = Vec::new();
+    let mut sink = |part: bytes::Bytes| {
+        read.extend_from_slice(&part);
+        Ok(())
+    };
+    client.read_file(file, &mut sink).await.map_err(|error| error.to_string())?;
+    let layout = client.layout(file, 0, 0).await.map_err(|error| error.to_string())?;
+    if read != bytes {
+        return Err("other bytes are read than were written".into());
+    }
+    Ok(layout.spans.is_empty())
+}
+
 fn check(seed: u64) -> Result<Vec<String>, String> {
-    let config =
-        ClusterConfig { replicas: 3, joint: true, engine: Engine::Raft, ..ClusterConfig::of(1, 3, (1, 1)) };
+    let config = ClusterConfig {
+        replicas: 3,
+        joint: true,
+        engine: Engine::Raft,
+        inline: 4096,
+        ..ClusterConfig::of(1, 3, (1, 1))
+    };
     let cluster = SimCluster::start_with(seed, config).ok_or("the cluster does not come up")?;
     let leader = cluster.home(LogId::REGISTRY).ok_or("nobody leads")?;
     let members = cluster.members(LogId::REGISTRY);
@@ -121,11 +146,22 @@ fn check(seed: u64) -> Result<Vec<String>, String> {
     if !early.as_ref().is_err_and(|text| text.contains("older build")) {
         return Ok(vec![format!("invited while a member runs an older build: {early:?}")]);
     }
-    let wrong = changes_often(&cluster, other)?;
+    let mut wrong = changes_often(&cluster, other)?;
+    let inline = |name| {
+        let client = cluster.client();
+        cluster.world.run(CLIENT, Duration::from_secs(120), async move { is_inline(&client, name).await })
+    };
+    let early = inline("early");
+    restart(false);
+    let (late, again) = (inline("late"), inline("again"));
+    if [&early, &late, &again] != [&Some(Ok(false)), &Some(Ok(true)), &Some(Ok(true))] {
+        wrong.push(format!(
+            "small files in the metadata, before all know of it and after: {early:?}, {late:?}, {again:?}"
+        ));
+    }
     if !wrong.is_empty() {
         return Ok(wrong);
     }
-    restart(false);
     invited().ok_or("an invitation does not come to an end")??;
     let (operator, id) = (cluster.client(), cluster.cluster_id());
     let (seam, registries) = (cluster.world.node(CLIENT), cluster.registries());

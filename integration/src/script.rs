@@ -392,7 +392,7 @@ impl fmt::Display for Script {
         writeln!(f, "seed {}", self.seed)?;
         writeln!(
             f,
-            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}{}{}{}",
+            "cluster shards={} disks={} policy={}+{} engine={} flush={} page={} names={} clients={}{}{}{}{}",
             c.shards,
             c.disks,
             c.data_blocks,
@@ -409,7 +409,8 @@ impl fmt::Display for Script {
             // One is not said: stored scripts stay as they are.
             if c.replicas == 1 { String::new() } else { format!(" replicas={}", c.replicas) },
             if c.joint { " nodes=joint" } else { "" },
-            if c.leases { " reads=leases" } else { "" }
+            if c.leases { " reads=leases" } else { "" },
+            if c.inline == 0 { String::new() } else { format!(" inline={}", c.inline) }
         )?;
         self.events.iter().try_for_each(|event| writeln!(f, "{event}"))
     }
@@ -641,6 +642,7 @@ pub fn default_cluster() -> ClusterConfig {
         replicas: 1,
         joint: false,
         leases: false,
+        inline: 0,
     }
 }
 
@@ -662,6 +664,7 @@ impl Script {
                 "flush" => self.cluster.flush_permille = number()?,
                 "page" => self.cluster.page = number()?,
                 "clients" => self.clients = number()?,
+                "inline" => self.cluster.inline = number()?,
                 "replicas" => self.cluster.replicas = number()?,
                 "nodes" => {
                     self.cluster.joint = match value {

@@ -146,6 +146,8 @@ pub struct ClusterConfig {
     pub joint: bool,
     /// Whether leaders answer reads by leases; of the engine raft.
     pub leases: bool,
+    /// Files of up to so many bytes lie in the metadata, besides the shortest.
+    pub inline: u32,
 }
 
 impl ClusterConfig {
@@ -163,6 +165,7 @@ impl ClusterConfig {
             replicas: 1,
             joint: false,
             leases: false,
+            inline: 0,
         }
     }
 
@@ -716,7 +719,12 @@ impl SimCluster {
 
     /// A client that keeps what it has looked up for a second, as real ones do.
     pub fn keeping_client(&self) -> Client {
-        let options = ClientOptions { keys: Some(SYSTEM_KEY.into()), ..ClientOptions::default() };
+        let options = ClientOptions {
+            inline_bytes: self.config.inline,
+            mirror_bytes: 0,
+            keys: Some(SYSTEM_KEY.into()),
+            ..ClientOptions::default()
+        };
         Client::new(self.world.node(CLIENT), self.registries(), options)
     }
 
@@ -737,6 +745,9 @@ impl SimCluster {
             block_attempt: Duration::from_millis(500),
             patience: Duration::from_secs(20),
             cache_lifetime: Duration::ZERO,
+            inline_bytes: self.config.inline,
+            // Codes with several data blocks have more to go wrong.
+            mirror_bytes: 0,
             reads,
             observer,
             keys: Some(SYSTEM_KEY.into()),

@@ -13,6 +13,7 @@ use clutch_client::{Client, ClientError};
 use clutch_proto::{
     admin::{AdminReply, AdminRequest, LogMember, Status, StatusReply, admin_request::Op},
     level,
+    limits::INLINE_OF_SHARD_BYTES_MAX,
     registry::Map,
     session::Role,
 };
@@ -167,6 +168,11 @@ impl Picture {
         ahead.max_by_key(|ms| ms.unsigned_abs()).unwrap_or(0)
     }
 
+    /// The users' data in each shard's state.
+    fn inline_bytes(&self) -> impl Iterator<Item = (&str, u64)> {
+        self.replicas.iter().filter_map(|r| Some((&*r.name, r.status.as_ref().ok()?.inline_bytes)))
+    }
+
     fn log_bytes(&self) -> u64 {
         self.replicas.iter().filter_map(|r| r.status.as_ref().ok()).map(|s| s.log_bytes).max().unwrap_or(0)
     }
@@ -249,7 +255,7 @@ fn document(picture: &Picture) -> serde_json::Value {
                 "flushed": s.flushed_position, "time": output::nanoseconds(s.applied_time), "hash": hex(&s.hash),
                 "log_first": s.log_first, "log_last": s.log_last, "checks_compared": s.checks_compared,
                 "checks_not_compared": s.checks_not_compared, "checks_undecided": s.checks_undecided, "checkpoints": s.checkpoints, "checkpoint_age_s": checkpoint_age(s).map(|age| age.as_secs()), "fault": s.fault,
-                "process_cpu_us": s.process_cpu_us, "resident_bytes": s.resident_bytes,
+                "inline_bytes": s.inline_bytes, "process_cpu_us": s.process_cpu_us, "resident_bytes": s.resident_bytes,
             }),
             Err(error) => json!({ "name": replica.name, "serving": false, "fault": error.to_string() }),
         })
@@ -349,6 +355,16 @@ fn print(picture: &Picture) -> Result<()> {
         output::bytes(available),
         output::bytes(picture.log_bytes())
     ))?;
+    for (name, bytes) in
+        picture.inline_bytes().filter(|(_, bytes)| *bytes > INLINE_OF_SHARD_BYTES_MAX / 4 * 3)
+    {
+        output::line(format!(
+            "ALARM {name} has {} of inline data, and takes no more than {}: let fewer files lie in the metadata (clutch fs policy set / \
+             --inline-max 0). What is removed counts until it is collected",
+            output::bytes(bytes),
+            output::bytes(INLINE_OF_SHARD_BYTES_MAX)
+        ))?;
+    }
     let ahead = picture.clock_ahead_ms();
     if ahead.abs() > CLOCK_OFF_MS {
         let how = if ahead > 0 { "ahead of" } else { "behind" };

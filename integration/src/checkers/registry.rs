@@ -248,7 +248,8 @@ fn report_late(cluster: &SimCluster) -> Result<(), String> {
 /// Clears all flags and writes, again and again while disks are on their way.
 fn write_at_full_width(cluster: &SimCluster, blocks: u32) -> Result<(), String> {
     let (client, services) = (cluster.client(), cluster.service_ids());
-    let bytes = cluster.config().data_blocks * 5000;
+    // Not in the metadata.
+    let bytes = (cluster.config().data_blocks * 5000).max(cluster.config().inline + 1);
     let written = cluster.world.run(CLIENT, Duration::from_secs(300), async move {
         for service_id in services {
             let op = Op::SetServiceFlags(SetServiceFlags { service_id, flags: 0 });

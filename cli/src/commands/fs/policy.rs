@@ -3,8 +3,8 @@
 use anyhow::{Context as _, Result, ensure};
 use clutch_client::Client;
 use clutch_proto::types::{
-    DirectoryPolicy, PolicyPart, SnapshotPolicy, SpanClass, SpanClasses, StorageClass, StorageClasses,
-    StripePolicy,
+    DirectoryPolicy, InlinePolicy, PolicyPart, SnapshotPolicy, SpanClass, SpanClasses, StorageClass,
+    StorageClasses, StripePolicy,
 };
 use serde_json::{Value, json};
 
@@ -17,7 +17,16 @@ use crate::{
 pub(super) async fn run(client: &Client, command: &PolicyCommand) -> Result<()> {
     match command {
         PolicyCommand::Get { path, json } => get(client, path, *json).await,
-        PolicyCommand::Set { path, keep_age, keep_versions, spans, storage, cell_size, inherit } => {
+        PolicyCommand::Set {
+            path,
+            keep_age,
+            keep_versions,
+            spans,
+            storage,
+            cell_size,
+            inline_max,
+            inherit,
+        } => {
             let dir = client.resolve_directory(path).await?;
             let snapshot = match (keep_age, keep_versions) {
                 (None, None) => None,
@@ -50,10 +59,11 @@ pub(super) async fn run(client: &Client, command: &PolicyCommand) -> Result<()> 
                 spans: (!spans.is_empty()).then_some(SpanClasses { classes: spans }),
                 storage: (!storage.is_empty()).then_some(StorageClasses { classes: storage }),
                 stripe: cell_size.map(|cell_size| StripePolicy { cell_size }),
+                inline: inline_max.map(|size_max| InlinePolicy { size_max }),
             };
             ensure!(
                 policy != DirectoryPolicy::default() || !inherit.is_empty(),
-                "nothing to set: say what to keep, spans, storage, a cell size, or what to inherit"
+                "nothing to set: say what to keep, spans, storage, a cell size, what lies in the metadata, or what to inherit"
             );
             let inherit: Vec<PolicyPart> = inherit.iter().map(|part| part_of(*part)).collect();
             client.set_policy(dir, policy, &inherit).await.with_context(|| path.to_string())?;
@@ -75,6 +85,7 @@ fn part_of(part: Part) -> PolicyPart {
         Part::Spans => PolicyPart::Spans,
         Part::Storage => PolicyPart::Storage,
         Part::CellSize => PolicyPart::Stripe,
+        Part::InlineMax => PolicyPart::Inline,
     }
 }
 
@@ -93,14 +104,7 @@ async fn get(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let holds = client.effective_policy(dir).await?;
     let keep = client.snapshot_policy(dir).await?;
     let write = client.write_policy(dir).await?;
-    let spans: Vec<(u32, u32, u32)> = match &holds.spans {
-        Some(spans) => spans.classes.iter().map(|c| (c.size_max, c.data_blocks, c.parity_blocks)).collect(),
-        None => {
-            let size = write.span_bytes() as u32;
-            let (data, parity) = write.code_of(size);
-            vec![(size, data, parity)]
-        }
-    };
+    let spans = write.classes();
     let storage: Vec<(u32, u32)> =
         holds.storage.iter().flat_map(|s| &s.classes).map(|c| (c.size_min, c.storage_class)).collect();
     let from = |is_own: bool, is_set: bool| match (is_own, is_set) {
@@ -113,6 +117,7 @@ async fn get(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
         from(own.spans.is_some(), holds.spans.is_some()),
         from(own.storage.is_some(), holds.storage.is_some()),
         from(own.stripe.is_some(), holds.stripe.is_some()),
+        from(own.inline.is_some(), holds.inline.is_some()),
     ];
     if as_json {
         let spans: Vec<Value> = spans
@@ -126,6 +131,7 @@ async fn get(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
             "spans": { "classes": spans, "from": origins[1] },
             "storage": { "classes": storage, "from": origins[2] },
             "cell_size": { "bytes": write.cell_bytes(), "from": origins[3] },
+            "inline": { "size_max": write.inline_bytes(), "from": origins[4] },
         }));
     }
     let age = keep.age_ms.map_or("forever".to_owned(), shown_age);
@@ -143,5 +149,10 @@ async fn get(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let shown = if shown.is_empty() { "class 0".to_owned() } else { shown.join(", ") };
     output::line(format!("storage    {shown} ({})", origins[2]))?;
     output::line(format!("cell size  {} ({})", output::bytes(u64::from(write.cell_bytes())), origins[3]))?;
+    output::line(format!(
+        "inline     to {} ({})",
+        output::bytes(u64::from(write.inline_bytes())),
+        origins[4]
+    ))?;
     Ok(())
 }

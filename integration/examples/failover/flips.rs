@@ -4,6 +4,7 @@ use std::{
     fs::{self, File},
     io::{Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
+    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
@@ -69,6 +70,16 @@ impl Trial {
         Ok(())
     }
 
+    /// Starts nodes again that have met what was changed on their disks before, and stopped with it.
+    pub(crate) async fn start_stopped(&self, operator: &Client) -> Result<()> {
+        for node in self.stopped(operator).await {
+            println!("     node {node} has met what was changed there before, and is started again");
+            self.end(node)?;
+            self.script(&["start", &node.to_string()])?;
+        }
+        Ok(())
+    }
+
     fn has_ended(&self, node: u64) -> Result<bool> {
         let line = Path::new("/proc").join(self.process(node)?).join("cmdline");
         Ok(!fs::read(line).is_ok_and(|line| !line.is_empty()))
@@ -101,6 +112,7 @@ impl Trial {
             false => random.random_range(0..length),
         };
         let mask = random.random_range(1..=255);
+        self.is_damaged.store(true, Ordering::SeqCst);
         let before = change(&path, at, |byte| byte ^ mask)?;
         let shown = path.strip_prefix(&dir)?.display().to_string();
         self.script(&["start", &node.to_string()])?;
@@ -116,7 +128,10 @@ impl Trial {
                     break format!("hangs: {}", self.last_said(node)?);
                 }
                 Ok(false) => {}
-                Err(fault) => break format!("has a fault: {fault:#}"),
+                Err(fault) if self.stopped(operator).await.contains(&node) => {
+                    break format!("has a fault: {fault:#}");
+                }
+                Err(_) => self.start_stopped(operator).await?,
             }
         };
         println!("     {shown} byte {at} of {length}, {before:#04x} ^ {mask:#04x}: {outcome}");

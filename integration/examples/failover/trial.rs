@@ -4,7 +4,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     process::Command,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -95,6 +98,8 @@ pub(crate) struct Trial {
     pub(crate) waiting: Mutex<BTreeMap<u64, (&'static str, Instant)>>,
     /// What has been read of the logs.
     pub(crate) archive: Mutex<Archive>,
+    /// Whether bytes have changed on disks: some of them are met much later.
+    pub(crate) is_damaged: AtomicBool,
 }
 
 fn role(log: LogId) -> Role {
@@ -132,6 +137,7 @@ impl Trial {
             done: Arc::default(),
             waiting: Mutex::default(),
             archive: Mutex::default(),
+            is_damaged: AtomicBool::new(false),
         })
     }
 
@@ -269,7 +275,13 @@ impl Trial {
     /// Waits until all members of all logs have what the leader has.
     pub(crate) async fn whole(&self, client: &Client) -> Result<()> {
         let begin = Instant::now();
-        while !self.is_whole(client).await? {
+        loop {
+            match self.is_whole(client).await {
+                Ok(true) => break,
+                Ok(false) => {}
+                Err(_) if self.is_damaged.load(Ordering::SeqCst) => self.start_stopped(client).await?,
+                Err(fault) => return Err(fault),
+            }
             ensure!(begin.elapsed() < PATIENCE, "the cluster does not become whole again");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -292,6 +304,21 @@ impl Trial {
             }
         }
         Ok(true)
+    }
+
+    /// The nodes with a member that has stopped.
+    pub(crate) async fn stopped(&self, client: &Client) -> BTreeSet<u64> {
+        let mut stopped = BTreeSet::new();
+        for log in self.logs() {
+            let Ok(status) = self.status(client, log).await else { continue };
+            for member in &status.members {
+                let of_member = self.member(client, log, &member.address).await;
+                if of_member.is_ok_and(|of_member| !of_member.fault.is_empty()) {
+                    stopped.insert(member.node);
+                }
+            }
+        }
+        stopped
     }
 
     pub(crate) async fn member(&self, client: &Client, log: LogId, address: &str) -> Result<StatusReply> {

@@ -57,7 +57,7 @@ fn refusals_have_clear_words_and_codes() {
     let temp = tempfile::tempdir().expect("temporary directory");
     let cluster = Cluster::start(&temp.path().join("c"), &["--disks", "3", "--shards", "2"]);
     let large = temp.path().join("large");
-    std::fs::write(&large, noise(1000, 1)).expect("writes");
+    std::fs::write(&large, noise(100_000, 1)).expect("writes");
     let large = large.to_str().expect("text");
     let name_256 = format!("/{}", "n".repeat(256));
     let name_255 = format!("/{}", "n".repeat(255));

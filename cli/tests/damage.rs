@@ -315,3 +315,48 @@ fn the_table_of_damage_is_what_happens() {
     let page = std::fs::read_to_string(page).expect("the page");
     assert!(page.contains(&table), "docs/damage.md has another table than\n{table}");
 }
+
+/// A start reads nothing of inline data: that it is missing or damaged is found when it is read, and put right by the next start.
+#[test]
+fn inline_data_that_is_lost_or_damaged_stops_its_shard_and_comes_back_with_the_next_start() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let dir = temp.path().join("c");
+    let mut cluster = Cluster::start(&dir, ARGUMENTS);
+    let tree = temp.path().join("tree");
+    std::fs::create_dir(&tree).expect("made");
+    for number in 0..200 {
+        std::fs::write(tree.join(format!("f{number}")), noise(3000, number)).expect("writes");
+    }
+    cluster.ok(&["fs", "put", "-r", tree.to_str().expect("text"), "/tree"]);
+    let database = dir.join("state/shard-000/db");
+    let blobs = || names(&database, ".blob");
+    for how in ["missing", "flipped"] {
+        assert!(cluster.stop());
+        let blob = database.join(blobs().first().expect("large values have files of their own"));
+        match how {
+            "missing" => std::fs::remove_file(&blob).expect("removes"),
+            _ => {
+                let mut bytes = std::fs::read(&blob).expect("reads");
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                std::fs::write(&blob, bytes).expect("writes");
+            }
+        }
+        cluster.boot();
+        let back = temp.path().join(how);
+        let get = ["fs", "get", "-r", "/tree", back.to_str().expect("text")];
+        let output = cluster.run(&[&["--patience-s", "3"], &get[..]].concat());
+        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(!output.status.success() && said.contains("the state's files are damaged"), "{how}: {said}");
+        // It has a fault to tell of.
+        cluster.stop();
+        cluster.boot();
+        std::fs::remove_dir_all(&back).expect("removes");
+        cluster.ok(&get);
+        for number in 0..200 {
+            let bytes = std::fs::read(back.join(format!("f{number}"))).expect("is there");
+            assert!(bytes == noise(3000, number), "{how}: f{number}");
+        }
+        cluster.fsck();
+    }
+}

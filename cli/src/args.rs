@@ -9,6 +9,7 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 
 use clutch_client::Registries;
+use clutch_proto::limits::{INLINE_BYTES_MAX, INLINE_FILE_BYTES_MAX};
 use clutch_runtime::Endpoint;
 
 pub(crate) use self::{
@@ -47,7 +48,7 @@ pub(crate) struct Cli {
     pub(crate) patience_s: u64,
     /// Files of up to this size lie in the metadata where no directory says otherwise (`clutch fs policy`); 0 for those of at most 255
     /// bytes alone.
-    #[arg(long, global = true, env = "CLUTCH_INLINE_MAX", value_parser = parse_size, default_value = "4K", value_name = "SIZE", hide_short_help = true)]
+    #[arg(long, global = true, env = "CLUTCH_INLINE_MAX", value_parser = parse_inline, default_value = "4K", value_name = "SIZE", hide_short_help = true)]
     pub(crate) inline_default: u32,
     /// The cluster's key, which changing or examining its insides needs: `keys/cluster.key` in the directory of any node. A node that
     /// runs on this machine under the same user needs not be named.
@@ -637,6 +638,17 @@ pub(crate) enum Part {
     CellSize,
     /// Sizes of files in the metadata.
     InlineMax,
+}
+
+/// The size up to which files are inline where nothing else is said; an empty variable says nothing.
+fn parse_inline(text: &str) -> Result<u32, String> {
+    const WHAT: &str = "CLUTCH_INLINE_MAX and --inline-default take 255 to 64K, or 0";
+    let size =
+        if text.is_empty() { 4096 } else { parse_size(text).map_err(|error| format!("{error} ({WHAT})"))? };
+    match size as usize {
+        0 | INLINE_BYTES_MAX..=INLINE_FILE_BYTES_MAX => Ok(size),
+        _ => Err(WHAT.into()),
+    }
 }
 
 fn parse_age(text: &str) -> Result<Keep<u64>, String> {

@@ -254,7 +254,7 @@ impl NodeHandler {
             ),
             true => Refusal::new(
                 Code::Permission,
-                "only nodes of the cluster, who have its key, tell the registry",
+                "only who has the cluster's key tells the registry: name keys/cluster.key of one of its nodes with --key",
             ),
             false => Refusal::new(Code::NotLeader, "this node does not lead the log"),
         })

@@ -82,6 +82,26 @@ pub(super) async fn drain(client: &Client, node: u64) -> Result<()> {
     Ok(())
 }
 
+/// Refuses to put a member in the place of another: there would be one member less. Where a replacement was interrupted, there is one
+/// more than there was.
+pub(super) async fn check_replaces(client: &Client, node: u64, with: u64) -> Result<()> {
+    for known in [node, with] {
+        check_known(client, known).await?;
+    }
+    for id in logs(client, None).await? {
+        let voters = members::members_of(&members::leader_of(client, id).await?.0);
+        let votes = |node| voters.get(&node) == Some(&true);
+        let count = voters.values().filter(|voter| **voter).count();
+        if votes(node) && votes(with) && !count.is_multiple_of(2) {
+            bail!(
+                "node {with} keeps {id} already, and would do so alone in the place of two: to take node {node} out without another, say \
+                 remove-node {node}"
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Says which disks a node leaves behind that is no member any more.
 pub(super) async fn say_what_is_left(client: &Client, node: u64) -> Result<()> {
     let nodes = members::nodes(client).await?;
@@ -90,7 +110,9 @@ pub(super) async fn say_what_is_left(client: &Client, node: u64) -> Result<()> {
     let disks = map.services.iter().filter(|service| service.address == *address).count();
     if disks > 0 {
         talk!(
-            "  note: {disks} disks of node {node} are still in the cluster: what is on them is read by parity when it is switched off"
+            "  note: {disks} disks of node {node} are still in the cluster, and what is on them is nowhere else: let it run as long as files \
+             need them. When it is switched off they are read by parity, which makes up for no more disks than there are parity blocks, those of \
+             other nodes that went counted in"
         );
     }
     Ok(())

@@ -39,7 +39,10 @@ pub(crate) async fn run(
         }
         ClusterCommand::ReplaceNode { node, with } => {
             ensure!(node != with, "a node cannot be put in its own place");
-            members::change(&operator().await?, None, Change::Replace(*node, *with)).await?;
+            let client = operator().await?;
+            members::check_replaces(&client, *node, *with).await?;
+            members::change(&client, None, Change::Replace(*node, *with)).await?;
+            members::say_what_is_left(&client, *node).await?;
         }
         ClusterCommand::RemoveNode { node } => {
             let client = operator().await?;
@@ -51,7 +54,11 @@ pub(crate) async fn run(
             members::move_leaders(&operator().await?, which.as_ref(), *to).await?;
         }
         ClusterCommand::RotateKey(args) => rotation::rotate(&operator().await?, args).await?,
-        ClusterCommand::Drain { node } => members::drain(&operator().await?, *node).await?,
+        ClusterCommand::Drain { node } => {
+            let client = operator().await?;
+            members::check_known(&client, *node).await?;
+            members::drain(&client, *node).await?;
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -39,14 +39,18 @@ impl<'a> Nodes<'a> {
         for node in nodes.addresses.keys().copied().collect::<Vec<_>>() {
             match nodes.step(node, Step::Look, 0, 0, Vec::new()).await {
                 Ok(key) => drop(nodes.keys.insert(node, key)),
+                // It answers; another key is wanted, and not another node.
+                Err(error) if error.downcast_ref().and_then(ClientError::code) == Some(Code::Permission) => {
+                    return Err(error.context(format!("node {node}")));
+                }
                 Err(error) => silent.push(format!("node {node}: {error:#}")),
             }
         }
         ensure!(
             silent.is_empty(),
             "every node must take part, or it could not speak to the others afterwards. Start those that do not answer; only of those that are \
-             gone for good say --without N\n  {}",
-            silent.join("\n  ")
+             gone for good say --without N. {}",
+            silent.join("; ")
         );
         Ok(nodes)
     }

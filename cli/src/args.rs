@@ -417,7 +417,7 @@ pub(crate) enum FsCommand {
         #[arg(short, long)]
         verbose: bool,
         /// Files that are stored at a time.
-        #[arg(short, long, default_value_t = 32, value_parser = parse_jobs)]
+        #[arg(short, long, default_value_t = 64, value_parser = parse_jobs)]
         jobs: usize,
         /// A local file or directory; `-` is standard input.
         source: PathBuf,

@@ -4,7 +4,6 @@ use std::{
     fs::{self, File},
     io::{Read as _, Seek as _, SeekFrom, Write as _},
     path::{Path, PathBuf},
-    sync::atomic::Ordering,
     time::{Duration, Instant},
 };
 
@@ -70,10 +69,14 @@ impl Trial {
         Ok(())
     }
 
-    /// Starts nodes again that have met what was changed on their disks before, and stopped with it.
-    pub(crate) async fn start_stopped(&self, operator: &Client) -> Result<()> {
-        for node in self.stopped(operator).await {
-            println!("     node {node} has met what was changed there before, and is started again");
+    /// Starts nodes again that have met what was changed on their disks before, and stopped with it. Any other fault is the trial's.
+    pub(crate) async fn start_stopped(&self, operator: &Client, found: anyhow::Error) -> Result<()> {
+        for (node, fault) in self.stopped(operator).await {
+            let is_damage = fault.contains("damaged") || fault.contains("corrupt");
+            if !is_damage || !self.damaged.lock().contains(&node) {
+                return Err(found);
+            }
+            println!("     node {node} has met what was changed there before, and is started again: {fault}");
             self.end(node)?;
             self.script(&["start", &node.to_string()])?;
         }
@@ -112,11 +115,11 @@ impl Trial {
             false => random.random_range(0..length),
         };
         let mask = random.random_range(1..=255);
-        self.is_damaged.store(true, Ordering::SeqCst);
+        self.damaged.lock().insert(node);
         let before = change(&path, at, |byte| byte ^ mask)?;
         let shown = path.strip_prefix(&dir)?.display().to_string();
         self.script(&["start", &node.to_string()])?;
-        let begin = Instant::now();
+        let mut begin = Instant::now();
         let outcome = loop {
             tokio::time::sleep(Duration::from_millis(50)).await;
             if self.has_ended(node)? {
@@ -128,10 +131,13 @@ impl Trial {
                     break format!("hangs: {}", self.last_said(node)?);
                 }
                 Ok(false) => {}
-                Err(fault) if self.stopped(operator).await.contains(&node) => {
+                Err(fault) if self.stopped(operator).await.contains_key(&node) => {
                     break format!("has a fault: {fault:#}");
                 }
-                Err(_) => self.start_stopped(operator).await?,
+                Err(fault) => {
+                    self.start_stopped(operator, fault).await?;
+                    begin = Instant::now();
+                }
             }
         };
         println!("     {shown} byte {at} of {length}, {before:#04x} ^ {mask:#04x}: {outcome}");

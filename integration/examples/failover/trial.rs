@@ -4,10 +4,7 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::{Path, PathBuf},
     process::Command,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicU64, Ordering},
-    },
+    sync::{Arc, atomic::AtomicU64},
     time::{Duration, Instant},
 };
 
@@ -98,8 +95,8 @@ pub(crate) struct Trial {
     pub(crate) waiting: Mutex<BTreeMap<u64, (&'static str, Instant)>>,
     /// What has been read of the logs.
     pub(crate) archive: Mutex<Archive>,
-    /// Whether bytes have changed on disks: some of them are met much later.
-    pub(crate) is_damaged: AtomicBool,
+    /// Nodes on whose disks bytes have changed: some of them are met much later.
+    pub(crate) damaged: Mutex<BTreeSet<u64>>,
 }
 
 fn role(log: LogId) -> Role {
@@ -137,7 +134,7 @@ impl Trial {
             done: Arc::default(),
             waiting: Mutex::default(),
             archive: Mutex::default(),
-            is_damaged: AtomicBool::new(false),
+            damaged: Mutex::default(),
         })
     }
 
@@ -279,8 +276,7 @@ impl Trial {
             match self.is_whole(client).await {
                 Ok(true) => break,
                 Ok(false) => {}
-                Err(_) if self.is_damaged.load(Ordering::SeqCst) => self.start_stopped(client).await?,
-                Err(fault) => return Err(fault),
+                Err(fault) => self.start_stopped(client, fault).await?,
             }
             ensure!(begin.elapsed() < PATIENCE, "the cluster does not become whole again");
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -306,15 +302,16 @@ impl Trial {
         Ok(true)
     }
 
-    /// The nodes with a member that has stopped.
-    pub(crate) async fn stopped(&self, client: &Client) -> BTreeSet<u64> {
-        let mut stopped = BTreeSet::new();
+    /// The nodes with a member that has stopped, and why.
+    pub(crate) async fn stopped(&self, client: &Client) -> BTreeMap<u64, String> {
+        let mut stopped = BTreeMap::new();
         for log in self.logs() {
             let Ok(status) = self.status(client, log).await else { continue };
             for member in &status.members {
                 let of_member = self.member(client, log, &member.address).await;
-                if of_member.is_ok_and(|of_member| !of_member.fault.is_empty()) {
-                    stopped.insert(member.node);
+                if let Some(fault) = of_member.ok().map(|of_member| of_member.fault).filter(|f| !f.is_empty())
+                {
+                    stopped.insert(member.node, fault);
                 }
             }
         }

@@ -323,7 +323,7 @@ impl GroupReader {
         let segment = segments.iter_mut().find(|segment| segment.number == number);
         let span = segment.and_then(|segment| segment.spans.get_mut(&self.id));
         let Some(span) = span.filter(|span| span.first == first && span.count() == count) else { return };
-        if span.offsets.is_empty() {
+        if span.offsets.is_empty() && offsets.len() as u64 >= count {
             span.offsets = offsets.iter().take(count as usize).copied().collect();
         }
     }

@@ -294,10 +294,11 @@ impl<'a> Following<'a> {
         if self.quarantined.is_empty() {
             tracing::warn!(segment = %segment_name(number), "the index did not fit and is rebuilt");
             let index = Index { number, bytes, spans: segment.spans.clone() };
-            // It only makes the next start quicker.
-            let _ = self.disk.replace(&index_path(self.dir, number), &encode_index(&index));
+            // It only makes the next start quicker; without it what was found stays.
+            if self.disk.replace(&index_path(self.dir, number), &encode_index(&index)).is_ok() {
+                segment.spans.values_mut().for_each(|span| span.offsets = Vec::new());
+            }
         }
-        segment.spans.values_mut().for_each(|span| span.offsets = Vec::new());
         Ok(segment)
     }
 }

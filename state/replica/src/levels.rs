@@ -52,7 +52,13 @@ impl<M: Machine> Replica<M> {
         }
         // Ahead of the need: a member that is built anew is taken out first, and cannot say then what it knows.
         let refusal = self.want_of_level(level::of_change(2 * kept));
-        refusal.filter(|_| level::of_change(kept) > self.applier.level())
+        let refusal = refusal.filter(|_| level::of_change(kept) > self.applier.level())?;
+        // Who does not answer may be who is to be taken out.
+        let text = format!(
+            "{}; or take a checkpoint and trim the log, which has {kept} changes of members and forgets them with that",
+            refusal.detail
+        );
+        Some(Refusal::new(refusal.code, text))
     }
 
     /// Logs the level that was wanted, if the build of each member knows it.

@@ -35,16 +35,20 @@ impl<'a> Nodes<'a> {
         }
         addresses.retain(|node, _| !without.contains(node));
         let mut nodes = Nodes { client, addresses, keys: BTreeMap::new() };
-        let mut silent = Vec::new();
+        let (mut silent, mut are_strangers) = (Vec::new(), true);
         for node in nodes.addresses.keys().copied().collect::<Vec<_>>() {
             match nodes.step(node, Step::Look, 0, 0, Vec::new()).await {
                 Ok(key) => drop(nodes.keys.insert(node, key)),
-                // It answers; another key is wanted, and not another node.
-                Err(error) if error.downcast_ref().and_then(ClientError::code) == Some(Code::Permission) => {
-                    return Err(error.context(format!("node {node}")));
+                Err(error) => {
+                    let code = error.downcast_ref().and_then(ClientError::code);
+                    are_strangers &= code == Some(Code::Permission);
+                    silent.push(format!("node {node}: {error:#}"));
                 }
-                Err(error) => silent.push(format!("node {node}: {error:#}")),
             }
+        }
+        // All answer; another key is wanted, and not other nodes.
+        if nodes.keys.is_empty() && are_strangers {
+            bail!("{}", silent.swap_remove(0));
         }
         ensure!(
             silent.is_empty(),

@@ -47,6 +47,12 @@ fn change(path: &Path, at: u64, to: impl FnOnce(u8) -> u8) -> Result<u8> {
     Ok(byte[0])
 }
 
+/// Whether a process has ended, with all its threads; nobody may have waited for it, so that its number stays.
+fn is_gone(process: &Path) -> bool {
+    let has_threads = || fs::read_dir(process.join("task")).is_ok_and(|threads| threads.count() > 1);
+    fs::read_to_string(process.join("stat")).map_or(true, |stat| stat.contains(") Z ") && !has_threads())
+}
+
 impl Trial {
     fn end(&self, node: u64) -> Result<()> {
         let pid = self.process(node)?;
@@ -59,10 +65,9 @@ impl Trial {
     /// Waits until a node's process has ended.
     pub(crate) fn ended(&self, node: u64) -> Result<()> {
         let dir = PathBuf::from("/proc").join(self.process(node)?);
-        // Its files are its own until it is gone; nobody may have waited for it, so that its number stays.
+        // Its files are its own until its last thread is gone.
         let begin = Instant::now();
-        let is_gone = || fs::read_to_string(dir.join("stat")).map_or(true, |stat| stat.contains(") Z "));
-        while !is_gone() {
+        while !is_gone(&dir) {
             ensure!(begin.elapsed() < UNDECIDED, "node {node} does not end");
             std::thread::sleep(Duration::from_millis(10));
         }
@@ -84,8 +89,7 @@ impl Trial {
     }
 
     fn has_ended(&self, node: u64) -> Result<bool> {
-        let line = Path::new("/proc").join(self.process(node)?).join("cmdline");
-        Ok(!fs::read(line).is_ok_and(|line| !line.is_empty()))
+        Ok(is_gone(&Path::new("/proc").join(self.process(node)?)))
     }
 
     /// Ends a node, changes a byte of its files, starts it, and puts the byte back if it did not become whole with it.

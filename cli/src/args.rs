@@ -8,7 +8,7 @@ use std::{
 
 use clap::{Args, Parser, Subcommand};
 
-use clutch_client::Registries;
+use clutch_client::{INLINE_FILE_BYTES_DEFAULT, Registries};
 use clutch_proto::limits::{INLINE_BYTES_MAX, INLINE_FILE_BYTES_MAX};
 use clutch_runtime::Endpoint;
 
@@ -643,8 +643,11 @@ pub(crate) enum Part {
 /// The size up to which files are inline where nothing else is said; an empty variable says nothing.
 fn parse_inline(text: &str) -> Result<u32, String> {
     const WHAT: &str = "CLUTCH_INLINE_MAX and --inline-default take 255 to 64K, or 0";
-    let size =
-        if text.is_empty() { 4096 } else { parse_size(text).map_err(|error| format!("{error} ({WHAT})"))? };
+    let size = if text.is_empty() {
+        INLINE_FILE_BYTES_DEFAULT
+    } else {
+        parse_size(text).map_err(|error| format!("{error} ({WHAT})"))?
+    };
     match size as usize {
         0 | INLINE_BYTES_MAX..=INLINE_FILE_BYTES_MAX => Ok(size),
         _ => Err(WHAT.into()),

@@ -54,11 +54,12 @@ impl WritePolicy {
 
     /// The same, with copies of one block, as many as are lost with any disks that the code bears, for spans of up to a size.
     fn with_mirrors(mut self, up_to: u32) -> WritePolicy {
-        match self.classes[..] {
-            [(size_max, data, parity)] if data > 1 && parity > 0 && (1..size_max).contains(&up_to) => {
-                self.classes.insert(0, (up_to, 1, parity));
-            }
-            _ => {}
+        if let [(size_max, data, parity)] = self.classes[..]
+            && data > 1
+            && parity > 0
+            && (1..size_max).contains(&up_to)
+        {
+            self.classes.insert(0, (up_to, 1, parity));
         }
         self
     }

@@ -432,7 +432,7 @@ fn copy_rows(from: &RocksStore, to: &dyn Store) -> Result<()> {
         let table = Table(table);
         let mut start: Vec<u8> = Vec::new();
         loop {
-            let rows = from.scan(table, &start, &[], if table.is_large() { 64 } else { 4096 })?;
+            let rows = from.scan(table, &start, &[], table.page_rows())?;
             let Some((last, _)) = rows.last() else { break };
             start = [last, &[0][..]].concat();
             to.write(rows.into_iter().map(|(key, value)| (table.stored_key(&key), Some(value))).collect())?;

@@ -519,8 +519,7 @@ pub fn rescan(view: &dyn View) -> Result<Rescan, StoreError> {
     for table in 0..=255u8 {
         let mut from: Vec<u8> = Vec::new();
         loop {
-            let rows =
-                view.scan(Table(table), &from, &[], if Table(table).is_large() { 64 } else { 4096 })?;
+            let rows = view.scan(Table(table), &from, &[], Table(table).page_rows())?;
             let Some((last, _)) = rows.last() else { break };
             from = [last, &[0][..]].concat();
             for (key, value) in &rows {

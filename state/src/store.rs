@@ -41,6 +41,11 @@ impl Table {
         self.0 >= 192
     }
 
+    /// How many rows are read at a time by who reads all of them: together they fit into memory.
+    pub fn page_rows(self) -> usize {
+        if self.is_large() { 64 } else { 4096 }
+    }
+
     /// The hash sum that a row counts in.
     pub fn lane(self, key: &[u8]) -> u8 {
         if self.0 >= 64 { key.first().copied().unwrap_or(0) } else { 0 }

@@ -120,7 +120,7 @@ fn extents(store: &MemoryStore) -> BTreeMap<(u64, u64), (u64, Source)> {
         let source = match extent.source? {
             extent_row::Source::Inline(data) => Source::Inline(data),
             extent_row::Source::Apart(_) => {
-                Source::Inline(store.get(tables::INLINE, &key).ok()?.unwrap_or_default())
+                Source::Inline(store.get(tables::INLINE, &key).expect("memory is read")?)
             }
             extent_row::Source::Hole(_) => Source::Hole,
             extent_row::Source::Span(range) => Source::Span(range.span_id, range.offset),

@@ -198,8 +198,11 @@ impl<M: Machine> Replica<M> {
             config: log.config.0,
             level_known: self.config.level,
             level: self.applier.level(),
-            // A store that has failed says nothing more; that is said above.
-            inline_bytes: M::inline_bytes(&**self.applier.store()).unwrap_or(0),
+            // A store that has failed says nothing more, and the fault is what there is to tell.
+            inline_bytes: match self.fault.get() {
+                Some(_) => 0,
+                None => M::inline_bytes(&**self.applier.store()).map_err(fault)?,
+            },
             ..StatusReply::default()
         };
         Ok(AdminReply { status: Some(status), ..AdminReply::default() })

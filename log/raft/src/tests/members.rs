@@ -136,6 +136,18 @@ fn members_are_changed_step_by_step() {
     assert!(done.is_some());
 }
 
+/// Takes a member out of three that is away: who leads, who was taken out, who is left, and their configuration.
+async fn taken_out(nodes: &Nodes) -> (NodeId, NodeId, Vec<NodeId>, ConfigId) {
+    let leader = nodes.leader(None).await;
+    assert!(commits(nodes).await);
+    let log = nodes.log(leader);
+    let away = nodes.numbers().find(|node| *node != leader).expect("two follow");
+    nodes.crash(away);
+    let left: Vec<NodeId> = nodes.numbers().filter(|node| *node != away).collect();
+    let config = log.reconfigure(log.status().config, voters(&left)).await.expect("it is taken out");
+    (leader, away, left, config)
+}
+
 /// Whether a member that has forgotten what it had, and was taken out before, stays out until it is taken in again; then it has
 /// everything, and counts.
 fn comes_back() -> bool {
@@ -145,13 +157,8 @@ fn comes_back() -> bool {
         for node in nodes.numbers() {
             nodes.boot(node).await;
         }
-        let leader = nodes.leader(None).await;
-        assert!(commits(&nodes).await);
+        let (leader, away, left, config) = taken_out(&nodes).await;
         let log = nodes.log(leader);
-        let away = nodes.numbers().find(|node| *node != leader).expect("two follow");
-        nodes.crash(away);
-        let left: Vec<NodeId> = nodes.numbers().filter(|node| *node != away).collect();
-        let config = log.reconfigure(log.status().config, voters(&left)).await.expect("it is taken out");
         nodes.forget(away).await;
         nodes.boot(away).await;
         nodes.driver().clock.sleep(Duration::from_secs(5)).await;
@@ -183,13 +190,7 @@ fn waits_in_vain() -> bool {
         for node in nodes.numbers() {
             nodes.boot(node).await;
         }
-        let leader = nodes.leader(None).await;
-        assert!(commits(&nodes).await);
-        let log = nodes.log(leader);
-        let away = nodes.numbers().find(|node| *node != leader).expect("two follow");
-        nodes.crash(away);
-        let left: Vec<NodeId> = nodes.numbers().filter(|node| *node != away).collect();
-        log.reconfigure(log.status().config, voters(&left)).await.expect("it is taken out");
+        let (leader, away, left, _) = taken_out(&nodes).await;
         assert!(commits(&nodes).await);
         nodes.boot(away).await;
         let removed = nodes.log(away);

@@ -301,10 +301,17 @@ fn a_group_that_is_not_opened_can_be_removed_and_the_others_go_on() {
 mod again {
     use super::*;
 
-    /// A group of which a record was damaged is removed and begins again in the same segment, which is closed and loses its index
-    /// because something of another group is damaged. How many of its records can be read then, and again when nobody could read the
-    /// segment from its beginning any more.
-    fn read_past_what_was_damaged() -> Result<(usize, Option<usize>), LogFault> {
+    /// When a closed segment loses its index because something of another group is damaged.
+    #[derive(Clone, Copy, Debug, PartialEq)]
+    enum Lost {
+        BeforeStart,
+        /// A reader has met the damage.
+        WhileOpen,
+    }
+
+    /// A group of which a record was damaged is removed and begins again in the same segment, which is closed and loses its index.
+    /// How many of its records can be read then, and again when nobody could read the segment from its beginning any more.
+    fn read_past_what_was_damaged(lost: Lost) -> Result<(usize, Option<usize>), LogFault> {
         let world = World::new(7);
         let places = three_groups(&world);
         let ((group, begin, _), (other, other_begin, _)) = (places[4], places[5]);
@@ -327,10 +334,23 @@ mod again {
             drop(store);
             runtime.clock.sleep(Duration::from_millis(50)).await;
             let index = crate::format::index_path(Path::new("log"), 1);
-            runtime.disk.remove(&index).expect("the segment is closed");
+            assert!(runtime.disk.exists(&index), "the segment is closed");
+            let open = || Store::open(&runtime, "log".into(), options()).expect("opens");
+            let opened = (lost == Lost::WhileOpen).then(open);
             assert!(disk.corrupt(path, other_begin + 50, 1));
-            let store = Store::open(&runtime, "log".into(), options()).expect("opens");
-            assert_eq!(store.quarantined().into_keys().collect::<Vec<_>>(), [other]);
+            let store = match opened {
+                Some(store) => {
+                    content(&store, other).expect_err("it is damaged");
+                    assert!(!runtime.disk.exists(&index), "the next start finds it");
+                    store
+                }
+                None => {
+                    runtime.disk.remove(&index).expect("it is there");
+                    let store = open();
+                    assert_eq!(store.quarantined().into_keys().collect::<Vec<_>>(), [other]);
+                    store
+                }
+            };
             let first = content(&store, group)?.len();
             for byte in [4, 5, 9, 17] {
                 assert!(disk.corrupt(path, other_begin + byte, 1));
@@ -341,14 +361,17 @@ mod again {
 
     #[test]
     fn what_was_damaged_before_it_was_removed_is_not_in_the_way_and_looked_at_once() {
-        assert_eq!(read_past_what_was_damaged().expect("reads"), (20, Some(20)));
+        for lost in [Lost::BeforeStart, Lost::WhileOpen] {
+            assert_eq!(read_past_what_was_damaged(lost).expect("reads"), (20, Some(20)), "{lost:?}");
+        }
     }
 
     #[test]
     fn planted_bugs_are_found() {
         for mutant in [Mutant::DamageOutlivesRemoval, Mutant::SegmentScannedForEach] {
             mutants::plant(Some(mutant));
-            let (is_planted, read) = (mutants::planted().is_some(), read_past_what_was_damaged());
+            let (is_planted, read) =
+                (mutants::planted().is_some(), read_past_what_was_damaged(Lost::WhileOpen));
             mutants::plant(None);
             assert_eq!(is_planted, !matches!(read, Ok((20, Some(20)))), "{mutant:?}");
         }

@@ -46,6 +46,14 @@ impl Three {
         three
     }
 
+    /// A key of no cluster.
+    fn wrong_key(&self) -> String {
+        let path = self.dir.join("wrong.key");
+        fs::write(&path, format!("1 {}\n", "ab".repeat(32))).expect("written");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).expect("changed");
+        path.to_str().expect("a name").to_owned()
+    }
+
     fn registry(&self) -> String {
         let address = |n: u16| format!("127.0.0.1:{}", self.port + n);
         [0, 1, 2].map(address).join(",")
@@ -271,18 +279,23 @@ fn a_node_is_put_in_the_place_of_one_that_is_gone() {
     assert!(three.script(&["start", "4"]).status.success());
     let key = three.dir.join("n2/keys/cluster.key");
     let key = key.to_str().expect("a name");
-    let wrong = temporary.path().join("wrong");
-    fs::write(&wrong, format!("1 {}\n", "ab".repeat(32))).expect("written");
-    fs::set_permissions(&wrong, fs::Permissions::from_mode(0o600)).expect("changed");
-    let wrong = wrong.to_str().expect("a name");
+    let wrong = &three.wrong_key();
     let refused = three.run(&["cluster", "replace-node", "3", "--with", "4", "--key", wrong]);
     assert!(text(&refused).contains("is not this cluster's"), "{}", text(&refused));
     let unknown = three.run(&["cluster", "add-replica", "9", "--cdc", "--key", key]);
     assert!(text(&unknown).contains("node 9 is not known here"), "{}", text(&unknown));
     let mistyped = three.run(&["cluster", "replace-node", "9", "--with", "4", "--key", key]);
     assert!(text(&mistyped).contains("which one is to be replaced"), "{}", text(&mistyped));
-    let mistyped = three.run(&["cluster", "remove-node", "9", "--key", key]);
-    assert!(text(&mistyped).contains("node 9 is not known; these are: 1, 2, 3, 4"), "{}", text(&mistyped));
+    let member = three.run(&["cluster", "replace-node", "1", "--with", "2", "--key", key]);
+    assert!(text(&member).contains("node 2 keeps"), "{}", text(&member));
+    for command in [["cluster", "drain", "9"], ["cluster", "remove-node", "9"]] {
+        let mistyped = three.run(&[&command[..], &["--key", key]].concat());
+        assert!(
+            text(&mistyped).contains("node 9 is not known; these are: 1, 2, 3, 4"),
+            "{}",
+            text(&mistyped)
+        );
+    }
     let replaced = three.ok(&["cluster", "replace-node", "3", "--with", "4", "--key", key]);
     assert_eq!(replaced.matches("kept by nodes 1, 2, 4").count(), 6, "{replaced}");
     // Told again, there is nothing left to do.
@@ -396,6 +409,8 @@ fn the_clusters_key_is_exchanged_under_load() {
         assert!(text(&refused).contains("every node must take part"), "{}", text(&refused));
         three.start_again(3);
         three.whole();
+        let wrong = three.run(&["cluster", "rotate-key", "--key", &three.wrong_key()]);
+        assert!(text(&wrong).contains("is not this cluster's"), "{}", text(&wrong));
         let rotated = three.ok(&["cluster", "rotate-key", "--key", &old]);
         assert_eq!(rotated, "");
         let early = three.run(&["cluster", "rotate-key", "--finish", "--key", &key]);

@@ -34,6 +34,9 @@ pub trait File: Send + Sync {
     /// # Errors
     /// [`io::ErrorKind::StorageFull`] when there is no such room; nothing has changed then.
     fn allocate(&self, end: u64) -> io::Result<()>;
+    /// Gives bytes back to the file system: they read as zeros from now on, and the length stays. Where a file system cannot do that,
+    /// nothing happens.
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()>;
     /// Cuts or extends with zeros.
     fn set_len(&self, len: u64) -> io::Result<()>;
 }

@@ -80,6 +80,21 @@ impl File for OsFile {
         }
     }
 
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        use rustix::{
+            fs::{FallocateFlags, fallocate},
+            io::Errno,
+        };
+        let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        loop {
+            match fallocate(&self.file, flags, offset, length) {
+                Err(Errno::INTR) => {}
+                Ok(()) | Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(()),
+                Err(error) => return at(&self.path, Err(error.into())),
+            }
+        }
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         at(&self.path, self.file.set_len(len))
     }

@@ -500,6 +500,17 @@ impl File for SimFile {
         Ok(())
     }
 
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        wait_for(&self.tree)?;
+        self.tree.lock().charge_write()?;
+        let mut inode = self.inode.lock();
+        let from = (offset as usize).min(inode.bytes.len());
+        let until = (offset.saturating_add(length) as usize).min(inode.bytes.len());
+        inode.bytes[from..until].fill(0);
+        inode.unsynced.push((from as u64, vec![0; until - from]));
+        Ok(())
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         wait_for(&self.tree)?;
         self.tree.lock().charge_write()?;

@@ -48,6 +48,10 @@ impl File for CountedFile {
         self.0.allocate(end)
     }
 
+    fn discard(&self, offset: u64, length: u64) -> io::Result<()> {
+        self.0.discard(offset, length)
+    }
+
     fn set_len(&self, len: u64) -> io::Result<()> {
         self.0.set_len(len)
     }

@@ -8,10 +8,12 @@
 pub mod codec;
 pub mod format;
 pub mod label;
+pub mod packed;
 mod queue;
 pub mod service;
 pub mod store;
 
 pub use codec::{Codec, CodecError};
+pub use packed::PackOptions;
 pub use service::BlockService;
 pub use store::BlockStore;

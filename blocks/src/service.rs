@@ -18,10 +18,13 @@ use clutch_proto::{
 use clutch_runtime::{Budget, Held, HybridClock, Runtime};
 use prost::Message as _;
 
+use self::small::{Asked, SmallChanges};
 use crate::{
     queue::DiskQueue,
     store::{BlockStore, Expected, VERIFY_BYTES},
 };
+
+mod small;
 
 /// One block service.
 pub struct BlockService {
@@ -42,6 +45,7 @@ pub struct BlockService {
     failing: Mutex<Option<String>>,
     /// Blocks that are being written or erased.
     turns: Mutex<BTreeMap<BlockId, Weak<tokio::sync::Mutex<()>>>>,
+    small: Arc<SmallChanges>,
 }
 
 /// An answer, and what is held for it until it is sent.
@@ -82,6 +86,7 @@ impl BlockService {
             reads,
             failing: Mutex::default(),
             turns: Mutex::default(),
+            small: Arc::default(),
         }
     }
 
@@ -228,16 +233,20 @@ impl BlockService {
             Some(Op::Write(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Write)?;
                 let (clock, expiry) = (self.clock.clone(), claims.expiry);
-                let is_granted = move || clock.now() <= expiry;
-                let bytes = op.data.len();
+                let is_granted = Box::new(move || clock.now() <= expiry);
                 let turn = self.turn(expected.block).await?;
                 let ends_early = mutants::is(Mutant::TurnEndsWithRequest);
                 let (turn, _of_request) = if ends_early { (None, Some(turn)) } else { (Some(turn), None) };
-                let write = move || {
-                    let _turn = turn;
-                    store.write(&expected, &op.data, &is_granted)
+                let written = if store.is_small(op.data.len()) {
+                    self.change(Asked::Write { expected, data: op.data, is_granted }, turn).await?
+                } else {
+                    let bytes = op.data.len();
+                    let write = move || {
+                        let _turn = turn;
+                        store.write(&expected, &op.data, &is_granted)
+                    };
+                    self.changes.run(bytes, write).await?
                 };
-                let written = self.changes.run(bytes, write).await?;
                 self.changed("write", written)?;
                 Ok(self.proof(&claims, Operation::Written).into())
             }
@@ -260,11 +269,7 @@ impl BlockService {
             Some(Op::Erase(op)) => {
                 let (claims, expected) = self.admit(&op.certificate, Operation::Erase)?;
                 let turn = self.turn(expected.block).await?;
-                let erase = move || {
-                    let _turn = turn;
-                    store.erase(expected.block)
-                };
-                let erased = self.changes.run(0, erase).await?;
+                let erased = self.change(Asked::Erase(expected.block), Some(turn)).await?;
                 self.changed("erase", erased)?;
                 Ok(self.proof(&claims, Operation::Erased).into())
             }

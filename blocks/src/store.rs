@@ -1,4 +1,5 @@
-//! One disk's blocks: files in 256 directories, written under a temporary name first.
+//! One disk's blocks: small ones in segments ([`crate::packed`]), large ones as files in 256 directories, written under a temporary name
+//! first.
 
 use std::{
     collections::BTreeSet,
@@ -19,8 +20,14 @@ use clutch_proto::{
 };
 use clutch_runtime::Disk;
 
-use crate::format::{HEADER_BYTES, Header, data_offset, page_table, pages};
-use crate::label::{self, Label};
+use crate::{
+    format::{HEADER_BYTES, Header, data_offset, page_table, pages},
+    label::{self, Label},
+    packed::{
+        PACKED_DIR, Pack, PackFault, PackOptions, Record, Tail, Upkeep,
+        format::{Location, SegmentHeader, number_of},
+    },
+};
 
 /// A block is looked at in pieces of so many bytes.
 pub(crate) const VERIFY_BYTES: u32 = 4 << 20;
@@ -38,7 +45,17 @@ pub struct BlockStore {
     unusable: Mutex<Option<String>>,
     /// Directories of blocks that are known to be durable.
     directories: Mutex<BTreeSet<PathBuf>>,
+    options: PackOptions,
+    /// The small blocks; `None` until they are looked through, also when the disk has been away.
+    pack: Mutex<Option<Arc<Pack>>>,
+    /// Whoever changes small blocks has it.
+    tail: Arc<tokio::sync::Mutex<Tail>>,
+    /// Called before the first small block of a disk is packed.
+    before_first: BeforeFirst,
 }
+
+/// Takes note that a disk's blocks are packed from now on.
+type BeforeFirst = Arc<dyn Fn() -> io::Result<()> + Send + Sync>;
 
 /// What a write is to leave behind.
 #[derive(Clone, Copy, Debug)]
@@ -51,6 +68,36 @@ pub struct Expected {
     pub crc: u32,
     /// When it was granted.
     pub time: u64,
+}
+
+/// One change of a disk's small blocks.
+pub enum Change<'a> {
+    /// A block is written; see [`BlockStore::write`].
+    Write {
+        /// What it is to leave behind.
+        expected: Expected,
+        /// The block.
+        data: &'a [u8],
+        /// Asked once more before it is written.
+        is_granted: &'a dyn Fn() -> bool,
+    },
+    /// A block is removed, also one that is large.
+    Erase(BlockId),
+}
+
+/// What is to be done for a change.
+#[derive(Default)]
+struct Prepared {
+    records: Vec<Record>,
+    /// Records that are dead then.
+    dead: Vec<Location>,
+    /// A file that goes then.
+    file: Option<PathBuf>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    // It is whole between any two statements.
+    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
 fn disk_fault(what: &str, error: &io::Error) -> Refusal {
@@ -68,7 +115,7 @@ impl BlockStore {
         now: Time,
     ) -> io::Result<BlockStore> {
         Label { cluster, service, created: now }.write(&*disk, &dir)?;
-        BlockStore::open(disk, dir, cluster, service)
+        BlockStore::open(disk, dir, cluster, service, PackOptions::default())
     }
 
     /// Opens a disk's directory and removes what writes that never finished left behind. One without its label opens, too,
@@ -78,6 +125,7 @@ impl BlockStore {
         dir: PathBuf,
         cluster: u64,
         service: ServiceId,
+        options: PackOptions,
     ) -> io::Result<BlockStore> {
         let store = BlockStore {
             disk,
@@ -88,6 +136,10 @@ impl BlockStore {
             next_temporary: AtomicU64::new(1),
             unusable: Mutex::default(),
             directories: Mutex::default(),
+            options,
+            pack: Mutex::default(),
+            tail: Arc::default(),
+            before_first: Arc::new(|| Ok(())),
         };
         if store.look().is_some() {
             return Ok(store);
@@ -97,9 +149,10 @@ impl BlockStore {
         for name in store.disk.list(&temporary)? {
             store.disk.remove(&temporary.join(name))?;
         }
-        if mutants::is(Mutant::BlockErasedInUse) {
+        // What a disk that fails just now has is looked through when somebody asks for it.
+        if store.small(None).is_ok() && mutants::is(Mutant::BlockErasedInUse) {
             for block in store.list()?.into_iter().take(3) {
-                store.disk.remove(&store.path(block))?;
+                store.erase(block).map_err(|refusal| io::Error::other(refusal.detail))?;
             }
         }
         Ok(store)
@@ -124,18 +177,25 @@ impl BlockStore {
         BlockStore { reserve_bytes, ..self }
     }
 
+    /// The same, but this is called before the first small block is packed, which builds that do not know of that would not find; where it
+    /// fails none is written.
+    pub fn with_first_packing(self, before_first: BeforeFirst) -> BlockStore {
+        BlockStore { before_first, ..self }
+    }
+
     /// Looks at the disk's label anew. Why the disk is not used; `None` while all is well.
     pub fn look(&self) -> Option<String> {
         let found = label::check(&*self.disk, &self.dir, self.cluster, self.service).err();
         let found = found.filter(|_| !mutants::is(Mutant::EmptyDiskUsed));
-        let mut unusable = self.unusable.lock().unwrap_or_else(|e| e.into_inner());
+        let mut unusable = lock(&self.unusable);
         if *unusable != found {
             match &found {
                 Some(reason) => tracing::error!("{reason}"),
                 None => tracing::warn!("disk {} is used again", self.dir.display()),
             }
-            // What was known of its directories was of another file system.
-            self.directories.lock().unwrap_or_else(|e| e.into_inner()).clear();
+            // What was known of its directories and segments was of another file system.
+            lock(&self.directories).clear();
+            self.retire(false);
         }
         (*unusable).clone_from(&found);
         found
@@ -143,12 +203,12 @@ impl BlockStore {
 
     /// Why the disk is not used, as it was when it was looked at last.
     pub fn unusable(&self) -> Option<String> {
-        self.unusable.lock().unwrap_or_else(|e| e.into_inner()).clone()
+        lock(&self.unusable).clone()
     }
 
     /// Refuses work on a disk that is not used, also on one that has vanished since it was looked at last.
     fn check_usable(&self) -> Result<(), Refusal> {
-        let known = self.unusable.lock().unwrap_or_else(|e| e.into_inner()).clone();
+        let known = lock(&self.unusable).clone();
         let reason = match known {
             None if self.disk.exists(&label::path(&self.dir)) || mutants::is(Mutant::EmptyDiskUsed) => {
                 return Ok(());
@@ -173,7 +233,8 @@ impl BlockStore {
         self.dir.join(format!("{:02x}", block.0 >> 8 & 0xff)).join(format!("{:016x}", block.0))
     }
 
-    /// Writes a block durably. The same block again is fine; another one under its id is refused.
+    /// Writes a block durably. The same block again is fine; another one under its id is refused. A small one waits for all other
+    /// changes of small ones; see [`BlockStore::change`].
     ///
     /// `is_granted` is asked once more before the block gets its name: a write that took so long that its grant has
     /// ended may come after an erase.
@@ -183,49 +244,16 @@ impl BlockStore {
         data: &[u8],
         is_granted: &dyn Fn() -> bool,
     ) -> Result<(), Refusal> {
-        if data.len() != expected.size as usize {
-            let text = format!("{} bytes for a block of {}", data.len(), expected.size);
-            return Err(Refusal::invalid(text));
+        if self.is_small(data.len()) {
+            let change = Change::Write { expected: *expected, data, is_granted };
+            return self.change(&mut self.tail.blocking_lock(), &[change]).pop().unwrap_or(Ok(()));
         }
-        if expected.size == 0 || expected.size > BLOCK_BYTES_MAX || !expected.size.is_multiple_of(PAGE_BYTES)
-        {
-            let text = format!(
-                "a block of {} bytes; multiples of {PAGE_BYTES} up to {BLOCK_BYTES_MAX} are allowed",
-                expected.size
-            );
-            return Err(Refusal::invalid(text));
-        }
-        if crc32fast::hash(data) != expected.crc && !mutants::is(Mutant::CrcNotBound) {
-            return Err(Refusal::new(Code::CrcMismatch, "the data do not have the CRC that was granted"));
-        }
-        self.check_usable()?;
+        self.check_write(expected, data)?;
         let path = self.path(expected.block);
-        if self.disk.exists(&path) {
-            match self.verify(expected) {
-                // Whoever wrote it may not have come to its last sync: what is proven must be durable.
-                Ok(()) if mutants::is(Mutant::SettledUnsynced) => return Ok(()),
-                Ok(()) => {
-                    self.settle(&path).map_err(|e| disk_fault("sync block", &e))?;
-                    return self.check_still_usable();
-                }
-                Err(refusal) if refusal.code == Code::BlockCorrupt => {
-                    if self.holds_another(&path, expected) {
-                        let text = format!("block {} exists with other data", expected.block);
-                        return Err(Refusal::new(Code::Exists, text));
-                    }
-                }
-                Err(refusal) if refusal.code == Code::BlockNotFound => {}
-                Err(refusal) => return Err(refusal),
-            }
+        if self.disk.exists(&path) && self.is_there(expected, &path)? {
+            return self.check_still_usable();
         }
-        if self.reserve_bytes > 0 {
-            let space = self.disk.space(&self.dir).map_err(|e| disk_fault("ask for space", &e))?;
-            if space.1 < self.reserve_bytes.saturating_add(data.len() as u64) {
-                let text =
-                    format!("service {} has no space: the rest is kept for logs and states", self.service);
-                return Err(Refusal::new(Code::NoSpace, text));
-            }
-        }
+        self.check_reserve(data.len())?;
         let table = page_table(data);
         let header = Header {
             cluster: self.cluster,
@@ -242,6 +270,63 @@ impl BlockStore {
             Ok(false) => Err(Refusal::new(Code::CertificateExpired, "the write took longer than its grant")),
             Err(error) => Err(disk_fault("write block", &error)),
         }
+    }
+
+    /// Whether a block of so many bytes is packed with others.
+    pub fn is_small(&self, bytes: usize) -> bool {
+        bytes < self.options.below as usize
+    }
+
+    /// Whoever changes small blocks holds this meanwhile.
+    pub fn tail(&self) -> Arc<tokio::sync::Mutex<Tail>> {
+        self.tail.clone()
+    }
+
+    /// Refuses what cannot be written.
+    fn check_write(&self, expected: &Expected, data: &[u8]) -> Result<(), Refusal> {
+        if data.len() != expected.size as usize {
+            let text = format!("{} bytes for a block of {}", data.len(), expected.size);
+            return Err(Refusal::invalid(text));
+        }
+        if expected.size == 0 || expected.size > BLOCK_BYTES_MAX || !expected.size.is_multiple_of(PAGE_BYTES)
+        {
+            let text = format!(
+                "a block of {} bytes; multiples of {PAGE_BYTES} up to {BLOCK_BYTES_MAX} are allowed",
+                expected.size
+            );
+            return Err(Refusal::invalid(text));
+        }
+        if crc32fast::hash(data) != expected.crc && !mutants::is(Mutant::CrcNotBound) {
+            return Err(Refusal::new(Code::CrcMismatch, "the data do not have the CRC that was granted"));
+        }
+        self.check_usable()
+    }
+
+    /// Whether a block is there, whole and durable, in a file. One that is damaged is to be written once more.
+    fn is_there(&self, expected: &Expected, path: &Path) -> Result<bool, Refusal> {
+        match self.verify(expected) {
+            // Whoever wrote it may not have come to its last sync: what is proven must be durable.
+            Ok(()) if mutants::is(Mutant::SettledUnsynced) => Ok(true),
+            Ok(()) => self.settle(path).map_err(|e| disk_fault("sync block", &e)).map(|()| true),
+            Err(refusal) if refusal.code == Code::BlockCorrupt => match self.holds_another(path, expected) {
+                true => Err(exists(expected.block)),
+                false => Ok(false),
+            },
+            Err(refusal) if refusal.code == Code::BlockNotFound => Ok(false),
+            Err(refusal) => Err(refusal),
+        }
+    }
+
+    fn check_reserve(&self, bytes: usize) -> Result<(), Refusal> {
+        if self.reserve_bytes > 0 {
+            let space = self.disk.space(&self.dir).map_err(|e| disk_fault("ask for space", &e))?;
+            if space.1 < self.reserve_bytes.saturating_add(bytes as u64) {
+                let text =
+                    format!("service {} has no space: the rest is kept for logs and states", self.service);
+                return Err(Refusal::new(Code::NoSpace, text));
+            }
+        }
+        Ok(())
     }
 
     /// Makes a block that is in place durable.
@@ -263,7 +348,7 @@ impl BlockStore {
 
     /// Makes a directory for blocks, durably, before anybody relies on it.
     fn make_directory(&self, dir: &Path) -> io::Result<()> {
-        let mut known = self.directories.lock().unwrap_or_else(|e| e.into_inner());
+        let mut known = lock(&self.directories);
         // One that was there may have been emptied away by hand.
         if !known.contains(dir) || !self.disk.exists(dir) {
             self.disk.create_dir_all(dir)?;
@@ -331,6 +416,12 @@ impl BlockStore {
             return Err(Refusal::invalid(text));
         };
         self.check_usable()?;
+        let pack = self.small(None)?;
+        match pack.read(expected, offset, length) {
+            Ok(Some(bytes)) => return Ok(bytes),
+            Ok(None) => {}
+            Err(fault) => return Err(self.pack_fault(fault, expected.block)),
+        }
         let path = self.path(expected.block);
         let block = expected.block;
         let corrupt = |what: String| {
@@ -402,37 +493,193 @@ impl BlockStore {
 
     /// Removes a block durably; one that is not there is fine.
     pub fn erase(&self, block: BlockId) -> Result<(), Refusal> {
-        // A block that cannot be seen is not gone.
-        self.check_usable()?;
-        let path = self.path(block);
-        match self.disk.remove(&path) {
-            Ok(()) => {}
-            Err(e) if e.kind() == io::ErrorKind::NotFound && mutants::is(Mutant::GoneUnsynced) => {
-                return Ok(());
-            }
-            Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-            Err(e) => return Err(disk_fault("erase block", &e)),
-        }
-        // Also for one that is not there: whoever removed it may not have come to the sync, and what is proven erased
-        // must not come back.
-        match self.disk.sync_dir(path.parent().unwrap_or(&self.dir)) {
-            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(disk_fault("erase block", &e)),
-            _ => self.check_still_usable(),
-        }
+        self.change(&mut self.tail.blocking_lock(), &[Change::Erase(block)]).pop().unwrap_or(Ok(()))
     }
 
-    /// Ids of all blocks, for comparison with the metadata.
+    /// Ids of all blocks, in order, for comparison with the metadata.
     pub fn list(&self) -> io::Result<Vec<BlockId>> {
         let mut blocks = Vec::new();
         for dir in self.disk.list(&self.dir)?.iter().filter(|d| d.len() == 2) {
             let names = self.disk.list(&self.dir.join(dir))?;
             blocks.extend(names.iter().filter_map(|n| u64::from_str_radix(n, 16).ok()).map(BlockId));
         }
+        let refused = |refusal: Refusal| io::Error::other(refusal.detail);
+        let pack = self.small(None).map_err(refused)?;
+        let visited = pack.visit(&mut |block| blocks.push(block));
+        visited.map_err(|fault| refused(self.pack_fault(fault, BlockId(0))))?;
+        blocks.sort_unstable();
+        blocks.dedup();
         Ok(blocks)
+    }
+
+    /// Whether [`BlockStore::upkeep`] may have something to do.
+    pub fn is_due(&self) -> bool {
+        lock(&self.pack).as_ref().is_some_and(|pack| pack.is_due())
+    }
+
+    /// Writes changes of small blocks to their index, beside everything else. One at a time.
+    pub fn merge(&self) -> Result<Upkeep, Refusal> {
+        self.check_usable()?;
+        let merged = self.small(None)?.merge();
+        merged.map_err(|fault| self.pack_fault(fault, BlockId(0)))
+    }
+
+    /// Moves some small blocks of a segment that is mostly dead, or removes it.
+    pub fn upkeep(&self, tail: &mut Tail) -> Result<Upkeep, Refusal> {
+        self.check_usable()?;
+        let done = self.small(Some(tail))?.compact(tail);
+        done.map_err(|fault| self.pack_fault(fault, BlockId(0)))
+    }
+
+    /// The small blocks, looked through when that was not done yet: by who has the tail, or while nobody has it.
+    fn small(&self, tail: Option<&mut Tail>) -> Result<Arc<Pack>, Refusal> {
+        if let Some(pack) = &*lock(&self.pack) {
+            return Ok(pack.clone());
+        }
+        let mut guard = None;
+        let tail = match tail {
+            Some(tail) => tail,
+            None => {
+                let text = "the disk is being looked through; try again";
+                let free = self.tail.try_lock().map_err(|_| Refusal::new(Code::Unreachable, text))?;
+                &mut **guard.insert(free)
+            }
+        };
+        // Somebody else may have done it meanwhile.
+        if let Some(pack) = &*lock(&self.pack) {
+            return Ok(pack.clone());
+        }
+        let dir = self.dir.join(PACKED_DIR);
+        let opened = Pack::open(self.disk.clone(), dir, self.cluster, self.service, self.options);
+        let (pack, new) = opened.map_err(|fault| fault.refusal(BlockId(0), self.service))?;
+        *tail = new;
+        let pack = Arc::new(pack);
+        *lock(&self.pack) = Some(pack.clone());
+        Ok(pack)
+    }
+
+    #[cfg(test)]
+    pub(crate) fn small_for_tests(&self) -> Arc<Pack> {
+        self.small(None).expect("opens")
+    }
+
+    /// What is known of small blocks is of no use any more.
+    fn retire(&self, with_index: bool) {
+        if let Some(pack) = lock(&self.pack).take() {
+            pack.retire(with_index);
+        }
+    }
+
+    fn pack_fault(&self, fault: PackFault, block: BlockId) -> Refusal {
+        if let PackFault::Index(what) = &fault {
+            tracing::error!(service = %self.service, what, "where small blocks lie is found out anew");
+            self.retire(true);
+        }
+        fault.refusal(block, self.service)
+    }
+
+    /// Makes changes of small blocks, with one write and one sync for all of them; what became of each, in order.
+    pub fn change(&self, tail: &mut Tail, changes: &[Change<'_>]) -> Vec<Result<(), Refusal>> {
+        let pack = match self.check_usable().and_then(|()| self.small(Some(tail))) {
+            Ok(pack) => pack,
+            Err(refusal) => return changes.iter().map(|_| Err(refusal.clone())).collect(),
+        };
+        let mut prepared = Vec::new();
+        let mut records = Vec::new();
+        for change in changes {
+            prepared.push(self.prepare(&pack, change).map(|mut change| {
+                records.append(&mut change.records);
+                change
+            }));
+        }
+        let is_first = !records.is_empty() && pack.is_empty();
+        let noted = if is_first { (self.before_first)().map_err(PackFault::Disk) } else { Ok(()) };
+        if let Err(fault) = noted.and_then(|()| pack.append(tail, &records)) {
+            let refusal = self.pack_fault(fault, BlockId(0));
+            return prepared.into_iter().map(|change| change.and_then(|_| Err(refusal.clone()))).collect();
+        }
+        let gone = self.remove_files(prepared.iter().flatten().filter_map(|change| change.file.as_deref()));
+        for change in prepared.iter().flatten() {
+            pack.discard(&change.dead);
+        }
+        let usable = self.check_still_usable();
+        let done = |change: Prepared| match change.file {
+            Some(_) => gone.clone().and(usable.clone()),
+            None => usable.clone(),
+        };
+        prepared.into_iter().map(|change| change.and_then(done)).collect()
+    }
+
+    /// What is to be appended for a change, and removed then.
+    fn prepare(&self, pack: &Pack, change: &Change<'_>) -> Result<Prepared, Refusal> {
+        let fault = |fault, block| self.pack_fault(fault, block);
+        match change {
+            Change::Erase(block) => {
+                let dead = pack.places(*block).map_err(|e| fault(e, *block))?;
+                let path = self.path(*block);
+                // One that is nowhere, too: whoever removed its file may not have come to the sync, and what is proven erased must not
+                // come back.
+                let file = (dead.is_empty() || self.disk.exists(&path)).then_some(path);
+                let records = dead.iter().map(|at| Record::Bury(*block, *at)).collect();
+                Ok(Prepared { records, dead, file })
+            }
+            Change::Write { expected, data, is_granted } => {
+                self.check_write(expected, data)?;
+                let block = expected.block;
+                let path = self.path(block);
+                let dead = pack.places(block).map_err(|e| fault(e, block))?;
+                let is_file = dead.is_empty() && self.disk.exists(&path);
+                if let Some(at) = dead.first() {
+                    match self.verify(expected) {
+                        Ok(()) => return Ok(Prepared::default()),
+                        Err(refusal) if refusal.code != Code::BlockCorrupt => return Err(refusal),
+                        Err(_) if pack.holds_another(*at, expected) => return Err(exists(block)),
+                        Err(_) => {}
+                    }
+                } else if is_file && self.is_there(expected, &path)? {
+                    return Ok(Prepared::default());
+                }
+                self.check_reserve(data.len())?;
+                if !is_granted() {
+                    let text = "the write took longer than its grant";
+                    return Err(Refusal::new(Code::CertificateExpired, text));
+                }
+                let mut records = vec![Record::put(*expected, data)];
+                records.extend(dead.iter().map(|at| Record::Bury(block, *at)));
+                Ok(Prepared { records, dead, file: is_file.then_some(path) })
+            }
+        }
+    }
+
+    /// Removes files of blocks durably; those that are not there are fine.
+    fn remove_files<'a>(&self, paths: impl Iterator<Item = &'a Path>) -> Result<(), Refusal> {
+        let mut dirs = BTreeSet::new();
+        for path in paths {
+            match self.disk.remove(path) {
+                Ok(()) => {}
+                Err(e) if e.kind() == io::ErrorKind::NotFound && mutants::is(Mutant::GoneUnsynced) => {
+                    continue;
+                }
+                Err(e) if e.kind() == io::ErrorKind::NotFound => {}
+                Err(e) => return Err(disk_fault("erase block", &e)),
+            }
+            dirs.insert(path.parent().unwrap_or(&self.dir));
+        }
+        for dir in dirs {
+            match self.disk.sync_dir(dir) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(disk_fault("erase block", &e)),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 }
 
-/// A block file in a directory that another service or cluster wrote; the first block of each directory is looked at.
+fn exists(block: BlockId) -> Refusal {
+    Refusal::new(Code::Exists, format!("block {block} exists with other data"))
+}
+
+/// A block file or segment in a directory that another service or cluster wrote; the first of each directory is looked at.
 pub fn foreign_block(
     disk: &dyn Disk,
     dir: &Path,
@@ -446,6 +693,15 @@ pub fn foreign_block(
         let mut bytes = vec![0; HEADER_BYTES as usize];
         let read = disk.open(&path, false)?.read_at(&mut bytes, 0)?;
         if Header::decode(&bytes[..read]).is_ok_and(|h| (h.cluster, h.service) != (cluster, service)) {
+            return Ok(Some(path.display().to_string()));
+        }
+    }
+    let packed = dir.join(PACKED_DIR);
+    for name in disk.list(&packed)?.iter().filter(|name| number_of(name, ".pack").is_some()).take(1) {
+        let path = packed.join(name);
+        let mut bytes = vec![0; HEADER_BYTES as usize];
+        let read = disk.open(&path, false)?.read_at(&mut bytes, 0)?;
+        if SegmentHeader::decode(&bytes[..read]).is_ok_and(|h| (h.cluster, h.service) != (cluster, service)) {
             return Ok(Some(path.display().to_string()));
         }
     }

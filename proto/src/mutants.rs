@@ -249,6 +249,16 @@ pub enum Mutant {
     StandingUntold,
     /// A segment that was found damaged when it was read is believed again at the next start.
     DamagedIndexKept,
+    /// Small blocks are proven before they are synced.
+    PackedUnsynced,
+    /// What a start finds of small blocks is believed to be on the disk.
+    PackedTailNotWrittenAgain,
+    /// A start looks no further in a segment of small blocks than to what is damaged.
+    ScanEndsAtDamage,
+    /// That a record of a small block is dead is forgotten when its segment is moved.
+    DeadForgotten,
+    /// A damaged small block goes with its segment.
+    DamagedRecordRemoved,
     /// A damaged record of a group is in the way of what the group has since it was removed and began again.
     DamageOutlivesRemoval,
     /// A segment without an index is read from its beginning for each part of a group that is looked for.
@@ -313,7 +323,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 151] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 156] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -429,6 +439,11 @@ impl Mutant {
         (Mutant::FormerMembersKept, &["units", "rpc::tests::former::planted_bugs_are_found"]),
         (Mutant::ReaderKept, &["units", "rpc::tests::planted_bugs_are_found"]),
         (Mutant::LeadsWithoutRoom, &["units", "room::tests::planted_bugs_are_found"]),
+        (Mutant::PackedUnsynced, &["steps"]),
+        (Mutant::PackedTailNotWrittenAgain, &["steps"]),
+        (Mutant::ScanEndsAtDamage, &["units", "packed::tests::scanned::planted_bugs_are_found"]),
+        (Mutant::DeadForgotten, &["units", "packed::tests::buried::planted_bugs_are_found"]),
+        (Mutant::DamagedRecordRemoved, &["units", "packed::tests::damaged::planted_bugs_are_found"]),
         (Mutant::SegmentScannedForEach, &["units", "tests::groups::again::planted_bugs_are_found"]),
         (Mutant::DamageOutlivesRemoval, &["units", "tests::groups::again::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),

@@ -6,6 +6,7 @@ use clutch_proto::{BlockId, ServiceId, blocks::*, limits::PAGE_BYTES};
 use clutch_runtime::simulated::{DiskFaults, NodeId, World};
 
 use super::*;
+use crate::packed::PackOptions;
 
 const NODE: NodeId = NodeId(0);
 const SERVICE: ServiceId = ServiceId(5);
@@ -32,14 +33,16 @@ fn claims(operation: Operation, now: Time) -> Claims {
     }
 }
 
+/// Each block in a file of its own.
+const FILES: PackOptions = PackOptions { below: 0, segment_bytes: 1 << 20, merge_at: 1 };
+
 /// The service's disk, labelled when it is new.
-fn open(runtime: &Runtime) -> BlockStore {
+fn open(runtime: &Runtime, options: PackOptions) -> BlockStore {
     let (disk, dir) = (runtime.disk.clone(), PathBuf::from("d"));
-    match runtime.disk.exists(&crate::label::path(&dir)) {
-        true => BlockStore::open(disk, dir, 1, SERVICE),
-        false => BlockStore::create(disk, dir, 1, SERVICE, Time(1)),
+    if !runtime.disk.exists(&crate::label::path(&dir)) {
+        BlockStore::create(disk.clone(), dir.clone(), 1, SERVICE, Time(1)).expect("labelled");
     }
-    .expect("opens")
+    BlockStore::open(disk, dir, 1, SERVICE, options).expect("opens")
 }
 
 fn clock(runtime: &Runtime) -> Arc<HybridClock> {
@@ -47,10 +50,14 @@ fn clock(runtime: &Runtime) -> Arc<HybridClock> {
 }
 
 fn call(world: &World, op: Op) -> Result<BlocksReply, Refusal> {
+    call_as(world, op, PackOptions::default())
+}
+
+fn call_as(world: &World, op: Op, options: PackOptions) -> Result<BlocksReply, Refusal> {
     let runtime = world.node(NODE);
     world
         .run(NODE, std::time::Duration::from_secs(5), async move {
-            let store = open(&runtime);
+            let store = open(&runtime, options);
             let service = BlockService::new(runtime.clone(), clock(&runtime), store, 1, vec![key()]);
             let body = BlocksRequest { op: Some(op) }.encode_to_vec().into();
             service.handle(body, &Budget::unbounded()).await.map(|answer| answer.reply)
@@ -59,13 +66,21 @@ fn call(world: &World, op: Op) -> Result<BlocksReply, Refusal> {
 }
 
 fn write(world: &World) -> Result<BlocksReply, Refusal> {
+    write_as(world, PackOptions::default())
+}
+
+fn write_as(world: &World, options: PackOptions) -> Result<BlocksReply, Refusal> {
     let certificate = claims(Operation::Write, world.node(NODE).clock.now()).sign(&key());
-    call(world, Op::Write(WriteBlock { certificate, data: data().into() }))
+    call_as(world, Op::Write(WriteBlock { certificate, data: data().into() }), options)
 }
 
 fn read(world: &World, offset: u32, length: u32) -> Result<Bytes, Refusal> {
+    read_as(world, offset, length, PackOptions::default())
+}
+
+fn read_as(world: &World, offset: u32, length: u32, options: PackOptions) -> Result<Bytes, Refusal> {
     let certificate = claims(Operation::Read, world.node(NODE).clock.now()).sign(&key());
-    call(world, Op::Read(ReadBlock { certificate, offset, length })).map(|r| r.data)
+    call_as(world, Op::Read(ReadBlock { certificate, offset, length }), options).map(|r| r.data)
 }
 
 #[test]
@@ -115,14 +130,14 @@ fn nothing_happens_without_the_right_certificate() {
 #[test]
 fn every_flipped_byte_is_an_error_or_the_right_bytes() {
     let world = World::new(3);
-    write(&world).expect("writes");
+    write_as(&world, FILES).expect("writes");
     let disk = world.disk(NODE);
     let is_block = |(path, _): &(PathBuf, u64)| !path.ends_with("label");
     let (path, len) = disk.files().into_iter().find(is_block).expect("one block");
     let mut errors = 0u64;
     for offset in 0..len {
         assert!(disk.corrupt(&path, offset, 0x04));
-        match read(&world, 0, 3 * PAGE_BYTES) {
+        match read_as(&world, 0, 3 * PAGE_BYTES, FILES) {
             Ok(bytes) => assert_eq!(bytes, data(), "flip at {offset}"),
             Err(refusal) => {
                 assert_eq!(refusal.code, Code::BlockCorrupt);
@@ -158,9 +173,9 @@ fn what_is_proven_erased_does_not_come_back() {
     let mut half_way = 0;
     for seed in 1..=60 {
         let world = World::new(seed);
-        write(&world).expect("writes");
+        write_as(&world, FILES).expect("writes");
         let (runtime, disk) = (world.node(NODE), world.disk(NODE));
-        let store = open(&runtime);
+        let store = open(&runtime, FILES);
         let is_there = |store: &BlockStore| store.list().expect("lists").contains(&block);
         disk.set_faults(DiskFaults { write_error_permille: 500, ..DiskFaults::default() });
         let first = store.erase(block);

@@ -29,7 +29,11 @@ use crate::{
 const NOTED: &[&str] = &[
     "blocks: a certificate is refused",
     "blocks: a change before the time is known",
+    "blocks: a damaged record keeps its segment",
+    "blocks: a segment is removed",
+    "blocks: an index is written",
     "blocks: an expired certificate",
+    "blocks: small blocks are moved",
     "cdc driver: a step is dropped with the reign",
     "cdc driver: a step waits for its shard",
     "cdc driver: an answer is proposed again",

@@ -7,7 +7,7 @@ use std::{
     time::Duration,
 };
 
-use clutch_blocks::label::Label;
+use clutch_blocks::{BlockStore, PackOptions, label::Label};
 use clutch_client::{Client, ClientOptions, Observer, Reads, Registries};
 use clutch_log::{Bounds, Engine as LogEngine, Engines, LogFault, LogId, Position};
 use clutch_log_local::LocalEngine;
@@ -23,10 +23,10 @@ use clutch_proto::{
 };
 use clutch_runtime::{
     Endpoint, PeerStream, Runtime,
-    simulated::{NodeId, World},
+    simulated::{NodeId, SimDisk, World},
 };
 use clutch_server::{
-    Chains, ClusterFile, NewLogs, Node, NodeConfig, OfSeveral, Peers, Roles,
+    Chains, ClusterFile, NewLogs, Node, NodeConfig, OfSeveral, Packing, Peers, Roles,
     joining::Belongings,
     room::Room,
     rotation::Rotation,
@@ -61,6 +61,8 @@ const MEMBERS: u32 = 10_000;
 
 /// Short, so that grants and contents expire within a script.
 pub const LIFETIMES: Lifetimes = Lifetimes { grant_ms: 400, transient_ms: 4000 };
+/// Small enough that segments are closed, moved and removed within a script.
+const PACKED: PackOptions = PackOptions { below: 32 << 10, segment_bytes: 40 << 10, merge_at: 16 };
 /// Generated scripts keep clocks closer than this.
 pub const CLOCK_SKEW_MS_MAX: u64 = 450;
 
@@ -516,6 +518,18 @@ impl SimCluster {
             .expect("a new disk can be written");
     }
 
+    /// The blocks that somebody finds who looks a disk through.
+    pub fn blocks_on(&self, disk: u32) -> Result<Vec<u64>, String> {
+        let service = ServiceId(self.service_ids()[disk as usize]);
+        // Not the disk itself: its node may be running.
+        let copy = Arc::new(SimDisk::new(0));
+        copy.mount(self.world.disk(disk_node(disk)).copy());
+        let store = BlockStore::open(copy, "disk".into(), self.cluster_id(), service, PACKED);
+        let listed =
+            store.and_then(|store| if store.look().is_none() { store.list() } else { Ok(Vec::new()) });
+        Ok(listed.map_err(|error| error.to_string())?.into_iter().map(|block| block.0).collect())
+    }
+
     /// Whether a disk's label says that it is the one.
     pub fn is_labelled(&self, disk: u32) -> bool {
         let service = ServiceId(self.service_ids()[disk as usize]);
@@ -570,6 +584,7 @@ impl SimCluster {
                 lifetimes: LIFETIMES,
                 pages,
                 clock_skew_ms_max: CLOCK_SKEW_MS_MAX,
+                packing: Packing::with(PACKED),
                 down: {
                     // A boot clock that nobody sets.
                     let runtime = runtime.clone();

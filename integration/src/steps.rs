@@ -8,6 +8,7 @@ use std::{ops::Range, path::PathBuf, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use clutch_blocks::{
+    PackOptions,
     service::BlockService,
     store::{BlockStore, Expected},
 };
@@ -81,20 +82,23 @@ fn each_step(what: &str, work: impl Fn(How, u64, u64) -> Result<bool, String>) -
     wrong
 }
 
-fn data() -> Vec<u8> {
-    (0..8192u32).map(|i| (i * 31 % 251) as u8).collect()
+/// Small blocks share segments, a large one has a file of its own.
+const SIZES: [u32; 2] = [8192, 256 << 10];
+
+fn data(size: u32) -> Vec<u8> {
+    (0..size).map(|i| (i * 31 % 251) as u8).collect()
 }
 
 fn open_blocks(disk: &Arc<SimDisk>) -> std::io::Result<BlockStore> {
-    BlockStore::open(disk.clone(), PathBuf::from("d"), 1, ServiceId(5))
+    BlockStore::open(disk.clone(), PathBuf::from("d"), 1, ServiceId(5), PackOptions::default())
 }
 
 /// Whether the step was reached.
-fn block_step(erase: bool, how: How, seed: u64, step: u64) -> Result<bool, String> {
+fn block_step(size: u32, erase: bool, how: How, seed: u64, step: u64) -> Result<bool, String> {
     let world = World::new(seed);
     let disk = world.disk(NODE);
-    let data = data();
-    let expected = Expected { block: BlockId(0x1234), size: 8192, crc: crc32fast::hash(&data), time: 7 };
+    let data = data(size);
+    let expected = Expected { block: BlockId(0x1234), size, crc: crc32fast::hash(&data), time: 7 };
     let mut store = BlockStore::create(disk.clone(), PathBuf::from("d"), 1, ServiceId(5), Time(1))
         .map_err(|e| format!("make a disk: {e}"))?;
     let act = |store: &BlockStore| -> Result<(), Refusal> {
@@ -132,8 +136,13 @@ fn block_step(erase: bool, how: How, seed: u64, step: u64) -> Result<bool, Strin
 
 /// Blocks are written and erased.
 pub fn blocks() -> Vec<String> {
-    let mut wrong = each_step("write a block", |how, seed, step| block_step(false, how, seed, step));
-    wrong.extend(each_step("erase a block", |how, seed, step| block_step(true, how, seed, step)));
+    let mut wrong = Vec::new();
+    for size in SIZES {
+        for (erase, what) in [(false, "write"), (true, "erase")] {
+            let what = format!("{what} a block of {size} bytes");
+            wrong.extend(each_step(&what, |how, seed, step| block_step(size, erase, how, seed, step)));
+        }
+    }
     wrong
 }
 
@@ -313,16 +322,16 @@ enum Scene {
 pub fn stalled() -> Vec<String> {
     let mut wrong = Vec::new();
     for scene in [Scene::Erased, Scene::WrittenNowhere, Scene::ErasedNowhere] {
-        for step in 0..8 {
-            if let Err(error) = stall_step(scene, step) {
-                wrong.push(format!("{scene:?}, step {step} takes long: {error}"));
+        for (size, step) in SIZES.into_iter().flat_map(|size| (0..8).map(move |step| (size, step))) {
+            if let Err(error) = stall_step(size, scene, step) {
+                wrong.push(format!("{scene:?} of {size} bytes, step {step} takes long: {error}"));
             }
         }
     }
     wrong
 }
 
-fn stall_step(scene: Scene, step: u64) -> Result<(), String> {
+fn stall_step(size: u32, scene: Scene, step: u64) -> Result<(), String> {
     // Longer than a disk may take before it counts as hanging, or shorter: then work is waited for.
     let stall = Duration::from_secs(if scene == Scene::Erased { 40 } else { 5 });
     let world = World::new(step);
@@ -332,7 +341,7 @@ fn stall_step(scene: Scene, step: u64) -> Result<(), String> {
     let clock = Arc::new(HybridClock::new(runtime.clock.clone()));
     let service = BlockService::new(runtime.clone(), clock.clone(), store, 1, vec![KEY]).with_skew_ms_max(0);
     let service = Arc::new(service);
-    let data = Bytes::from(data());
+    let data = Bytes::from(data(size));
     let now = clock.now();
     let claims = Claims {
         operation: Operation::Write,

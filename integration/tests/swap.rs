@@ -16,7 +16,7 @@ use clutch_proto::{
 };
 use clutch_runtime::simulated::{self, World};
 use clutch_server::{
-    Chains, ClusterFile, NewLogs, Node, NodeConfig, Peers, Roles,
+    Chains, ClusterFile, NewLogs, Node, NodeConfig, Packing, Peers, Roles,
     room::Room,
     stores::{IsHome, Rebuilt, StoreProvider},
 };
@@ -179,6 +179,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         accept_clock: false,
         room: Arc::new(Room::new(runtime.disk.clone(), vec!["log".into()], Some(1 << 30), None)),
         reserve_on: Vec::new(),
+        packing: Packing::with(clutch_blocks::PackOptions::default()),
     };
     runtime.spawn("boot", async move {
         let started = Node::start(config).await;

@@ -8,8 +8,11 @@ use clutch_proto::limits::{DATA_BLOCKS_MAX, PARITY_BLOCKS_MAX, SHARDS_MAX};
 use clutch_runtime::Runtime;
 use serde::{Deserialize, Serialize};
 
-/// The version of the directory's layout that this build writes.
-pub const LAYOUT: u32 = 3;
+/// The newest version of a directory's layout that this build knows: small blocks are packed. A directory is raised to it when the first
+/// of them is written, and until then the build before can be gone back to.
+pub const LAYOUT: u32 = 4;
+/// What a new directory has: each block in a file of its own.
+const LAYOUT_OF_FILES: u32 = 3;
 /// Disks of one directory.
 pub const DISKS_MAX: u32 = 4096;
 
@@ -42,7 +45,7 @@ impl ClusterFile {
     ) -> Result<ClusterFile> {
         let id = || format!("{:016x}", runtime.random.u64().max(1));
         let file = ClusterFile {
-            layout: LAYOUT,
+            layout: LAYOUT_OF_FILES,
             cluster: id(),
             shards,
             data_blocks,
@@ -56,7 +59,7 @@ impl ClusterFile {
     /// Checks the numbers against the limits.
     pub fn check(&self) -> Result<()> {
         ensure!(
-            self.layout == LAYOUT,
+            (LAYOUT_OF_FILES..=LAYOUT).contains(&self.layout),
             "layout {} is not known to this build, which knows {LAYOUT}: with the build that made the directory, copy the \
              files out (clutch fs get -r), then put them into a new directory",
             self.layout
@@ -75,6 +78,17 @@ impl ClusterFile {
         ensure!((1..=DISKS_MAX as usize).contains(&self.disks.len()), "1 to {DISKS_MAX} disks are allowed");
         self.cluster_id()?;
         self.service_ids().map(drop)
+    }
+
+    /// Takes note, durably, that small blocks of a directory are packed: an older build would not find them, and must not start there.
+    pub fn raise(runtime: &Runtime, dir: &Path) -> Result<()> {
+        let file = ClusterFile::read(runtime, dir)?;
+        let file = file.with_context(|| format!("{} is missing", dir.join("cluster.json").display()))?;
+        if file.layout == LAYOUT {
+            return Ok(());
+        }
+        let raised = serde_json::to_vec_pretty(&ClusterFile { layout: LAYOUT, ..file })?;
+        runtime.disk.replace(&dir.join("cluster.json"), &raised).context("write cluster.json")
     }
 
     /// The cluster's id.

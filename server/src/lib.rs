@@ -18,6 +18,7 @@ pub mod keys;
 mod members;
 pub mod metrics;
 pub mod node;
+pub mod packing;
 mod placer;
 #[cfg(feature = "rocks")]
 pub mod replay;
@@ -39,4 +40,5 @@ pub mod up;
 pub use chains::{Chains, NewLogs};
 pub use cluster_file::ClusterFile;
 pub use node::{Node, NodeConfig, OfSeveral, Roles};
+pub use packing::Packing;
 pub use routes::Peers;

@@ -41,6 +41,7 @@ use crate::{
     keeper::{self, Keeper, Told},
     members::Asker,
     metrics::{Meters, Watch},
+    packing::Packing,
     placer::{Placer, Placing, Reigns},
     room::Room,
     rotation::Rotation,
@@ -155,6 +156,8 @@ pub struct NodeConfig {
     pub room: Arc<Room>,
     /// Disks that share their file system with logs or states leave the reserve free.
     pub reserve_on: Vec<u64>,
+    /// How small blocks are kept.
+    pub packing: Packing,
     /// What the process uses; a simulated node has no process of its own.
     pub process_usage: ProcessUsage,
 }
@@ -650,8 +653,15 @@ impl Starter<'_> {
         let mut blocks = BTreeMap::new();
         for (service, dir) in &config.roles.disks {
             let disk = config.runtime.disk.clone();
-            let store = BlockStore::open(disk, dir.clone(), self.cluster, ServiceId(*service))
-                .with_context(|| format!("open disk {}", dir.display()))?;
+            let store = BlockStore::open(
+                disk,
+                dir.clone(),
+                self.cluster,
+                ServiceId(*service),
+                config.packing.options,
+            )
+            .with_context(|| format!("open disk {}", dir.display()))?
+            .with_first_packing(config.packing.before_first.clone());
             let store = match config.reserve_on.contains(service) {
                 true => store.with_reserve(config.room.reserve_bytes()),
                 false => store,

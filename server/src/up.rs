@@ -28,7 +28,7 @@ use clutch_runtime::{Disk as _, Endpoint, HybridClock, Runtime, production::OsDi
 use clutch_shard::Lifetimes;
 
 use crate::{
-    Chains, ClusterFile, Node, NodeConfig, Roles, chains,
+    Chains, ClusterFile, Node, NodeConfig, Packing, Roles, chains,
     chains::NewLogs,
     clock_file, keys,
     retention::Retention,
@@ -266,13 +266,13 @@ impl Up {
             accept_clock: config.accept_clock,
             room: room.clone(),
             reserve_on: on_the_same_file_system(&config.dir, &disks),
+            packing: Packing::of(&seam, &config.dir),
         };
         let node = start_node(node_config, &*stores, &cluster).await;
         let node = node.with_context(|| format!("start the cluster in {}", config.dir.display()))?;
         room.hold_again();
         if let Some(pause) = config.collect_pause {
-            let options =
-                CollectOptions { requests_per_s: COLLECT_REQUESTS_PER_S, ..CollectOptions::default() };
+            let options = CollectOptions { requests_per_s: COLLECT_REQUESTS_PER_S, ..Default::default() };
             // With a name and sessions of its own, so that what it waits for holds up nobody else.
             let client = node.client().sibling();
             node.client().runtime().spawn("collector", collector::run(client, options, pause));

@@ -6,27 +6,17 @@ use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use clutch_client::ClientError;
 use clutch_proto::InodeId;
-use clutch_runtime::simulated::SimDisk;
 
 use super::{Evidence, Violation};
 use crate::{
     history::History,
     oracle::{Source, Span},
-    sim_cluster::{CLIENT, SimCluster, disk_node},
+    sim_cluster::{CLIENT, SimCluster},
     workload::Worker,
 };
 
 /// Files whose blocks are read back at the end of a run.
 const READ_BACK_MAX: usize = 300;
-
-fn blocks_on(disk: &SimDisk) -> Vec<u64> {
-    let hexadecimal = |path: std::path::PathBuf| {
-        let name = path.file_name()?.to_str()?.to_owned();
-        let is_block = path.components().nth(1)?.as_os_str().len() == 2;
-        is_block.then(|| u64::from_str_radix(&name, 16).ok())?
-    };
-    disk.files().into_iter().filter_map(|(path, _)| hexadecimal(path)).collect()
-}
 
 /// Reads files whole; what cannot be read, or nothing when that does not come to an end.
 fn read_back(
@@ -59,6 +49,40 @@ fn is_beyond(cluster: &SimCluster, span: &Span) -> bool {
     let sound = span.blocks.iter().filter(|(service, _)| is_sound(service)).count();
     span.blocks.len() < (config.data_blocks + config.parity_blocks) as usize
         && sound < config.data_blocks as usize
+}
+
+/// Compares what is on each disk with what it has proven, and with what the metadata know.
+fn check_disks(
+    cluster: &SimCluster,
+    known: &BTreeSet<(u64, u64)>,
+    proven: &BTreeSet<(u64, u64)>,
+    violations: &mut Vec<Violation>,
+) {
+    for (number, service) in cluster.service_ids().into_iter().enumerate() {
+        let number = number as u32;
+        let there: BTreeSet<u64> = match cluster.blocks_on(number) {
+            Ok(blocks) => blocks.into_iter().collect(),
+            Err(error) => {
+                violations
+                    .push(Violation::new("data", format!("disk {number} cannot be looked through: {error}")));
+                continue;
+            }
+        };
+        // Whatever parity makes up for: a proof says that the block is durable.
+        if cluster.is_sound(number) {
+            for (_, block) in proven.iter().filter(|(s, block)| *s == service && !there.contains(block)) {
+                let what = format!("disk {number} does not hold block {block:x}, which it has proven");
+                violations.push(Violation::new("proofs", what));
+            }
+        }
+        for block in there {
+            // Damage may hit what says that a block is gone, too.
+            if cluster.is_sound(number) && !known.contains(&(service, block)) {
+                let what = format!("disk {number} holds block {block:x}, which no shard knows");
+                violations.push(Violation::new("leaks", what));
+            }
+        }
+    }
 }
 
 /// Compares what is stored with what was acknowledged.
@@ -118,23 +142,7 @@ pub fn check(evidence: &Evidence, cluster: &SimCluster, history: &Arc<History>) 
         }
         None => violations.push(Violation::new("data", "reading back does not come to an end".into())),
     }
-    for (number, service) in cluster.service_ids().into_iter().enumerate() {
-        let number = number as u32;
-        let there: BTreeSet<u64> = blocks_on(&cluster.world.disk(disk_node(number))).into_iter().collect();
-        // Whatever parity makes up for: a proof says that the block is durable.
-        if cluster.is_sound(number) {
-            for (_, block) in proven.iter().filter(|(s, block)| *s == service && !there.contains(block)) {
-                let what = format!("disk {number} does not hold block {block:x}, which it has proven");
-                violations.push(Violation::new("proofs", what));
-            }
-        }
-        for block in there {
-            if !known.contains(&(service, block)) {
-                let what = format!("disk {number} holds block {block:x}, which no shard knows");
-                violations.push(Violation::new("leaks", what));
-            }
-        }
-    }
+    check_disks(cluster, &known, &proven, &mut violations);
     violations.truncate(10);
     violations
 }

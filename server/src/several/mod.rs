@@ -25,7 +25,7 @@ use self::{
     layout::Layout,
 };
 use crate::{
-    Chains, ClusterFile, Node, NodeConfig, OfSeveral, Peers, Roles, chains,
+    Chains, ClusterFile, Node, NodeConfig, OfSeveral, Packing, Peers, Roles, chains,
     chains::NewLogs,
     clock_file,
     joining::{Belongings, HandOver},
@@ -294,6 +294,7 @@ async fn start_on(runtime: &Runtime, layout: &Layout, options: &StartOptions) ->
         accept_clock: options.accept_clock,
         room: room.clone(),
         reserve_on: up::on_the_same_file_system(dir, &disks),
+        packing: Packing::of(runtime, dir),
         process_usage: crate::handler::process_usage,
     };
     // One that is to become a member is looked for where it says that it is.

@@ -32,7 +32,7 @@ planted=(--release --package clutch-integration --package clutch-cli
     --features clutch-integration/mutants,clutch-cli/mutants)
 cargo test "${planted[@]}" --test mutants --test shrinking
 cargo test "${planted[@]}" --test tools -- planted_bugs
-cargo test "${planted[@]}" --package clutch-client --package clutch-client-maintenance --package clutch-log-store --package clutch-log-raft --package clutch-runtime --package clutch-server --package clutch-state-replica --lib --bins -- planted_bugs | tee "$scratch/units"
+cargo test "${planted[@]}" --package clutch-blocks --package clutch-client --package clutch-client-maintenance --package clutch-log-store --package clutch-log-raft --package clutch-runtime --package clutch-server --package clutch-state-replica --lib --bins -- planted_bugs | tee "$scratch/units"
 # As many as `Mutant::ALL` names.
 [ "$(grep -c '^test .*::planted_bugs_are_found ... ok$' "$scratch/units")" = "$(grep -c '"units"' proto/src/mutants.rs)" ]
 step "another build replays the same states"

@@ -24,6 +24,9 @@ use crate::{
     span::{Encoded, Never, encode},
 };
 
+/// So few bytes are encoded where they are: handing them to another thread would take longer.
+const ENCODED_AT_ONCE: usize = 64 << 10;
+
 /// A content that is not published yet. Appends go in order, one at a time.
 #[derive(Clone, Debug)]
 pub struct Draft {
@@ -111,8 +114,12 @@ impl Client {
         let codec = self.codec(data_blocks, parity_blocks)?;
         let shape = SpanShape::for_size_with(size, data_blocks, parity_blocks, policy.cell_size);
         let storage_class = policy.storage_class_of(shape.block_bytes());
-        let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
-        let encoded = work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?;
+        let encoded = if chunk.len() <= ENCODED_AT_ONCE {
+            encode(&codec, shape, chunk)
+        } else {
+            let work = self.inner.runtime.blocking(move || encode(&codec, shape, chunk));
+            work.await.ok_or_else(|| ClientError::Local("encoding did not finish".into()))?
+        };
         let encoded = encoded.map_err(|e| Refusal::invalid(e.to_string()))?;
         Ok(Prepared::Span { encoded, storage_class, _held: held })
     }

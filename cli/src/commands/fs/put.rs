@@ -1,6 +1,8 @@
 //! `clutch fs put`: local files into the cluster.
 
 use std::{
+    fs::File,
+    io::{Cursor, Read as _},
     os::unix::{ffi::OsStrExt as _, fs::MetadataExt as _},
     path::{Path, PathBuf},
     process::ExitCode,
@@ -12,7 +14,7 @@ use anyhow::{Context as _, Result, bail, ensure};
 use bytes::Bytes;
 use clutch_client::{Client, FileAttributes};
 use clutch_proto::{InodeId, shard::SetAttributes};
-use tokio::task::JoinSet;
+use tokio::{io::AsyncReadExt, task::JoinSet};
 
 use super::{
     failures::{Failures, is_final},
@@ -22,6 +24,9 @@ use crate::{
     output::{self, talk},
     remote::RemotePath,
 };
+
+/// So much of a file is read before the first of it is sent.
+const READ_AT_ONCE: u64 = 1 << 20;
 
 pub(super) async fn run(
     client: Arc<Client>,
@@ -146,12 +151,27 @@ async fn store(client: &Client, source: PathBuf, dir: InodeId, name: Bytes) -> R
     if !metadata.is_file() {
         return Ok(None);
     }
-    let mut file = tokio::fs::File::open(&source).await.with_context(|| source.display().to_string())?;
-    client
-        .write_file(dir, &name, attributes(&metadata, &source), true, &mut file)
-        .await
-        .with_context(|| source.display().to_string())?;
+    let shown = || source.display().to_string();
+    let (of_file, attributes) = (source.clone(), attributes(&metadata, &source));
+    let (begin, rest) = tokio::task::spawn_blocking(move || begin(&of_file)).await?.with_context(shown)?;
+    let written = match rest {
+        None => client.write_file(dir, &name, attributes, true, &mut &begin.get_ref()[..]).await,
+        Some(file) => {
+            let mut whole = AsyncReadExt::chain(begin, tokio::fs::File::from_std(file));
+            client.write_file(dir, &name, attributes, true, &mut whole).await
+        }
+    };
+    written.with_context(shown)?;
     Ok(Some(metadata.len()))
+}
+
+/// The begin of a file; with the file, where there is more of it. Most files are read by one piece of work that way.
+fn begin(source: &Path) -> std::io::Result<(Cursor<Vec<u8>>, Option<File>)> {
+    let mut file = File::open(source)?;
+    let mut bytes = Vec::new();
+    let read = (&mut file).take(READ_AT_ONCE).read_to_end(&mut bytes)?;
+    let is_whole = (read as u64) < READ_AT_ONCE;
+    Ok((Cursor::new(bytes), (!is_whole).then_some(file)))
 }
 
 /// A tree on its way.

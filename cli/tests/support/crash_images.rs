@@ -281,6 +281,13 @@ impl Model {
                     self.resize(fd(), |length| length.max(end));
                 }
                 "FALLOC_FL_KEEP_SIZE" => {}
+                // A hole: zeros, and the file stays as long as it is.
+                "FALLOC_FL_KEEP_SIZE|FALLOC_FL_PUNCH_HOLE" => {
+                    let (at, length) = (number(arguments[2]) as u64, number(arguments[3]) as usize);
+                    if self.descriptors.contains_key(&fd()) {
+                        self.write(fd(), Some(at), &vec![0; length]);
+                    }
+                }
                 other => assert!(!self.descriptors.contains_key(&fd()), "fallocate with {other}"),
             },
             "lseek" => {

@@ -38,7 +38,7 @@ pub struct BlockService {
     /// How far apart this service's clock and those of shards may be.
     skew_ms_max: u64,
     /// Writes and erases: they may hang where reads do not, and what ends there says nothing of these.
-    changes: DiskQueue,
+    changes: Arc<DiskQueue>,
     /// Everything else.
     reads: DiskQueue,
     /// Why the last change of the disk failed; none since one has succeeded.
@@ -74,7 +74,7 @@ impl BlockService {
     ) -> BlockService {
         let store = Arc::new(store);
         let queue = || DiskQueue::new(runtime.clone(), store.service());
-        let (changes, reads) = (queue(), queue());
+        let (changes, reads) = (Arc::new(queue()), queue());
         BlockService {
             runtime,
             clock,

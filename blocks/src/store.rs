@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -50,6 +50,14 @@ pub struct BlockStore {
     pack: Mutex<Option<Arc<Pack>>>,
     /// Whoever changes small blocks has it.
     tail: Arc<tokio::sync::Mutex<Tail>>,
+    /// Whether blocks may lie in files, too.
+    has_files: AtomicBool,
+    /// Grows with each exchange of what is known of small blocks.
+    generation: AtomicU64,
+    /// Directories whose names are owed a sync.
+    owed: Mutex<BTreeSet<PathBuf>>,
+    /// Whether `before_first` was called.
+    is_noted: AtomicBool,
     /// Called before the first small block of a disk is packed.
     before_first: BeforeFirst,
 }
@@ -139,6 +147,10 @@ impl BlockStore {
             options,
             pack: Mutex::default(),
             tail: Arc::default(),
+            has_files: AtomicBool::new(true),
+            generation: AtomicU64::new(0),
+            owed: Mutex::default(),
+            is_noted: AtomicBool::new(false),
             before_first: Arc::new(|| Ok(())),
         };
         if store.look().is_some() {
@@ -169,7 +181,7 @@ impl BlockStore {
             return Ok((0, 0));
         }
         let (total, available) = self.disk.space(&self.dir)?;
-        Ok((total, available.saturating_sub(self.reserve_bytes)))
+        Ok((total, available.saturating_sub(self.reserve_bytes.max(self.to_erase(total)))))
     }
 
     /// The same, but blocks leave so many bytes of the file system free: for logs and states that share it.
@@ -195,7 +207,7 @@ impl BlockStore {
             }
             // What was known of its directories and segments was of another file system.
             lock(&self.directories).clear();
-            self.retire(false);
+            self.retire(None);
         }
         (*unusable).clone_from(&found);
         found
@@ -248,7 +260,8 @@ impl BlockStore {
             let change = Change::Write { expected: *expected, data, is_granted };
             return self.change(&mut self.tail.blocking_lock(), &[change]).pop().unwrap_or(Ok(()));
         }
-        self.check_write(expected, data)?;
+        check_write(expected, data)?;
+        self.check_usable()?;
         let path = self.path(expected.block);
         if self.disk.exists(&path) && self.is_there(expected, &path)? {
             return self.check_still_usable();
@@ -282,26 +295,6 @@ impl BlockStore {
         self.tail.clone()
     }
 
-    /// Refuses what cannot be written.
-    fn check_write(&self, expected: &Expected, data: &[u8]) -> Result<(), Refusal> {
-        if data.len() != expected.size as usize {
-            let text = format!("{} bytes for a block of {}", data.len(), expected.size);
-            return Err(Refusal::invalid(text));
-        }
-        if expected.size == 0 || expected.size > BLOCK_BYTES_MAX || !expected.size.is_multiple_of(PAGE_BYTES)
-        {
-            let text = format!(
-                "a block of {} bytes; multiples of {PAGE_BYTES} up to {BLOCK_BYTES_MAX} are allowed",
-                expected.size
-            );
-            return Err(Refusal::invalid(text));
-        }
-        if crc32fast::hash(data) != expected.crc && !mutants::is(Mutant::CrcNotBound) {
-            return Err(Refusal::new(Code::CrcMismatch, "the data do not have the CRC that was granted"));
-        }
-        self.check_usable()
-    }
-
     /// Whether a block is there, whole and durable, in a file. One that is damaged is to be written once more.
     fn is_there(&self, expected: &Expected, path: &Path) -> Result<bool, Refusal> {
         match self.verify(expected) {
@@ -317,14 +310,20 @@ impl BlockStore {
         }
     }
 
+    /// Bytes that blocks leave free of a disk of so many, so that they can be erased when it is full.
+    fn to_erase(&self, total: u64) -> u64 {
+        (2 * u64::from(self.options.segment_bytes)).min(total / 20)
+    }
+
+    /// Refuses blocks for which there is no room: what is left is for logs and states that share the file system, and for erasing, which
+    /// takes some room before it gives any back.
     fn check_reserve(&self, bytes: usize) -> Result<(), Refusal> {
-        if self.reserve_bytes > 0 {
-            let space = self.disk.space(&self.dir).map_err(|e| disk_fault("ask for space", &e))?;
-            if space.1 < self.reserve_bytes.saturating_add(bytes as u64) {
-                let text =
-                    format!("service {} has no space: the rest is kept for logs and states", self.service);
-                return Err(Refusal::new(Code::NoSpace, text));
-            }
+        let (total, available) = self.disk.space(&self.dir).map_err(|e| disk_fault("ask for space", &e))?;
+        let reserve = self.reserve_bytes.max(self.to_erase(total));
+        if available < reserve.saturating_add(bytes as u64) {
+            let kept = if reserve == self.reserve_bytes { "logs and states" } else { "erasing" };
+            let text = format!("service {} has no space: the rest is kept for {kept}", self.service);
+            return Err(Refusal::new(Code::NoSpace, text));
         }
         Ok(())
     }
@@ -355,6 +354,8 @@ impl BlockStore {
             self.disk.sync_dir(&self.dir)?;
             known.insert(dir.to_owned());
         }
+        // Whoever looked the disk through meanwhile may not have seen it.
+        self.has_files.store(true, Ordering::Release);
         Ok(())
     }
 
@@ -420,7 +421,7 @@ impl BlockStore {
         match pack.read(expected, offset, length) {
             Ok(Some(bytes)) => return Ok(bytes),
             Ok(None) => {}
-            Err(fault) => return Err(self.pack_fault(fault, expected.block)),
+            Err(fault) => return Err(self.pack_fault(&pack, fault, expected.block)),
         }
         let path = self.path(expected.block);
         let block = expected.block;
@@ -506,29 +507,34 @@ impl BlockStore {
         let refused = |refusal: Refusal| io::Error::other(refusal.detail);
         let pack = self.small(None).map_err(refused)?;
         let visited = pack.visit(&mut |block| blocks.push(block));
-        visited.map_err(|fault| refused(self.pack_fault(fault, BlockId(0))))?;
+        visited.map_err(|fault| refused(self.pack_fault(&pack, fault, BlockId(0))))?;
         blocks.sort_unstable();
         blocks.dedup();
         Ok(blocks)
     }
 
-    /// Whether [`BlockStore::upkeep`] may have something to do.
+    /// Whether [`BlockStore::look_after`] may have something to do.
     pub fn is_due(&self) -> bool {
         lock(&self.pack).as_ref().is_some_and(|pack| pack.is_due())
     }
 
-    /// Writes changes of small blocks to their index, beside everything else. One at a time.
-    pub fn merge(&self) -> Result<Upkeep, Refusal> {
+    /// Looks after small blocks beside everything else: writes changes to their index, or looks for a segment that is mostly dead. One at
+    /// a time.
+    pub fn look_after(&self) -> Result<Upkeep, Refusal> {
         self.check_usable()?;
-        let merged = self.small(None)?.merge();
-        merged.map_err(|fault| self.pack_fault(fault, BlockId(0)))
+        let pack = self.small(None)?;
+        let done = match pack.merge() {
+            Ok(Upkeep::Nothing) => pack.look(),
+            done => done,
+        };
+        done.map_err(|fault| self.pack_fault(&pack, fault, BlockId(0)))
     }
 
     /// Moves some small blocks of a segment that is mostly dead, or removes it.
-    pub fn upkeep(&self, tail: &mut Tail) -> Result<Upkeep, Refusal> {
+    pub fn move_some(&self, tail: &mut Tail) -> Result<Upkeep, Refusal> {
         self.check_usable()?;
-        let done = self.small(Some(tail))?.compact(tail);
-        done.map_err(|fault| self.pack_fault(fault, BlockId(0)))
+        let pack = self.small(Some(tail))?;
+        pack.compact(tail).map_err(|fault| self.pack_fault(&pack, fault, BlockId(0)))
     }
 
     /// The small blocks, looked through when that was not done yet: by who has the tail, or while nobody has it.
@@ -550,11 +556,18 @@ impl BlockStore {
             return Ok(pack.clone());
         }
         let dir = self.dir.join(PACKED_DIR);
+        let generation = self.generation.load(Ordering::Acquire);
         let opened = Pack::open(self.disk.clone(), dir, self.cluster, self.service, self.options);
         let (pack, new) = opened.map_err(|fault| fault.refusal(BlockId(0), self.service))?;
+        let names = self.disk.list(&self.dir).map_err(|e| disk_fault("list blocks", &e))?;
+        self.has_files.store(names.iter().any(|name| name.len() == 2), Ordering::Release);
         *tail = new;
         let pack = Arc::new(pack);
-        *lock(&self.pack) = Some(pack.clone());
+        let mut known = lock(&self.pack);
+        if self.generation.load(Ordering::Acquire) != generation {
+            return Err(Refusal::new(Code::Unreachable, "the disk was exchanged just now; try again"));
+        }
+        *known = Some(pack.clone());
         Ok(pack)
     }
 
@@ -563,24 +576,40 @@ impl BlockStore {
         self.small(None).expect("opens")
     }
 
-    /// What is known of small blocks is of no use any more.
-    fn retire(&self, with_index: bool) {
-        if let Some(pack) = lock(&self.pack).take() {
-            pack.retire(with_index);
+    fn has_files(&self) -> bool {
+        self.has_files.load(Ordering::Acquire)
+    }
+
+    /// What is known of small blocks is of no use any more. `damaged` are those whose index is, if they are still the ones.
+    fn retire(&self, damaged: Option<&Arc<Pack>>) {
+        let mut known = lock(&self.pack);
+        let is_other = |pack: &Arc<Pack>| damaged.is_some_and(|damaged| !Arc::ptr_eq(pack, damaged));
+        if known.as_ref().is_some_and(is_other) {
+            return;
+        }
+        self.has_files.store(true, Ordering::Release);
+        self.generation.fetch_add(1, Ordering::AcqRel);
+        if let Some(pack) = known.take() {
+            pack.retire(damaged.is_some());
         }
     }
 
-    fn pack_fault(&self, fault: PackFault, block: BlockId) -> Refusal {
+    fn pack_fault(&self, pack: &Arc<Pack>, fault: PackFault, block: BlockId) -> Refusal {
         if let PackFault::Index(what) = &fault {
             tracing::error!(service = %self.service, what, "where small blocks lie is found out anew");
-            self.retire(true);
+            self.retire(Some(pack));
         }
         fault.refusal(block, self.service)
     }
 
     /// Makes changes of small blocks, with one write and one sync for all of them; what became of each, in order.
     pub fn change(&self, tail: &mut Tail, changes: &[Change<'_>]) -> Vec<Result<(), Refusal>> {
-        let pack = match self.check_usable().and_then(|()| self.small(Some(tail))) {
+        let ready = self.check_usable().and_then(|()| {
+            let pack = self.small(Some(tail))?;
+            pack.settle(tail).map_err(|fault| self.pack_fault(&pack, fault, BlockId(0)))?;
+            Ok(pack)
+        });
+        let pack = match ready {
             Ok(pack) => pack,
             Err(refusal) => return changes.iter().map(|_| Err(refusal.clone())).collect(),
         };
@@ -592,10 +621,8 @@ impl BlockStore {
                 change
             }));
         }
-        let is_first = !records.is_empty() && pack.is_empty();
-        let noted = if is_first { (self.before_first)().map_err(PackFault::Disk) } else { Ok(()) };
-        if let Err(fault) = noted.and_then(|()| pack.append(tail, &records)) {
-            let refusal = self.pack_fault(fault, BlockId(0));
+        if let Err(fault) = self.note_first(&records).and_then(|()| pack.append(tail, &records)) {
+            let refusal = self.pack_fault(&pack, fault, BlockId(0));
             return prepared.into_iter().map(|change| change.and_then(|_| Err(refusal.clone()))).collect();
         }
         let gone = self.remove_files(prepared.iter().flatten().filter_map(|change| change.file.as_deref()));
@@ -603,32 +630,30 @@ impl BlockStore {
             pack.discard(&change.dead);
         }
         let usable = self.check_still_usable();
-        let done = |change: Prepared| match change.file {
-            Some(_) => gone.clone().and(usable.clone()),
-            None => usable.clone(),
-        };
-        prepared.into_iter().map(|change| change.and_then(done)).collect()
+        let done = gone.and(usable);
+        prepared.into_iter().map(|change| change.and_then(|_| done.clone())).collect()
     }
 
     /// What is to be appended for a change, and removed then.
-    fn prepare(&self, pack: &Pack, change: &Change<'_>) -> Result<Prepared, Refusal> {
-        let fault = |fault, block| self.pack_fault(fault, block);
+    fn prepare(&self, pack: &Arc<Pack>, change: &Change<'_>) -> Result<Prepared, Refusal> {
+        let fault = |fault, block| self.pack_fault(pack, fault, block);
         match change {
             Change::Erase(block) => {
                 let dead = pack.places(*block).map_err(|e| fault(e, *block))?;
                 let path = self.path(*block);
                 // One that is nowhere, too: whoever removed its file may not have come to the sync, and what is proven erased must not
                 // come back.
-                let file = (dead.is_empty() || self.disk.exists(&path)).then_some(path);
+                let is_file = self.has_files() && (dead.is_empty() || self.disk.exists(&path));
+                let file = is_file.then_some(path);
                 let records = dead.iter().map(|at| Record::Bury(*block, *at)).collect();
                 Ok(Prepared { records, dead, file })
             }
             Change::Write { expected, data, is_granted } => {
-                self.check_write(expected, data)?;
+                check_write(expected, data)?;
                 let block = expected.block;
                 let path = self.path(block);
                 let dead = pack.places(block).map_err(|e| fault(e, block))?;
-                let is_file = dead.is_empty() && self.disk.exists(&path);
+                let is_file = self.has_files() && dead.is_empty() && self.disk.exists(&path);
                 if let Some(at) = dead.first() {
                     match self.verify(expected) {
                         Ok(()) => return Ok(Prepared::default()),
@@ -644,16 +669,26 @@ impl BlockStore {
                     let text = "the write took longer than its grant";
                     return Err(Refusal::new(Code::CertificateExpired, text));
                 }
-                let mut records = vec![Record::put(*expected, data)];
-                records.extend(dead.iter().map(|at| Record::Bury(block, *at)));
+                let mut records = vec![Record::put(*expected, data, dead.first().copied())];
+                records.extend(dead.iter().skip(1).map(|at| Record::Bury(block, *at)));
                 Ok(Prepared { records, dead, file: is_file.then_some(path) })
             }
         }
     }
 
+    /// Before the first record of this process.
+    fn note_first(&self, records: &[Record]) -> Result<(), PackFault> {
+        if !records.is_empty() && !self.is_noted.load(Ordering::Acquire) {
+            (self.before_first)().map_err(PackFault::Disk)?;
+            self.is_noted.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
     /// Removes files of blocks durably; those that are not there are fine.
     fn remove_files<'a>(&self, paths: impl Iterator<Item = &'a Path>) -> Result<(), Refusal> {
-        let mut dirs = BTreeSet::new();
+        // Those that could not be synced before come first: what is proven then may rest on them.
+        let mut dirs = std::mem::take(&mut *lock(&self.owed));
         for path in paths {
             match self.disk.remove(path) {
                 Ok(()) => {}
@@ -661,18 +696,43 @@ impl BlockStore {
                     continue;
                 }
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => return Err(disk_fault("erase block", &e)),
+                Err(e) => {
+                    lock(&self.owed).append(&mut dirs);
+                    return Err(disk_fault("erase block", &e));
+                }
             }
-            dirs.insert(path.parent().unwrap_or(&self.dir));
+            dirs.insert(path.parent().unwrap_or(&self.dir).to_owned());
         }
-        for dir in dirs {
-            match self.disk.sync_dir(dir) {
-                Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(disk_fault("erase block", &e)),
-                _ => {}
-            }
+        while let Some(dir) = dirs.first().cloned() {
+            match self.disk.sync_dir(&dir) {
+                Err(e) if e.kind() != io::ErrorKind::NotFound => {
+                    lock(&self.owed).append(&mut dirs);
+                    return Err(disk_fault("erase block", &e));
+                }
+                _ => dirs.remove(&dir),
+            };
         }
         Ok(())
     }
+}
+
+/// Refuses what cannot be written.
+fn check_write(expected: &Expected, data: &[u8]) -> Result<(), Refusal> {
+    if data.len() != expected.size as usize {
+        let text = format!("{} bytes for a block of {}", data.len(), expected.size);
+        return Err(Refusal::invalid(text));
+    }
+    if expected.size == 0 || expected.size > BLOCK_BYTES_MAX || !expected.size.is_multiple_of(PAGE_BYTES) {
+        let text = format!(
+            "a block of {} bytes; multiples of {PAGE_BYTES} up to {BLOCK_BYTES_MAX} are allowed",
+            expected.size
+        );
+        return Err(Refusal::invalid(text));
+    }
+    if crc32fast::hash(data) != expected.crc && !mutants::is(Mutant::CrcNotBound) {
+        return Err(Refusal::new(Code::CrcMismatch, "the data do not have the CRC that was granted"));
+    }
+    Ok(())
 }
 
 fn exists(block: BlockId) -> Refusal {

@@ -257,6 +257,12 @@ pub enum Mutant {
     ScanEndsAtDamage,
     /// That a record of a small block is dead is forgotten when its segment is moved.
     DeadForgotten,
+    /// A copy of a small block that was torn when the power went is taken for the block.
+    TornCopyTaken,
+    /// A small block is proven erased while it may lie behind a write that failed.
+    ErasedInDoubt,
+    /// A hole is made in a record that says of another one that it is dead.
+    HoleInDeath,
     /// A damaged small block goes with its segment.
     DamagedRecordRemoved,
     /// A damaged record of a group is in the way of what the group has since it was removed and began again.
@@ -323,7 +329,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 156] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 159] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -442,6 +448,9 @@ impl Mutant {
         (Mutant::PackedUnsynced, &["steps"]),
         (Mutant::PackedTailNotWrittenAgain, &["steps"]),
         (Mutant::ScanEndsAtDamage, &["units", "packed::tests::scanned::planted_bugs_are_found"]),
+        (Mutant::TornCopyTaken, &["units", "packed::tests::torn::planted_bugs_are_found"]),
+        (Mutant::ErasedInDoubt, &["units", "packed::tests::doubtful::planted_bugs_are_found"]),
+        (Mutant::HoleInDeath, &["units", "packed::tests::holes::planted_bugs_are_found"]),
         (Mutant::DeadForgotten, &["units", "packed::tests::buried::planted_bugs_are_found"]),
         (Mutant::DamagedRecordRemoved, &["units", "packed::tests::damaged::planted_bugs_are_found"]),
         (Mutant::SegmentScannedForEach, &["units", "tests::groups::again::planted_bugs_are_found"]),

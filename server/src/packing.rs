@@ -4,6 +4,7 @@ use std::{io, path::Path, sync::Arc};
 
 use clutch_blocks::PackOptions;
 use clutch_runtime::Runtime;
+use parking_lot::Mutex;
 
 use crate::ClusterFile;
 
@@ -20,8 +21,16 @@ impl Packing {
     /// Of the disks of a directory.
     pub fn of(runtime: &Runtime, dir: &Path) -> Packing {
         let (runtime, dir) = (runtime.clone(), dir.to_owned());
-        let raise =
-            move || ClusterFile::raise(&runtime, &dir).map_err(|e| io::Error::other(format!("{e:#}")));
+        // All disks of a directory come to their first small block at about the same time.
+        let is_raised = Mutex::new(false);
+        let raise = move || {
+            let mut is_raised = is_raised.lock();
+            if !*is_raised {
+                ClusterFile::raise(&runtime, &dir).map_err(|e| io::Error::other(format!("{e:#}")))?;
+                *is_raised = true;
+            }
+            Ok(())
+        };
         Packing { options: PackOptions::default(), before_first: Arc::new(raise) }
     }
 

@@ -17,15 +17,17 @@
 //!
 //! | offset | bytes | what |
 //! |---|---|---|
-//! | 0 | 4 | `CBLK`, a block; `CDED`, a record that is dead from here on |
+//! | 0 | 4 | `CBLK`, a block; `CDED`, only that a record is dead |
 //! | 4 | 4 | bytes of data that are stored; what a block has behind them is zeros |
 //! | 8 | 8 | block |
-//! | 16 | 4 | size of the block in bytes, a multiple of 4096; of a dead record: its length |
-//! | 20 | 4 | CRC-32 of the block's data; of a dead record: where it begins |
-//! | 24 | 8 | time of the grant; of a dead record: its segment |
-//! | 32 | 4 | CRC-32 of the page table; of a dead record: zero |
-//! | 36 | 4 | CRC-32 of bytes 0..36, the salt, the segment's number in 4 bytes and the record's offset in 4 |
-//! | 40 | 4 × pages | the page table: CRC-32 of each page of 4096 bytes of which something is stored, filled up with zeros |
+//! | 16 | 4 | size of the block in bytes, a multiple of 4096; zero of `CDED`, as what follows up to 36 |
+//! | 20 | 4 | CRC-32 of the block's data |
+//! | 24 | 8 | time of the grant |
+//! | 32 | 4 | CRC-32 of the page table |
+//! | 36 | 12 | the record of the block that is dead from here on: its segment, where it begins, its length; zeros for none |
+//! | 48 | 4 | zero |
+//! | 52 | 4 | CRC-32 of bytes 0..52, the salt, the segment's number in 4 bytes and the record's offset in 4 |
+//! | 56 | 4 × pages | the page table: CRC-32 of each page of 4096 bytes of which something is stored, filled up with zeros |
 //! | … | stored | the data; then zeros up to a multiple of 8 |
 //!
 //! What a closed segment has is told by `packed/<number>.index`, so that it need not be read whole:
@@ -37,7 +39,7 @@
 //! | 12 | 4 | bytes of the segment |
 //! | 16 | 8 | its salt |
 //! | 24 | 4 | number of records |
-//! | 28 | 28 × records | block (8), offset, length, and of a dead record its segment, offset and length; zeros of a block |
+//! | 28 | 32 × records | block (8), offset, length, 1 of a block and 0 of `CDED`, and the dead record's segment, offset and length |
 //! | … | 4 | CRC-32 of what is before |
 
 use clutch_proto::{
@@ -54,10 +56,12 @@ const DEAD_MAGIC: &[u8; 4] = b"CDED";
 /// Bytes of a segment before its first record.
 pub const SEGMENT_HEADER_BYTES: u32 = 64;
 /// Bytes of a record before its page table.
-pub const RECORD_HEADER_BYTES: u32 = 40;
+pub const RECORD_HEADER_BYTES: u32 = 56;
 /// Records begin at multiples of this.
 pub const ALIGNMENT: u32 = 8;
-const ENTRY_BYTES: usize = 28;
+/// Bytes of a record's header before its checksum.
+const CHECKED_BYTES: usize = RECORD_HEADER_BYTES as usize - 4;
+const ENTRY_BYTES: usize = 32;
 const INDEX_HEADER_BYTES: usize = 28;
 
 /// Where a record lies.
@@ -101,6 +105,8 @@ pub enum RecordHeader {
         stored: u32,
         /// CRC of the page table.
         table_crc: u32,
+        /// The record in whose place it is, which is dead from here on.
+        replaces: Option<Location>,
     },
     /// A record of a block is dead.
     Dead {
@@ -109,6 +115,12 @@ pub enum RecordHeader {
         /// Which record.
         at: Location,
     },
+}
+
+fn location_at(bytes: &[u8], at: usize) -> Option<Location> {
+    let location =
+        Location { segment: u32_at(bytes, at), offset: u32_at(bytes, at + 4), length: u32_at(bytes, at + 8) };
+    (location.segment > 0).then_some(location)
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> u32 {
@@ -165,13 +177,11 @@ impl RecordHeader {
     /// The bytes of one that lies at an offset of a segment.
     pub fn encode(&self, segment: &SegmentHeader, offset: u32) -> [u8; RECORD_HEADER_BYTES as usize] {
         let mut bytes = [0; RECORD_HEADER_BYTES as usize];
-        let (magic, stored, block, numbers, time, table_crc) = match *self {
-            RecordHeader::Block { block, size, crc, time, stored, table_crc } => {
-                (BLOCK_MAGIC, stored, block, [size, crc], time, table_crc)
+        let (magic, stored, block, numbers, time, table_crc, dead) = match *self {
+            RecordHeader::Block { block, size, crc, time, stored, table_crc, replaces } => {
+                (BLOCK_MAGIC, stored, block, [size, crc], time, table_crc, replaces)
             }
-            RecordHeader::Dead { block, at } => {
-                (DEAD_MAGIC, 0, block, [at.length, at.offset], u64::from(at.segment), 0)
-            }
+            RecordHeader::Dead { block, at } => (DEAD_MAGIC, 0, block, [0; 2], 0, 0, Some(at)),
         };
         bytes[..4].copy_from_slice(magic);
         bytes[4..8].copy_from_slice(&stored.to_le_bytes());
@@ -180,8 +190,12 @@ impl RecordHeader {
         bytes[20..24].copy_from_slice(&numbers[1].to_le_bytes());
         bytes[24..32].copy_from_slice(&time.to_le_bytes());
         bytes[32..36].copy_from_slice(&table_crc.to_le_bytes());
-        let crc = header_crc(&bytes[..36], segment, offset);
-        bytes[36..].copy_from_slice(&crc.to_le_bytes());
+        let dead = dead.map_or([0; 3], |at| [at.segment, at.offset, at.length]);
+        for (number, place) in dead.iter().zip(bytes[36..48].chunks_mut(4)) {
+            place.copy_from_slice(&number.to_le_bytes());
+        }
+        let crc = header_crc(&bytes[..CHECKED_BYTES], segment, offset);
+        bytes[CHECKED_BYTES..].copy_from_slice(&crc.to_le_bytes());
         bytes
     }
 
@@ -194,21 +208,21 @@ impl RecordHeader {
         if !is_block && &bytes[..4] != DEAD_MAGIC {
             return Err("no record begins here".into());
         }
-        if header_crc(&bytes[..36], segment, offset) != u32_at(bytes, 36) {
+        if header_crc(&bytes[..CHECKED_BYTES], segment, offset) != u32_at(bytes, CHECKED_BYTES) {
             return Err("the record's checksum does not match".into());
         }
-        let (stored, block) = (u32_at(bytes, 4), BlockId(u64_at(bytes, 8)));
-        let (size, crc, time) = (u32_at(bytes, 16), u32_at(bytes, 20), u64_at(bytes, 24));
+        let (block, dead) = (BlockId(u64_at(bytes, 8)), location_at(bytes, 36));
         if !is_block {
-            let of = u32::try_from(time).map_err(|_| "no segment has such a number")?;
-            let at = Location { segment: of, offset: crc, length: size };
+            let at = dead.ok_or("it says that nothing is dead")?;
             return Ok(RecordHeader::Dead { block, at });
         }
+        let (stored, size, crc) = (u32_at(bytes, 4), u32_at(bytes, 16), u32_at(bytes, 20));
         let is_possible = size > 0 && size <= BLOCK_BYTES_MAX && size.is_multiple_of(PAGE_BYTES);
         if !is_possible || stored > size {
             return Err(format!("a size of {size} bytes, {stored} of them stored, is not possible"));
         }
-        Ok(RecordHeader::Block { block, size, crc, time, stored, table_crc: u32_at(bytes, 32) })
+        let (time, table_crc) = (u64_at(bytes, 24), u32_at(bytes, 32));
+        Ok(RecordHeader::Block { block, size, crc, time, stored, table_crc, replaces: dead })
     }
 }
 
@@ -230,7 +244,9 @@ pub struct Entry {
     pub offset: u32,
     /// Its bytes.
     pub length: u32,
-    /// The record that is dead from here on; `None` when this is the block itself.
+    /// Whether it is a block.
+    pub is_block: bool,
+    /// The record that is dead from here on.
     pub dead: Option<Location>,
 }
 
@@ -259,7 +275,8 @@ impl SegmentIndex {
             let dead = entry.dead.map_or([0; 3], |at| [at.segment, at.offset, at.length]);
             put(entry.block.0 as u32);
             put((entry.block.0 >> 32) as u32);
-            [entry.offset, entry.length].into_iter().chain(dead).for_each(&mut put);
+            let own = [entry.offset, entry.length, u32::from(entry.is_block)];
+            own.into_iter().chain(dead).for_each(&mut put);
         }
         let crc = crc32fast::hash(&bytes);
         bytes.extend_from_slice(&crc.to_le_bytes());
@@ -283,11 +300,8 @@ impl SegmentIndex {
             block: BlockId(u64_at(line, 0)),
             offset: u32_at(line, 8),
             length: u32_at(line, 12),
-            dead: (u32_at(line, 16) > 0).then(|| Location {
-                segment: u32_at(line, 16),
-                offset: u32_at(line, 20),
-                length: u32_at(line, 24),
-            }),
+            is_block: u32_at(line, 16) == 1,
+            dead: location_at(line, 20),
         };
         let entries = lines.chunks_exact(ENTRY_BYTES).map(entry).collect();
         let (number, bytes, salt) = (u32_at(checked, 8), u32_at(checked, 12), u64_at(checked, 16));

@@ -22,8 +22,11 @@
 use std::{
     collections::BTreeMap,
     io,
-    path::{Path, PathBuf},
-    sync::Arc,
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use clutch_proto::{BlockId, ServiceId};
@@ -46,6 +49,8 @@ const FILE: &str = "index";
 pub(super) struct Change {
     /// It lies there.
     pub(super) at: Option<Location>,
+    /// It lay there before, and nothing says yet that it is dead there.
+    pub(super) older: Vec<Location>,
     /// It lies in none of these places any more.
     pub(super) dead: Vec<Location>,
 }
@@ -53,7 +58,8 @@ pub(super) struct Change {
 impl Change {
     /// Where the block lies, if an older index says that it lies there.
     pub(super) fn over(&self, older: Option<Location>) -> Option<Location> {
-        self.at.or_else(|| older.filter(|at| !self.dead.contains(at)))
+        let known = self.at.or_else(|| self.older.last().copied());
+        known.or_else(|| older.filter(|at| !self.dead.contains(at)))
     }
 }
 
@@ -64,19 +70,21 @@ pub(super) type Delta = BTreeMap<BlockId, Change>;
 pub(super) fn put(delta: &mut Delta, block: BlockId, at: Location) {
     let change = delta.entry(block).or_default();
     let older = change.at.replace(at);
-    change.dead.retain(|dead| *dead != at);
-    change.dead.extend(older.filter(|older| *older != at));
+    change.older.extend(older.filter(|older| *older != at));
 }
 
-/// Takes note that a record is dead.
-pub(super) fn bury(delta: &mut Delta, block: BlockId, at: Location) {
+/// Takes note that a record is dead; false when that was known.
+pub(super) fn bury(delta: &mut Delta, block: BlockId, at: Location) -> bool {
     let change = delta.entry(block).or_default();
     if change.at == Some(at) {
         change.at = None;
     }
-    if !change.dead.contains(&at) {
+    change.older.retain(|older| *older != at);
+    let is_new = !change.dead.contains(&at);
+    if is_new {
         change.dead.push(at);
     }
+    is_new
 }
 
 /// How full a segment is.
@@ -124,7 +132,10 @@ fn u64_at(bytes: &[u8], at: usize) -> u64 {
 
 fn exact(file: &dyn File, offset: u64, length: usize) -> Result<Vec<u8>, IndexFault> {
     let mut bytes = Vec::new();
-    if file.read_onto(&mut bytes, length, offset)? < length {
+    // Where the disk cannot read it, it can be made anew elsewhere.
+    let read = file.read_onto(&mut bytes, length, offset);
+    let read = read.map_err(|error| IndexFault::Damaged(format!("it cannot be read: {error}")))?;
+    if read < length {
         return Err(IndexFault::Damaged("it is cut short".into()));
     }
     Ok(bytes)
@@ -227,14 +238,14 @@ pub(super) fn visit_merged(
     if let Some(index) = index {
         index.visit(&mut |block, at| {
             while let Some((new, change)) = changes.next_if(|(of, _)| **of < block) {
-                change.at.map_or(Ok(()), |at| each(*new, at))?;
+                change.over(None).map_or(Ok(()), |at| each(*new, at))?;
             }
             let change = changes.next_if(|(of, _)| **of == block).map(|(_, change)| change);
             let there = change.map_or(Some(at), |change| change.over(Some(at)));
             there.map_or(Ok(()), |at| each(block, at))
         })?;
     }
-    changes.try_for_each(|(block, change)| change.at.map_or(Ok(()), |at| each(*block, at)))
+    changes.try_for_each(|(block, change)| change.over(None).map_or(Ok(()), |at| each(*block, at)))
 }
 
 /// Writes an index page after page.
@@ -304,8 +315,27 @@ pub(super) fn write(
     standing: &Standing,
     is_of_disk: &dyn Fn() -> bool,
 ) -> Result<Index, IndexFault> {
-    let temporary: PathBuf = dir.join("index.new");
-    let file = disk.open(&temporary, true)?;
+    // Another may be written for a disk that was away meanwhile.
+    static WRITTEN: AtomicU64 = AtomicU64::new(0);
+    let temporary = dir.join(format!("index-{}.new", WRITTEN.fetch_add(1, Ordering::Relaxed)));
+    let written = write_as(disk, dir, &temporary, older, delta, standing, is_of_disk);
+    if written.is_err() && disk.exists(&temporary) {
+        // It only takes room, and is removed at the next start.
+        let _ = disk.remove(&temporary);
+    }
+    written
+}
+
+fn write_as(
+    disk: &dyn Disk,
+    dir: &Path,
+    temporary: &Path,
+    older: Option<&Index>,
+    delta: &Delta,
+    standing: &Standing,
+    is_of_disk: &dyn Fn() -> bool,
+) -> Result<Index, IndexFault> {
+    let file = disk.open(temporary, true)?;
     file.set_len(0)?;
     let (first, page, waiting) = (Vec::new(), Vec::new(), Vec::new());
     let mut writer = Writer { file, first, blocks: 0, page, waiting, at: PAGE_BYTES as u64 };
@@ -340,7 +370,7 @@ pub(super) fn write(
     if !is_of_disk() {
         return Err(io::Error::other("the disk has been away").into());
     }
-    disk.rename(&temporary, &dir.join(FILE))?;
+    disk.rename(temporary, &dir.join(FILE))?;
     disk.sync_dir(dir)?;
     let Writer { file, first, .. } = writer;
     Ok(Index { file, mark: standing.mark, segments: standing.segments.clone(), first })
@@ -372,15 +402,28 @@ impl Layers {
         block: BlockId,
         change: Option<&Change>,
     ) -> Result<Option<Location>, IndexFault> {
-        if let Some(at) = change.and_then(|change| change.at) {
-            return Ok(Some(at));
+        match change.and_then(|change| change.at) {
+            Some(at) => Ok(Some(at)),
+            None => Ok(self.places(block, change)?.first().copied()),
         }
-        let written = || self.index.as_ref().map_or(Ok(None), |index| index.get(block));
-        let older = match self.frozen.as_ref().and_then(|frozen| frozen.get(&block)) {
-            Some(Change { at: Some(at), .. }) => Some(*at),
-            Some(frozen) => frozen.over(written()?),
-            None => written()?,
-        };
-        Ok(change.map_or(older, |change| change.over(older)))
+    }
+
+    /// All places where a block lies as long as nobody says of those before that they are dead.
+    pub(super) fn places(
+        &self,
+        block: BlockId,
+        change: Option<&Change>,
+    ) -> Result<Vec<Location>, IndexFault> {
+        let frozen = self.frozen.as_ref().and_then(|frozen| frozen.get(&block));
+        let changes = || change.into_iter().chain(frozen);
+        let written = self.index.as_ref().map_or(Ok(None), |index| index.get(block))?;
+        let mut places: Vec<Location> = Vec::new();
+        let known = changes().flat_map(|change| change.at.iter().chain(change.older.iter().rev()));
+        for at in known.copied().chain(written) {
+            if !places.contains(&at) && !changes().any(|change| change.dead.contains(&at)) {
+                places.push(at);
+            }
+        }
+        Ok(places)
     }
 }

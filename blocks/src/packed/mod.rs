@@ -17,7 +17,7 @@ pub use compact::Upkeep;
 mod tests;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     path::{Path, PathBuf},
     sync::{
@@ -73,12 +73,19 @@ impl Default for PackOptions {
 /// A segment that there is.
 #[derive(Clone, Debug)]
 struct Segment {
-    /// `None` when it is damaged: nothing of it can be read.
-    header: Option<SegmentHeader>,
+    header: SegmentHeader,
     usage: Usage,
     is_closed: bool,
-    /// How many segments had been removed, and how much of this one was needed, when it was looked through.
+    /// How many segments had been removed, and how much of this one was needed, when it was looked through and was to stay.
     looked_at: Option<(u64, u32)>,
+    /// How much of it was needed when it could not be moved.
+    stays_at: Option<u32>,
+}
+
+impl Segment {
+    fn new(header: SegmentHeader, usage: Usage) -> Segment {
+        Segment { header, usage, is_closed: false, looked_at: None, stays_at: None }
+    }
 }
 
 #[derive(Default)]
@@ -89,7 +96,11 @@ struct Known {
     /// The last segment whose changes are being written.
     frozen_to: u32,
     segments: BTreeMap<u32, Segment>,
+    /// Segments that were removed, which a crash may bring back.
+    may_come_back: BTreeSet<u32>,
     removals: u64,
+    /// Since all were looked at, less than half of some closed segment has come to be needed.
+    has_sparse: bool,
 }
 
 /// Where records are appended, and whoever has it is the only one who changes anything.
@@ -98,7 +109,8 @@ pub struct Tail {
     open: Option<Open>,
     /// What lies behind the end of the open segment, or was written last, is not known.
     is_doubtful: bool,
-    moving: Option<Moving>,
+    /// Segments that were never closed and could not be made durable yet, and their ends.
+    unproven: Vec<(u32, u32)>,
 }
 
 /// The segment that is being written.
@@ -118,6 +130,8 @@ pub(crate) enum Record {
         body: Vec<u8>,
         /// How much of its data is stored.
         stored: u32,
+        /// The record in whose place it is.
+        replaces: Option<Location>,
     },
     /// A record of a block is dead.
     Bury(BlockId, Location),
@@ -125,7 +139,7 @@ pub(crate) enum Record {
 
 impl Record {
     /// The record of a block.
-    pub(crate) fn put(expected: Expected, data: &[u8]) -> Record {
+    pub(crate) fn put(expected: Expected, data: &[u8], replaces: Option<Location>) -> Record {
         // What is behind the last byte that is not zero need not be stored.
         let stored = data.iter().rposition(|byte| *byte != 0).map_or(0, |last| last as u32 + 1);
         let mut body = Vec::with_capacity(record_length(stored) as usize);
@@ -133,18 +147,19 @@ impl Record {
             body.extend_from_slice(&crc32fast::hash(page).to_le_bytes());
         }
         body.extend_from_slice(&data[..stored as usize]);
-        Record::Put { expected, body, stored }
+        Record::Put { expected, body, stored, replaces }
     }
 
     fn header(&self) -> RecordHeader {
         match self {
-            Record::Put { expected, body, stored } => RecordHeader::Block {
+            Record::Put { expected, body, stored, replaces } => RecordHeader::Block {
                 block: expected.block,
                 size: expected.size,
                 crc: expected.crc,
                 time: expected.time,
                 stored: *stored,
                 table_crc: crc32fast::hash(&body[..4 * pages(*stored) as usize]),
+                replaces: *replaces,
             },
             Record::Bury(block, at) => RecordHeader::Dead { block: *block, at: *at },
         }
@@ -167,6 +182,8 @@ pub struct Pack {
     options: PackOptions,
     /// Never held while the disk is waited for.
     known: Mutex<Known>,
+    /// The segment that is being moved.
+    moving: Mutex<Option<Moving>>,
     /// The disk has been away: what is known here is not of it any more.
     is_retired: AtomicBool,
 }
@@ -237,9 +254,16 @@ impl Pack {
 
     /// Where a block lies; `None` when it is not here.
     pub(crate) fn locate(&self, block: BlockId) -> Result<Option<Location>, PackFault> {
-        let (layers, change) = self.what_is_known(block);
-        let found = layers.get(block, change.as_ref())?;
-        Ok(found.filter(|at| self.has(at.segment)))
+        let mut before = None;
+        loop {
+            let (layers, change) = self.what_is_known(block);
+            match layers.get(block, change.as_ref())? {
+                Some(at) if self.has(at.segment) => return Ok(Some(at)),
+                // It may have been moved meanwhile; or nothing says that it is gone, since its segment is.
+                Some(at) if before != Some(at) => before = Some(at),
+                Some(_) | None => return Ok(None),
+            }
+        }
     }
 
     fn what_is_known(&self, block: BlockId) -> (Layers, Option<index::Change>) {
@@ -253,16 +277,11 @@ impl Pack {
         self.known.lock().segments.contains_key(&number)
     }
 
-    /// All places where a record of a block would be found by somebody: more than one after a crash while it was moved.
+    /// All places where a record of a block would be found by somebody: more than one after a crash while it was moved. Changes nothing
+    /// only for who has the tail.
     pub(crate) fn places(&self, block: BlockId) -> Result<Vec<Location>, PackFault> {
         let (layers, change) = self.what_is_known(block);
-        let mut change = change.unwrap_or_default();
-        let mut places = Vec::new();
-        while let Some(at) = layers.get(block, Some(&change))? {
-            places.push(at);
-            change.at = None;
-            change.dead.push(at);
-        }
+        let mut places = layers.places(block, change.as_ref())?;
         places.retain(|at| self.has(at.segment));
         Ok(places)
     }
@@ -275,33 +294,39 @@ impl Pack {
         length: u32,
     ) -> Result<Option<Bytes>, PackFault> {
         let Some(mut at) = self.locate(expected.block)? else { return Ok(None) };
+        let mut read = self.read_at(at, expected, offset, length);
         for _ in 0..LOOK_UPS {
-            match self.read_at(at, expected, offset, length) {
-                Err(PackFault::Disk(error)) if error.kind() == io::ErrorKind::NotFound => {}
-                read => return read.map(Some),
+            let may_be_gone = match &read {
+                Err(PackFault::Disk(error)) => error.kind() == io::ErrorKind::NotFound,
+                Err(PackFault::Corrupt(_)) => true,
+                Ok(_) | Err(PackFault::Index(_)) => false,
+            };
+            if !may_be_gone {
+                return read.map(Some);
             }
-            // It was moved, and its segment removed.
+            // It was moved, and its segment removed; or it was erased.
             match self.locate(expected.block)? {
                 None => return Ok(None),
                 Some(there) if there == at => break,
                 Some(there) => at = there,
             }
+            read = self.read_at(at, expected, offset, length);
         }
-        Err(PackFault::Corrupt(format!("its segment {} is missing", segment_name(at.segment))))
+        match read {
+            Err(PackFault::Disk(error)) if error.kind() == io::ErrorKind::NotFound => {
+                Err(PackFault::Corrupt(format!("its segment {} is missing", segment_name(at.segment))))
+            }
+            read => read.map(Some),
+        }
     }
 
     fn salted(&self, number: u32) -> Option<SegmentHeader> {
-        self.known.lock().segments.get(&number).and_then(|segment| segment.header)
+        self.known.lock().segments.get(&number).map(|segment| segment.header)
     }
 
     /// The header of a record, and its first bytes.
     fn head(&self, file: &dyn File, at: Location) -> Result<(RecordHeader, Vec<u8>), PackFault> {
-        let Some(segment) = self.salted(at.segment) else {
-            return Err(match self.disk.exists(&self.segment_path(at.segment)) {
-                true => PackFault::Corrupt(format!("segment {} is damaged", segment_name(at.segment))),
-                false => PackFault::Disk(io::ErrorKind::NotFound.into()),
-            });
-        };
+        let segment = self.salted(at.segment).ok_or_else(|| io::Error::from(io::ErrorKind::NotFound))?;
         let wanted = match at.length <= READ_AT_ONCE {
             true => at.length,
             // No more than its header and page table.
@@ -379,21 +404,22 @@ impl Pack {
         if records.is_empty() {
             return Ok(());
         }
+        self.settle(tail)?;
         let open = self.ready(tail)?;
         let mut bytes = Vec::with_capacity(records.iter().map(|record| record.length() as usize).sum());
         let mut entries = Vec::with_capacity(records.len());
         for record in records {
             let (offset, header) = (open.end + bytes.len() as u32, record.header());
             bytes.extend_from_slice(&header.encode(&open.header, offset));
-            let (block, dead) = match record {
-                Record::Put { expected, body, .. } => {
+            let (block, is_block, dead) = match record {
+                Record::Put { expected, body, replaces, .. } => {
                     bytes.extend_from_slice(body);
-                    (expected.block, None)
+                    (expected.block, true, *replaces)
                 }
-                Record::Bury(block, at) => (*block, Some(*at)),
+                Record::Bury(block, at) => (*block, false, Some(*at)),
             };
             bytes.resize((offset - open.end + record.length()) as usize, 0);
-            entries.push(Entry { block, offset, length: record.length(), dead });
+            entries.push(Entry { block, offset, length: record.length(), is_block, dead });
         }
         let (number, end) = (open.header.number, open.end);
         let file = self.disk.open(&self.segment_path(number), false)?;
@@ -405,7 +431,8 @@ impl Pack {
         }
         if let Err(error) = file.write_at(&bytes, u64::from(end)) {
             // What was written of it must not be found by a later start.
-            tail.is_doubtful = file.set_len(u64::from(end)).is_err();
+            let cut = file.set_len(u64::from(end)).and_then(|()| file.sync());
+            tail.is_doubtful = cut.is_err();
             return Err(error.into());
         }
         if !mutants::is(Mutant::PackedUnsynced) {
@@ -426,10 +453,11 @@ impl Pack {
 
     /// The segment to append to.
     fn ready<'a>(&self, tail: &'a mut Tail) -> Result<&'a Open, PackFault> {
-        if tail.is_doubtful {
-            self.settle(tail)?;
-        }
-        if tail.open.as_ref().is_some_and(|open| open.end >= self.options.segment_bytes) {
+        // Many small records, too: what is in memory is bounded by their number.
+        let is_full = |open: &Open| {
+            open.end >= self.options.segment_bytes || open.entries.len() >= self.options.merge_at
+        };
+        if tail.open.as_ref().is_some_and(is_full) {
             self.close(tail)?;
         }
         let open = match tail.open.take() {
@@ -439,15 +467,28 @@ impl Pack {
         Ok(tail.open.insert(open))
     }
 
-    /// After a write or a sync that failed: the open segment ends where it ended before that, and is closed.
-    fn settle(&self, tail: &mut Tail) -> io::Result<()> {
+    /// After a write or a sync that failed: the open segment ends where it ended before that, and is closed. Before that nothing is
+    /// proven erased: what failed might be found by a later start.
+    pub(crate) fn settle(&self, tail: &mut Tail) -> Result<(), PackFault> {
+        if mutants::is(Mutant::ErasedInDoubt) && tail.unproven.is_empty() {
+            return Ok(());
+        }
+        while let Some((number, end)) = tail.unproven.last().copied() {
+            let file = self.disk.open(&self.segment_path(number), false)?;
+            self.make_durable(&*file, end)?;
+            tail.unproven.pop();
+        }
+        if !tail.is_doubtful {
+            return Ok(());
+        }
         if let Some(open) = &tail.open {
             let file = self.disk.open(&self.segment_path(open.header.number), false)?;
             if file.len()? < u64::from(open.end) {
-                return Err(io::Error::other("the disk was exchanged"));
+                return Err(io::Error::other("the disk was exchanged").into());
             }
             file.set_len(u64::from(open.end))?;
             file.sync()?;
+            tail.is_doubtful = false;
             self.close(tail)?;
         }
         tail.is_doubtful = false;
@@ -469,6 +510,7 @@ impl Pack {
         if let Some(segment) = known.segments.get_mut(&number) {
             segment.is_closed = true;
         }
+        known.has_sparse = true;
         if known.active.len() >= self.options.merge_at && known.layers.frozen.is_none() {
             known.layers.frozen = Some(Arc::new(std::mem::take(&mut known.active)));
             known.frozen_to = number;
@@ -477,38 +519,44 @@ impl Pack {
     }
 
     /// Begins a segment, durably.
-    fn begin(&self) -> io::Result<Open> {
+    fn begin(&self) -> Result<Open, PackFault> {
         let number = {
             let known = self.known.lock();
             let written = known.layers.index.as_ref().map_or(0, |index| index.mark);
             known.segments.last_key_value().map_or(0, |(last, _)| *last).max(written) + 1
         };
         self.disk.create_dir_all(&self.dir)?;
-        let header =
-            SegmentHeader { cluster: self.cluster, service: self.service, number, salt: self.salt(number)? };
-        // Also its index: one that a crash left would speak of another segment.
-        for left in [self.index_path(number), self.segment_path(number)] {
-            if self.disk.exists(&left) {
-                self.disk.remove(&left)?;
-            }
+        let header = self.new_header(number)?;
+        let path = self.segment_path(number);
+        let file = self.disk.open(&path, true)?;
+        if file.len()? > u64::from(SEGMENT_HEADER_BYTES) {
+            let text = format!("{} is there already: the disk was exchanged", segment_name(number));
+            return Err(PackFault::Index(text));
         }
-        let file = self.disk.open(&self.segment_path(number), true)?;
+        // A list that a crash left would speak of another segment.
+        let left = self.index_path(number);
+        if self.disk.exists(&left) {
+            self.disk.remove(&left)?;
+        }
         file.write_at(&header.encode(), 0)?;
         file.sync()?;
         self.disk.sync_dir(&self.dir)?;
-        let usage = Usage { bytes: SEGMENT_HEADER_BYTES, live: 0 };
-        let segment = Segment { header: Some(header), usage, is_closed: false, looked_at: None };
-        self.known.lock().segments.insert(number, segment);
+        let segment = Segment::new(header, Usage { bytes: SEGMENT_HEADER_BYTES, live: 0 });
+        let mut known = self.known.lock();
+        known.segments.insert(number, segment);
+        // The one before is the last one no more.
+        known.has_sparse = true;
         Ok(Open { header, end: SEGMENT_HEADER_BYTES, entries: Vec::new() })
     }
 
-    /// What whoever writes blocks cannot know: it depends on when the disk was labelled.
-    fn salt(&self, number: u32) -> io::Result<u64> {
+    /// The header of a segment. Its salt is what whoever writes blocks cannot know: it depends on when the disk was labelled.
+    fn new_header(&self, number: u32) -> io::Result<SegmentHeader> {
         let parent = self.dir.parent().unwrap_or(Path::new("."));
         let label = self.disk.read(&crate::label::path(parent))?;
         let mut hasher = blake3::Hasher::new();
         hasher.update(&label).update(&number.to_le_bytes());
-        Ok(u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("eight bytes")))
+        let salt = u64::from_le_bytes(hasher.finalize().as_bytes()[..8].try_into().expect("eight bytes"));
+        Ok(SegmentHeader { cluster: self.cluster, service: self.service, number, salt })
     }
 
     /// Gives the pages that lie whole in dead records back to the file system. What fails is tried no more: the room comes back when
@@ -521,11 +569,18 @@ impl Pack {
             let end = u64::from(at.offset + at.length) / page * page;
             if begin < end
                 && let Ok(file) = self.disk.open(&self.segment_path(at.segment), false)
+                && self.says_nothing_more(&*file, *at)
             {
                 // See above.
                 let _ = file.discard(begin, end - begin);
             }
         }
+    }
+
+    /// Whether a dead record is not needed to say that another one is dead: with a hole in it nobody would believe it.
+    fn says_nothing_more(&self, file: &dyn File, at: Location) -> bool {
+        let Ok((RecordHeader::Block { replaces, .. }, _)) = self.head(file, at) else { return false };
+        replaces.is_none_or(|at| !self.known.lock().can_be_found(at)) || mutants::is(Mutant::HoleInDeath)
     }
 
     /// Passes the ids of all packed blocks, in order.
@@ -536,7 +591,7 @@ impl Pack {
         };
         for (block, older) in layers.frozen.iter().flat_map(|frozen| frozen.iter()) {
             let change = delta.entry(*block).or_default();
-            change.at = change.over(older.at);
+            change.at = change.over(older.over(None));
             change.dead.extend_from_slice(&older.dead);
         }
         index::visit_merged(layers.index.as_deref(), &delta, &mut |block, at| {
@@ -548,11 +603,6 @@ impl Pack {
         Ok(())
     }
 
-    /// Whether no block was ever packed here.
-    pub(crate) fn is_empty(&self) -> bool {
-        self.known.lock().segments.is_empty()
-    }
-
     /// How many bytes the segments have.
     pub fn bytes(&self) -> u64 {
         self.known.lock().segments.values().map(|segment| u64::from(segment.usage.bytes)).sum()
@@ -560,22 +610,25 @@ impl Pack {
 }
 
 impl Known {
+    /// Whether a start may find a record.
+    fn can_be_found(&self, at: Location) -> bool {
+        self.segments.contains_key(&at.segment) || self.may_come_back.contains(&at.segment)
+    }
+
     /// Takes a record in.
     fn follow(&mut self, number: u32, entry: &Entry) {
-        let Entry { block, offset, length, dead } = *entry;
-        match dead {
-            None => {
-                index::put(&mut self.active, block, Location { segment: number, offset, length });
-                if let Some(segment) = self.segments.get_mut(&number) {
-                    segment.usage.live += length;
-                }
+        let Entry { block, offset, length, is_block, dead } = *entry;
+        if is_block {
+            index::put(&mut self.active, block, Location { segment: number, offset, length });
+            if let Some(segment) = self.segments.get_mut(&number) {
+                segment.usage.live += length;
             }
-            Some(at) => {
-                index::bury(&mut self.active, block, at);
-                if let Some(segment) = self.segments.get_mut(&at.segment) {
-                    segment.usage.live = segment.usage.live.saturating_sub(at.length);
-                }
-            }
+        }
+        let Some(at) = dead else { return };
+        let is_new = index::bury(&mut self.active, block, at);
+        if let Some(segment) = self.segments.get_mut(&at.segment).filter(|_| is_new) {
+            segment.usage.live = segment.usage.live.saturating_sub(at.length);
+            self.has_sparse |= segment.is_closed && segment.usage.live < segment.usage.bytes / 2;
         }
     }
 }

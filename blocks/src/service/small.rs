@@ -1,8 +1,11 @@
 //! Changes of small blocks: those that wait at the same time share one write and one sync.
 
-use std::sync::{
-    Mutex, MutexGuard,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -17,6 +20,9 @@ use crate::{
 
 /// So many bytes are written at a time, and one more change.
 const BYTES_AT_A_TIME: usize = 4 << 20;
+
+/// A disk that could not be looked after is left alone for so long.
+const UPKEEP_AGAIN: Duration = Duration::from_secs(10);
 
 /// A change that is asked for.
 pub(super) enum Asked {
@@ -71,6 +77,15 @@ impl SmallChanges {
         });
         let count = ends.map_or(queue.waiting.len(), |last| last + 1);
         queue.waiting.drain(..count).collect()
+    }
+}
+
+/// While somebody looks after the disk.
+struct Upkeeping(Arc<SmallChanges>);
+
+impl Drop for Upkeeping {
+    fn drop(&mut self) {
+        self.0.is_upkeep.store(false, Ordering::Release);
     }
 }
 
@@ -146,34 +161,35 @@ impl BlockService {
         if !self.store.is_due() || self.small.is_upkeep.swap(true, Ordering::AcqRel) {
             return;
         }
-        let (store, small, runtime) = (self.store.clone(), self.small.clone(), self.runtime.clone());
+        let guard = Upkeeping(self.small.clone());
+        let (store, changes, runtime) = (self.store.clone(), self.changes.clone(), self.runtime.clone());
         self.runtime.spawn("blocks", async move {
+            let _guard = guard;
             loop {
-                let merging = store.clone();
-                let merged = runtime.blocking(move || merging.merge()).await;
+                let looking = store.clone();
+                let looked = changes.run(0, move || looking.look_after()).await;
                 let (moving, mut tail) = (store.clone(), store.tail().lock_owned().await);
-                let moved = runtime.blocking(move || moving.upkeep(&mut tail)).await;
+                let moved = changes.run(0, move || moving.move_some(&mut tail)).await;
                 let mut goes_on = false;
-                for done in [merged, moved] {
-                    match done {
-                        Some(Ok(Upkeep::Nothing)) => {}
-                        Some(Ok(done)) => {
+                for done in [looked, moved] {
+                    match done.and_then(|done| done) {
+                        Ok(Upkeep::Nothing) => {}
+                        Ok(done) => {
                             runtime.note(done.note());
                             goes_on = true;
                         }
-                        Some(Err(refusal)) => {
-                            tracing::warn!(service = %store.service(), %refusal, "a disk's upkeep fails");
-                            small.is_upkeep.store(false, Ordering::Release);
+                        Err(refusal) => {
+                            tracing::warn!(service = %store.service(), %refusal, "a disk cannot be looked after");
+                            // Not again with each change.
+                            runtime.clock.sleep(UPKEEP_AGAIN).await;
                             return;
                         }
-                        None => return,
                     }
                 }
                 if !goes_on {
-                    break;
+                    return;
                 }
             }
-            small.is_upkeep.store(false, Ordering::Release);
         });
     }
 }

@@ -1,7 +1,7 @@
 //! A disk in memory that forgets what was not synced, and fails as it is told.
 //!
 //! Names and bytes are kept twice: as a running process sees them and as they would be found after a crash. A
-//! crash draws for every unsynced write of a file whether it reached the platter, and cuts some of them short; of
+//! crash draws for every unsynced write of a file whether it reached the platter, cuts some of them short, and leaves pages out of others; of
 //! unsynced changes of names the first so many survive, as a journal would have them.
 //!
 //! A sync that fails is as bad as Linux makes it: what it was to write may or may not have reached the platter, reads go on
@@ -20,6 +20,9 @@ use parking_lot::Mutex;
 
 use super::job;
 use crate::{Disk, File};
+
+/// A disk writes whole pages, in any order.
+const PAGE_BYTES: usize = 4096;
 
 /// What a disk does wrong from now on.
 #[derive(Clone, Debug, Default)]
@@ -46,12 +49,17 @@ impl Inode {
     /// Some of what was not synced reaches the platter, some of that cut short; none of it will be written again.
     fn forget_unsynced(&mut self, below: &mut dyn FnMut(u64) -> u64) {
         for (offset, bytes) in std::mem::take(&mut self.unsynced) {
-            let kept = match below(3) {
-                0 => 0,
-                1 => below(bytes.len() as u64 + 1) as usize,
-                _ => bytes.len(),
-            };
-            put(&mut self.durable, offset, &bytes[..kept]);
+            match below(3) {
+                0 => {}
+                1 => {
+                    let kept = below(bytes.len() as u64 + 1) as usize;
+                    match kept.is_multiple_of(2) && bytes.len() > PAGE_BYTES {
+                        true => put_some(&mut self.durable, offset, &bytes, kept as u64),
+                        false => put(&mut self.durable, offset, &bytes[..kept]),
+                    }
+                }
+                _ => put(&mut self.durable, offset, &bytes),
+            }
         }
     }
 }
@@ -358,6 +366,23 @@ impl SimDisk {
     /// All files with their lengths.
     pub fn files(&self) -> Vec<(PathBuf, u64)> {
         self.tree.lock().files.iter().map(|(p, i)| (p.clone(), i.lock().bytes.len() as u64)).collect()
+    }
+}
+
+/// Puts some of the pages of a write, any of them; the file is as long as with all.
+fn put_some(image: &mut Vec<u8>, offset: u64, bytes: &[u8], draw: u64) {
+    let end = offset as usize + bytes.len();
+    if image.len() < end {
+        image.resize(end, 0);
+    }
+    let first = PAGE_BYTES - offset as usize % PAGE_BYTES;
+    let (mut at, mut until) = (0, first.min(bytes.len()));
+    let mut bits = draw.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    while at < bytes.len() {
+        if bits >> 63 == 1 {
+            image[offset as usize + at..offset as usize + until].copy_from_slice(&bytes[at..until]);
+        }
+        (bits, at, until) = (bits.rotate_left(1), until, (until + PAGE_BYTES).min(bytes.len()));
     }
 }
 

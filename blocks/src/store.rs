@@ -181,7 +181,7 @@ impl BlockStore {
             return Ok((0, 0));
         }
         let (total, available) = self.disk.space(&self.dir)?;
-        Ok((total, available.saturating_sub(self.reserve_bytes.max(self.to_erase(total)))))
+        Ok((total, available.saturating_sub(self.reserve_bytes.max(self.options.room_to_erase(total)))))
     }
 
     /// The same, but blocks leave so many bytes of the file system free: for logs and states that share it.
@@ -310,16 +310,11 @@ impl BlockStore {
         }
     }
 
-    /// Bytes that blocks leave free of a disk of so many, so that they can be erased when it is full.
-    fn to_erase(&self, total: u64) -> u64 {
-        (2 * u64::from(self.options.segment_bytes)).min(total / 20)
-    }
-
     /// Refuses blocks for which there is no room: what is left is for logs and states that share the file system, and for erasing, which
     /// takes some room before it gives any back.
     fn check_reserve(&self, bytes: usize) -> Result<(), Refusal> {
         let (total, available) = self.disk.space(&self.dir).map_err(|e| disk_fault("ask for space", &e))?;
-        let reserve = self.reserve_bytes.max(self.to_erase(total));
+        let reserve = self.reserve_bytes.max(self.options.room_to_erase(total));
         if available < reserve.saturating_add(bytes as u64) {
             let kept = if reserve == self.reserve_bytes { "logs and states" } else { "erasing" };
             let text = format!("service {} has no space: the rest is kept for {kept}", self.service);
@@ -418,7 +413,10 @@ impl BlockStore {
         };
         self.check_usable()?;
         let pack = self.small(None)?;
-        match pack.read(expected, offset, length) {
+        match pack.read(expected, offset, length).and_then(|read| match read {
+            Some(bytes) => Ok(Some(bytes)),
+            None => pack.check_read().map(|()| None),
+        }) {
             Ok(Some(bytes)) => return Ok(bytes),
             Ok(None) => {}
             Err(fault) => return Err(self.pack_fault(&pack, fault, expected.block)),

@@ -62,7 +62,7 @@ const MEMBERS: u32 = 10_000;
 /// Short, so that grants and contents expire within a script.
 pub const LIFETIMES: Lifetimes = Lifetimes { grant_ms: 400, transient_ms: 4000 };
 /// Small enough that segments are closed, moved and removed within a script.
-const PACKED: PackOptions = PackOptions { below: 32 << 10, segment_bytes: 40 << 10, merge_at: 16 };
+pub const PACKED: PackOptions = PackOptions { below: 32 << 10, segment_bytes: 40 << 10, merge_at: 16 };
 /// Generated scripts keep clocks closer than this.
 pub const CLOCK_SKEW_MS_MAX: u64 = 450;
 

@@ -64,6 +64,14 @@ pub struct PackOptions {
     pub merge_at: usize,
 }
 
+impl PackOptions {
+    /// Bytes that blocks leave free of a disk of so many, so that they can be erased when it is full: that takes some before it gives any
+    /// back.
+    pub fn room_to_erase(&self, total: u64) -> u64 {
+        (2 * u64::from(self.segment_bytes)).min(total / 20)
+    }
+}
+
 impl Default for PackOptions {
     fn default() -> PackOptions {
         PackOptions { below: 256 << 10, segment_bytes: 64 << 20, merge_at: 256 << 10 }
@@ -99,6 +107,8 @@ struct Known {
     /// Segments that were removed, which a crash may bring back.
     may_come_back: BTreeSet<u32>,
     removals: u64,
+    /// Some of a segment could not be read when it was looked through.
+    is_unread: bool,
     /// Since all were looked at, less than half of some closed segment has come to be needed.
     has_sparse: bool,
 }
@@ -269,6 +279,15 @@ impl Pack {
     fn what_is_known(&self, block: BlockId) -> (Layers, Option<index::Change>) {
         let known = self.known.lock();
         (known.layers.clone(), known.active.get(&block).cloned())
+    }
+
+    /// Refuses to say what is not there, and to change anything, where some of a segment could not be read: it is to be looked through
+    /// again.
+    pub(crate) fn check_read(&self) -> Result<(), PackFault> {
+        match self.known.lock().is_unread {
+            true => Err(PackFault::Index("a segment of blocks could not be read whole".into())),
+            false => Ok(()),
+        }
     }
 
     /// Whether there is a segment. An index may name one that is gone: what of it was needed was moved, and nothing says of the rest
@@ -470,6 +489,7 @@ impl Pack {
     /// After a write or a sync that failed: the open segment ends where it ended before that, and is closed. Before that nothing is
     /// proven erased: what failed might be found by a later start.
     pub(crate) fn settle(&self, tail: &mut Tail) -> Result<(), PackFault> {
+        self.check_read()?;
         if mutants::is(Mutant::ErasedInDoubt) && tail.unproven.is_empty() {
             return Ok(());
         }
@@ -585,6 +605,7 @@ impl Pack {
 
     /// Passes the ids of all packed blocks, in order.
     pub(crate) fn visit(&self, each: &mut dyn FnMut(BlockId)) -> Result<(), PackFault> {
+        self.check_read()?;
         let (layers, mut delta) = {
             let known = self.known.lock();
             (known.layers.clone(), known.active.clone())

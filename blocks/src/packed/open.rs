@@ -28,6 +28,8 @@ pub(super) struct Held {
     pub(super) entries: Vec<Entry>,
     /// Where its last record ends.
     pub(super) end: u32,
+    /// Some of it could not be read: there may be more.
+    is_unread: bool,
 }
 
 /// Reads a file piece by piece.
@@ -35,6 +37,7 @@ struct Pieces<'a> {
     file: &'a dyn File,
     bytes: Vec<u8>,
     at: u64,
+    has_failed: bool,
 }
 
 impl Pieces<'_> {
@@ -49,6 +52,7 @@ impl Pieces<'_> {
                 if let Err(error) = self.file.read_onto(&mut self.bytes, PIECE_BYTES.max(length), offset) {
                     tracing::warn!(%error, offset, "part of a segment of blocks cannot be read");
                     self.bytes.clear();
+                    self.has_failed = true;
                 }
                 0
             }
@@ -78,8 +82,8 @@ fn is_whole(record: &RecordHeader, bytes: &[u8]) -> bool {
 /// is a copy of.
 fn scan(file: &dyn File, header: &SegmentHeader) -> io::Result<Held> {
     let length = file.len()?;
-    let mut pieces = Pieces { file, bytes: Vec::new(), at: 0 };
-    let mut held = Held { entries: Vec::new(), end: SEGMENT_HEADER_BYTES };
+    let mut pieces = Pieces { file, bytes: Vec::new(), at: 0, has_failed: false };
+    let mut held = Held { entries: Vec::new(), end: SEGMENT_HEADER_BYTES, is_unread: false };
     let mut offset = u64::from(SEGMENT_HEADER_BYTES);
     while let Ok(at) = u32::try_from(offset)
         && offset + u64::from(RECORD_HEADER_BYTES) <= length
@@ -102,6 +106,7 @@ fn scan(file: &dyn File, header: &SegmentHeader) -> io::Result<Held> {
             _ => offset += u64::from(ALIGNMENT),
         }
     }
+    held.is_unread = pieces.has_failed;
     if u64::from(held.end) < length {
         tracing::warn!(segment = header.number, end = held.end, length, "a segment of blocks has a torn end");
     }
@@ -201,6 +206,10 @@ impl Pack {
             let (end, entries) = (held.end, held.entries);
             let open = Open { header, end, entries };
             // Before that is possible nothing is changed, and what is there can be read.
+            if held.is_unread {
+                known.is_unread = true;
+                return Ok(());
+            }
             match self.make_durable(&*file, end) {
                 Ok(()) if is_last => tail.open = Some(open),
                 Ok(()) => self.tell(known, open)?,
@@ -211,7 +220,8 @@ impl Pack {
                 }
             }
         }
-        if known.active.len() >= self.options.merge_at && tail.open.is_none() && tail.unproven.is_empty() {
+        let is_settled = tail.open.is_none() && tail.unproven.is_empty() && !known.is_unread;
+        if known.active.len() >= self.options.merge_at && is_settled {
             self.write_index(known, number)?;
         }
         Ok(())

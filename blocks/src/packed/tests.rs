@@ -1,7 +1,7 @@
 //! Small blocks on a simulated disk: crashes, flips, and segments that are moved.
 
 use clutch_proto::Time;
-use clutch_runtime::simulated::{NodeId, SimDisk, World};
+use clutch_runtime::simulated::{DiskFaults, NodeId, SimDisk, World};
 
 use super::*;
 use crate::{
@@ -421,7 +421,8 @@ fn nemesis(seed: u64) -> Result<(), String> {
             Ok(()) => drop(known.insert(block, Some(is_there))),
             Err(_) => drop(known.insert(block, None)),
         };
-        match random.below(13) {
+        let faults = DiskFaults::default();
+        match random.below(14) {
             0..=4 => answered(true, write(&store, block)),
             5..=7 => answered(false, store.erase(BlockId(block))),
             8 => drop(look_after(&store)),
@@ -440,6 +441,13 @@ fn nemesis(seed: u64) -> Result<(), String> {
                 }
                 store = open(&disk);
             }
+            12 => {
+                disk.set_faults(DiskFaults { read_error_permille: 300, ..faults.clone() });
+                disk.heal();
+                store = open(&disk);
+                answered(false, store.erase(BlockId(block)));
+                disk.set_faults(faults);
+            }
             _ => {
                 disk.cut_power_after(random.below(8));
                 let done = write(&store, block).and(store.erase(BlockId(block)));
@@ -451,7 +459,10 @@ fn nemesis(seed: u64) -> Result<(), String> {
         if step % 10 == 9 {
             disk.heal();
             for (block, is_known) in &known {
-                let found = read(&store, *block).map(|bytes| bytes == data(*block)).map_err(|e| e.code);
+                let read = || read(&store, *block).map(|bytes| bytes == data(*block)).map_err(|e| e.code);
+                // One that could not be looked through whole is looked through again.
+                let first = read();
+                let found = if first == Err(Code::DiskFault) { read() } else { first };
                 // One that nobody was told of may be torn, or come to light later, when the disk is looked through.
                 let is_right = match is_known {
                     None => found != Ok(false),

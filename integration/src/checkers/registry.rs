@@ -27,7 +27,7 @@ use super::{
 use crate::{
     history::{Data, bytes_of},
     oracle::RegistryOracle,
-    sim_cluster::{CLIENT, Engine, SimCluster, disk_node},
+    sim_cluster::{CLIENT, Engine, PACKED, SimCluster, disk_node},
     workload::attributes,
 };
 
@@ -309,7 +309,9 @@ fn agree_once(cluster: &SimCluster, when: &str) -> Result<(), String> {
         let number = number as u32;
         let space = match cluster.is_labelled(number) {
             true => {
-                cluster.world.disk(disk_node(number)).space("disk".as_ref()).map_err(|e| e.to_string())?
+                let disk = cluster.world.disk(disk_node(number));
+                let (total, available) = disk.space("disk".as_ref()).map_err(|e| e.to_string())?;
+                (total, available.saturating_sub(PACKED.room_to_erase(total)))
             }
             // It is not used.
             false => (0, 0),

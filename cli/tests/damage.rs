@@ -249,15 +249,7 @@ fn the_table_of_damage_is_what_happens() {
         others.into_iter().find(|other| std::fs::read(dir.join(other)).is_ok_and(|theirs| theirs != ours))
     };
     let key = names(&dir.join("keys"), ".key").into_iter().filter(|n| n != "cluster.key").collect::<Vec<_>>();
-    let first_blocks = {
-        let mut found = Vec::new();
-        for sub in names(&dir.join("blocks/0"), "").into_iter().filter(|n| n != "label") {
-            for block in names(&dir.join("blocks/0").join(&sub), "") {
-                found.push(Path::new("blocks/0").join(&sub).join(block));
-            }
-        }
-        found
-    };
+    let segment_of = |disk: u32| PathBuf::from(format!("blocks/{disk}/packed/00000001.pack"));
     let thing = |what, path: &Path, sibling: Option<PathBuf>| Thing { what, path: path.to_owned(), sibling };
     let log = |name: &String| Path::new("log").join(name);
     let things = [
@@ -278,7 +270,7 @@ fn the_table_of_damage_is_what_happens() {
         thing("`state/LOG/db/*.sst`", &database(".sst"), None),
         thing("`blocks/DISK/`", Path::new("blocks/0"), Some("blocks/1".into())),
         thing("`blocks/DISK/label`", Path::new("blocks/0/label"), Some("blocks/1/label".into())),
-        thing("a block", &first_blocks[0], Some(first_blocks[1].clone())),
+        thing("a segment of small blocks", &segment_of(0), Some(segment_of(1))),
     ];
     let mut wrong: Vec<String> = Vec::new();
     let mut table = format!("| | {} |\n|---|{}\n", DAMAGES.join(" | "), "---|".repeat(DAMAGES.len()));

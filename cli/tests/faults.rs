@@ -94,17 +94,17 @@ fn any_two_disks_of_4_plus_2_may_be_emptied() {
     cluster.fsck();
 }
 
-#[test]
-fn flipped_bytes_in_blocks_are_corrected_or_refused() {
+/// Flips bytes of a file's blocks, one of which lies on each of three disks.
+fn flip_blocks(bytes: &[u8], places: &[usize]) {
     let temp = tempfile::tempdir().expect("temporary directory");
     let cluster =
         Cluster::start(&temp.path().join("c"), &["--disks", "3", "--shards", "1", "--policy", "2+1"]);
-    let (path, bytes) = (temp.path().join("f"), noise(20_000, 5));
-    std::fs::write(&path, &bytes).expect("writes");
+    let path = temp.path().join("f");
+    std::fs::write(&path, bytes).expect("writes");
     cluster.ok(&["fs", "put", path.to_str().expect("text"), "/f"]);
     let mut blocks = files_below(&cluster.dir.join("blocks"));
     blocks.retain(|path| !path.ends_with("label"));
-    assert_eq!(blocks.len(), 3);
+    assert_eq!(blocks.len(), 3, "{blocks:?}");
     let flip = |path: &Path, at: usize| {
         let mut image = std::fs::read(path).expect("reads");
         image[at] ^= 0x20;
@@ -112,8 +112,7 @@ fn flipped_bytes_in_blocks_are_corrected_or_refused() {
     };
     for block in &blocks {
         let len = std::fs::metadata(block).expect("there").len() as usize;
-        // Header, page table and data, with their borders.
-        for at in [0, 8, 24, 40, 55, 100, 4096, 4099, 4200, 8191, 8192, 9000, 12_287, len - 1] {
+        for at in places.iter().copied().chain([len - 1]) {
             flip(block, at);
             let output = cluster.run(&["fs", "cat", "/f"]);
             assert!(
@@ -129,6 +128,13 @@ fn flipped_bytes_in_blocks_are_corrected_or_refused() {
     let output = cluster.run(&["fs", "cat", "/f"]);
     assert_eq!(output.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&output.stderr).contains("on service "));
+}
+
+#[test]
+fn flipped_bytes_in_blocks_are_corrected_or_refused() {
+    // Header, page table and data, with their borders: of a block in a file of its own, and of one in a segment.
+    flip_blocks(&noise(600_000, 5), &[0, 8, 24, 40, 55, 100, 4096, 4099, 4200, 8191, 8192, 9000, 12_287]);
+    flip_blocks(&noise(20_000, 5), &[0, 8, 63, 64, 80, 119, 120, 131, 132, 200, 4200, 9000]);
 }
 
 #[test]

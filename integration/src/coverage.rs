@@ -33,7 +33,6 @@ const NOTED: &[&str] = &[
     "blocks: a segment is removed",
     "blocks: an index is written",
     "blocks: an expired certificate",
-    "blocks: small blocks are moved",
     "cdc driver: a step is dropped with the reign",
     "cdc driver: a step waits for its shard",
     "cdc driver: an answer is proposed again",

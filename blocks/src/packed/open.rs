@@ -185,7 +185,11 @@ impl Pack {
             self.disk.remove(&self.segment_path(number))?;
             return Ok(());
         }
-        let header = self.header(&*file, number)?;
+        let read = self.header(&*file, number);
+        let header = match &read {
+            Some(header) => *header,
+            None => self.new_header(number)?,
+        };
         let bytes = u32::try_from(length).unwrap_or(u32::MAX);
         let written = known.layers.index.as_ref().and_then(|index| index.segments.get(&number));
         let live = written.filter(|_| is_indexed).map_or(0, |usage| usage.live);
@@ -200,6 +204,12 @@ impl Pack {
             index.entries.iter().for_each(|entry| known.follow(number, entry));
         } else {
             let held = scan(&*file, &header)?;
+            if read.is_none() && held.entries.is_empty() {
+                // It may be another disk's: it is left as it is, and never moved or removed.
+                segment.stays_at = Some(0);
+                known.segments.insert(number, segment);
+                return Ok(());
+            }
             (segment.usage.bytes, segment.is_closed) = (held.end, false);
             known.segments.insert(number, segment);
             held.entries.iter().for_each(|entry| known.follow(number, entry));
@@ -227,19 +237,19 @@ impl Pack {
         Ok(())
     }
 
-    /// The header of a segment; what it must have been where it is damaged.
-    fn header(&self, file: &dyn File, number: u32) -> io::Result<SegmentHeader> {
+    /// The header of a segment; `None` where it is damaged, cannot be read or is another disk's.
+    fn header(&self, file: &dyn File, number: u32) -> Option<SegmentHeader> {
         let mut bytes = vec![0; SEGMENT_HEADER_BYTES as usize];
-        let read = file.read_at(&mut bytes, 0).unwrap_or_default();
-        let is_ours =
-            |h: &SegmentHeader| (h.cluster, h.service, h.number) == (self.cluster, self.service, number);
-        match SegmentHeader::decode(&bytes[..read]).ok().filter(is_ours) {
-            Some(header) => Ok(header),
-            None => {
-                tracing::error!(segment = number, service = %self.service, "the header of a segment of blocks is damaged");
-                self.new_header(number)
-            }
-        }
+        let read = file.read_at(&mut bytes, 0).map_err(|error| error.to_string());
+        let decoded = read.and_then(|read| SegmentHeader::decode(&bytes[..read]));
+        let ours = decoded.and_then(|h| match (h.cluster, h.service, h.number) {
+            of if of == (self.cluster, self.service, number) => Ok(h),
+            _ => Err("it is another segment's".to_owned()),
+        });
+        let told = |what: &String| {
+            tracing::error!(segment = number, service = %self.service, what, "the header of a segment of blocks is damaged");
+        };
+        ours.inspect_err(told).ok()
     }
 
     /// Says durably what a segment has that was never closed and is not the last one.

@@ -204,7 +204,7 @@ impl Pack {
             index.entries.iter().for_each(|entry| known.follow(number, entry));
         } else {
             let held = scan(&*file, &header)?;
-            if read.is_none() && held.entries.is_empty() {
+            if read.is_none() && held.entries.is_empty() && !held.is_unread {
                 // It may be another disk's: it is left as it is, and never moved or removed.
                 segment.stays_at = Some(0);
                 known.segments.insert(number, segment);

@@ -5,12 +5,12 @@
 use bytes::Bytes;
 use clutch_proto::{
     ContentId, InodeId, Refusal, Slot,
-    blocks::{EraseBlock, blocks_request},
+    blocks::{CheckBlock, EraseBlock, blocks_request},
     cdc::{ForgetDirectory, ForgetFile, UndeleteDirectory, cdc_request},
     shard::{
         CollectContent, ContentHistory, ForgetContent, ForgetEdge, HeldBlock, MoveSpan, PastContent,
         PastEdge, Remaining, RemoveSpan, RestoreContent, SwapBlocks, SwapSpans, Transient, VisitBlocks,
-        VisitDeadSpans, VisitInodes, VisitPastContents, VisitTransients, shard_reply::Reply,
+        VisitDeadSpans, VisitInodes, VisitPastContents, VisitSpans, VisitTransients, shard_reply::Reply,
         shard_request::Op,
     },
     types::{Attributes, Block, Code, Extent, SnapshotPolicy, Span, SpanShape, extent::Source},
@@ -82,6 +82,39 @@ impl Client {
         match self.shard(op).await? {
             Reply::VisitBlocks(page) => Ok((page.blocks, page.next)),
             _ => Err(ClientError::unexpected("blocks")),
+        }
+    }
+
+    /// A page of the spans in use that have a block on a service, or of all for 0, with certificates for reading. A page may be
+    /// empty and not the last one.
+    pub async fn visit_spans(
+        &self,
+        service_id: u64,
+        after: Bytes,
+    ) -> Result<(Vec<Span>, Bytes), ClientError> {
+        let slot = slot_of(&after);
+        let op = Op::VisitSpans(VisitSpans { slot: u32::from(slot.0), after, service_id });
+        match self.shard(op).await? {
+            Reply::VisitSpans(page) => Ok((page.spans, page.next)),
+            _ => Err(ClientError::unexpected("spans")),
+        }
+    }
+
+    /// Lets a service read a block whole and compare it with what was written. The certificate is one for reading.
+    pub async fn check_block(&self, block: &Block) -> Result<(), ClientError> {
+        let op = blocks_request::Op::Check(CheckBlock { certificate: block.certificate.clone() });
+        self.blocks(&block.address, block.service_id, op).await.map(drop)
+    }
+
+    /// Whether a block service answers: it is asked for what it must refuse.
+    ///
+    /// # Errors
+    /// `Unreachable` when nothing answers at its address.
+    pub async fn ask_service(&self, address: &str, service: u64) -> Result<(), ClientError> {
+        let op = blocks_request::Op::Check(CheckBlock::default());
+        match self.blocks(address, service, op).await {
+            Err(error @ ClientError::Unreachable(_)) => Err(error),
+            Ok(_) | Err(_) => Ok(()),
         }
     }
 
@@ -221,9 +254,13 @@ impl Client {
         Ok(map.services.iter().filter(|s| s.flags & GONE != 0).map(|s| s.service_id).collect())
     }
 
-    /// Moves one block of a file's span to another service, computing it from the others if it cannot be read: for
-    /// disks that fail, are emptied, or are too full. Readers notice nothing.
-    pub async fn move_block(&self, file: InodeId, span: &Span, index: usize) -> Result<(), ClientError> {
+    /// Moves one block of a span to another service, computing it from the others if it cannot be read: for
+    /// disks that fail, are emptied, or are too full. Readers notice nothing. `home` is a file or directory of the span's slot.
+    /// Returns the block in its new place.
+    ///
+    /// # Errors
+    /// `NotFound` and `Stale` when the span is not used any more, or the block was moved by somebody else.
+    pub async fn move_block(&self, home: InodeId, span: &Span, index: usize) -> Result<Block, ClientError> {
         let block = span.blocks.get(index).ok_or_else(|| ClientError::unexpected("that block"))?;
         let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
         let data = self.read_block(span, index).await?;
@@ -236,10 +273,13 @@ impl Client {
             cell_crcs: span.cell_crcs[index * stripes..(index + 1) * stripes].to_vec(),
             blocks: vec![data],
         };
-        let mut draft = self.start_draft(file).await?;
+        let mut draft = self.start_draft(home).await?;
         let moved = self.exchange_block(&mut draft, span, block, &encoded).await;
-        // The scratch holds the old block now, or nothing of worth: either way it goes; if this fails, it expires.
-        let _ = self.scrap(&draft).await;
+        // The scratch holds the old block now, or nothing of worth: either way it goes, so that its span counts as used no more; if
+        // this fails, it expires.
+        if self.scrap(&draft).await.is_ok() {
+            let _ = self.collect_content(ContentId(draft.content)).await;
+        }
         moved
     }
 
@@ -249,7 +289,7 @@ impl Client {
         span: &Span,
         block: &Block,
         encoded: &Encoded,
-    ) -> Result<(), ClientError> {
+    ) -> Result<Block, ClientError> {
         let services: Vec<u64> = span.blocks.iter().map(|b| b.service_id).collect();
         let map = self.map().await?;
         let is_other = |service: u64| service != block.service_id && services.contains(&service);
@@ -272,7 +312,8 @@ impl Client {
             span_b: other.span_id,
             block_b: new.block_id,
         };
-        self.shard(Op::SwapBlocks(op)).await.map(drop)
+        self.shard(Op::SwapBlocks(op)).await?;
+        Ok(new.clone())
     }
 
     /// Gives the bytes of a whole span another code or other places: the range is written anew and exchanged with what

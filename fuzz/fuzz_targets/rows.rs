@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use clutch_proto::shard::{
-    ContentHistory, History, Layout, Lookup, ReadDir, ShardRequest, Stat, VisitBlocks, VisitDeadSpans, VisitInodes,
+    ContentHistory, History, Layout, Lookup, ReadDir, ShardRequest, Stat, VisitBlocks, VisitDeadSpans, VisitInodes, VisitSpans,
     VisitPastContents, VisitTransients, shard_request::Op,
 };
 use clutch_shard::{Shard, ShardFacts, invariants};
@@ -48,6 +48,8 @@ fuzz_target!(|data: &[u8]| {
             Op::VisitPastContents(VisitPastContents { slot: id as u32 & 0xff, ..VisitPastContents::default() }),
             Op::VisitDeadSpans(VisitDeadSpans { slot: id as u32 & 0xff, ..VisitDeadSpans::default() }),
             Op::VisitBlocks(VisitBlocks { slot: id as u32 & 0xff, service_id: id, ..VisitBlocks::default() }),
+            Op::VisitSpans(VisitSpans { slot: id as u32 & 0xff, ..VisitSpans::default() }),
+            Op::VisitSpans(VisitSpans { slot: id as u32 & 0xff, service_id: id, ..VisitSpans::default() }),
         ] {
             let _ = Shard::read(&*store, &ShardRequest { op: Some(op) }, &facts);
         }

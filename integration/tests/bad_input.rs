@@ -165,7 +165,9 @@ fn upkeep_operations(number: u64, content: u64, cookie: &Bytes) -> Vec<Op> {
                 Op::VisitTransients(VisitTransients { slot, after: after.clone() }),
                 Op::VisitPastContents(VisitPastContents { slot, after: after.clone() }),
                 Op::VisitDeadSpans(VisitDeadSpans { slot, after: after.clone() }),
-                Op::VisitBlocks(VisitBlocks { slot, after, service_id: id }),
+                Op::VisitBlocks(VisitBlocks { slot, after: after.clone(), service_id: id }),
+                Op::VisitSpans(VisitSpans { slot, after: after.clone(), service_id: id }),
+                Op::VisitSpans(VisitSpans { slot, after, service_id: 0 }),
             ]
         });
     let dir = InodeId::ROOT.raw();

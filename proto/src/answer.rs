@@ -11,7 +11,7 @@ const PAGE_BYTES: usize = 2 << 20;
 const SCAN_BYTES: usize = 4 << 20;
 
 /// Fields of requests whose answers are pages: the numbers are in the protos.
-const SHARD_PAGES: std::ops::RangeInclusive<u32> = 3..=11;
+const SHARD_PAGES: std::ops::RangeInclusive<u32> = 3..=12;
 const REGISTRY_MAP: u32 = 1;
 const CDC_TRANSACTIONS: u32 = 10;
 const ADMIN_SCANS: std::ops::RangeInclusive<u32> = 2..=3;
@@ -50,7 +50,7 @@ mod tests {
         registry::{GetMap, PlaceShard, RegistryRequest, registry_request},
         shard::{
             ContentHistory, CreateFile, History, Layout, Lookup, ReadDir, ShardRequest, Stat, VisitBlocks,
-            VisitDeadSpans, VisitInodes, VisitPastContents, VisitTransients, shard_request::Op,
+            VisitDeadSpans, VisitInodes, VisitPastContents, VisitSpans, VisitTransients, shard_request::Op,
         },
     };
 
@@ -67,6 +67,7 @@ mod tests {
             Op::VisitPastContents(VisitPastContents::default()),
             Op::VisitDeadSpans(VisitDeadSpans::default()),
             Op::VisitBlocks(VisitBlocks::default()),
+            Op::VisitSpans(VisitSpans::default()),
         ] {
             assert_eq!(shard(page.clone()), PAGE_BYTES, "{page:?}");
         }

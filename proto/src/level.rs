@@ -64,6 +64,7 @@ pub fn of_shard(op: &shard_request::Op) -> u32 {
         | Op::VisitPastContents(_)
         | Op::VisitDeadSpans(_)
         | Op::VisitBlocks(_)
+        | Op::VisitSpans(_)
         | Op::CreateFile(_)
         | Op::CreateSymlink(_)
         | Op::StartContent(_)

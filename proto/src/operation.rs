@@ -86,6 +86,7 @@ pub fn of_shard(op: &shard_request::Op) -> (Home, Class) {
         Op::VisitPastContents(op) => (Home::Slot(op.slot), Read),
         Op::VisitDeadSpans(op) => (Home::Slot(op.slot), Read),
         Op::VisitBlocks(op) => (Home::Slot(op.slot), Read),
+        Op::VisitSpans(op) => (Home::Slot(op.slot), Read),
         Op::CreateFile(op) => (Home::Inode(op.dir), Change),
         Op::CreateInline(op) => (Home::Inode(op.dir), Change),
         Op::CreateSymlink(op) => (Home::Inode(op.dir), Change),

@@ -85,7 +85,7 @@ pub struct Pages {
     pub extents: usize,
     /// Rows of a visit.
     pub rows: usize,
-    /// Dead spans of a visit.
+    /// Spans of a visit.
     pub spans: usize,
 }
 
@@ -154,6 +154,10 @@ impl ShardFacts {
             Some(Reply::Layout(layout)) => {
                 let now = now();
                 layout.spans.iter_mut().for_each(|s| self.grant(s, Operation::Read, now))
+            }
+            Some(Reply::VisitSpans(page)) => {
+                let now = now();
+                page.spans.iter_mut().for_each(|s| self.grant(s, Operation::Read, now))
             }
             Some(Reply::VisitDeadSpans(dead)) => {
                 let now = now();

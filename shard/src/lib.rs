@@ -41,7 +41,7 @@ use clutch_proto::{
 use clutch_state::{Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, machine::Effects};
 
 pub use facts::{Keyring, Lifetimes, Pages, ShardFacts};
-pub use placement::{FLAG_GONE, FLAG_NO_WRITE};
+pub use placement::{FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE};
 
 use rows::Reapplied;
 
@@ -98,6 +98,7 @@ impl Machine for Shard {
         let has_blocks = match &reply {
             Reply::Layout(layout) => !layout.spans.is_empty(),
             Reply::VisitDeadSpans(dead) => !dead.spans.is_empty(),
+            Reply::VisitSpans(page) => !page.spans.is_empty(),
             _ => false,
         };
         if has_blocks && facts.services.is_empty() && !mutants::is(Mutant::ServicesUnknown) {
@@ -204,7 +205,8 @@ fn apply_request(tx: &mut Tx<'_>, time: Time, request: ShardRequest) -> Reapplie
         | Op::VisitTransients(_)
         | Op::VisitPastContents(_)
         | Op::VisitDeadSpans(_)
-        | Op::VisitBlocks(_) => Err(Stop::unknown("it holds a read")),
+        | Op::VisitBlocks(_)
+        | Op::VisitSpans(_) => Err(Stop::unknown("it holds a read")),
     }
 }
 

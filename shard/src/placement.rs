@@ -13,6 +13,8 @@ use clutch_state::Stop;
 pub const FLAG_NO_WRITE: u32 = 1;
 /// The service is gone for good.
 pub const FLAG_GONE: u32 = 2;
+/// The service's blocks are to be moved to others; set together with [`FLAG_NO_WRITE`].
+pub const FLAG_DRAIN: u32 = 4;
 
 /// Draws `count` services for blocks of `block_bytes`.
 ///

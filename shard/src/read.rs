@@ -43,6 +43,7 @@ pub(crate) fn read(view: &dyn View, request: &ShardRequest, pages: &Pages) -> Re
         Op::VisitPastContents(op) => visit::past_contents(view, op, pages),
         Op::VisitDeadSpans(op) => visit::dead_spans(view, op, pages),
         Op::VisitBlocks(op) => visit::blocks(view, op, pages),
+        Op::VisitSpans(op) => visit::spans(view, op, pages),
         // Changes and steps do not come here.
         Op::CreateFile(_)
         | Op::CreateInline(_)

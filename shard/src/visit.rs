@@ -7,8 +7,8 @@ use clutch_proto::{
     shard::{
         ContentHistory, ContentHistoryReply, ContentRow, Genesis, HeldBlock, InodeRow, PastContent,
         PastContentRow, Transient, VisitBlocks, VisitBlocksReply, VisitDeadSpans, VisitDeadSpansReply,
-        VisitInodes, VisitInodesReply, VisitPastContents, VisitPastContentsReply, VisitTransients,
-        VisitTransientsReply, shard_reply::Reply,
+        VisitInodes, VisitInodesReply, VisitPastContents, VisitPastContentsReply, VisitSpans,
+        VisitSpansReply, VisitTransients, VisitTransientsReply, shard_reply::Reply,
     },
     types::{Code, Span},
 };
@@ -167,18 +167,52 @@ pub(crate) fn dead_spans(view: &dyn View, op: &VisitDeadSpans, pages: &Pages) ->
     Ok(Reply::VisitDeadSpans(reply))
 }
 
-pub(crate) fn blocks(view: &dyn View, op: &VisitBlocks, pages: &Pages) -> Result<Reply, Stop> {
+/// A page of the block index: what of each slot belongs to a service.
+fn held_by(
+    view: &dyn View,
+    slot: u32,
+    after: &[u8],
+    service: u64,
+    limit: usize,
+) -> Result<(Vec<HeldBlock>, Bytes), Stop> {
     let part = |slot: Slot| {
-        let prefix = tables::from_number(slot, op.service_id);
+        let prefix = tables::from_number(slot, service);
         let until = key_after(&prefix);
         (prefix, until)
     };
-    let (rows, next) = page_of_parts(view, tables::BLOCK, op.slot, &op.after, pages.rows, part)?;
-    let mut reply = VisitBlocksReply { next, ..VisitBlocksReply::default() };
+    let (rows, next) = page_of_parts(view, tables::BLOCK, slot, after, limit, part)?;
+    let mut held = Vec::with_capacity(rows.len());
     for (key, value) in rows {
         let (_, block_id) = tables::parse_pair(&key).ok_or_else(|| broken("a block"))?;
         let span_id = value.as_ref().try_into().map(u64::from_be_bytes).map_err(|_| broken("a block"))?;
-        reply.blocks.push(HeldBlock { block_id, span_id });
+        held.push(HeldBlock { block_id, span_id });
     }
-    Ok(Reply::VisitBlocks(reply))
+    Ok((held, next))
+}
+
+pub(crate) fn blocks(view: &dyn View, op: &VisitBlocks, pages: &Pages) -> Result<Reply, Stop> {
+    let (blocks, next) = held_by(view, op.slot, &op.after, op.service_id, pages.rows)?;
+    Ok(Reply::VisitBlocks(VisitBlocksReply { blocks, next }))
+}
+
+/// Only what is in use: what is written at the moment, and what is dead, needs nobody who looks after it.
+pub(crate) fn spans(view: &dyn View, op: &VisitSpans, pages: &Pages) -> Result<Reply, Stop> {
+    let (ids, next) = match op.service_id {
+        0 => {
+            let (rows, next) = page(view, tables::SPAN, op.slot, &op.after, pages.spans)?;
+            let ids = rows.iter().map(|(key, _)| tables::parse_single(key).ok_or_else(|| broken("a span")));
+            (ids.collect::<Result<Vec<u64>, _>>()?, next)
+        }
+        service => {
+            let (held, next) = held_by(view, op.slot, &op.after, service, pages.spans)?;
+            (held.iter().map(|block| block.span_id).collect(), next)
+        }
+    };
+    let mut reply = VisitSpansReply { next, ..VisitSpansReply::default() };
+    for id in ids {
+        let span: Span = get_row(view, tables::SPAN, &tables::span_key(SpanId(id)))?
+            .ok_or_else(|| StoreError::Broken(format!("span {id:x} has a block and does not exist")))?;
+        reply.spans.extend(Some(span).filter(|span| span.certified && span.uses > 0));
+    }
+    Ok(Reply::VisitSpans(reply))
 }

@@ -352,6 +352,8 @@ fn spans() -> String {
     t.read(Op::VisitInodes(VisitInodes { kind: 1, ..VisitInodes::default() }));
     t.read(Op::VisitTransients(VisitTransients::default()));
     t.read(Op::VisitBlocks(VisitBlocks { service_id: 1, ..VisitBlocks::default() }));
+    t.read(Op::VisitSpans(VisitSpans { service_id: 1, ..VisitSpans::default() }));
+    t.read(Op::VisitSpans(VisitSpans::default()));
     t.read(Op::VisitPastContents(VisitPastContents::default()));
     t.read(Op::VisitDeadSpans(VisitDeadSpans::default()));
     t.0.text

@@ -277,7 +277,8 @@ impl ShardOracle {
             | Op::VisitTransients(_)
             | Op::VisitPastContents(_)
             | Op::VisitDeadSpans(_)
-            | Op::VisitBlocks(_) => Err(Code::Malformed),
+            | Op::VisitBlocks(_)
+            | Op::VisitSpans(_) => Err(Code::Malformed),
         }
     }
 

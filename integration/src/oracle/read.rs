@@ -30,6 +30,7 @@ impl ShardOracle {
             Op::VisitPastContents(op) => self.visit_past_contents(op),
             Op::VisitDeadSpans(op) => self.visit_dead_spans(op),
             Op::VisitBlocks(op) => self.visit_blocks(op),
+            Op::VisitSpans(op) => self.visit_spans(op),
             _ => return None,
         })
     }
@@ -303,6 +304,32 @@ impl ShardOracle {
         let (blocks, next) = self.visit(op.slot, &op.after, self.pages.rows, items.collect())?;
         Ok(Reply::VisitBlocks(VisitBlocksReply { blocks, next }))
     }
+
+    /// Only which spans; their certificates are not modelled.
+    fn visit_spans(&self, op: &VisitSpans) -> Outcome {
+        let used: std::collections::BTreeSet<u64> = self
+            .contents
+            .values()
+            .flat_map(|content| content.extents.iter().filter_map(|(_, _, source)| source.span()))
+            .collect();
+        let shown = |id: u64| {
+            used.contains(&id).then(|| clutch_proto::types::Span { span_id: id, ..Default::default() })
+        };
+        let mut items = Vec::new();
+        for (id, span) in &self.spans {
+            if op.service_id == 0 {
+                items.push((tables::span_key(SpanId(*id)), shown(*id)));
+                continue;
+            }
+            let here = span.blocks.iter().filter(|(service, _)| *service == op.service_id);
+            items.extend(here.map(|(service, block)| {
+                (tables::block_key(Slot(*id as u8), ServiceId(*service), *block), shown(*id))
+            }));
+        }
+        let (spans, next) = self.visit(op.slot, &op.after, self.pages.spans, items)?;
+        let spans = spans.into_iter().flatten().collect();
+        Ok(Reply::VisitSpans(VisitSpansReply { spans, next }))
+    }
 }
 
 /// Written again on purpose: the oracle shares no step with the shard that it judges.
@@ -338,6 +365,10 @@ pub fn agrees(got: &Reply, expected: &Reply) -> bool {
         }
         (Reply::VisitDeadSpans(got), Reply::VisitDeadSpans(expected)) => {
             let ids = |page: &VisitDeadSpansReply| page.spans.iter().map(|s| s.span_id).collect::<Vec<_>>();
+            (ids(got), &got.next) == (ids(expected), &expected.next)
+        }
+        (Reply::VisitSpans(got), Reply::VisitSpans(expected)) => {
+            let ids = |page: &VisitSpansReply| page.spans.iter().map(|s| s.span_id).collect::<Vec<_>>();
             (ids(got), &got.next) == (ids(expected), &expected.next)
         }
         _ => got == expected,

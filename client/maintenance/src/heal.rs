@@ -1,0 +1,420 @@
+//! Says how redundant what is stored is, and gives spans back the redundancy that they were written with.
+//!
+//! A block is lost with a service that is gone or does not answer, or when its service says that it is missing or damaged. It
+//! comes back on another service, computed from the others, and takes its place in the span by one entry of the shard's log.
+//! What it takes the place of belongs to a span that nothing uses, and is erased with that. Whoever stops half-way leaves nothing
+//! that the next pass does not find; any number may run at the same time.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clutch_client::{Client, ClientError};
+use clutch_proto::{
+    InodeId, InodeKind, Slot, SpanId,
+    registry::Map,
+    types::{Code, Span},
+};
+use clutch_shard::{FLAG_DRAIN, FLAG_GONE};
+use futures_util::stream::{self, StreamExt as _};
+
+/// Failures that are told in words.
+const FAILURES_MAX: usize = 100;
+/// Blocks of one page that are checked at a time.
+const CHECKS_AT_A_TIME: usize = 32;
+
+/// How a pass goes.
+#[derive(Clone, Copy, Debug)]
+pub struct HealOptions {
+    /// Lets the services read every block and compare it with what was written.
+    pub check: bool,
+    /// Moves what is lost to services that have it not.
+    pub repair: bool,
+    /// Spans that are repaired at a time.
+    pub concurrency: usize,
+    /// Bytes of blocks that are written in a second at most, so that users come first; 0 for no limit.
+    pub bytes_per_s: u64,
+}
+
+impl Default for HealOptions {
+    fn default() -> HealOptions {
+        HealOptions { check: false, repair: false, concurrency: 4, bytes_per_s: 0 }
+    }
+}
+
+/// What a service holds of spans in use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Load {
+    /// Blocks.
+    pub blocks: u64,
+    /// Their bytes, without headers and checksums.
+    pub bytes: u64,
+}
+
+/// What a pass found and did. Numbers of redundancy are of the spans as they were met.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Healed {
+    /// Spans of which all blocks are there.
+    pub full: u64,
+    /// Spans that lack some, and can lose another.
+    pub reduced: u64,
+    /// Spans that can be read, and could not if they lost another.
+    pub none: u64,
+    /// Spans that lack more blocks than they can.
+    pub unreadable: u64,
+    /// Bytes of users in the spans.
+    pub logical_bytes: u64,
+    /// Bytes of their blocks.
+    pub physical_bytes: u64,
+    /// Blocks that their services were asked for, and had as they were written.
+    pub checked: u64,
+    /// Blocks that were missing or damaged where they should have been.
+    pub damaged: u64,
+    /// Blocks that were written elsewhere.
+    pub moved: u64,
+    /// Bytes of those.
+    pub moved_bytes: u64,
+    /// What each service holds.
+    #[serde(skip)]
+    pub services: BTreeMap<u64, Load>,
+    /// What is not as it should be, or could not be done, a sentence each, as far as a hundred.
+    pub failures: Vec<String>,
+}
+
+impl Healed {
+    /// Spans that were looked at.
+    pub fn spans(&self) -> u64 {
+        self.full + self.reduced + self.none + self.unreadable
+    }
+
+    /// Whether all blocks of all spans are there.
+    pub fn is_whole(&self) -> bool {
+        self.reduced + self.none + self.unreadable == 0
+    }
+
+    fn fail(&mut self, text: String) {
+        if self.failures.len() < FAILURES_MAX {
+            self.failures.push(text);
+        }
+    }
+
+    fn count(&mut self, span: &Span, lost: usize) {
+        let shape = span.shape.unwrap_or_default();
+        let parity = shape.parity_blocks as usize;
+        match lost {
+            0 => self.full += 1,
+            lost if lost < parity => self.reduced += 1,
+            lost if lost == parity => self.none += 1,
+            _ => self.unreadable += 1,
+        }
+        let bytes = u64::from(shape.block_bytes());
+        self.logical_bytes += u64::from(span.size);
+        self.physical_bytes += bytes * span.blocks.len() as u64;
+        for block in &span.blocks {
+            let load = self.services.entry(block.service_id).or_default();
+            load.blocks += 1;
+            load.bytes += bytes;
+        }
+    }
+}
+
+/// Services whose blocks are to be elsewhere: those that are gone, and those that are to be emptied.
+pub fn to_be_emptied(map: &Map) -> BTreeSet<u64> {
+    let flagged = map.services.iter().filter(|service| service.flags & (FLAG_GONE | FLAG_DRAIN) != 0);
+    flagged.map(|service| service.service_id).collect()
+}
+
+/// Looks at all spans once. `lost` are the services whose blocks do not count.
+///
+/// # Errors
+/// When a shard does not answer. What cannot be done with one span is in [`Healed::failures`].
+pub async fn pass(
+    client: &Client,
+    lost: &BTreeSet<u64>,
+    options: HealOptions,
+    progress: &mut (dyn FnMut(&Healed) + Send),
+) -> Result<Healed, ClientError> {
+    let mut pass = Pass::new(client, lost, options);
+    pass.walk(0, 1, progress).await?;
+    Ok(pass.healed)
+}
+
+/// The same of the spans of a file, or of all files of a directory and below.
+///
+/// # Errors
+/// As [`pass`].
+pub async fn pass_of(
+    client: &Client,
+    top: InodeId,
+    lost: &BTreeSet<u64>,
+    options: HealOptions,
+    progress: &mut (dyn FnMut(&Healed) + Send),
+) -> Result<Healed, ClientError> {
+    let mut pass = Pass::new(client, lost, options);
+    pass.tree(top, progress).await?;
+    Ok(pass.healed)
+}
+
+/// Services that cannot be used at the moment, and why; without those that are gone.
+pub async fn unavailable(client: &Client, map: &Map) -> BTreeMap<u64, String> {
+    let asked = map.services.iter().filter(|service| service.flags & FLAG_GONE == 0).map(|service| async {
+        let why = match client.ask_service(&service.address, service.service_id).await {
+            Err(error) => Some(error.to_string()),
+            Ok(()) if service.capacity_bytes == 0 => Some("its node cannot use the disk".to_owned()),
+            Ok(()) => None,
+        };
+        Some((service.service_id, why?))
+    });
+    futures_util::future::join_all(asked).await.into_iter().flatten().collect()
+}
+
+/// Empties services: moves what they hold until a look finds nothing there any more, spans that have lost most first.
+/// What was found at last is returned, with everything that was moved. Ends early when nothing gets on.
+///
+/// # Errors
+/// When a shard does not answer.
+pub async fn empty(
+    client: &Client,
+    services: &BTreeSet<u64>,
+    options: HealOptions,
+    progress: &mut (dyn FnMut(&Healed) + Send),
+) -> Result<Healed, ClientError> {
+    let (mut moved, mut moved_bytes) = (0, 0);
+    loop {
+        let looking = HealOptions { repair: false, check: false, ..options };
+        let mut look = Pass::new(client, services, looking);
+        for service in services {
+            look.walk(*service, 1, &mut |_| {}).await?;
+        }
+        let most = look.most_lost;
+        look.healed.moved = moved;
+        look.healed.moved_bytes = moved_bytes;
+        if most == 0 {
+            return Ok(look.healed);
+        }
+        let mut pass = Pass::new(client, services, HealOptions { repair: true, ..options });
+        (pass.healed.moved, pass.healed.moved_bytes) = (moved, moved_bytes);
+        for least in (1..=most).rev() {
+            for service in services {
+                pass.walk(*service, least, progress).await?;
+            }
+        }
+        if pass.healed.moved == moved {
+            look.healed.failures = pass.healed.failures;
+            return Ok(look.healed);
+        }
+        (moved, moved_bytes) = (pass.healed.moved, pass.healed.moved_bytes);
+    }
+}
+
+struct Pass<'a> {
+    client: &'a Client,
+    lost: &'a BTreeSet<u64>,
+    options: HealOptions,
+    healed: Healed,
+    /// The most blocks that a span has lost.
+    most_lost: usize,
+    /// A file or directory of each slot: what is written for a span is written for it.
+    homes: BTreeMap<u8, Option<InodeId>>,
+    begun: Duration,
+}
+
+/// What has become of a span.
+struct Looked {
+    span: Span,
+    lost: Vec<usize>,
+    checked: u64,
+    damaged: u64,
+    moved: u64,
+    failures: Vec<String>,
+}
+
+impl<'a> Pass<'a> {
+    fn new(client: &'a Client, lost: &'a BTreeSet<u64>, options: HealOptions) -> Pass<'a> {
+        let begun = client.runtime().clock.monotonic();
+        let (healed, homes) = (Healed::default(), BTreeMap::new());
+        Pass { client, lost, options, healed, most_lost: 0, homes, begun }
+    }
+
+    /// The spans of a service, or all, that have lost at least so many blocks.
+    async fn walk(
+        &mut self,
+        service: u64,
+        least: usize,
+        progress: &mut (dyn FnMut(&Healed) + Send),
+    ) -> Result<(), ClientError> {
+        let mut after = Bytes::new();
+        loop {
+            let (page, next) = self.client.visit_spans(service, after).await?;
+            let mut work = Vec::new();
+            for span in page {
+                let lost = self.lost_of(&span);
+                // A span that is held by several of these services is met with each.
+                let is_first =
+                    service == 0 || lost.first().is_some_and(|i| span.blocks[*i].service_id == service);
+                if !is_first || service != 0 && lost.len() < least {
+                    continue;
+                }
+                let home =
+                    if self.options.repair { self.home(SpanId(span.span_id).slot()).await? } else { None };
+                work.push((span, lost, home));
+            }
+            self.look(work, progress).await;
+            if next.is_empty() {
+                return Ok(());
+            }
+            after = next;
+        }
+    }
+
+    /// The spans of a file, or of all files of a directory and below.
+    async fn tree(
+        &mut self,
+        top: InodeId,
+        progress: &mut (dyn FnMut(&Healed) + Send),
+    ) -> Result<(), ClientError> {
+        let mut queue = vec![top];
+        let mut seen = BTreeSet::new();
+        while let Some(id) = queue.pop() {
+            if id.is_directory() {
+                let entries = self.client.read_dir(id).await?;
+                queue.extend(entries.iter().filter_map(|entry| InodeId::from_wire(entry.target)));
+                continue;
+            }
+            if id.kind() == InodeKind::Symlink {
+                continue;
+            }
+            let (mut offset, mut content) = (0, 0);
+            loop {
+                let page = self.client.layout(id, content, offset).await?;
+                let new = page.spans.into_iter().filter(|span| seen.insert(span.span_id));
+                let work =
+                    new.map(|span| (self.lost_of(&span), span)).map(|(lost, span)| (span, lost, Some(id)));
+                let work = work.collect();
+                self.look(work, progress).await;
+                if page.next_offset == 0 {
+                    break;
+                }
+                (offset, content) = (page.next_offset, page.content);
+            }
+        }
+        Ok(())
+    }
+
+    async fn look(
+        &mut self,
+        work: Vec<(Span, Vec<usize>, Option<InodeId>)>,
+        progress: &mut (dyn FnMut(&Healed) + Send),
+    ) {
+        let (client, options) = (self.client, self.options);
+        let at_a_time = if options.check { CHECKS_AT_A_TIME } else { options.concurrency.max(1) };
+        let mut looks = stream::iter(work)
+            .map(|(span, lost, home)| look_at(client, options, span, lost, home))
+            .buffer_unordered(at_a_time);
+        while let Some(looked) = looks.next().await {
+            self.take(looked);
+            self.rest().await;
+            progress(&self.healed);
+        }
+    }
+
+    /// Blocks of a span that are on services that count as lost, by their places.
+    fn lost_of(&self, span: &Span) -> Vec<usize> {
+        let blocks = span.blocks.iter().enumerate();
+        blocks.filter(|(_, block)| self.lost.contains(&block.service_id)).map(|(i, _)| i).collect()
+    }
+
+    async fn home(&mut self, slot: Slot) -> Result<Option<InodeId>, ClientError> {
+        if let Some(home) = self.homes.get(&slot.0) {
+            return Ok(*home);
+        }
+        let mut home = None;
+        // Directories outlive files.
+        for kind in [1, 2] {
+            let (page, _) = self.client.visit_inodes(kind, Bytes::copy_from_slice(&[slot.0])).await?;
+            let first = page.first().and_then(|inode| InodeId::from_wire(inode.id));
+            home = home.or(first.filter(|id| id.slot() == slot));
+        }
+        self.homes.insert(slot.0, home);
+        Ok(home)
+    }
+
+    fn take(&mut self, looked: Looked) {
+        let Looked { span, lost, checked, damaged, moved, failures } = looked;
+        self.most_lost = self.most_lost.max(lost.len());
+        self.healed.count(&span, lost.len());
+        self.healed.checked += checked;
+        self.healed.damaged += damaged;
+        self.healed.moved += moved;
+        self.healed.moved_bytes += moved * u64::from(span.shape.unwrap_or_default().block_bytes());
+        failures.into_iter().for_each(|failure| self.healed.fail(failure));
+    }
+
+    /// Waits until no more has been written than may have been by now.
+    async fn rest(&self) {
+        let Some(seconds) = self.healed.moved_bytes.checked_div(self.options.bytes_per_s) else { return };
+        let clock = &self.client.runtime().clock;
+        let due = self.begun + Duration::from_secs(seconds);
+        let now = clock.monotonic();
+        if now < due {
+            clock.sleep(due - now).await;
+        }
+    }
+}
+
+async fn look_at(
+    client: &Client,
+    options: HealOptions,
+    mut span: Span,
+    mut lost: Vec<usize>,
+    home: Option<InodeId>,
+) -> Looked {
+    let (mut checked, mut damaged, mut moved, mut failures) = (0, 0, 0, Vec::new());
+    // What can be repaired: a service that does not answer may come back with all that it has.
+    let mut repairable = lost.clone();
+    if options.check {
+        for (index, block) in span.blocks.iter().enumerate() {
+            if lost.contains(&index) {
+                continue;
+            }
+            match client.check_block(block).await {
+                Ok(()) => checked += 1,
+                Err(error) => {
+                    let is_bad = matches!(error.code(), Some(Code::BlockNotFound | Code::BlockCorrupt));
+                    if is_bad {
+                        damaged += 1;
+                        repairable.push(index);
+                    }
+                    lost.push(index);
+                    let (id, service) = (block.block_id, block.service_id);
+                    failures.push(format!("block {id:x} on service {service:016x}: {error}"));
+                }
+            }
+        }
+    }
+    let lost_first = if options.repair { repairable } else { Vec::new() };
+    for index in lost_first {
+        let Some(home) = home else {
+            failures
+                .push(format!("span {:x} belongs to no file any more; it will be collected", span.span_id));
+            break;
+        };
+        let (id, service) = (span.blocks[index].block_id, span.blocks[index].service_id);
+        match client.move_block(home, &span, index).await {
+            Ok(block) => {
+                client.runtime().note("heal: a block is somewhere else");
+                // Its next one goes to yet another service.
+                span.blocks[index] = block;
+                moved += 1;
+            }
+            // Somebody else was first, or it is used no more: the next look says.
+            Err(error) if matches!(error.code(), Some(Code::NotFound | Code::Stale)) => {
+                client.runtime().note("heal: a span has changed");
+            }
+            Err(error) => failures.push(format!("move block {id:x} from service {service:016x}: {error}")),
+        }
+    }
+    Looked { span, lost, checked, damaged, moved, failures }
+}

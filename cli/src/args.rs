@@ -13,11 +13,13 @@ use clutch_proto::limits::{INLINE_BYTES_MAX, INLINE_FILE_BYTES_MAX};
 use clutch_runtime::Endpoint;
 
 pub(crate) use self::{
+    blocks::{BlocksCommand, Pace},
     fuzz::{FuzzArgs, FuzzEngine, FuzzProfile},
     nodes::{ClusterCommand, InitArgs, InviteArgs, JoinArgs, NodeArgs, RotateArgs},
 };
 use crate::remote::RemotePath;
 
+mod blocks;
 mod fuzz;
 mod nodes;
 
@@ -103,6 +105,7 @@ impl Command {
             Command::Cluster(ClusterCommand::Status(args)) => args.json,
             Command::Fsck(args) => args.json,
             Command::Collect(args) => args.json,
+            Command::Blocks(command) => command.wants_json(),
             Command::Fuzz(args) => args.json,
             Command::Bench(command) => match command {
                 BenchCommand::Meta { json, .. } | BenchCommand::Data { json, .. } => *json,
@@ -167,6 +170,9 @@ pub(crate) enum Command {
     Log(LogCommand),
     /// Check the invariants of all metadata.
     Fsck(FsckArgs),
+    /// Disks and how redundant what lies on them is: look, empty, rebuild, check.
+    #[command(subcommand)]
+    Blocks(BlocksCommand),
     /// Give back the space of what was deleted or replaced and is past its policy.
     Collect(CollectArgs),
     /// Run whole simulated clusters under faults, from seeds, and check everything.
@@ -847,6 +853,10 @@ pub(crate) struct FsckArgs {
     /// Read every row from disk and compare with the stored hashes, too.
     #[arg(long)]
     pub(crate) rescan: bool,
+    /// Let the block services read every block of the files at or below a path, all where none is named, and compare it with what
+    /// was written, too. What is unreadable or below its full redundancy is a fault.
+    #[arg(long, value_name = "PATH", num_args = 0..=1)]
+    pub(crate) data: Option<Option<RemotePath>>,
     /// Print one JSON document.
     #[arg(long)]
     pub(crate) json: bool,

@@ -160,6 +160,7 @@ async fn run(cli: Cli) -> Result<ExitCode> {
         Command::Fs(command) => commands::fs::run(Arc::new(client()?), command).await,
         Command::Log(command) => commands::log::run(client, operator, command).await,
         Command::Fsck(args) => commands::fsck::run(&operator().await?, args).await,
+        Command::Blocks(command) => commands::blocks::run(operator, command).await,
         Command::Collect(args) => commands::collect::run(&client()?, args).await,
         Command::Disk(command) => commands::disk::run(&runtime, command),
         Command::Fuzz(args) => commands::fuzz::run(args),

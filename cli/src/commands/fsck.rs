@@ -7,7 +7,11 @@ use clutch_client::Client;
 use clutch_client_maintenance::fsck;
 use serde_json::json;
 
-use crate::{args::FsckArgs, commands::status::Picture, output};
+use crate::{
+    args::FsckArgs,
+    commands::{blocks, status::Picture},
+    output,
+};
 
 pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
     let picture = Picture::take(client).await?;
@@ -34,6 +38,15 @@ pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
         checked.violations.extend(before);
         bar.finish_and_clear();
     }
+    let mut data = None;
+    if let Some(path) = &args.data {
+        let found = blocks::check(client, path.as_ref()).await?;
+        if !found.is_whole() {
+            checked.violations.extend(found.failures.iter().cloned());
+            checked.violations.insert(format!("data: {}", blocks::redundancy(&found)));
+        }
+        data = Some(found);
+    }
     let clean = checked.violations.is_empty();
     if args.json {
         output::json(&json!({
@@ -42,6 +55,7 @@ pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
             "rows": checked.rows,
             "rescanned_rows": rescanned,
             "counts": checked.counts,
+            "data": data,
         }))?;
     } else {
         for violation in &checked.violations {
@@ -58,6 +72,9 @@ pub(crate) async fn run(client: &Client, args: &FsckArgs) -> Result<ExitCode> {
             "{} inodes, {} entries and {} past ones, {} contents, {} spans, {} blocks",
             counts.inodes, counts.edges, counts.past_edges, counts.contents, counts.spans, counts.blocks
         ))?;
+        if let Some(data) = &data {
+            output::line(format!("read {} blocks; {}", data.checked, blocks::redundancy(data)))?;
+        }
     }
     Ok(if clean { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

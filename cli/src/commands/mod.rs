@@ -1,6 +1,7 @@
 //! One module for each command.
 
 pub(crate) mod bench;
+pub(crate) mod blocks;
 pub(crate) mod cluster;
 pub(crate) mod collect;
 pub(crate) mod disk;

@@ -1,0 +1,343 @@
+//! `clutch blocks`: disks, and how redundant what lies on them is.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, bail};
+use clutch_client::Client;
+use clutch_client_maintenance::heal::{self, HealOptions, Healed};
+use clutch_proto::{
+    registry::{Map, SetServiceFlags, registry_request::Op},
+    types::BlockService,
+};
+use clutch_shard::{FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE};
+use serde_json::json;
+
+use crate::{
+    args::{BlocksCommand, Pace},
+    commands::status::Picture,
+    output::{self, talk},
+};
+
+/// How long a service may take to answer before it counts as away.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
+/// Passes of a scrub: what is repaired is read again.
+const SCRUBS_MAX: usize = 4;
+
+pub(crate) async fn run(
+    operator: impl AsyncFn() -> Result<Client>,
+    command: &BlocksCommand,
+) -> Result<ExitCode> {
+    let client = operator().await?;
+    match command {
+        BlocksCommand::Status { json } => status(&client, *json).await,
+        BlocksCommand::Drain { service, cancel: true, .. } => {
+            set_flags(&client, *service, |flags| flags & !(FLAG_DRAIN | FLAG_NO_WRITE)).await?;
+            output::line(format!("{service:016x} takes blocks again"))?;
+            Ok(ExitCode::SUCCESS)
+        }
+        BlocksCommand::Drain { service, pace, .. } => {
+            set_flags(&client, *service, |flags| flags | FLAG_DRAIN | FLAG_NO_WRITE).await?;
+            empty(&client, &BTreeSet::from([*service]), pace).await
+        }
+        BlocksCommand::Repair { pace } => {
+            let services = heal::to_be_emptied(&*client.refresh_map().await?);
+            empty(&client, &services, pace).await
+        }
+        BlocksCommand::Scrub { pace, .. } => scrub(&client, pace).await,
+        BlocksCommand::Remove { service } => remove(&client, *service).await,
+    }
+}
+
+fn known(map: &Map, service: u64) -> Result<&BlockService> {
+    let found = map.services.iter().find(|known| known.service_id == service);
+    found.with_context(|| {
+        format!("no block service {service:016x} is known; `clutch blocks status` lists those that are")
+    })
+}
+
+async fn set_flags(client: &Client, service: u64, change: impl Fn(u32) -> u32) -> Result<()> {
+    let map = client.refresh_map().await?;
+    let before = known(&map, service)?.flags;
+    if before & FLAG_GONE != 0 {
+        bail!("{service:016x} was removed for good; make a new disk in its place");
+    }
+    let flags = change(before);
+    if flags != before {
+        let op = SetServiceFlags { service_id: service, flags };
+        client.registry(Op::SetServiceFlags(op)).await?;
+    }
+    Ok(())
+}
+
+fn options(pace: &Pace) -> HealOptions {
+    let concurrency = pace.at_a_time.into();
+    HealOptions { concurrency, bytes_per_s: pace.bytes_per_s, ..HealOptions::default() }
+}
+
+/// Services whose blocks cannot be had, and why.
+async fn lost(client: &Client, map: &Map) -> BTreeMap<u64, String> {
+    let mut lost = heal::unavailable(&client.with_patience(ANSWERS_WITHIN), map).await;
+    let gone = map.services.iter().filter(|service| service.flags & FLAG_GONE != 0);
+    lost.extend(gone.map(|service| (service.service_id, "removed for good".to_owned())));
+    lost
+}
+
+/// Looks at the spans of a tree, or all, block by block.
+pub(crate) async fn check(client: &Client, path: Option<&crate::remote::RemotePath>) -> Result<Healed> {
+    let map = client.refresh_map().await?;
+    let lost: BTreeSet<u64> = lost(client, &map).await.into_keys().collect();
+    let options = HealOptions { check: true, ..HealOptions::default() };
+    let bar = output::counter("fsck: data");
+    let mut progress = |healed: &Healed| {
+        bar.set_message(format!("{} spans, {}", healed.spans(), output::bytes(healed.physical_bytes)));
+    };
+    let checked = match path {
+        None => heal::pass(client, &lost, options, &mut progress).await?,
+        Some(path) => {
+            let at = client.resolve(path).await?;
+            heal::pass_of(client, at.id, &lost, options, &mut progress).await?
+        }
+    };
+    bar.finish_and_clear();
+    Ok(checked)
+}
+
+/// A line of how redundant spans are.
+pub(crate) fn redundancy(healed: &Healed) -> String {
+    format!(
+        "{} spans have all of their blocks, {} lack some, {} can lose no other, {} cannot be read",
+        healed.full, healed.reduced, healed.none, healed.unreadable
+    )
+}
+
+async fn empty(client: &Client, services: &BTreeSet<u64>, pace: &Pace) -> Result<ExitCode> {
+    if services.is_empty() {
+        output::line("no disk is gone or to be emptied")?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let bar = output::counter("moving");
+    let mut progress = |healed: &Healed| {
+        bar.set_message(format!("{} blocks, {}", healed.moved, output::bytes(healed.moved_bytes)));
+    };
+    let begun = client.runtime().clock.monotonic();
+    let healed = heal::empty(client, services, options(pace), &mut progress).await?;
+    let took = (client.runtime().clock.monotonic() - begun).as_secs_f64();
+    bar.finish_and_clear();
+    let left = healed.spans();
+    if pace.json {
+        output::json(&json!({
+            "moved": healed.moved, "moved_bytes": output::number(healed.moved_bytes), "seconds": took, "spans_left": left,
+            "failures": healed.failures,
+        }))?;
+    } else {
+        for failure in &healed.failures {
+            talk!("clutch: {failure}");
+        }
+        let bytes = output::bytes(healed.moved_bytes);
+        output::line(format!("moved {} blocks, {bytes}, in {took:.1} s", healed.moved))?;
+        match left {
+            0 => output::line("nothing that is in use is left there")?,
+            left => output::line(format!(
+                "{left} spans are still there; tell it again when what hinders it is away"
+            ))?,
+        }
+    }
+    Ok(if left == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn scrub(client: &Client, pace: &Pace) -> Result<ExitCode> {
+    let bar = output::counter("scrub");
+    let (mut found, mut moved, mut last) = (0, 0, Healed::default());
+    for _ in 0..SCRUBS_MAX {
+        let map = client.refresh_map().await?;
+        // What a service has that does not answer is not rebuilt: it may come back with all of it.
+        let away = heal::unavailable(&client.with_patience(ANSWERS_WITHIN), &map).await;
+        for (service, why) in &away {
+            talk!("clutch: {service:016x} is not read: {why}");
+        }
+        let to_be_emptied = heal::to_be_emptied(&map);
+        let options = HealOptions { check: true, repair: true, ..options(pace) };
+        let mut progress = |healed: &Healed| {
+            bar.set_message(format!(
+                "{} blocks, {} damaged",
+                healed.checked + healed.damaged,
+                healed.damaged
+            ));
+        };
+        last = heal::pass(client, &to_be_emptied, options, &mut progress).await?;
+        found += last.damaged;
+        moved += last.moved;
+        if last.moved == 0 {
+            break;
+        }
+    }
+    bar.finish_and_clear();
+    if pace.json {
+        output::json(&json!({
+            "damaged": found, "moved": moved, "checked": last.checked, "redundancy": numbers(&last),
+            "failures": last.failures,
+        }))?;
+    } else {
+        for failure in &last.failures {
+            talk!("clutch: {failure}");
+        }
+        output::line(format!(
+            "read {} blocks; {found} were missing or damaged, {moved} were written elsewhere",
+            last.checked
+        ))?;
+        output::line(redundancy(&last))?;
+    }
+    Ok(if last.is_whole() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn remove(client: &Client, service: u64) -> Result<ExitCode> {
+    let map = client.refresh_map().await?;
+    let flags = known(&map, service)?.flags;
+    if flags & FLAG_GONE == 0 {
+        if flags & FLAG_NO_WRITE == 0 {
+            bail!("{service:016x} still takes blocks; first say `clutch blocks drain {service:016x}`");
+        }
+        let held = held(client, service).await?;
+        if held.in_use > 0 {
+            bail!(
+                "{} blocks that are in use are on {service:016x}; first say `clutch blocks drain {service:016x}`",
+                held.in_use
+            );
+        }
+        if held.in_writing > 0 {
+            bail!(
+                "{} blocks of files that are being written are on {service:016x}; try again when these are written, or have been \
+                 given up (`clutch collect`)",
+                held.in_writing
+            );
+        }
+        let op = SetServiceFlags { service_id: service, flags: flags | FLAG_GONE };
+        client.registry(Op::SetServiceFlags(op)).await?;
+    }
+    output::line(format!("{service:016x} is removed for good; what was on it is used by nobody"))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+struct HeldBlocks {
+    in_use: u64,
+    in_writing: u64,
+}
+
+/// What metadata know of a service's blocks, without those of dead spans.
+async fn held(client: &Client, service: u64) -> Result<HeldBlocks> {
+    let (mut all, mut known) = (0, BTreeSet::new());
+    let mut after = bytes::Bytes::new();
+    loop {
+        let (page, next) = client.visit_spans(service, after).await?;
+        known.extend(page.iter().map(|span| span.span_id));
+        after = next;
+        if after.is_empty() {
+            break;
+        }
+    }
+    let in_use = known.len() as u64;
+    loop {
+        let (page, next) = client.visit_dead_spans(after).await?;
+        let here = page.iter().filter(|span| span.blocks.iter().any(|block| block.service_id == service));
+        known.extend(here.map(|span| span.span_id));
+        after = next;
+        if after.is_empty() {
+            break;
+        }
+    }
+    loop {
+        let (page, next) = client.visit_blocks(service, after).await?;
+        all += page.iter().filter(|held| !known.contains(&held.span_id)).count() as u64;
+        after = next;
+        if after.is_empty() {
+            return Ok(HeldBlocks { in_use, in_writing: all });
+        }
+    }
+}
+
+fn numbers(healed: &Healed) -> serde_json::Value {
+    json!({
+        "full": healed.full, "reduced": healed.reduced, "none": healed.none, "unreadable": healed.unreadable,
+    })
+}
+
+fn state(service: &BlockService, lost: &BTreeMap<u64, String>) -> &'static str {
+    match service.flags {
+        flags if flags & FLAG_GONE != 0 => "gone",
+        _ if lost.contains_key(&service.service_id) => "suspect",
+        flags if flags & FLAG_DRAIN != 0 => "draining",
+        flags if flags & FLAG_NO_WRITE != 0 => "no-write",
+        _ => "good",
+    }
+}
+
+async fn status(client: &Client, as_json: bool) -> Result<ExitCode> {
+    let map = client.refresh_map().await?;
+    let lost = lost(client, &map).await;
+    let services: BTreeSet<u64> = lost.keys().copied().collect();
+    let bar = output::counter("counting");
+    let mut progress = |healed: &Healed| bar.set_message(format!("{} spans", healed.spans()));
+    let healed = heal::pass(client, &services, HealOptions::default(), &mut progress).await?;
+    bar.finish_and_clear();
+    let faults = Picture::take(&client.with_patience(ANSWERS_WITHIN)).await.map(|picture| picture.faults());
+    let faults = faults.unwrap_or_default();
+    // What its node says of a disk says more.
+    let reason = |id: u64| {
+        let name = format!("{id:016x}");
+        let why = lost.get(&id)?;
+        let said = faults.iter().find(|fault| fault.contains(&name));
+        Some(said.unwrap_or(why).clone())
+    };
+    let to_be_emptied = heal::to_be_emptied(&map);
+    let held = |id: u64| healed.services.get(&id).copied().unwrap_or_default();
+    let blocks_left: u64 = to_be_emptied.iter().map(|id| held(*id).blocks).sum();
+    if as_json {
+        let services: Vec<_> = map.services.iter().map(|service| {
+            let (id, held) = (service.service_id, held(service.service_id));
+            json!({
+                "id": format!("{id:016x}"), "address": service.address, "failure_domain": service.failure_domain,
+                "state": state(service, &lost), "reason": reason(id).unwrap_or_default(), "blocks": held.blocks,
+                "bytes": output::number(held.bytes), "capacity_bytes": output::number(service.capacity_bytes),
+                "available_bytes": output::number(service.available_bytes),
+            })
+        }).collect();
+        let mut redundancy = numbers(&healed);
+        redundancy["rebuilding"] = json!({ "blocks_left": blocks_left });
+        output::json(&json!({
+            "services": services, "redundancy": redundancy, "logical_bytes": output::number(healed.logical_bytes),
+            "physical_bytes": output::number(healed.physical_bytes),
+        }))?;
+    } else {
+        let mut table = comfy_table::Table::new();
+        table.load_preset(comfy_table::presets::NOTHING);
+        table.set_header(["service", "node", "state", "blocks", "bytes", "free"]);
+        for service in &map.services {
+            let held = held(service.service_id);
+            table.add_row([
+                format!("{:016x}", service.service_id),
+                output::printable(service.address.as_bytes()),
+                state(service, &lost).to_owned(),
+                held.blocks.to_string(),
+                output::bytes(held.bytes),
+                output::bytes(service.available_bytes),
+            ]);
+        }
+        output::block(table)?;
+        for service in &map.services {
+            if let Some(reason) = reason(service.service_id).filter(|_| service.flags & FLAG_GONE == 0) {
+                output::line(format!("{:016x}: {reason}", service.service_id))?;
+            }
+        }
+        output::line(redundancy(&healed))?;
+        let (logical, physical) = (output::bytes(healed.logical_bytes), output::bytes(healed.physical_bytes));
+        output::line(format!("{logical} of files in blocks of {physical}"))?;
+        if blocks_left > 0 {
+            output::line(format!("{blocks_left} blocks are to be moved: say `clutch blocks repair`"))?;
+        }
+    }
+    Ok(if healed.is_whole() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}

@@ -1,0 +1,192 @@
+//! Disks that are emptied, removed, damaged and exchanged for empty ones, at the command line.
+
+mod support;
+
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::FileExt as _,
+    path::{Path, PathBuf},
+};
+
+use support::{Cluster, noise};
+
+const ARGUMENTS: &[&str] =
+    &["--disks", "8", "--shards", "2", "--grant-s", "1", "--clock-skew-s", "0", "--collect-every-s", "0"];
+
+/// Files of several sizes, stored.
+fn store_files(cluster: &Cluster, temp: &Path) -> BTreeMap<String, Vec<u8>> {
+    let tree = temp.join("tree");
+    let mut stored = BTreeMap::new();
+    for n in 0..30u64 {
+        let dir = tree.join(format!("d{}", n % 5));
+        std::fs::create_dir_all(&dir).expect("makes");
+        let bytes = noise([6_000, 40_000, 200_000, 1_500_000, 4_000_000][n as usize % 5] + n as usize, n + 1);
+        std::fs::write(dir.join(format!("f{n}")), &bytes).expect("writes");
+        stored.insert(format!("/tree/d{}/f{n}", n % 5), bytes);
+    }
+    cluster.ok(&["fs", "put", "-r", tree.to_str().expect("text"), "/"]);
+    stored
+}
+
+fn assert_reads(cluster: &Cluster, stored: &BTreeMap<String, Vec<u8>>, when: &str) {
+    for (path, bytes) in stored {
+        let output = cluster.run(&["fs", "cat", path]);
+        assert!(output.status.success(), "{when}: {path}: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(output.stdout == *bytes, "{when}: {path} has other bytes");
+    }
+}
+
+/// Every block of every span is there and as it was written. What the nodes say of disks is another matter.
+fn assert_whole(cluster: &Cluster, path: Option<&str>) {
+    let arguments: Vec<&str> = ["fsck", "--json", "--data"].into_iter().chain(path).collect();
+    let output = cluster.run(&arguments);
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a document");
+    let data = &found["data"];
+    let lacking = ["reduced", "none", "unreadable", "damaged"].map(|key| data[key].as_u64());
+    assert_eq!(lacking, [Some(0); 4], "{found}");
+    assert_ne!(data["checked"], 0, "{found}");
+}
+
+/// The services with their states, in the order of their ids.
+fn services(status: &serde_json::Value) -> Vec<(String, String)> {
+    let text = |service: &serde_json::Value, key: &str| service[key].as_str().expect("text").to_owned();
+    let services = status["services"].as_array().expect("a list").iter();
+    services.map(|service| (text(service, "id"), text(service, "state"))).collect()
+}
+
+fn blocks_of(status: &serde_json::Value, id: &str) -> u64 {
+    let services = status["services"].as_array().expect("a list");
+    let service = services.iter().find(|service| service["id"] == id).expect("is listed");
+    service["blocks"].as_u64().expect("a number")
+}
+
+#[test]
+fn a_disk_is_emptied_and_removed_and_nothing_is_lost() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let cluster = Cluster::start(&temp.path().join("c"), ARGUMENTS);
+    let stored = store_files(&cluster, temp.path());
+    let before = cluster.json(&["blocks", "status", "--json"]);
+    let all = services(&before);
+    assert!(all.iter().all(|(_, state)| state == "good"), "{before}");
+    let (id, held) = (&all[0].0, blocks_of(&before, &all[0].0));
+    assert!(
+        held > 0 && before["redundancy"]["reduced"] == 0 && before["redundancy"]["full"] != 0,
+        "{before}"
+    );
+    let (logical, physical) = (before["logical_bytes"].as_u64(), before["physical_bytes"].as_u64());
+    assert!(physical > logical, "{before}");
+    assert_eq!(logical, Some(stored.values().map(|bytes| bytes.len() as u64).sum()));
+
+    assert!(cluster.fails(1, &["blocks", "remove", id]).contains("drain"));
+    assert!(cluster.fails(2, &["blocks", "remove", "nonsense"]).contains("hexadecimal"));
+    assert!(cluster.fails(1, &["blocks", "drain", "123"]).contains("blocks status"));
+    let moved = cluster.json(&["blocks", "drain", id, "--json"]);
+    assert_eq!((moved["spans_left"].as_u64(), moved["moved"].as_u64()), (Some(0), Some(held)), "{moved}");
+    let after = cluster.json(&["blocks", "status", "--json"]);
+    assert_eq!(blocks_of(&after, id), 0, "{after}");
+    assert_eq!(services(&after)[0].1, "draining");
+    assert_eq!(after["redundancy"]["full"], before["redundancy"]["full"]);
+    cluster.ok(&["blocks", "remove", id]);
+    assert!(cluster.fails(1, &["blocks", "drain", id]).contains("removed for good"));
+    assert_eq!(services(&cluster.json(&["blocks", "status", "--json"]))[0].1, "gone");
+    std::fs::remove_dir_all(cluster.dir.join("blocks/0")).expect("removed");
+    assert_reads(&cluster, &stored, "without the disk");
+    assert_whole(&cluster, Some("/"));
+    // One that is to be emptied by mistake takes blocks again.
+    let other = &all[1].0;
+    cluster.ok(&["blocks", "drain", other]);
+    cluster.ok(&["blocks", "drain", other, "--cancel"]);
+    assert_eq!(services(&cluster.json(&["blocks", "status", "--json"]))[1].1, "good");
+}
+
+fn files_below(dir: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut stack = vec![dir.to_owned()];
+    while let Some(dir) = stack.pop() {
+        for entry in std::fs::read_dir(dir).expect("lists") {
+            let path = entry.expect("an entry").path();
+            if path.is_dir() { stack.push(path) } else { found.push(path) }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Flips a bit in every file of a disk that holds blocks, in several places.
+fn flip_bits(disk: &Path) {
+    for path in files_below(disk) {
+        let name = path.file_name().and_then(|name| name.to_str()).expect("text");
+        if name == "label" || name == "index" {
+            continue;
+        }
+        let file = std::fs::File::options().read(true).write(true).open(&path).expect("opens");
+        let len = file.metadata().expect("metadata").len();
+        for part in 1..4 {
+            let (at, mut byte) = (len * part / 4, [0]);
+            file.read_exact_at(&mut byte, at).expect("reads");
+            file.write_all_at(&[byte[0] ^ 16], at).expect("writes");
+        }
+    }
+}
+
+#[test]
+fn a_scrub_finds_what_rots_and_what_is_missing_and_writes_it_elsewhere() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let cluster = Cluster::start(&temp.path().join("c"), ARGUMENTS);
+    let stored = store_files(&cluster, temp.path());
+    assert_whole(&cluster, None);
+    flip_bits(&cluster.dir.join("blocks/3"));
+    let found = cluster.run(&["fsck", "--data", "/tree"]);
+    let text = String::from_utf8_lossy(&found.stdout);
+    assert!(found.status.code() == Some(1) && text.contains("on service"), "{text}");
+    let whole = files_below(&cluster.dir.join("blocks/5"));
+    let block = whole
+        .iter()
+        .find(|path| !path.starts_with(cluster.dir.join("blocks/5/packed")) && !path.ends_with("label"));
+    std::fs::remove_file(block.expect("a block of its own")).expect("removed");
+    assert_reads(&cluster, &stored, "before the scrub");
+    let scrubbed = cluster.json(&["blocks", "scrub", "--now", "--wait", "--json"]);
+    assert!(scrubbed["damaged"].as_u64() > Some(1), "{scrubbed}");
+    assert_eq!(scrubbed["damaged"], scrubbed["moved"], "{scrubbed}");
+    assert_whole(&cluster, None);
+    let again = cluster.json(&["blocks", "scrub", "--now", "--wait", "--json"]);
+    assert_eq!((again["damaged"].as_u64(), again["moved"].as_u64()), (Some(0), Some(0)), "{again}");
+    assert_reads(&cluster, &stored, "after the scrub");
+}
+
+#[test]
+fn a_disk_that_is_taken_away_is_named_and_rebuilt() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let cluster = Cluster::start(&temp.path().join("c"), ARGUMENTS);
+    let stored = store_files(&cluster, temp.path());
+    let disk = cluster.dir.join("blocks/2");
+    std::fs::rename(&disk, temp.path().join("aside")).expect("moved");
+    std::fs::create_dir(&disk).expect("an empty one");
+    // Nodes look at their disks every two seconds.
+    let mut status = serde_json::Value::Null;
+    for _ in 0..600 {
+        let output = cluster.run(&["blocks", "status", "--json"]);
+        status = serde_json::from_slice(&output.stdout).expect("a document");
+        if services(&status).iter().any(|(_, state)| state == "suspect") {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let bad: Vec<String> =
+        services(&status).into_iter().filter(|(_, state)| state == "suspect").map(|(id, _)| id).collect();
+    assert_eq!(bad.len(), 1, "{status}");
+    assert_ne!(status["redundancy"]["reduced"], 0, "{status}");
+    let reasons: Vec<&str> =
+        status["services"].as_array().expect("a list").iter().filter_map(|s| s["reason"].as_str()).collect();
+    assert!(reasons.iter().any(|reason| !reason.is_empty()), "{status}");
+    let moved = cluster.json(&["blocks", "drain", &bad[0], "--json"]);
+    assert_eq!(moved["spans_left"], 0, "{moved}");
+    cluster.ok(&["blocks", "remove", &bad[0]]);
+    assert_whole(&cluster, None);
+    assert_reads(&cluster, &stored, "after the rebuild");
+    // What was put away is of no use any more, and does no harm.
+    std::fs::remove_dir(&disk).expect("removed");
+    std::fs::rename(temp.path().join("aside"), &disk).expect("moved back");
+    assert_reads(&cluster, &stored, "with the disk of before");
+    assert_whole(&cluster, None);
+}

@@ -89,7 +89,7 @@ fn a_disk_is_emptied_and_removed_and_nothing_is_lost() {
     cluster.ok(&["blocks", "remove", id]);
     assert!(cluster.fails(1, &["blocks", "drain", id]).contains("removed for good"));
     assert_eq!(services(&cluster.json(&["blocks", "status", "--json"]))[0].1, "gone");
-    std::fs::remove_dir_all(cluster.dir.join("blocks/0")).expect("removed");
+    std::fs::remove_dir_all(directory_of(&cluster, id)).expect("removed");
     assert_reads(&cluster, &stored, "without the disk");
     assert_whole(&cluster, Some("/"));
     // One that is to be emptied by mistake takes blocks again.
@@ -97,6 +97,14 @@ fn a_disk_is_emptied_and_removed_and_nothing_is_lost() {
     cluster.ok(&["blocks", "drain", other]);
     cluster.ok(&["blocks", "drain", other, "--cancel"]);
     assert_eq!(services(&cluster.json(&["blocks", "status", "--json"]))[1].1, "good");
+}
+
+/// Where the disk of a service is, as its label says.
+fn directory_of(cluster: &Cluster, id: &str) -> PathBuf {
+    let disks = (0..8).map(|n| cluster.dir.join(format!("blocks/{n}")));
+    let is_of =
+        |disk: &PathBuf| std::fs::read_to_string(disk.join("label")).is_ok_and(|label| label.contains(id));
+    disks.into_iter().find(is_of).expect("has a directory")
 }
 
 fn files_below(dir: &Path) -> Vec<PathBuf> {

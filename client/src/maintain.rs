@@ -256,11 +256,17 @@ impl Client {
 
     /// Moves one block of a span to another service, computing it from the others if it cannot be read: for
     /// disks that fail, are emptied, or are too full. Readers notice nothing. `home` is a file or directory of the span's slot.
-    /// Returns the block in its new place.
+    /// Returns the block in its new place, and the content that has the old one now: it was given up, but its span counts as used
+    /// until that is collected.
     ///
     /// # Errors
     /// `NotFound` and `Stale` when the span is not used any more, or the block was moved by somebody else.
-    pub async fn move_block(&self, home: InodeId, span: &Span, index: usize) -> Result<Block, ClientError> {
+    pub async fn move_block(
+        &self,
+        home: InodeId,
+        span: &Span,
+        index: usize,
+    ) -> Result<(Block, ContentId), ClientError> {
         let block = span.blocks.get(index).ok_or_else(|| ClientError::unexpected("that block"))?;
         let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
         let data = self.read_block(span, index).await?;
@@ -275,12 +281,9 @@ impl Client {
         };
         let mut draft = self.start_draft(home).await?;
         let moved = self.exchange_block(&mut draft, span, block, &encoded).await;
-        // The scratch holds the old block now, or nothing of worth: either way it goes, so that its span counts as used no more; if
-        // this fails, it expires.
-        if self.scrap(&draft).await.is_ok() {
-            let _ = self.collect_content(ContentId(draft.content)).await;
-        }
-        moved
+        // The scratch holds the old block now, or nothing of worth: either way it goes; if this fails, it expires.
+        let _ = self.scrap(&draft).await;
+        moved.map(|block| (block, ContentId(draft.content)))
     }
 
     async fn exchange_block(

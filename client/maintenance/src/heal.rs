@@ -403,7 +403,9 @@ async fn look_at(
         };
         let (id, service) = (span.blocks[index].block_id, span.blocks[index].service_id);
         match client.move_block(home, &span, index).await {
-            Ok(block) => {
+            Ok((block, scratch)) => {
+                // Else the old block would be met again as one that is in use; if this fails, it expires.
+                let _ = client.collect_content(scratch).await;
                 client.runtime().note("heal: a block is somewhere else");
                 // Its next one goes to yet another service.
                 span.blocks[index] = block;

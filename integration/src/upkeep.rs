@@ -284,6 +284,7 @@ impl Worker {
             }
             after = next;
         }
+        self.client.visit_spans(service, bytes::Bytes::new()).await?;
         let listed = self.client.cdc(cdc_request::Op::ListTransactions(ListTransactions {})).await?;
         Ok(format!("{inodes} inodes, {blocks} blocks, {} in flight", listed.transactions.len()))
     }

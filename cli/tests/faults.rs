@@ -5,25 +5,12 @@ mod support;
 use std::{
     collections::BTreeMap,
     io::{BufRead as _, BufReader},
-    path::{Path, PathBuf},
+    path::Path,
     process::Stdio,
     time::Duration,
 };
 
-use support::{Cluster, noise};
-
-fn files_below(dir: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut stack = vec![dir.to_owned()];
-    while let Some(dir) = stack.pop() {
-        for entry in std::fs::read_dir(dir).expect("lists") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() { stack.push(path) } else { found.push(path) }
-        }
-    }
-    found.sort();
-    found
-}
+use support::{Cluster, files_below, noise};
 
 /// Files of several sizes, stored.
 fn store_files(cluster: &Cluster, temp: &Path) -> BTreeMap<String, Vec<u8>> {

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use support::{Cluster, noise};
+use support::{Cluster, files_below, noise};
 
 const ARGUMENTS: &[&str] =
     &["--disks", "8", "--shards", "2", "--grant-s", "1", "--clock-skew-s", "0", "--collect-every-s", "0"];
@@ -105,19 +105,6 @@ fn directory_of(cluster: &Cluster, id: &str) -> PathBuf {
     let is_of =
         |disk: &PathBuf| std::fs::read_to_string(disk.join("label")).is_ok_and(|label| label.contains(id));
     disks.into_iter().find(is_of).expect("has a directory")
-}
-
-fn files_below(dir: &Path) -> Vec<PathBuf> {
-    let mut found = Vec::new();
-    let mut stack = vec![dir.to_owned()];
-    while let Some(dir) = stack.pop() {
-        for entry in std::fs::read_dir(dir).expect("lists") {
-            let path = entry.expect("an entry").path();
-            if path.is_dir() { stack.push(path) } else { found.push(path) }
-        }
-    }
-    found.sort();
-    found
 }
 
 /// Flips a bit in every file of a disk that holds blocks, in several places.

@@ -52,7 +52,7 @@ pub(crate) struct Pace {
     /// Bytes of blocks that are written in a second at most; 0 for no limit.
     #[arg(long, default_value_t = 0, value_name = "N")]
     pub(crate) bytes_per_s: u64,
-    /// Spans that are repaired at a time.
+    /// Spans that are checked or repaired at a time.
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=256))]
     pub(crate) at_a_time: u16,
     /// Print one JSON document.

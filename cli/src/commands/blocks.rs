@@ -24,6 +24,8 @@ use crate::{
 
 /// How long a service may take to answer before it counts as away.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
+/// Spans that `fsck` looks at at a time.
+const CHECKS_AT_A_TIME: usize = 32;
 /// Passes of a scrub: what is repaired is read again.
 const SCRUBS_MAX: usize = 4;
 
@@ -90,7 +92,7 @@ async fn lost(client: &Client, map: &Map) -> BTreeMap<u64, String> {
 pub(crate) async fn check(client: &Client, path: Option<&crate::remote::RemotePath>) -> Result<Healed> {
     let map = client.refresh_map().await?;
     let lost: BTreeSet<u64> = lost(client, &map).await.into_keys().collect();
-    let options = HealOptions { check: true, ..HealOptions::default() };
+    let options = HealOptions { check: true, concurrency: CHECKS_AT_A_TIME, ..HealOptions::default() };
     let bar = output::counter("fsck: data");
     let mut progress = |healed: &Healed| {
         bar.set_message(format!("{} spans, {}", healed.spans(), output::bytes(healed.physical_bytes)));
@@ -283,8 +285,13 @@ async fn status(client: &Client, as_json: bool) -> Result<ExitCode> {
     let mut progress = |healed: &Healed| bar.set_message(format!("{} spans", healed.spans()));
     let healed = heal::pass(client, &services, HealOptions::default(), &mut progress).await?;
     bar.finish_and_clear();
-    let faults = Picture::take(&client.with_patience(ANSWERS_WITHIN)).await.map(|picture| picture.faults());
-    let faults = faults.unwrap_or_default();
+    let faults = match Picture::take(&client.with_patience(ANSWERS_WITHIN)).await {
+        Ok(picture) => picture.faults(),
+        Err(error) => {
+            talk!("clutch: what nodes say of their disks is not known: {error}");
+            Vec::new()
+        }
+    };
     // What its node says of a disk says more.
     let reason = |id: u64| {
         let name = format!("{id:016x}");

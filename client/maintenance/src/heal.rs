@@ -22,8 +22,6 @@ use futures_util::stream::{self, StreamExt as _};
 
 /// Failures that are told in words.
 const FAILURES_MAX: usize = 100;
-/// Blocks of one page that are checked at a time.
-const CHECKS_AT_A_TIME: usize = 32;
 
 /// How a pass goes.
 #[derive(Clone, Copy, Debug)]
@@ -32,7 +30,7 @@ pub struct HealOptions {
     pub check: bool,
     /// Moves what is lost to services that have it not.
     pub repair: bool,
-    /// Spans that are repaired at a time.
+    /// Spans that are checked or repaired at a time.
     pub concurrency: usize,
     /// Bytes of blocks that are written in a second at most, so that users come first; 0 for no limit.
     pub bytes_per_s: u64,
@@ -100,8 +98,13 @@ impl Healed {
         }
     }
 
-    fn count(&mut self, span: &Span, lost: usize) {
-        let shape = span.shape.unwrap_or_default();
+    /// Counts a span; returns the bytes of each of its blocks.
+    fn count(&mut self, span: &Span, lost: usize) -> u64 {
+        let Some(shape) = span.shape else {
+            self.unreadable += 1;
+            self.fail(format!("span {:x} has no shape", span.span_id));
+            return 0;
+        };
         let parity = shape.parity_blocks as usize;
         match lost {
             0 => self.full += 1,
@@ -117,6 +120,7 @@ impl Healed {
             load.blocks += 1;
             load.bytes += bytes;
         }
+        bytes
     }
 }
 
@@ -171,7 +175,8 @@ pub async fn unavailable(client: &Client, map: &Map) -> BTreeMap<u64, String> {
 }
 
 /// Empties services: moves what they hold until a look finds nothing there any more, spans that have lost most first.
-/// What was found at last is returned, with everything that was moved. Ends early when nothing gets on.
+/// What was found at last is returned, with everything that was moved. Ends early when a
+/// look finds as much as the one before it.
 ///
 /// # Errors
 /// When a shard does not answer.
@@ -182,6 +187,7 @@ pub async fn empty(
     progress: &mut (dyn FnMut(&Healed) + Send),
 ) -> Result<Healed, ClientError> {
     let (mut moved, mut moved_bytes) = (0, 0);
+    let (mut left, mut failures) = (u64::MAX, Vec::new());
     loop {
         let looking = HealOptions { repair: false, check: false, ..options };
         let mut look = Pass::new(client, services, looking);
@@ -194,6 +200,11 @@ pub async fn empty(
         if most == 0 {
             return Ok(look.healed);
         }
+        if look.healed.spans() >= left {
+            look.healed.failures = failures;
+            return Ok(look.healed);
+        }
+        left = look.healed.spans();
         let mut pass = Pass::new(client, services, HealOptions { repair: true, ..options });
         (pass.healed.moved, pass.healed.moved_bytes) = (moved, moved_bytes);
         for least in (1..=most).rev() {
@@ -201,11 +212,7 @@ pub async fn empty(
                 pass.walk(*service, least, progress).await?;
             }
         }
-        if pass.healed.moved == moved {
-            look.healed.failures = pass.healed.failures;
-            return Ok(look.healed);
-        }
-        (moved, moved_bytes) = (pass.healed.moved, pass.healed.moved_bytes);
+        (moved, moved_bytes, failures) = (pass.healed.moved, pass.healed.moved_bytes, pass.healed.failures);
     }
 }
 
@@ -309,10 +316,9 @@ impl<'a> Pass<'a> {
         progress: &mut (dyn FnMut(&Healed) + Send),
     ) {
         let (client, options) = (self.client, self.options);
-        let at_a_time = if options.check { CHECKS_AT_A_TIME } else { options.concurrency.max(1) };
         let mut looks = stream::iter(work)
             .map(|(span, lost, home)| look_at(client, options, span, lost, home))
-            .buffer_unordered(at_a_time);
+            .buffer_unordered(options.concurrency.max(1));
         while let Some(looked) = looks.next().await {
             self.take(looked);
             self.rest().await;
@@ -344,11 +350,11 @@ impl<'a> Pass<'a> {
     fn take(&mut self, looked: Looked) {
         let Looked { span, lost, checked, damaged, moved, failures } = looked;
         self.most_lost = self.most_lost.max(lost.len());
-        self.healed.count(&span, lost.len());
+        let bytes = self.healed.count(&span, lost.len());
         self.healed.checked += checked;
         self.healed.damaged += damaged;
         self.healed.moved += moved;
-        self.healed.moved_bytes += moved * u64::from(span.shape.unwrap_or_default().block_bytes());
+        self.healed.moved_bytes += moved * bytes;
         failures.into_iter().for_each(|failure| self.healed.fail(failure));
     }
 
@@ -394,8 +400,8 @@ async fn look_at(
             }
         }
     }
-    let lost_first = if options.repair { repairable } else { Vec::new() };
-    for index in lost_first {
+    let to_move = if options.repair { repairable } else { Vec::new() };
+    for index in to_move {
         let Some(home) = home else {
             failures
                 .push(format!("span {:x} belongs to no file any more; it will be collected", span.span_id));

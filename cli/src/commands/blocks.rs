@@ -277,74 +277,110 @@ fn state(service: &BlockService, lost: &BTreeMap<u64, String>) -> &'static str {
     }
 }
 
-async fn status(client: &Client, as_json: bool) -> Result<ExitCode> {
-    let map = client.refresh_map().await?;
-    let lost = lost(client, &map).await;
-    let services: BTreeSet<u64> = lost.keys().copied().collect();
-    let bar = output::counter("counting");
-    let mut progress = |healed: &Healed| bar.set_message(format!("{} spans", healed.spans()));
-    let healed = heal::pass(client, &services, HealOptions::default(), &mut progress).await?;
-    bar.finish_and_clear();
-    let faults = match Picture::take(&client.with_patience(ANSWERS_WITHIN)).await {
-        Ok(picture) => picture.faults(),
-        Err(error) => {
-            talk!("clutch: what nodes say of their disks is not known: {error}");
-            Vec::new()
-        }
-    };
-    // What its node says of a disk says more.
-    let reason = |id: u64| {
-        let name = format!("{id:016x}");
-        let why = lost.get(&id)?;
-        let said = faults.iter().find(|fault| fault.contains(&name));
-        Some(said.unwrap_or(why).clone())
-    };
-    let to_be_emptied = heal::to_be_emptied(&map);
-    let held = |id: u64| healed.services.get(&id).copied().unwrap_or_default();
-    let blocks_left: u64 = to_be_emptied.iter().map(|id| held(*id).blocks).sum();
-    if as_json {
-        let services: Vec<_> = map.services.iter().map(|service| {
-            let (id, held) = (service.service_id, held(service.service_id));
+/// What there is, and how it is.
+struct Disks {
+    map: std::sync::Arc<Map>,
+    /// Services whose blocks cannot be had, and why.
+    lost: BTreeMap<u64, String>,
+    /// What nodes say is wrong.
+    faults: Vec<String>,
+    healed: Healed,
+}
+
+impl Disks {
+    async fn look(client: &Client) -> Result<Disks> {
+        let map = client.refresh_map().await?;
+        let lost = lost(client, &map).await;
+        let services: BTreeSet<u64> = lost.keys().copied().collect();
+        let bar = output::counter("counting");
+        let mut progress = |healed: &Healed| bar.set_message(format!("{} spans", healed.spans()));
+        let healed = heal::pass(client, &services, HealOptions::default(), &mut progress).await?;
+        bar.finish_and_clear();
+        let faults = match Picture::take(&client.with_patience(ANSWERS_WITHIN)).await {
+            Ok(picture) => picture.faults(),
+            Err(error) => {
+                talk!("clutch: what nodes say of their disks is not known: {error}");
+                Vec::new()
+            }
+        };
+        Ok(Disks { map, lost, faults, healed })
+    }
+
+    /// Why a service's blocks cannot be had; what its node says of the disk says more.
+    fn reason(&self, service: u64) -> Option<&str> {
+        let (why, name) = (self.lost.get(&service)?, format!("{service:016x}"));
+        Some(self.faults.iter().find(|fault| fault.contains(&name)).unwrap_or(why))
+    }
+
+    fn held(&self, service: u64) -> heal::Load {
+        self.healed.services.get(&service).copied().unwrap_or_default()
+    }
+
+    fn blocks_left(&self) -> u64 {
+        heal::to_be_emptied(&self.map).into_iter().map(|service| self.held(service).blocks).sum()
+    }
+
+    fn document(&self) -> serde_json::Value {
+        let service = |service: &BlockService| {
+            let (id, held) = (service.service_id, self.held(service.service_id));
             json!({
                 "id": format!("{id:016x}"), "address": service.address, "failure_domain": service.failure_domain,
-                "state": state(service, &lost), "reason": reason(id).unwrap_or_default(), "blocks": held.blocks,
+                "state": state(service, &self.lost), "reason": self.reason(id).unwrap_or(""), "blocks": held.blocks,
                 "bytes": output::number(held.bytes), "capacity_bytes": output::number(service.capacity_bytes),
                 "available_bytes": output::number(service.available_bytes),
             })
-        }).collect();
-        let mut redundancy = numbers(&healed);
-        redundancy["rebuilding"] = json!({ "blocks_left": blocks_left });
-        output::json(&json!({
-            "services": services, "redundancy": redundancy, "logical_bytes": output::number(healed.logical_bytes),
-            "physical_bytes": output::number(healed.physical_bytes),
-        }))?;
-    } else {
+        };
+        let services: Vec<_> = self.map.services.iter().map(service).collect();
+        let mut redundancy = numbers(&self.healed);
+        redundancy["rebuilding"] = json!({ "blocks_left": self.blocks_left() });
+        json!({
+            "services": services, "redundancy": redundancy,
+            "logical_bytes": output::number(self.healed.logical_bytes),
+            "physical_bytes": output::number(self.healed.physical_bytes),
+        })
+    }
+
+    fn print(&self) -> Result<()> {
         let mut table = comfy_table::Table::new();
         table.load_preset(comfy_table::presets::NOTHING);
         table.set_header(["service", "node", "state", "blocks", "bytes", "free"]);
-        for service in &map.services {
-            let held = held(service.service_id);
+        for service in &self.map.services {
+            let held = self.held(service.service_id);
             table.add_row([
                 format!("{:016x}", service.service_id),
                 output::printable(service.address.as_bytes()),
-                state(service, &lost).to_owned(),
+                state(service, &self.lost).to_owned(),
                 held.blocks.to_string(),
                 output::bytes(held.bytes),
                 output::bytes(service.available_bytes),
             ]);
         }
         output::block(table)?;
-        for service in &map.services {
-            if let Some(reason) = reason(service.service_id).filter(|_| service.flags & FLAG_GONE == 0) {
-                output::line(format!("{:016x}: {reason}", service.service_id))?;
+        for service in self.map.services.iter().filter(|service| service.flags & FLAG_GONE == 0) {
+            if let Some(reason) = self.reason(service.service_id) {
+                output::line(format!(
+                    "{:016x}: {}",
+                    service.service_id,
+                    output::printable(reason.as_bytes())
+                ))?;
             }
         }
-        output::line(redundancy(&healed))?;
-        let (logical, physical) = (output::bytes(healed.logical_bytes), output::bytes(healed.physical_bytes));
+        output::line(redundancy(&self.healed))?;
+        let (logical, physical) =
+            (output::bytes(self.healed.logical_bytes), output::bytes(self.healed.physical_bytes));
         output::line(format!("{logical} of files in blocks of {physical}"))?;
-        if blocks_left > 0 {
-            output::line(format!("{blocks_left} blocks are to be moved: say `clutch blocks repair`"))?;
+        match self.blocks_left() {
+            0 => Ok(()),
+            left => output::line(format!("{left} blocks are to be moved: say `clutch blocks repair`")),
         }
     }
-    Ok(if healed.is_whole() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+async fn status(client: &Client, as_json: bool) -> Result<ExitCode> {
+    let disks = Disks::look(client).await?;
+    match as_json {
+        true => output::json(&disks.document())?,
+        false => disks.print()?,
+    }
+    Ok(if disks.healed.is_whole() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -5,8 +5,8 @@
 use std::sync::Arc;
 
 use clutch_proto::shard::{
-    ContentHistory, History, Layout, Lookup, ReadDir, ShardRequest, Stat, VisitBlocks, VisitDeadSpans, VisitInodes, VisitSpans,
-    VisitPastContents, VisitTransients, shard_request::Op,
+    ContentHistory, History, Layout, Lookup, ReadDir, ShardRequest, Stat, VisitBlocks, VisitDeadSpans, VisitInodes,
+    VisitPastContents, VisitSpans, VisitTransients, shard_request::Op,
 };
 use clutch_shard::{Shard, ShardFacts, invariants};
 use clutch_state::{Applier, Machine as _, MemoryStore, Store as _, applier::rescan};

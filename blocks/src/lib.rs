@@ -10,6 +10,7 @@ pub mod format;
 pub mod label;
 pub mod packed;
 mod queue;
+pub mod scrub;
 pub mod service;
 pub mod store;
 

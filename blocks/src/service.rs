@@ -1,7 +1,7 @@
 //! Answers requests for blocks: certificate first, then the disk.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     sync::{Arc, Mutex, PoisonError, RwLock, Weak},
 };
@@ -46,7 +46,12 @@ pub struct BlockService {
     /// Blocks that are being written or erased.
     turns: Mutex<BTreeMap<BlockId, Weak<tokio::sync::Mutex<()>>>>,
     small: Arc<SmallChanges>,
+    /// Blocks that a good certificate asked for and that could not be given as they were written.
+    owed: Mutex<BTreeSet<BlockId>>,
 }
+
+/// Blocks that are remembered as owed; a scrub finds those beyond.
+const OWED_MAX: usize = 1024;
 
 /// An answer, and what is held for it until it is sent.
 #[derive(Debug, Default)]
@@ -87,6 +92,7 @@ impl BlockService {
             failing: Mutex::default(),
             turns: Mutex::default(),
             small: Arc::default(),
+            owed: Mutex::default(),
         }
     }
 
@@ -167,16 +173,48 @@ impl BlockService {
         result
     }
 
+    /// Remembers a block that somebody needs and has not got from here.
+    fn owe(&self, block: BlockId, refusal: &Refusal) {
+        let is_lost = matches!(refusal.code, Code::BlockNotFound | Code::BlockCorrupt | Code::DiskFault);
+        // Of a disk that is not there nothing is lost yet.
+        if is_lost && self.store.unusable().is_none() {
+            let mut owed = self.owed.lock().unwrap_or_else(|e| e.into_inner());
+            if owed.len() < OWED_MAX {
+                owed.insert(block);
+            }
+        }
+    }
+
+    /// Blocks that were read under a good certificate since this was asked last, and were missing or damaged: whoever looks after the
+    /// disk writes those elsewhere that are still in use.
+    pub fn take_owed(&self) -> BTreeSet<BlockId> {
+        std::mem::take(&mut *self.owed.lock().unwrap_or_else(|e| e.into_inner()))
+    }
+
     /// Whether the disk hangs: it has work, and nothing of it ends.
     pub fn hangs(&self) -> bool {
         self.changes.stuck().is_some() || self.reads.stuck().is_some()
     }
 
-    /// Total and available bytes of the disk; an error when it cannot be asked, or hangs.
+    fn is_failing(&self) -> bool {
+        self.failing.lock().unwrap_or_else(|e| e.into_inner()).is_some()
+    }
+
+    /// Total and available bytes of the disk; an error when it cannot be asked, or hangs. Where changes of it fail nothing is
+    /// available, until something small can be written again: that is tried each time.
     pub async fn space(&self) -> io::Result<(u64, u64)> {
         let store = self.store.clone();
         self.changes.refuse_stuck().map_err(io::Error::other)?;
-        self.reads.run(0, move || store.space()).await.map_err(io::Error::other)?
+        if self.is_failing() {
+            let store = self.store.clone();
+            let tried = self.changes.run(0, move || store.try_to_write()).await.map_err(io::Error::other)?;
+            // Said in the disk's fault.
+            let _ = self.changed("try", tried);
+        }
+        let (total, available) =
+            self.reads.run(0, move || store.space()).await.map_err(io::Error::other)??;
+        let takes_blocks = !self.is_failing() || mutants::is(Mutant::FailingDiskChosen);
+        Ok((total, if takes_blocks { available } else { 0 }))
     }
 
     /// Says what a certificate grants, if it grants this now.
@@ -258,7 +296,8 @@ impl BlockService {
                 self.reads.refuse_stuck()?;
                 let held = answers.hold(bytes).await;
                 let read = self.reads.run(bytes, move || store.read(&expected, op.offset, op.length));
-                let reply = BlocksReply { data: read.await??, ..BlocksReply::default() };
+                let data = read.await?.inspect_err(|refusal| self.owe(expected.block, refusal))?;
+                let reply = BlocksReply { data, ..BlocksReply::default() };
                 Ok(Answer { reply, held })
             }
             Some(Op::Check(op)) => {

@@ -27,6 +27,7 @@ use crate::{
         PACKED_DIR, Pack, PackFault, PackOptions, Record, Tail, Upkeep,
         format::{Location, SegmentHeader, number_of},
     },
+    scrub::{self, SCRUB_FILE},
 };
 
 /// A block is looked at in pieces of so many bytes.
@@ -173,6 +174,38 @@ impl BlockStore {
     /// Which service this is.
     pub fn service(&self) -> ServiceId {
         self.service
+    }
+
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Writes something small, and takes it away again.
+    ///
+    /// # Errors
+    /// Why that is not possible.
+    pub fn try_to_write(&self) -> Result<(), Refusal> {
+        self.check_usable()?;
+        let path = self.dir.join("try");
+        let tried = self.disk.replace(&path, b"try").and_then(|()| self.disk.remove(&path));
+        tried.map_err(|error| disk_fault("try to write to the disk", &error))
+    }
+
+    /// How far the disk has been read through, as it says itself; from the beginning where it does not.
+    pub fn scrub_position(&self) -> scrub::Position {
+        let read = self.check_usable().ok().and_then(|()| self.disk.read(&self.dir.join(SCRUB_FILE)).ok());
+        read.and_then(|bytes| scrub::Position::decode(&bytes)).unwrap_or_default()
+    }
+
+    /// Keeps that, durably.
+    ///
+    /// # Errors
+    /// When the disk is not used, or fails.
+    pub fn keep_scrub_position(&self, position: &scrub::Position) -> Result<(), Refusal> {
+        self.check_usable()?;
+        let kept = self.disk.replace(&self.dir.join(SCRUB_FILE), &position.encode());
+        kept.map_err(|error| disk_fault("keep how far the disk was read", &error))
     }
 
     /// Total and available bytes of the disk; none of one that is not used.

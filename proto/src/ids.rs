@@ -53,6 +53,13 @@ impl ContentId {
     }
 }
 
+impl BlockId {
+    /// The slot of its span.
+    pub fn slot(self) -> Slot {
+        Slot(self.0 as u8)
+    }
+}
+
 impl SpanId {
     /// The slot that holds its row.
     pub fn slot(self) -> Slot {

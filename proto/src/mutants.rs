@@ -265,6 +265,16 @@ pub enum Mutant {
     HoleInDeath,
     /// A damaged small block goes with its segment.
     DamagedRecordRemoved,
+    /// A block that is not where the metadata say is taken for one that will be.
+    MissingNotRepaired,
+    /// A disk that fails with what is written to it is given more.
+    FailingDiskChosen,
+    /// What was asked for in vain is not looked at.
+    OwedForgotten,
+    /// A disk that was found empty once is not looked at again, although what was being written is in use since.
+    EmptiedAtOneLook,
+    /// A disk that was condemned is not used again when it is back.
+    CondemnedForGood,
     /// A damaged record of a group is in the way of what the group has since it was removed and began again.
     DamageOutlivesRemoval,
     /// A segment without an index is read from its beginning for each part of a group that is looked for.
@@ -329,7 +339,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 159] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 164] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -453,6 +463,11 @@ impl Mutant {
         (Mutant::HoleInDeath, &["units", "packed::tests::holes::planted_bugs_are_found"]),
         (Mutant::DeadForgotten, &["units", "packed::tests::buried::planted_bugs_are_found"]),
         (Mutant::DamagedRecordRemoved, &["units", "packed::tests::damaged::planted_bugs_are_found"]),
+        (Mutant::MissingNotRepaired, &["healing"]),
+        (Mutant::FailingDiskChosen, &["units", "service::tests::failing::planted_bugs_are_found"]),
+        (Mutant::OwedForgotten, &["healing"]),
+        (Mutant::EmptiedAtOneLook, &["healing"]),
+        (Mutant::CondemnedForGood, &["healing"]),
         (Mutant::SegmentScannedForEach, &["units", "tests::groups::again::planted_bugs_are_found"]),
         (Mutant::DamageOutlivesRemoval, &["units", "tests::groups::again::planted_bugs_are_found"]),
         (Mutant::DamagedIndexKept, &["units", "tests::groups::closed::planted_bugs_are_found"]),

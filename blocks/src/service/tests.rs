@@ -188,3 +188,68 @@ fn what_is_proven_erased_does_not_come_back() {
     }
     assert!(half_way > 3, "{half_way} erases stopped half-way");
 }
+
+/// What a disk has available while it takes writes, when one has just failed, and when it takes them again; and the faults that it told.
+fn fail_and_recover() -> ([u64; 3], [Option<String>; 3]) {
+    let world = World::new(9);
+    let (runtime, disk) = (world.node(NODE), world.disk(NODE));
+    let certificate = claims(Operation::Write, runtime.clock.now()).sign(&key());
+    let ran = world.run(NODE, std::time::Duration::from_secs(60), async move {
+        let store = open(&runtime, PackOptions::default());
+        let service = BlockService::new(runtime.clone(), clock(&runtime), store, 1, vec![key()]);
+        let op = Op::Write(WriteBlock { certificate, data: data().into() });
+        let body = Bytes::from(BlocksRequest { op: Some(op) }.encode_to_vec());
+        let budget = Budget::unbounded();
+        let write = || service.handle(body.clone(), &budget);
+        let available = async || service.space().await.expect("answers").1;
+        let mut seen = Vec::new();
+        seen.push((available().await, service.fault()));
+        disk.set_faults(DiskFaults { write_error_permille: 1000, ..DiskFaults::default() });
+        assert_eq!(write().await.expect_err("fails").code, Code::DiskFault);
+        seen.push((available().await, service.fault()));
+        disk.set_faults(DiskFaults::default());
+        seen.push((available().await, service.fault()));
+        seen
+    });
+    let seen: [(u64, Option<String>); 3] = ran.expect("ends").try_into().expect("three");
+    (seen.clone().map(|(available, _)| available), seen.map(|(_, fault)| fault))
+}
+
+mod failing {
+    use super::*;
+
+    #[test]
+    fn a_disk_whose_writes_fail_has_no_room_until_something_can_be_written() {
+        let ([before, failing, after], faults) = fail_and_recover();
+        assert!(before > 0 && failing == 0 && after > 0, "{before} {failing} {after}");
+        assert!(faults[0].is_none() && faults[2].is_none(), "{faults:?}");
+        assert!(faults[1].as_ref().is_some_and(|fault| fault.contains("fails")), "{faults:?}");
+    }
+
+    #[test]
+    fn planted_bugs_are_found() {
+        mutants::plant(Some(Mutant::FailingDiskChosen));
+        let (is_planted, ([_, failing, _], _)) = (mutants::planted().is_some(), fail_and_recover());
+        mutants::plant(None);
+        assert_eq!(is_planted, failing > 0);
+    }
+}
+
+#[test]
+fn what_is_asked_for_in_vain_is_owed_once() {
+    let world = World::new(10);
+    let runtime = world.node(NODE);
+    let certificate = claims(Operation::Read, runtime.clock.now()).sign(&key());
+    let owed = world.run(NODE, std::time::Duration::from_secs(60), async move {
+        let store = open(&runtime, PackOptions::default());
+        let service = BlockService::new(runtime.clone(), clock(&runtime), store, 1, vec![key()]);
+        for _ in 0..2 {
+            let op = Op::Read(ReadBlock { certificate: certificate.clone(), offset: 0, length: 10 });
+            let body = BlocksRequest { op: Some(op) }.encode_to_vec().into();
+            let refused = service.handle(body, &Budget::unbounded()).await.expect_err("is not there");
+            assert_eq!(refused.code, Code::BlockNotFound);
+        }
+        (service.take_owed().len(), service.take_owed().len())
+    });
+    assert_eq!(owed, Some((1, 0)));
+}

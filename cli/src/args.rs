@@ -252,7 +252,7 @@ pub(crate) struct UpArgs {
     /// Nodes, each with a member of every log, in this process: how a cluster of several works can be tried with 3. They listen on as many
     /// ports one behind the other, and each has its settings in DIR/nN/node.toml.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=5), value_name = "N",
-        conflicts_with_all = ["segment_mib", "advertise", "metrics", "collect_every_s", "grant_s", "clock_skew_s", "accept_clock", "reserve_mib", "retain_log", "unfinished_s"])]
+        conflicts_with_all = ["segment_mib", "advertise", "metrics", "collect_every_s", "rebuild_after_s", "scrub_every_s", "grant_s", "clock_skew_s", "accept_clock", "reserve_mib", "retain_log", "unfinished_s"])]
     pub(crate) replicas: u16,
     /// Where to listen.
     #[arg(long, default_value = "127.0.0.1:7400", value_name = "HOST:PORT", value_parser = parse_address)]
@@ -266,6 +266,12 @@ pub(crate) struct UpArgs {
     /// Collect what may go every so often; 0 leaves it to `clutch collect`.
     #[arg(long, default_value_t = 60, value_name = "SECONDS")]
     pub(crate) collect_every_s: u64,
+    /// Rebuild elsewhere what is on a disk that has not been there for so long; 0 leaves it to `clutch blocks drain`.
+    #[arg(long, default_value_t = 900, value_parser = clap::value_parser!(u64).range(0..=31_536_000), value_name = "SECONDS")]
+    pub(crate) rebuild_after_s: u64,
+    /// Read each disk through once in so long, and repair what is found; 0 leaves it to `clutch blocks scrub`.
+    #[arg(long, default_value_t = 2_592_000, value_parser = clap::value_parser!(u64).range(0..=315_360_000), value_name = "SECONDS")]
+    pub(crate) scrub_every_s: u64,
     /// A write of a block is allowed for so long, and no block is erased before that; at most an hour.
     #[arg(long, default_value_t = 3600, value_parser = clap::value_parser!(u64).range(1..=3600), value_name = "SECONDS")]
     pub(crate) grant_s: u64,

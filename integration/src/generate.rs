@@ -143,6 +143,7 @@ fn draw_cluster(rng: &mut ChaCha8Rng, seed: u64, data_blocks: u32, parity_blocks
         joint: false,
         leases: false,
         inline: [0, 600, 0, 65_536][(seed / 2 % 4) as usize],
+        heal: None,
     }
 }
 

@@ -643,6 +643,7 @@ pub fn default_cluster() -> ClusterConfig {
         joint: false,
         leases: false,
         inline: 0,
+        heal: None,
     }
 }
 

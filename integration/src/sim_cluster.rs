@@ -27,6 +27,7 @@ use clutch_runtime::{
 };
 use clutch_server::{
     Chains, ClusterFile, NewLogs, Node, NodeConfig, OfSeveral, Packing, Peers, Roles,
+    healer::HealSettings,
     joining::Belongings,
     room::Room,
     rotation::Rotation,
@@ -150,6 +151,8 @@ pub struct ClusterConfig {
     pub leases: bool,
     /// Files of up to so many bytes lie in the metadata, besides the shortest.
     pub inline: u32,
+    /// How its nodes look after what is stored; `None` where that is for scripts.
+    pub heal: Option<HealSettings>,
 }
 
 impl ClusterConfig {
@@ -168,6 +171,7 @@ impl ClusterConfig {
             joint: false,
             leases: false,
             inline: 0,
+            heal: None,
         }
     }
 
@@ -263,6 +267,15 @@ fn open_chains(runtime: &Runtime, cluster: u64, seen: &Seen) -> Option<Arc<Chain
         recording.violation(format!("node {}: {error}", node.0));
     }
     opened.ok().map(Arc::new)
+}
+
+/// How long ago a time was, by a boot clock that nobody sets.
+fn down_since(runtime: &Runtime) -> Arc<dyn Fn(Time) -> Option<Duration> + Send + Sync> {
+    let runtime = runtime.clone();
+    Arc::new(move |last: Time| {
+        let now = SIM_START.saturating_add(runtime.clock.steady().as_nanos() as u64);
+        Some(Duration::from_nanos(now.saturating_sub(last.0)))
+    })
 }
 
 /// The nodes of each log's members.
@@ -550,7 +563,8 @@ impl SimCluster {
         let (logs, recording, engine) = (self.logs.clone(), self.recording.clone(), self.config.engine);
         let (registries, peers, homes) = (self.registries(), self.peers(), self.homes.clone());
         let has_logs = roles.registry || roles.cdc || !roles.shards.is_empty();
-        let (pages, id, leases) = (self.config.pages(), self.cluster_id(), self.config.leases);
+        let (pages, id) = (self.config.pages(), self.cluster_id());
+        let (leases, heal) = (self.config.leases, self.config.heal);
         let level = if self.older.lock().contains(&node) { level::FIRST } else { level::KNOWN };
         let of_several = self.of_several();
         let boot_runtime = runtime.clone();
@@ -585,17 +599,11 @@ impl SimCluster {
                 pages,
                 clock_skew_ms_max: CLOCK_SKEW_MS_MAX,
                 packing: Packing::with(PACKED),
-                down: {
-                    // A boot clock that nobody sets.
-                    let runtime = runtime.clone();
-                    Arc::new(move |last: Time| {
-                        let now = SIM_START.saturating_add(runtime.clock.steady().as_nanos() as u64);
-                        Some(Duration::from_nanos(now.saturating_sub(last.0)))
-                    })
-                },
+                down: down_since(&runtime),
                 accept_clock: false,
                 room: Arc::new(Room::new(runtime.disk.clone(), vec!["log".into()], Some(1 << 30), None)),
                 reserve_on: Vec::new(),
+                heal,
                 runtime: runtime.clone(),
             };
             match Node::start(config).await {

@@ -95,6 +95,7 @@ fn config(dir: &Path) -> UpConfig {
         reserve_bytes: None,
         retain_log: None,
         collect_pause: None,
+        heal: clutch_server::healer::HealSettings::default(),
     }
 }
 

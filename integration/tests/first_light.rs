@@ -73,6 +73,7 @@ async fn in_production_form() {
         reserve_bytes: None,
         retain_log: None,
         collect_pause: None,
+        heal: clutch_server::healer::HealSettings::default(),
     };
     let runtime = clutch_runtime::production::runtime();
     let up = Up::start(runtime.clone(), config()).await.expect("starts");

@@ -179,6 +179,7 @@ fn an_engine_that_does_nothing_is_an_engine() {
         accept_clock: false,
         room: Arc::new(Room::new(runtime.disk.clone(), vec!["log".into()], Some(1 << 30), None)),
         reserve_on: Vec::new(),
+        heal: None,
         packing: Packing::with(clutch_blocks::PackOptions::default()),
     };
     runtime.spawn("boot", async move {

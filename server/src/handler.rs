@@ -32,6 +32,7 @@ use parking_lot::RwLock;
 use prost::Message as _;
 
 use crate::{
+    healer::Board,
     joining::Token,
     metrics::Meters,
     node::OfSeveral,
@@ -51,6 +52,8 @@ pub(crate) struct NodeHandler {
     pub(crate) cdc: Option<ReplicaHandle>,
     pub(crate) shards: BTreeMap<u32, ReplicaHandle>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
+    /// What the node does for what is stored.
+    pub(crate) board: Arc<Board>,
     pub(crate) process_usage: ProcessUsage,
     pub(crate) meters: Arc<Meters>,
     /// Where the cluster has several nodes.
@@ -355,8 +358,13 @@ impl NodeHandler {
         let op = AdminRequest::decode(request.body.clone())
             .map_err(|e| Refusal::malformed(format!("decode admin request: {e}")))?;
         self.admit_operator(&op, request)?;
+        let asks_for_disks = matches!(&op.op, Some(Op::Status(asked)) if asked.disks);
         let mut reply = replica.admin(op).await?;
         self.add_node(&mut reply);
+        if let Some(status) = reply.status.as_mut().filter(|_| asks_for_disks) {
+            status.disks = self.board.disks(&self.blocks);
+            status.healing = self.board.healing();
+        }
         Ok(reply.encode_to_vec().into())
     }
 

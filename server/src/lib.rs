@@ -12,6 +12,7 @@ pub mod chains;
 pub mod clock_file;
 pub mod cluster_file;
 pub mod handler;
+pub mod healer;
 pub mod joining;
 mod keeper;
 pub mod keys;

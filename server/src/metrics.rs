@@ -26,6 +26,7 @@ use prometheus_client::{
 
 use crate::{
     handler::{ProcessUsage, node_faults},
+    healer::Board,
     node::Replicating,
     room::Room,
 };
@@ -81,6 +82,7 @@ pub struct Watch {
     pub(crate) own: Option<NodeId>,
     pub(crate) replicas: Vec<Replicating>,
     pub(crate) blocks: BTreeMap<u64, Arc<BlockService>>,
+    pub(crate) board: Arc<Board>,
     pub(crate) room: Arc<Room>,
     pub(crate) left_out: BTreeMap<LogId, String>,
     pub(crate) engines: Engines,

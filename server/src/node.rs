@@ -37,6 +37,7 @@ use crate::{
     chains::{self, Chains, NewLogs},
     cluster_file::ClusterFile,
     handler::{NodeHandler, ProcessUsage, SharedHandler, node_faults},
+    healer::{Board, HealSettings, Healer},
     joining::HandOver,
     keeper::{self, Keeper, Told},
     members::Asker,
@@ -156,6 +157,8 @@ pub struct NodeConfig {
     pub room: Arc<Room>,
     /// Disks that share their file system with logs or states leave the reserve free.
     pub reserve_on: Vec<u64>,
+    /// How it looks after what is stored; not at all when `None`.
+    pub heal: Option<HealSettings>,
     /// How small blocks are kept.
     pub packing: Packing,
     /// What the process uses; a simulated node has no process of its own.
@@ -181,6 +184,7 @@ impl Node {
     /// Also when a state turns out to be damaged while its log is replayed; starting again builds it anew.
     pub async fn start(config: NodeConfig) -> Result<Node> {
         let (notices, started) = (Mutex::default(), Mutex::default());
+        let heal = config.heal;
         let node = Node::start_all(config, &notices, &started).await;
         if node.is_err() {
             let started = std::mem::take(&mut *started.lock());
@@ -188,7 +192,11 @@ impl Node {
                 replica.stop().await;
             }
         }
-        node.map(|node| Node { notices: notices.into_inner(), ..node })
+        let node = Node { notices: notices.into_inner(), ..node? };
+        if let Some(settings) = heal {
+            Healer::begin(&node, settings);
+        }
+        Ok(node)
     }
 
     async fn start_all(
@@ -208,6 +216,7 @@ impl Node {
             asker: Asker::default(),
             ready: Arc::new(AtomicBool::new(false)),
             meters: Arc::default(),
+            board: Arc::default(),
         };
         let facts = starter.shard_facts();
         let registry_facts = Arc::new(SharedFacts::new(RegistryFacts::default()));
@@ -274,6 +283,11 @@ impl Node {
     /// A client of the cluster.
     pub fn client(&self) -> &Client {
         &self.client
+    }
+
+    /// Set when the node stops.
+    pub(crate) fn stopping(&self) -> Arc<AtomicBool> {
+        self.stopping.clone()
     }
 
     /// What an operator should know of the start.
@@ -542,6 +556,7 @@ struct Starter<'a> {
     /// Whether everything has started.
     ready: Arc<AtomicBool>,
     meters: Arc<Meters>,
+    board: Arc<Board>,
 }
 
 /// A replica and its log.
@@ -701,6 +716,7 @@ impl Starter<'_> {
             own: self.config.peers.own(),
             replicas,
             blocks,
+            board: self.board.clone(),
             room: self.config.room.clone(),
             left_out: self.config.roles.left_out.clone(),
             engines: self.config.engines.clone(),
@@ -721,6 +737,7 @@ impl Starter<'_> {
             cdc: serving.cdc.clone(),
             shards: serving.shards.clone(),
             blocks: serving.blocks.clone(),
+            board: self.board.clone(),
             process_usage: self.config.process_usage,
             meters: self.meters.clone(),
             monotonic: self.config.runtime.clock.clone(),

@@ -30,7 +30,9 @@ use clutch_shard::Lifetimes;
 use crate::{
     Chains, ClusterFile, Node, NodeConfig, Packing, Roles, chains,
     chains::NewLogs,
-    clock_file, keys,
+    clock_file,
+    healer::HealSettings,
+    keys,
     retention::Retention,
     room::Room,
     routes::Peers,
@@ -70,6 +72,8 @@ pub struct UpConfig {
     pub retain_log: Option<Duration>,
     /// How long the collector rests between two passes; `None` for no collector.
     pub collect_pause: Option<Duration>,
+    /// How it looks after what is stored.
+    pub heal: HealSettings,
 }
 
 /// Files that all databases together keep open at most: half of what the process may open, and no more than this.
@@ -262,6 +266,7 @@ impl Up {
             lifetimes: config.lifetimes,
             pages: clutch_shard::Pages::default(),
             clock_skew_ms_max: config.clock_skew_ms_max,
+            heal: Some(config.heal),
             down: clock_file::downtime(&seam, &config.dir),
             accept_clock: config.accept_clock,
             room: room.clone(),
@@ -278,8 +283,7 @@ impl Up {
             node.client().runtime().spawn("collector", collector::run(client, options, pause));
         }
         if let Some(keep) = config.retain_log {
-            let logs = cluster.logs();
-            let at = node.endpoint().clone();
+            let (logs, at) = (cluster.logs(), node.endpoint().clone());
             let retention = Retention { client: node.client().sibling(), at, stores: rocks, logs, keep };
             node.client().runtime().spawn("retention", retention.run(node.clock().clone()));
         }

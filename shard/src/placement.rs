@@ -15,6 +15,8 @@ pub const FLAG_NO_WRITE: u32 = 1;
 pub const FLAG_GONE: u32 = 2;
 /// The service's blocks are to be moved to others; set together with [`FLAG_NO_WRITE`].
 pub const FLAG_DRAIN: u32 = 4;
+/// The service has not answered for too long, and [`FLAG_DRAIN`] was set for that: who set it clears it when the service is back.
+pub const FLAG_CONDEMNED: u32 = 8;
 
 /// Draws `count` services for blocks of `block_bytes`.
 ///

@@ -13,12 +13,12 @@ use clutch_proto::{
     registry::{Map, SetServiceFlags, registry_request::Op},
     types::BlockService,
 };
-use clutch_shard::{FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE};
+use clutch_shard::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE};
 use serde_json::json;
 
 use crate::{
     args::{BlocksCommand, Pace},
-    commands::status::Picture,
+    commands::status::{self, OfDisks},
     output::{self, talk},
 };
 
@@ -37,12 +37,15 @@ pub(crate) async fn run(
     match command {
         BlocksCommand::Status { json } => status(&client, *json).await,
         BlocksCommand::Drain { service, cancel: true, .. } => {
-            set_flags(&client, *service, |flags| flags & !(FLAG_DRAIN | FLAG_NO_WRITE)).await?;
+            set_flags(&client, *service, |flags| flags & !(FLAG_DRAIN | FLAG_NO_WRITE | FLAG_CONDEMNED))
+                .await?;
             output::line(format!("{service:016x} takes blocks again"))?;
             Ok(ExitCode::SUCCESS)
         }
         BlocksCommand::Drain { service, pace, .. } => {
-            set_flags(&client, *service, |flags| flags | FLAG_DRAIN | FLAG_NO_WRITE).await?;
+            // From now on it is the operator's word, and stays.
+            set_flags(&client, *service, |flags| (flags | FLAG_DRAIN | FLAG_NO_WRITE) & !FLAG_CONDEMNED)
+                .await?;
             empty(&client, &BTreeSet::from([*service]), pace).await
         }
         BlocksCommand::Repair { pace } => {
@@ -126,7 +129,8 @@ async fn empty(client: &Client, services: &BTreeSet<u64>, pace: &Pace) -> Result
         bar.set_message(format!("{} blocks, {}", healed.moved, output::bytes(healed.moved_bytes)));
     };
     let begun = client.runtime().clock.monotonic();
-    let healed = heal::empty(client, services, options(pace), &mut progress).await?;
+    let healed =
+        heal::empty(client, services, &heal::all_slots_backwards(), options(pace), &mut progress).await?;
     let took = (client.runtime().clock.monotonic() - begun).as_secs_f64();
     bar.finish_and_clear();
     let left = healed.spans();
@@ -270,10 +274,40 @@ fn numbers(healed: &Healed) -> serde_json::Value {
 fn state(service: &BlockService, lost: &BTreeMap<u64, String>) -> &'static str {
     match service.flags {
         flags if flags & FLAG_GONE != 0 => "gone",
+        flags if flags & FLAG_CONDEMNED != 0 => "condemned",
         _ if lost.contains_key(&service.service_id) => "suspect",
         flags if flags & FLAG_DRAIN != 0 => "draining",
         flags if flags & FLAG_NO_WRITE != 0 => "no-write",
         _ => "good",
+    }
+}
+
+/// What is still to be moved from disks that are gone or are to be emptied.
+struct Rebuilding {
+    is_done_by_nodes: bool,
+    spans_left: u64,
+    bytes_left: u64,
+    bytes_per_s: u64,
+    /// `None` while nothing moves.
+    seconds_left: Option<u64>,
+    failures: Vec<String>,
+}
+
+impl Rebuilding {
+    /// Of so many blocks.
+    fn line(&self, blocks: u64) -> String {
+        if !self.is_done_by_nodes {
+            return format!("{blocks} blocks are to be moved: say `clutch blocks repair`");
+        }
+        let (bytes, rate) = (output::bytes(self.bytes_left), output::bytes(self.bytes_per_s));
+        let mut line = format!("{blocks} blocks are to be moved; the nodes have {bytes} of it ahead of them");
+        if let Some(seconds) = self.seconds_left.filter(|_| self.spans_left > 0) {
+            line += &format!(", at {rate} per second: {seconds} s");
+        }
+        if let Some(failure) = self.failures.first() {
+            line += &format!("; what they could not do: {failure}");
+        }
+        line
     }
 }
 
@@ -282,8 +316,8 @@ struct Disks {
     map: std::sync::Arc<Map>,
     /// Services whose blocks cannot be had, and why.
     lost: BTreeMap<u64, String>,
-    /// What nodes say is wrong.
-    faults: Vec<String>,
+    /// What nodes say.
+    said: OfDisks,
     healed: Healed,
 }
 
@@ -296,20 +330,50 @@ impl Disks {
         let mut progress = |healed: &Healed| bar.set_message(format!("{} spans", healed.spans()));
         let healed = heal::pass(client, &services, HealOptions::default(), &mut progress).await?;
         bar.finish_and_clear();
-        let faults = match Picture::take(&client.with_patience(ANSWERS_WITHIN)).await {
-            Ok(picture) => picture.faults(),
-            Err(error) => {
-                talk!("clutch: what nodes say of their disks is not known: {error}");
-                Vec::new()
-            }
-        };
-        Ok(Disks { map, lost, faults, healed })
+        let said = status::disks(&client.with_patience(ANSWERS_WITHIN)).await;
+        let said = said.unwrap_or_else(|error| {
+            talk!("clutch: what nodes say of their disks is not known: {error}");
+            OfDisks::default()
+        });
+        Ok(Disks { map, lost, said, healed })
     }
 
-    /// Why a service's blocks cannot be had; what its node says of the disk says more.
-    fn reason(&self, service: u64) -> Option<&str> {
-        let (why, name) = (self.lost.get(&service)?, format!("{service:016x}"));
-        Some(self.faults.iter().find(|fault| fault.contains(&name)).unwrap_or(why))
+    /// Why a service's blocks cannot be had, or are not safe there; what its node says of the disk says more.
+    fn reason(&self, service: u64) -> Option<String> {
+        let said = self.said.disks.get(&service);
+        let fault = said.map(|disk| disk.fault.clone()).filter(|fault| !fault.is_empty());
+        let mut reason = fault.or_else(|| self.lost.get(&service).cloned())?;
+        let away = self.said.healing.iter().flat_map(|healing| &healing.away);
+        if let Some(away) = away.into_iter().find(|away| away.service_id == service) {
+            reason += &format!(", for {} s", away.for_s);
+            let left = away.rebuild_after_s.saturating_sub(away.for_s);
+            let is_condemned = heal::to_be_emptied(&self.map).contains(&service);
+            if !is_condemned && away.rebuild_after_s > 0 {
+                reason += &format!("; if that lasts it is rebuilt elsewhere in {left} s");
+            }
+        }
+        Some(reason)
+    }
+
+    fn directory(&self, service: u64) -> &str {
+        self.said.disks.get(&service).map_or("", |disk| &disk.directory)
+    }
+
+    /// What the nodes have to move yet, and how fast they do.
+    fn rebuilding(&self) -> Rebuilding {
+        let busy = self.said.healing.iter().filter(|healing| healing.spans_left > 0);
+        let bytes_per_s: u64 = busy.map(|healing| healing.bytes_per_s).sum();
+        let bytes_left: u64 = self.said.healing.iter().map(|healing| healing.bytes_left).sum();
+        let spans: u64 = self.said.healing.iter().map(|healing| healing.spans_left).sum();
+        Rebuilding {
+            is_done_by_nodes: !self.said.healing.is_empty(),
+            // Before the nodes have looked, no more than this.
+            spans_left: if spans > 0 { spans } else { self.blocks_left() },
+            bytes_left,
+            bytes_per_s,
+            seconds_left: bytes_left.checked_div(bytes_per_s),
+            failures: self.said.healing.iter().flat_map(|healing| healing.failures.clone()).collect(),
+        }
     }
 
     fn held(&self, service: u64) -> heal::Load {
@@ -323,16 +387,30 @@ impl Disks {
     fn document(&self) -> serde_json::Value {
         let service = |service: &BlockService| {
             let (id, held) = (service.service_id, self.held(service.service_id));
-            json!({
-                "id": format!("{id:016x}"), "address": service.address, "failure_domain": service.failure_domain,
-                "state": state(service, &self.lost), "reason": self.reason(id).unwrap_or(""), "blocks": held.blocks,
+            let mut document = json!({
+                "id": format!("{id:016x}"), "directory": self.directory(id), "address": service.address,
+                "failure_domain": service.failure_domain, "state": state(service, &self.lost),
+                "reason": self.reason(id).unwrap_or_default(), "blocks": held.blocks,
                 "bytes": output::number(held.bytes), "capacity_bytes": output::number(service.capacity_bytes),
                 "available_bytes": output::number(service.available_bytes),
-            })
+            });
+            if let Some(disk) = self.said.disks.get(&id) {
+                let when = |at: u64| (at > 0).then(|| output::nanoseconds(at));
+                document["scrub"] = json!({
+                    "ended": when(disk.scrubbed_at), "begun": when(disk.scrub_begun_at), "parts_of_256": disk.scrub_parts,
+                    "checked": disk.checked, "damaged": disk.damaged, "repaired": disk.repaired,
+                });
+            }
+            document
         };
         let services: Vec<_> = self.map.services.iter().map(service).collect();
         let mut redundancy = numbers(&self.healed);
-        redundancy["rebuilding"] = json!({ "blocks_left": self.blocks_left() });
+        let rebuilding = self.rebuilding();
+        redundancy["rebuilding"] = json!({
+            "by_nodes": rebuilding.is_done_by_nodes, "blocks_left": self.blocks_left(), "spans_left": rebuilding.spans_left,
+            "bytes_left": output::number(rebuilding.bytes_left), "rate": rebuilding.bytes_per_s,
+            "seconds_left": rebuilding.seconds_left, "failures": rebuilding.failures,
+        });
         json!({
             "services": services, "redundancy": redundancy,
             "logical_bytes": output::number(self.healed.logical_bytes),
@@ -371,7 +449,7 @@ impl Disks {
         output::line(format!("{logical} of files in blocks of {physical}"))?;
         match self.blocks_left() {
             0 => Ok(()),
-            left => output::line(format!("{left} blocks are to be moved: say `clutch blocks repair`")),
+            left => output::line(self.rebuilding().line(left)),
         }
     }
 }

@@ -3,7 +3,7 @@
 //! Says what there is, whatever does not work: a table always comes, with the faults in it.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     process::ExitCode,
     time::{Duration, Instant},
 };
@@ -11,7 +11,10 @@ use std::{
 use anyhow::Result;
 use clutch_client::{Client, ClientError};
 use clutch_proto::{
-    admin::{AdminReply, AdminRequest, LogMember, Status, StatusReply, admin_request::Op},
+    admin::{
+        AdminReply, AdminRequest, DiskStatus, HealingStatus, LogMember, Status, StatusReply,
+        admin_request::Op,
+    },
     level,
     limits::INLINE_OF_SHARD_BYTES_MAX,
     registry::Map,
@@ -26,6 +29,51 @@ use crate::{
 
 /// A wall clock that is further away from the cluster's time than this is worth a line.
 const CLOCK_OFF_MS: i64 = 5000;
+
+/// What nodes say of their disks, and of what they do for what is stored.
+#[derive(Default)]
+pub(crate) struct OfDisks {
+    /// By their ids.
+    pub(crate) disks: BTreeMap<u64, DiskStatus>,
+    /// Of each node that looks after it.
+    pub(crate) healing: Vec<HealingStatus>,
+}
+
+/// Asks every node once.
+pub(crate) async fn disks(client: &Client) -> Result<OfDisks, ClientError> {
+    let map = client.refresh_map().await?;
+    let mut asked: Vec<(Role, u32)> = vec![(Role::Registry, 0), (Role::Cdc, 0)];
+    asked.extend(map.shards.iter().map(|shard| (Role::Shard, shard.shard)));
+    let mut nodes: BTreeSet<(String, Role, u32)> = BTreeSet::new();
+    let mut found = OfDisks::default();
+    for (role, number) in asked {
+        // A node may have a member of one log only; and one that was asked for one log says the same for the next.
+        let Ok(status) = status_in(client.admin(role, number, status_request()).await) else { continue };
+        let new = |address: &String| !address.is_empty() && nodes.iter().all(|(known, ..)| known != address);
+        let members: Vec<_> = status.members.iter().map(|m| m.address.clone()).filter(new).collect();
+        nodes.extend(members.into_iter().map(|address| (address, role, number)));
+        if status.members.len() < 2 {
+            let request = AdminRequest { op: Some(Op::Status(Status { disks: true, ..Status::default() })) };
+            found.take(status_in(client.admin(role, number, request).await));
+            return Ok(found);
+        }
+    }
+    let answers = nodes.into_iter().map(|(address, role, number)| async move {
+        let request = AdminRequest { op: Some(Op::Status(Status { disks: true, ..Status::default() })) };
+        status_in(client.admin_at(address.as_str().into(), role, number, request).await)
+    });
+    futures_util::future::join_all(answers).await.into_iter().for_each(|answer| found.take(answer));
+    Ok(found)
+}
+
+impl OfDisks {
+    /// A node that does not answer says nothing of its disks.
+    fn take(&mut self, status: Result<StatusReply, ClientError>) {
+        let Ok(status) = status else { return };
+        self.disks.extend(status.disks.into_iter().map(|disk| (disk.service_id, disk)));
+        self.healing.extend(status.healing);
+    }
+}
 
 /// One replica and what it says of itself.
 pub(crate) struct ReplicaStatus {

@@ -4,7 +4,10 @@ use std::{process::ExitCode, time::Duration};
 
 use anyhow::Result;
 use clutch_runtime::Runtime;
-use clutch_server::up::{Up, UpConfig};
+use clutch_server::{
+    healer::HealSettings,
+    up::{Up, UpConfig},
+};
 use clutch_shard::Lifetimes;
 
 use super::serving::{Stops, raise_open_files};
@@ -14,12 +17,8 @@ use crate::{
     output::talk,
 };
 
-pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
-    let mut stops = Stops::new()?;
-    let started = std::time::Instant::now();
-    raise_open_files();
-    let monitored = http::listen(args.metrics.as_deref()).await?;
-    let config = UpConfig {
+fn config(args: &UpArgs) -> UpConfig {
+    UpConfig {
         dir: args.dir.clone(),
         listen: args.listen.as_str().into(),
         advertise: args.advertise.clone(),
@@ -35,10 +34,22 @@ pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
             Keep::All => None,
             Keep::AtMost(ms) => Some(Duration::from_millis(ms)),
         },
+        heal: HealSettings {
+            rebuild_after: seconds(args.rebuild_after_s),
+            scrub_every: seconds(args.scrub_every_s),
+            ..HealSettings::default()
+        },
         collect_pause: Some(seconds(args.collect_every_s)).filter(|pause| !pause.is_zero()),
-    };
+    }
+}
+
+pub(crate) async fn run(runtime: Runtime, args: &UpArgs) -> Result<ExitCode> {
+    let mut stops = Stops::new()?;
+    let started = std::time::Instant::now();
+    raise_open_files();
+    let monitored = http::listen(args.metrics.as_deref()).await?;
     let up = tokio::select! {
-        up = Up::start(runtime, config) => up?,
+        up = Up::start(runtime, config(args)) => up?,
         () = stops.next() => return Ok(ExitCode::FAILURE),
     };
     monitored.of(up.node().watch().clone());

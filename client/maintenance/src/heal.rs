@@ -7,13 +7,15 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    ops::RangeInclusive,
     time::Duration,
 };
 
 use bytes::Bytes;
 use clutch_client::{Client, ClientError};
 use clutch_proto::{
-    InodeId, InodeKind, Slot, SpanId,
+    BlockId, InodeId, InodeKind, Slot, SpanId,
+    mutants::{self, Mutant},
     registry::Map,
     types::{Code, Span},
 };
@@ -34,11 +36,21 @@ pub struct HealOptions {
     pub concurrency: usize,
     /// Bytes of blocks that are written in a second at most, so that users come first; 0 for no limit.
     pub bytes_per_s: u64,
+    /// Of each span only what is on this service is checked; 0 for all.
+    pub only: u64,
+}
+
+/// A part of the slots.
+pub type Slots = RangeInclusive<u8>;
+
+/// All slots, in parts from the last to the first: whoever else moves the same goes the other way.
+pub fn all_slots_backwards() -> Vec<Slots> {
+    (0..16).rev().map(|part| part * 16..=part * 16 + 15).collect()
 }
 
 impl Default for HealOptions {
     fn default() -> HealOptions {
-        HealOptions { check: false, repair: false, concurrency: 4, bytes_per_s: 0 }
+        HealOptions { check: false, repair: false, concurrency: 4, bytes_per_s: 0, only: 0 }
     }
 }
 
@@ -70,10 +82,18 @@ pub struct Healed {
     pub checked: u64,
     /// Blocks that were missing or damaged where they should have been.
     pub damaged: u64,
+    /// Those of them that were missing.
+    pub missing: u64,
     /// Blocks that were written elsewhere.
     pub moved: u64,
     /// Bytes of those.
     pub moved_bytes: u64,
+    /// Where services are emptied: spans that are still to be moved.
+    #[serde(skip)]
+    pub spans_left: u64,
+    /// And the bytes of their blocks there.
+    #[serde(skip)]
+    pub bytes_left: u64,
     /// What each service holds.
     #[serde(skip)]
     pub services: BTreeMap<u64, Load>,
@@ -141,7 +161,49 @@ pub async fn pass(
     progress: &mut (dyn FnMut(&Healed) + Send),
 ) -> Result<Healed, ClientError> {
     let mut pass = Pass::new(client, lost, options);
-    pass.walk(0, 1, progress).await?;
+    pass.walk(0, &(0..=u8::MAX), 1, progress).await?;
+    Ok(pass.healed)
+}
+
+/// A page of the spans that have a block on a service: has it read each of these, and writes elsewhere what is missing or damaged, if
+/// that is asked for. Also where the next page begins; empty behind the last.
+///
+/// # Errors
+/// When a shard does not answer. What cannot be done with one span is in [`Healed::failures`].
+pub async fn scrub_page(
+    client: &Client,
+    service: u64,
+    after: Bytes,
+    options: HealOptions,
+) -> Result<(Healed, Bytes), ClientError> {
+    let none = BTreeSet::new();
+    let options = HealOptions { check: true, only: service, ..options };
+    let mut pass = Pass::new(client, &none, options);
+    let (page, next) = client.visit_spans(service, after).await?;
+    pass.look_at_all(page, &mut |_| {}).await?;
+    Ok((pass.healed, next))
+}
+
+/// Has a service look at a block by which it was told that it is not there as it was written. Written elsewhere where that is so, and the
+/// block is in use.
+///
+/// # Errors
+/// When a shard does not answer. What cannot be done is in [`Healed::failures`].
+pub async fn repair_block(
+    client: &Client,
+    service: u64,
+    block: BlockId,
+    options: HealOptions,
+) -> Result<Healed, ClientError> {
+    let none = BTreeSet::new();
+    let options = HealOptions { check: true, repair: true, only: service, ..options };
+    let mut pass = Pass::new(client, &none, options);
+    // The index of blocks is in the order of slot, service and block.
+    let before = [&[block.slot().0][..], &service.to_be_bytes(), &block.0.saturating_sub(1).to_be_bytes()];
+    let (page, _) = client.visit_spans(service, before.concat().into()).await?;
+    let has_it = |span: &Span| span.blocks.iter().any(|b| (b.service_id, b.block_id) == (service, block.0));
+    let span = page.into_iter().find(has_it);
+    pass.look_at_all(span.into_iter().collect(), &mut |_| {}).await?;
     Ok(pass.healed)
 }
 
@@ -174,8 +236,8 @@ pub async fn unavailable(client: &Client, map: &Map) -> BTreeMap<u64, String> {
     futures_util::future::join_all(asked).await.into_iter().flatten().collect()
 }
 
-/// Empties services: moves what they hold until a look finds nothing there any more, spans that have lost most first.
-/// What was found at last is returned, with everything that was moved. Ends early when a
+/// Empties services: moves what they hold of these slots until a look finds nothing there any more, spans that have lost most
+/// first. What was found at last is returned, with everything that was moved. Ends early when a
 /// look finds as much as the one before it.
 ///
 /// # Errors
@@ -183,20 +245,25 @@ pub async fn unavailable(client: &Client, map: &Map) -> BTreeMap<u64, String> {
 pub async fn empty(
     client: &Client,
     services: &BTreeSet<u64>,
+    slots: &[Slots],
     options: HealOptions,
     progress: &mut (dyn FnMut(&Healed) + Send),
 ) -> Result<Healed, ClientError> {
+    let begun = client.runtime().clock.monotonic();
     let (mut moved, mut moved_bytes) = (0, 0);
     let (mut left, mut failures) = (u64::MAX, Vec::new());
     loop {
         let looking = HealOptions { repair: false, check: false, ..options };
         let mut look = Pass::new(client, services, looking);
-        for service in services {
-            look.walk(*service, 1, &mut |_| {}).await?;
+        for (slots, service) in each(slots, services) {
+            look.walk(service, slots, 1, &mut |_| {}).await?;
         }
         let most = look.most_lost;
         look.healed.moved = moved;
         look.healed.moved_bytes = moved_bytes;
+        look.healed.spans_left = look.healed.spans();
+        look.healed.bytes_left = look.lost_bytes;
+        progress(&look.healed);
         if most == 0 {
             return Ok(look.healed);
         }
@@ -207,13 +274,19 @@ pub async fn empty(
         left = look.healed.spans();
         let mut pass = Pass::new(client, services, HealOptions { repair: true, ..options });
         (pass.healed.moved, pass.healed.moved_bytes) = (moved, moved_bytes);
+        (pass.healed.spans_left, pass.healed.bytes_left) = (look.healed.spans_left, look.healed.bytes_left);
+        pass.begun = begun;
         for least in (1..=most).rev() {
-            for service in services {
-                pass.walk(*service, least, progress).await?;
+            for (slots, service) in each(slots, services) {
+                pass.walk(service, slots, least, progress).await?;
             }
         }
         (moved, moved_bytes, failures) = (pass.healed.moved, pass.healed.moved_bytes, pass.healed.failures);
     }
+}
+
+fn each<'a>(slots: &'a [Slots], services: &'a BTreeSet<u64>) -> impl Iterator<Item = (&'a Slots, u64)> {
+    slots.iter().flat_map(move |slots| services.iter().map(move |service| (slots, *service)))
 }
 
 struct Pass<'a> {
@@ -223,6 +296,8 @@ struct Pass<'a> {
     healed: Healed,
     /// The most blocks that a span has lost.
     most_lost: usize,
+    /// Bytes of blocks that are lost.
+    lost_bytes: u64,
     /// A file or directory of each slot: what is written for a span is written for it.
     homes: BTreeMap<u8, Option<InodeId>>,
     begun: Duration,
@@ -233,6 +308,7 @@ struct Looked {
     span: Span,
     lost: Vec<usize>,
     checked: u64,
+    missing: u64,
     damaged: u64,
     moved: u64,
     failures: Vec<String>,
@@ -242,21 +318,22 @@ impl<'a> Pass<'a> {
     fn new(client: &'a Client, lost: &'a BTreeSet<u64>, options: HealOptions) -> Pass<'a> {
         let begun = client.runtime().clock.monotonic();
         let (healed, homes) = (Healed::default(), BTreeMap::new());
-        Pass { client, lost, options, healed, most_lost: 0, homes, begun }
+        Pass { client, lost, options, healed, most_lost: 0, lost_bytes: 0, homes, begun }
     }
 
-    /// The spans of a service, or all, that have lost at least so many blocks.
+    /// The spans of a service, or all, of these slots that have lost at least so many blocks.
     async fn walk(
         &mut self,
         service: u64,
+        slots: &Slots,
         least: usize,
         progress: &mut (dyn FnMut(&Healed) + Send),
     ) -> Result<(), ClientError> {
-        let mut after = Bytes::new();
+        let mut after = Bytes::copy_from_slice(&[*slots.start()]);
         loop {
             let (page, next) = self.client.visit_spans(service, after).await?;
             let mut work = Vec::new();
-            for span in page {
+            for span in page.into_iter().filter(|span| slots.contains(&SpanId(span.span_id).slot().0)) {
                 let lost = self.lost_of(&span);
                 // A span that is held by several of these services is met with each.
                 let is_first =
@@ -269,11 +346,26 @@ impl<'a> Pass<'a> {
                 work.push((span, lost, home));
             }
             self.look(work, progress).await;
-            if next.is_empty() {
+            if next.first().is_none_or(|slot| slot > slots.end()) {
                 return Ok(());
             }
             after = next;
         }
+    }
+
+    /// These spans, whatever they have lost.
+    async fn look_at_all(
+        &mut self,
+        spans: Vec<Span>,
+        progress: &mut (dyn FnMut(&Healed) + Send),
+    ) -> Result<(), ClientError> {
+        let mut work = Vec::new();
+        for span in spans {
+            let home = self.home(SpanId(span.span_id).slot()).await?;
+            work.push((span, Vec::new(), home));
+        }
+        self.look(work, progress).await;
+        Ok(())
     }
 
     /// The spans of a file, or of all files of a directory and below.
@@ -348,13 +440,17 @@ impl<'a> Pass<'a> {
     }
 
     fn take(&mut self, looked: Looked) {
-        let Looked { span, lost, checked, damaged, moved, failures } = looked;
+        let Looked { span, lost, checked, missing, damaged, moved, failures } = looked;
+        self.healed.missing += missing;
         self.most_lost = self.most_lost.max(lost.len());
         let bytes = self.healed.count(&span, lost.len());
         self.healed.checked += checked;
         self.healed.damaged += damaged;
         self.healed.moved += moved;
         self.healed.moved_bytes += moved * bytes;
+        self.lost_bytes += bytes * lost.len() as u64;
+        self.healed.spans_left = self.healed.spans_left.saturating_sub(u64::from(moved > 0));
+        self.healed.bytes_left = self.healed.bytes_left.saturating_sub(moved * bytes);
         failures.into_iter().for_each(|failure| self.healed.fail(failure));
     }
 
@@ -377,18 +473,22 @@ async fn look_at(
     mut lost: Vec<usize>,
     home: Option<InodeId>,
 ) -> Looked {
-    let (mut checked, mut damaged, mut moved, mut failures) = (0, 0, 0, Vec::new());
+    let (mut checked, mut missing, mut damaged, mut moved, mut failures) = (0, 0, 0, 0, Vec::new());
     // What can be repaired: a service that does not answer may come back with all that it has.
     let mut repairable = lost.clone();
     if options.check {
         for (index, block) in span.blocks.iter().enumerate() {
-            if lost.contains(&index) {
+            if lost.contains(&index) || options.only != 0 && block.service_id != options.only {
                 continue;
             }
             match client.check_block(block).await {
                 Ok(()) => checked += 1,
                 Err(error) => {
-                    let is_bad = matches!(error.code(), Some(Code::BlockNotFound | Code::BlockCorrupt));
+                    let is_missing = error.code() == Some(Code::BlockNotFound);
+                    // A disk that cannot give this block, and answers, has lost it.
+                    let is_bad = is_missing && !mutants::is(Mutant::MissingNotRepaired)
+                        || matches!(error.code(), Some(Code::BlockCorrupt | Code::DiskFault));
+                    missing += u64::from(is_missing);
                     if is_bad {
                         damaged += 1;
                         repairable.push(index);
@@ -424,5 +524,5 @@ async fn look_at(
             Err(error) => failures.push(format!("move block {id:x} from service {service:016x}: {error}")),
         }
     }
-    Looked { span, lost, checked, damaged, moved, failures }
+    Looked { span, lost, checked, missing, damaged, moved, failures }
 }

@@ -171,7 +171,9 @@ pub async fn confirmed(client: &Client, id: LogId) -> Result<StatusReply> {
     let began = clock.monotonic();
     loop {
         let (_, at) = leader_of(client, id).await?;
-        match ask_at(client, at.as_deref(), id, Op::Status(Status { confirm: true })).await {
+        match ask_at(client, at.as_deref(), id, Op::Status(Status { confirm: true, ..Status::default() }))
+            .await
+        {
             Ok(reply) => return reply.status.context("an answer without a status"),
             Err(error) if clock.monotonic() - began > STILL_MAX => {
                 return Err(error).with_context(|| format!("{id}: no quorum confirms who leads"));

@@ -18,6 +18,7 @@ use std::{
     fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -29,6 +30,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     ClusterFile,
+    healer::HealSettings,
     joining::{Belongings, Secret},
     keys,
 };
@@ -90,6 +92,15 @@ pub struct Settings {
     /// Whether leaders answer reads by what a quorum has promised, without asking it for each.
     #[serde(default)]
     pub lease_reads: bool,
+    /// A disk that has not answered for so long is rebuilt elsewhere; 0 for never.
+    #[serde(default = "rebuild_after_s")]
+    pub rebuild_after_s: u64,
+    /// In so long each disk is read through once; 0 for never.
+    #[serde(default = "scrub_every_s")]
+    pub scrub_every_s: u64,
+    /// What the node writes in a second at most so that blocks are where they should be; 0 for no limit.
+    #[serde(default = "heal_mib_per_s")]
+    pub heal_mib_per_s: u64,
     /// How far apart the cluster's clocks may be.
     #[serde(default = "clock_skew_s")]
     pub clock_skew_s: u64,
@@ -112,6 +123,18 @@ pub const BALANCE_AFTER_S: u64 = 600;
 
 fn balance_after_s() -> u64 {
     BALANCE_AFTER_S
+}
+
+fn rebuild_after_s() -> u64 {
+    HealSettings::default().rebuild_after.as_secs()
+}
+
+fn scrub_every_s() -> u64 {
+    HealSettings::default().scrub_every.as_secs()
+}
+
+fn heal_mib_per_s() -> u64 {
+    HealSettings::default().bytes_per_s >> 20
 }
 
 fn clock_skew_s() -> u64 {
@@ -146,6 +169,16 @@ impl Settings {
         Ok(nodes)
     }
 
+    /// How the node looks after what is stored.
+    pub fn heal(&self) -> HealSettings {
+        HealSettings {
+            rebuild_after: Duration::from_secs(self.rebuild_after_s),
+            scrub_every: Duration::from_secs(self.scrub_every_s),
+            bytes_per_s: self.heal_mib_per_s << 20,
+            ..HealSettings::default()
+        }
+    }
+
     fn check(&self) -> Result<()> {
         check_address(&self.listen).context("listen")?;
         if let Some(address) = &self.metrics {
@@ -163,6 +196,9 @@ impl Settings {
         within("reserve_mib", self.reserve_mib.unwrap_or(0), 0, 1 << 20)?;
         within("collect_every_s", self.collect_every_s, 0, 31_536_000)?;
         within("balance_after_s", self.balance_after_s, 0, 31_536_000)?;
+        within("rebuild_after_s", self.rebuild_after_s, 0, 31_536_000)?;
+        within("scrub_every_s", self.scrub_every_s, 0, 315_360_000)?;
+        within("heal_mib_per_s", self.heal_mib_per_s, 0, 1 << 20)?;
         within("clock_skew_s", self.clock_skew_s, 0, 3600)?;
         let domain = self.failure_domain.as_deref();
         ensure!(domain.is_none_or(|domain| !domain.trim().is_empty()), "failure_domain must not be empty");
@@ -509,6 +545,9 @@ fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
              #reserve_mib = 1024          # a sixteenth of the file system, and at most this\n\
              #collect_every_s = {}\n\
              #balance_after_s = {}       # leaders are spread over nodes when nothing has changed for so long; 0 for never\n\
+             #rebuild_after_s = {}       # a disk that has not answered for so long is rebuilt elsewhere; 0 for never\n\
+             #scrub_every_s = {}     # in so long each disk is read through once; 0 for never\n\
+             #heal_mib_per_s = {}         # what is written for both in a second at most; 0 for no limit\n\
              #clock_skew_s = {}\n\
              #lease_reads = false         # reads by what a quorum has promised, without asking it for each\n\
              #retain_log = \"all\"         # or an age, for example \"7d\"\n\n\
@@ -518,6 +557,9 @@ fn settings_text(number: NodeId, nodes: &BTreeMap<NodeId, String>) -> String {
         segment_mib(),
         collect_every_s(),
         balance_after_s(),
+        rebuild_after_s(),
+        scrub_every_s(),
+        heal_mib_per_s(),
         clock_skew_s(),
     );
     for (number, address) in nodes {

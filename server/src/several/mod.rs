@@ -295,6 +295,7 @@ async fn start_on(runtime: &Runtime, layout: &Layout, options: &StartOptions) ->
         room: room.clone(),
         reserve_on: up::on_the_same_file_system(dir, &disks),
         packing: Packing::of(runtime, dir),
+        heal: Some(layout.settings.heal()),
         process_usage: crate::handler::process_usage,
     };
     // One that is to become a member is looked for where it says that it is.

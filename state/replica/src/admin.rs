@@ -103,7 +103,7 @@ impl<M: Machine> Replica<M> {
             }
             Some(Op::TakeCheckpoint(_)) => self.take_checkpoint().and_then(|()| self.status()),
             Some(
-                Op::Status(clutch_proto::admin::Status { confirm: true })
+                Op::Status(clutch_proto::admin::Status { confirm: true, .. })
                 | Op::TrimLog(_)
                 | Op::Reconfigure(_)
                 | Op::MoveLeader(_)

@@ -12,6 +12,7 @@ pub mod fuzz;
 pub mod generate;
 pub mod golden_logs;
 pub mod hanging;
+pub mod healing;
 pub mod history;
 pub mod hot_paths;
 pub mod joining;

@@ -10,7 +10,7 @@ use clutch_client_maintenance::{
     heal::{self, HealOptions},
 };
 use clutch_integration::{
-    SimCluster,
+    SimCluster, healing,
     sim_cluster::{ClusterConfig, disk_node},
 };
 use clutch_proto::{
@@ -89,7 +89,9 @@ fn a_disk_that_is_gone_is_rebuilt_from_the_others() {
         flag(&c, gone, FLAG_NO_WRITE | FLAG_DRAIN).await;
         let map = c.refresh_map().await.expect("a map");
         assert_eq!(heal::to_be_emptied(&map), lost);
-        let healed = heal::empty(&c, &lost, looking, &mut |_| {}).await.expect("empties");
+        let healed = heal::empty(&c, &lost, &heal::all_slots_backwards(), looking, &mut |_| {})
+            .await
+            .expect("empties");
         assert_eq!((healed.spans(), healed.failures), (0, Vec::new()));
         assert_eq!(healed.moved, before.services[&gone].blocks);
         assert_eq!(healed.moved_bytes, before.services[&gone].bytes);
@@ -140,4 +142,11 @@ fn what_is_not_where_it_should_be_is_found_and_written_elsewhere() {
         read_all(&client).await;
         is_clean(&client).await;
     });
+}
+
+#[test]
+fn nodes_look_after_what_is_stored_by_themselves() {
+    // More of them: HEALING_SEEDS=1000.
+    let seeds = std::env::var("HEALING_SEEDS").map_or(Ok(16), |seeds| seeds.parse::<u64>());
+    assert_eq!(healing::of_seeds(1..=seeds.expect("a number")), Vec::<String>::new());
 }

@@ -4,7 +4,7 @@
 use clutch_integration::{
     batches, begun_anew, cut_off, denied, diverged,
     generate::{Profile, generate_replicated},
-    hanging, joining, just_started, late_placement, late_write, led_ahead, names, old_snapshot,
+    hanging, healing, joining, just_started, late_placement, late_write, led_ahead, names, old_snapshot,
     run::run,
     sim_cluster::{Engine, Members},
     slow_reader, steps,
@@ -20,6 +20,7 @@ fn find_apart(mutant: Mutant, checker: &'static str) -> Result<(u64, &'static st
         "steps" => [steps::blocks(), steps::log(), steps::stalled(), steps::recovery()].concat(),
         "names" => names::paths(),
         "hanging" => hanging::all(),
+        "healing" => healing::all(),
         "slow reader" => slow_reader::all(),
         "late write" => late_write::all(),
         "led ahead" => led_ahead::all(),
@@ -45,7 +46,7 @@ fn find(mutant: Mutant, checkers: &[&'static str]) -> Result<(u64, &'static str)
     if let [
         checker @ ("steps" | "batches" | "names" | "hanging" | "slow reader" | "led ahead" | "diverged"
         | "just started" | "begun anew" | "denied" | "cut off" | "joining" | "late placement"
-        | "late write" | "old snapshot"),
+        | "late write" | "old snapshot" | "healing"),
     ] = checkers
     {
         return find_apart(mutant, checker);

@@ -1,0 +1,299 @@
+//! Clusters whose nodes look after what is stored, and disks to which one thing after the other happens: they are exchanged for empty
+//! ones, come back as they were an hour ago, rot, are away for long, or are to be emptied; all while files are written and read.
+//!
+//! Within a bounded time after each, without anybody who asks for it: every block of every file is where it should be and as it was
+//! written; disks that are to be emptied hold nothing, those that were away are used again. At the end every file has its bytes.
+
+use std::{
+    collections::BTreeMap,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use bytes::Bytes;
+use clutch_client::Client;
+use clutch_client_maintenance::{
+    fsck,
+    heal::{self, HealOptions, Healed},
+};
+use clutch_proto::{
+    InodeId,
+    registry::{SetServiceFlags, registry_request},
+};
+use clutch_server::healer::HealSettings;
+use clutch_shard::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_NO_WRITE};
+use parking_lot::Mutex;
+use rand::{Rng as _, SeedableRng as _, rngs::StdRng, seq::IndexedRandom as _};
+
+use crate::{
+    history::{Data, bytes_of},
+    sim_cluster::{CLIENT, ClusterConfig, SimCluster, disk_node},
+    workload::attributes,
+};
+
+/// Two more than a span needs.
+const DISKS: u32 = 6;
+const POLICY: (u32, u32) = (2, 2);
+/// Faults of one cluster, one after the other.
+const ROUNDS: u32 = 4;
+/// Within this everything is as it should be again.
+const HEALED_WITHIN: Duration = Duration::from_secs(400);
+const REBUILD_AFTER: Duration = Duration::from_secs(20);
+/// A file gets its name so long after a disk is to be emptied: by then the disk was found empty.
+const NAMED_AFTER: Duration = Duration::from_secs(3);
+/// Longer than until a disk that is away is rebuilt, and shorter.
+const AWAY: [u64; 2] = [90, 8];
+
+/// What happens to a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// An empty one is labelled in its place.
+    Exchanged,
+    /// It is as it was when the round began.
+    OfThePast,
+    /// Bits flip all over it.
+    Rots,
+    /// Its node is down for so many seconds.
+    Away(u64),
+    /// An operator lets it be emptied, and used again when it is.
+    Emptied,
+}
+
+/// The files that were acknowledged, by their names.
+type Files = Arc<Mutex<BTreeMap<String, Data>>>;
+
+struct Trial {
+    cluster: SimCluster,
+    client: Client,
+    files: Files,
+    rng: StdRng,
+    /// Whether disks are read through by themselves.
+    scrubs: bool,
+}
+
+type Outcome<T> = Result<T, String>;
+
+fn said(error: impl ToString) -> String {
+    error.to_string()
+}
+
+/// Writes files until it is told to stop. What is not acknowledged may be there or not.
+async fn write(client: Client, files: Files, round: u32, salt: u64, stop: Arc<AtomicBool>) {
+    let mut number: u32 = 0;
+    while !stop.load(Ordering::Relaxed) {
+        let sizes = [3000, 20_000, 70_000, 400_000];
+        let data = Data { salt: salt + u64::from(number) + 1, bytes: sizes[number as usize % sizes.len()] };
+        let name = format!("r{round}-{number}");
+        let (bytes, name_bytes) = (bytes_of(data), Bytes::from(name.clone()));
+        let written =
+            client.write_file(InodeId::ROOT, &name_bytes, attributes(), true, &mut &bytes[..]).await;
+        if written.is_ok() {
+            files.lock().insert(name, data);
+        }
+        number += 1;
+        client.runtime().clock.sleep(Duration::from_millis(400)).await;
+    }
+}
+
+async fn read_all(client: &Client, files: &Files) -> Outcome<()> {
+    let all: Vec<(String, Data)> = files.lock().iter().map(|(name, data)| (name.clone(), *data)).collect();
+    for (name, data) in all {
+        let at = client.resolve(format!("/{name}")).await.map_err(said)?;
+        let mut read = Vec::new();
+        let mut sink = |part: Bytes| {
+            read.extend_from_slice(&part);
+            Ok(())
+        };
+        let done = client.read_file(at.id, &mut sink).await;
+        done.map_err(|error| format!("{name} cannot be read: {error}"))?;
+        if read != bytes_of(data) {
+            return Err(format!("{name} has other bytes"));
+        }
+    }
+    Ok(())
+}
+
+async fn set_flags(client: &Client, service_id: u64, flags: u32) -> Outcome<()> {
+    let op = SetServiceFlags { service_id, flags };
+    client.registry(registry_request::Op::SetServiceFlags(op)).await.map(drop).map_err(said)
+}
+
+/// Waits until all blocks are there and good and no disk is condemned; what is wrong when that does not come.
+async fn healed(client: &Client) -> Outcome<Healed> {
+    let clock = client.runtime().clock.clone();
+    let end = clock.monotonic() + HEALED_WITHIN;
+    loop {
+        let map = client.refresh_map().await.map_err(said)?;
+        let condemned = map.services.iter().filter(|service| service.flags & FLAG_CONDEMNED != 0).count();
+        let options = HealOptions { check: true, concurrency: 8, ..HealOptions::default() };
+        let looked = heal::pass(client, &heal::to_be_emptied(&map), options, &mut |_| {}).await;
+        let looked = looked.map_err(said)?;
+        if looked.is_whole() && condemned == 0 {
+            return Ok(looked);
+        }
+        if clock.monotonic() > end {
+            let failures = &looked.failures[..looked.failures.len().min(3)];
+            return Err(format!(
+                "after {} s {condemned} disks are condemned, {} spans lack blocks and {} cannot be read: {failures:?}",
+                HEALED_WITHIN.as_secs(),
+                looked.reduced + looked.none,
+                looked.unreadable
+            ));
+        }
+        clock.sleep(Duration::from_secs(5)).await;
+    }
+}
+
+impl Trial {
+    fn run<T: Send + 'static>(&self, part: impl Future<Output = Outcome<T>> + Send + 'static) -> Outcome<T> {
+        let ended = self.cluster.world.run(CLIENT, Duration::from_secs(2000), part);
+        ended.ok_or("it does not come to an end")?
+    }
+
+    fn wait(&self, seconds: u64) -> Outcome<()> {
+        let clock = self.client.runtime().clock.clone();
+        self.run(async move {
+            clock.sleep(Duration::from_secs(seconds)).await;
+            Ok(())
+        })
+    }
+
+    fn draw(&mut self) -> Trouble {
+        // What rots and is never read is nobody's to find.
+        let rots = if self.scrubs { Trouble::Rots } else { Trouble::Exchanged };
+        let away = AWAY[self.rng.random_range(0..AWAY.len())];
+        let all = [Trouble::Exchanged, Trouble::OfThePast, rots, Trouble::Away(away), Trouble::Emptied];
+        *all.choose(&mut self.rng).expect("some")
+    }
+
+    fn flip_bits(&mut self, disk: u32) {
+        let disk = self.cluster.world.disk(disk_node(disk));
+        let is_of_blocks = |path: &PathBuf| {
+            path.starts_with("disk") && !["label", "scrub", "index"].iter().any(|name| path.ends_with(name))
+        };
+        let files: Vec<_> = disk.files().into_iter().filter(|(path, _)| is_of_blocks(path)).collect();
+        for _ in 0..20 {
+            let Some((path, length)) = files.choose(&mut self.rng) else { return };
+            disk.corrupt(path, self.rng.random_range(0..*length.max(&1)), 1 << self.rng.random_range(0..8));
+        }
+    }
+
+    /// One thing happens to a disk while files are written.
+    fn strike(&mut self, round: u32, trouble: Trouble) -> Outcome<()> {
+        let disk = self.rng.random_range(0..DISKS);
+        let (node, world) = (disk_node(disk), self.cluster.world.clone());
+        let before = world.disk(node).copy();
+        let stop = Arc::new(AtomicBool::new(false));
+        let (client, files, stopped) = (self.client.clone(), self.files.clone(), stop.clone());
+        let salt = self.rng.random_range(0..1_u64 << 40);
+        let writes = write(client, files, round, salt, stopped);
+        self.client.runtime().spawn("writes", writes);
+        self.wait(10)?;
+        match trouble {
+            Trouble::Exchanged => {
+                world.crash(node);
+                world.disk(node).wipe();
+                self.cluster.label(disk);
+                self.cluster.boot(node);
+            }
+            Trouble::OfThePast => {
+                world.crash(node);
+                drop(world.disk(node).mount(before));
+                // One that had no label yet gets one as a new disk does.
+                if !self.cluster.is_labelled(disk) {
+                    self.cluster.label(disk);
+                }
+                self.cluster.boot(node);
+            }
+            Trouble::Rots => self.flip_bits(disk),
+            Trouble::Away(seconds) => {
+                world.crash(node);
+                self.wait(seconds)?;
+                self.cluster.boot(node);
+            }
+            Trouble::Emptied => self.empty(disk)?,
+        }
+        self.wait(10)?;
+        stop.store(true, Ordering::Relaxed);
+        // What is being written has come to its end by then.
+        self.wait(20)?;
+        let (client, files) = (self.client.clone(), self.files.clone());
+        self.run(async move { read_all(&client, &files).await })?;
+        let client = self.client.clone();
+        self.run(async move { healed(&client).await }).map(drop)
+    }
+
+    /// Lets a disk be emptied while a file is written that has blocks on it, and whose name comes late.
+    fn empty(&self, disk: u32) -> Outcome<()> {
+        let (client, files) = (self.client.clone(), self.files.clone());
+        let service = self.cluster.service_ids()[disk as usize];
+        self.run(async move {
+            let clock = client.runtime().clock.clone();
+            let policy = client.write_policy(InodeId::ROOT).await.map_err(said)?;
+            let mut drafts = Vec::new();
+            for number in 0..4 {
+                let data = Data { salt: service % 1000 + number, bytes: 100_000 };
+                let mut draft = client.start_draft(InodeId::ROOT).await.map_err(said)?;
+                client.append(&mut draft, bytes_of(data), &policy).await.map_err(said)?;
+                drafts.push((format!("late-{service:x}-{number}"), data, draft));
+            }
+            set_flags(&client, service, FLAG_DRAIN | FLAG_NO_WRITE).await?;
+            clock.sleep(NAMED_AFTER).await;
+            for (name, data, draft) in drafts {
+                let linked =
+                    client.link(draft, InodeId::ROOT, &Bytes::from(name.clone()), attributes(), true).await;
+                linked.map_err(said)?;
+                files.lock().insert(name, data);
+            }
+            healed(&client).await?;
+            let (left, _) = client.visit_spans(service, Bytes::new()).await.map_err(said)?;
+            if !left.is_empty() {
+                return Err(format!("{} spans are still on a disk that was emptied", left.len()));
+            }
+            set_flags(&client, service, 0).await
+        })
+    }
+}
+
+fn check(seed: u64) -> Outcome<()> {
+    let scrubs = seed.is_multiple_of(2);
+    let heal = HealSettings {
+        rebuild_after: REBUILD_AFTER,
+        scrub_every: Duration::from_secs(if scrubs { 100 } else { 0 }),
+        bytes_per_s: 0,
+        look_every: Duration::from_secs(1),
+    };
+    let config = ClusterConfig { heal: Some(heal), ..ClusterConfig::of(2, DISKS, POLICY) };
+    let cluster = SimCluster::start_with(seed, config).ok_or("the cluster does not come up")?;
+    let client = cluster.client();
+    let rng = StdRng::seed_from_u64(seed);
+    let mut trial = Trial { cluster, client, files: Files::default(), rng, scrubs };
+    for round in 0..ROUNDS {
+        let trouble = trial.draw();
+        trial.strike(round, trouble).map_err(|what| format!("round {round}, {trouble:?}: {what}"))?;
+    }
+    let (client, files) = (trial.client.clone(), trial.files.clone());
+    trial.run(async move {
+        read_all(&client, &files).await?;
+        let checked = fsck::check(&client, &mut |_, _| {}).await.map_err(said)?;
+        match checked.violations.first() {
+            Some(violation) => Err(format!("fsck: {violation}")),
+            None => Ok(()),
+        }
+    })
+}
+
+/// What is wrong in clusters of these seeds.
+pub fn of_seeds(seeds: impl IntoIterator<Item = u64>) -> Vec<String> {
+    let checked = seeds.into_iter().map(|seed| check(seed).map_err(|what| format!("seed {seed}: {what}")));
+    checked.filter_map(Result::err).collect()
+}
+
+/// What is wrong.
+pub fn all() -> Vec<String> {
+    of_seeds(1..=8)
+}

@@ -81,7 +81,8 @@ fn a_disk_is_emptied_and_removed_and_nothing_is_lost() {
     assert!(cluster.fails(2, &["blocks", "remove", "nonsense"]).contains("hexadecimal"));
     assert!(cluster.fails(1, &["blocks", "drain", "123"]).contains("blocks status"));
     let moved = cluster.json(&["blocks", "drain", id, "--json"]);
-    assert_eq!((moved["spans_left"].as_u64(), moved["moved"].as_u64()), (Some(0), Some(held)), "{moved}");
+    // The nodes have moved the rest.
+    assert!(moved["spans_left"] == 0 && moved["moved"].as_u64() <= Some(held), "{moved}");
     let after = cluster.json(&["blocks", "status", "--json"]);
     assert_eq!(blocks_of(&after, id), 0, "{after}");
     assert_eq!(services(&after)[0].1, "draining");
@@ -111,7 +112,7 @@ fn directory_of(cluster: &Cluster, id: &str) -> PathBuf {
 fn flip_bits(disk: &Path) {
     for path in files_below(disk) {
         let name = path.file_name().and_then(|name| name.to_str()).expect("text");
-        if name == "label" || name == "index" {
+        if ["label", "index", "scrub"].contains(&name) {
             continue;
         }
         let file = std::fs::File::options().read(true).write(true).open(&path).expect("opens");
@@ -135,18 +136,89 @@ fn a_scrub_finds_what_rots_and_what_is_missing_and_writes_it_elsewhere() {
     let text = String::from_utf8_lossy(&found.stdout);
     assert!(found.status.code() == Some(1) && text.contains("on service"), "{text}");
     let whole = files_below(&cluster.dir.join("blocks/5"));
-    let block = whole
-        .iter()
-        .find(|path| !path.starts_with(cluster.dir.join("blocks/5/packed")) && !path.ends_with("label"));
+    let block = whole.iter().find(|path| {
+        !path.starts_with(cluster.dir.join("blocks/5/packed"))
+            && !path.ends_with("label")
+            && !path.ends_with("scrub")
+    });
     std::fs::remove_file(block.expect("a block of its own")).expect("removed");
-    assert_reads(&cluster, &stored, "before the scrub");
     let scrubbed = cluster.json(&["blocks", "scrub", "--now", "--wait", "--json"]);
     assert!(scrubbed["damaged"].as_u64() > Some(1), "{scrubbed}");
-    assert_eq!(scrubbed["damaged"], scrubbed["moved"], "{scrubbed}");
     assert_whole(&cluster, None);
     let again = cluster.json(&["blocks", "scrub", "--now", "--wait", "--json"]);
     assert_eq!((again["damaged"].as_u64(), again["moved"].as_u64()), (Some(0), Some(0)), "{again}");
     assert_reads(&cluster, &stored, "after the scrub");
+}
+
+/// Asks how the disks are until that is so.
+fn await_status(
+    cluster: &Cluster,
+    what: &str,
+    is_so: impl Fn(&serde_json::Value) -> bool,
+) -> serde_json::Value {
+    for _ in 0..1200 {
+        let output = cluster.run(&["blocks", "status", "--json"]);
+        let status: serde_json::Value = serde_json::from_slice(&output.stdout).expect("a document");
+        if is_so(&status) {
+            return status;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    panic!("it does not come to that: {what}: {}", cluster.json(&["blocks", "status", "--json"]));
+}
+
+#[test]
+fn a_disk_that_stays_away_is_rebuilt_without_a_command_and_used_when_it_is_back() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let arguments: Vec<&str> = ARGUMENTS.iter().copied().chain(["--rebuild-after-s", "3"]).collect();
+    let cluster = Cluster::start(&temp.path().join("c"), &arguments);
+    let stored = store_files(&cluster, temp.path());
+    let all = cluster.json(&["blocks", "status", "--json"])["redundancy"]["full"].clone();
+    let (disk, aside) = (cluster.dir.join("blocks/2"), temp.path().join("aside"));
+    std::fs::rename(&disk, &aside).expect("moved");
+    let one_is = |status: &serde_json::Value, state: &str| {
+        services(status).iter().filter(|(_, found)| found == state).count() == 1
+    };
+    let named = await_status(&cluster, "it is condemned", |status| one_is(status, "condemned"));
+    let services_of = named["services"].as_array().expect("a list");
+    let bad = services_of.iter().find(|service| service["state"] == "condemned").expect("one");
+    assert!(bad["directory"].as_str().is_some_and(|dir| Path::new(dir) == disk), "{bad}");
+    assert!(bad["reason"].as_str().is_some_and(|reason| reason.contains("label")), "{bad}");
+    await_status(&cluster, "all is rebuilt", |status| {
+        let rebuilding = &status["redundancy"]["rebuilding"];
+        status["redundancy"]["full"] == all
+            && rebuilding["blocks_left"] == 0
+            && rebuilding["by_nodes"] == true
+    });
+    assert_whole(&cluster, None);
+    std::fs::rename(&aside, &disk).expect("moved back");
+    let are_good = |status: &serde_json::Value| services(status).iter().all(|(_, state)| state == "good");
+    await_status(&cluster, "it is used again", are_good);
+    assert_reads(&cluster, &stored, "with the disk that is back");
+    assert_whole(&cluster, None);
+}
+
+#[test]
+fn what_is_read_in_vain_is_written_elsewhere_with_all_that_the_disk_has_lost() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let arguments: Vec<&str> = ARGUMENTS.iter().copied().chain(["--scrub-every-s", "0"]).collect();
+    let cluster = Cluster::start(&temp.path().join("c"), &arguments);
+    let stored = store_files(&cluster, temp.path());
+    let disk = cluster.dir.join("blocks/4");
+    let of_their_own = files_below(&disk).into_iter().filter(|path| {
+        let below = path.strip_prefix(&disk).expect("below");
+        below.components().count() == 2 && !below.starts_with("packed")
+    });
+    let lost = of_their_own.map(|path| std::fs::remove_file(path).expect("removed")).count();
+    assert!(lost > 3, "{lost}");
+    assert_reads(&cluster, &stored, "without them");
+    await_status(&cluster, "all of them are found", |status| {
+        let services = status["services"].as_array().expect("a list").iter();
+        let repaired: u64 = services.filter_map(|service| service["scrub"]["repaired"].as_u64()).sum();
+        repaired == lost as u64
+    });
+    assert_whole(&cluster, None);
+    assert_reads(&cluster, &stored, "with others in their place");
 }
 
 #[test]

@@ -10,6 +10,7 @@ mod caches;
 mod draft;
 mod error;
 mod files;
+mod gather;
 mod maintain;
 mod path;
 mod policy;

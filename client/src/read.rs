@@ -11,10 +11,11 @@ use clutch_proto::{
     shard::{Layout, LayoutReply, shard_reply::Reply, shard_request::Op},
     types::{Block, Code, Extent, Span, extent::Source},
 };
-use futures_util::{StreamExt as _, future::join_all, stream};
+use futures_util::{StreamExt as _, stream};
 
 use crate::{
     error::ClientError,
+    gather::Gathered,
     rpc::{Client, lock},
     span::{Cells, recover},
 };
@@ -323,48 +324,10 @@ impl Client {
             0..=data - 1
         };
         let wanted: Vec<usize> = wanted.collect();
-        let mut blocks: Vec<Option<Cells>> = vec![None; shape.blocks() as usize];
-        let mut failures: Vec<String> = Vec::new();
-        let (mut may_pass, mut expired) = (false, false);
-        let mut tried: Vec<usize> = Vec::new();
-        // With a suspect among them, D blocks are chosen that are not: waiting for it would cost more than computing.
-        let suspects = self.suspects();
-        let mut next = match wanted.iter().any(|i| suspects.contains(&span.blocks[*i].service_id)) {
-            true => self.trusted_first(0..span.blocks.len(), span).into_iter().take(data).collect(),
-            false => wanted.clone(),
-        };
-        while !next.is_empty() {
-            let reads = next.iter().map(|i| self.read_cells(span, &span.blocks[*i], *i, first, last));
-            for (i, read) in next.iter().zip(join_all(reads).await) {
-                tried.push(*i);
-                match read {
-                    Ok(cells) => blocks[*i] = Some(cells),
-                    Err(error) => {
-                        let block = &span.blocks[*i];
-                        may_pass |= error.may_pass();
-                        expired |= error.code() == Some(Code::CertificateExpired);
-                        self.note_failed_read(&error);
-                        failures.push(format!(
-                            "block {:x} on service {:016x}: {error}",
-                            block.block_id, block.service_id
-                        ));
-                        if error.code() != Some(Code::BlockNotFound)
-                            && error.code() != Some(Code::BlockCorrupt)
-                        {
-                            self.suspect(block.service_id);
-                        }
-                    }
-                }
-            }
-            if wanted.iter().all(|i| blocks[*i].is_some()) {
-                break;
-            }
-            let have = blocks.iter().flatten().count();
-            let left = (0..blocks.len()).filter(|i| !tried.contains(i));
-            next = self.trusted_first(left, span).into_iter().take(data.saturating_sub(have)).collect();
-        }
-        let have = blocks.iter().flatten().count();
-        if wanted.iter().any(|i| blocks[*i].is_none()) {
+        let of = self.gather(span, &wanted, (first, last)).await;
+        let (have, is_whole) = (of.have(), of.has(&wanted));
+        let Gathered { mut blocks, failures, may_pass, expired, tried } = of;
+        if !is_whole {
             if have < data {
                 let text = format!(
                     "span {:x} cannot be read: {have} of the {data} blocks that are needed are left ({})",
@@ -379,7 +342,7 @@ impl Client {
                 });
             }
             self.inner.runtime.note("read: degraded");
-            if have == data && tried.len() == span.blocks.len() {
+            if have == data && tried == span.blocks.len() {
                 self.inner.runtime.note("read: degraded with exactly D blocks left");
             }
             let codec = self.codec(shape.data_blocks, shape.parity_blocks)?;
@@ -412,7 +375,7 @@ impl Client {
     }
 
     /// Cells `first..=last` of one block, each checked.
-    async fn read_cells(
+    pub(crate) async fn read_cells(
         &self,
         span: &Span,
         block: &Block,
@@ -433,7 +396,7 @@ impl Client {
         Ok(data)
     }
 
-    fn note_failed_read(&self, error: &ClientError) {
+    pub(crate) fn note_failed_read(&self, error: &ClientError) {
         self.inner.runtime.note(match error.code() {
             Some(Code::CertificateExpired) => "read: the certificate has expired",
             Some(Code::BlockNotFound) => "read: a block is missing",
@@ -443,7 +406,7 @@ impl Client {
         });
     }
 
-    fn trusted_first(&self, blocks: impl Iterator<Item = usize>, span: &Span) -> Vec<usize> {
+    pub(crate) fn trusted_first(&self, blocks: impl Iterator<Item = usize>, span: &Span) -> Vec<usize> {
         let suspects = self.suspects();
         let mut blocks: Vec<usize> = blocks.collect();
         blocks.sort_by_key(|i| suspects.contains(&span.blocks[*i].service_id));

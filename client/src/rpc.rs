@@ -31,6 +31,7 @@ use prost::Message as _;
 use crate::{
     caches::{EdgeCache, PolicyCache},
     error::ClientError,
+    gather::Usual,
     policy::{INLINE_FILE_BYTES_DEFAULT, MIRROR_BYTES_DEFAULT},
     registries::Registries,
     routes::Routes,
@@ -181,6 +182,8 @@ pub(crate) struct Inner {
     pub(crate) policies: Mutex<PolicyCache>,
     /// Services that failed lately, and until when they are tried last.
     pub(crate) suspects: Mutex<std::collections::BTreeMap<u64, Duration>>,
+    /// What reads of blocks take.
+    pub(crate) usual: Usual,
     /// Spans that were written with less parity than their policy says.
     pub(crate) less_parity: AtomicU64,
     /// When the last of them was.
@@ -307,6 +310,7 @@ impl Client {
                 codecs: Mutex::default(),
                 policies: Mutex::default(),
                 suspects: Mutex::default(),
+                usual: Usual::default(),
                 less_parity: AtomicU64::new(0),
                 less_parity_at: Mutex::default(),
                 inline_not_before: Mutex::default(),

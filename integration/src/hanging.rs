@@ -18,6 +18,9 @@ const DISKS: u32 = 8;
 /// Longer than all of a run.
 const FOR_GOOD: Duration = Duration::from_secs(100_000);
 
+/// A read that meets a disk which does not answer goes on with others before this.
+const LONGEST_READ: Duration = Duration::from_millis(500);
+
 /// What the kinds of work took that are compared.
 const KINDS: [&str; 3] = ["looking up", "reading", "writing"];
 
@@ -104,6 +107,35 @@ pub fn rates() -> Result<[(&'static str, f64); 3], String> {
     Ok([rate(0), rate(1), rate(2)])
 }
 
+/// How long the longest read of a file takes when a node with a disk is silent that nobody has met yet.
+///
+/// # Errors
+/// What failed.
+pub fn longest_read() -> Result<Duration, String> {
+    let cluster = cluster()?;
+    let client = cluster.client();
+    let c = client.clone();
+    run(&cluster, async move {
+        for number in 0..FILES {
+            write(&c, &name("before", number)).await?;
+        }
+        Ok(())
+    })?;
+    cluster.world.pause(disk_node(0));
+    let longest = run(&cluster, async move {
+        let clock = client.runtime().clock.clone();
+        let mut longest = Duration::ZERO;
+        for number in 0..FILES {
+            let begin = clock.monotonic();
+            read(&client, &name("before", number)).await?;
+            longest = longest.max(clock.monotonic() - begin);
+        }
+        Ok(longest)
+    });
+    cluster.world.resume(disk_node(0));
+    longest
+}
+
 /// All disks hang, one after another of its node; what the registry says of their room meanwhile.
 ///
 /// # Errors
@@ -151,5 +183,12 @@ pub fn all() -> Vec<String> {
                 .collect()
         }
     };
-    slow.into_iter().chain(keep_their_room().err()).collect()
+    let read = match longest_read() {
+        Err(error) => Some(error),
+        Ok(longest) if longest > LONGEST_READ => {
+            Some(format!("a read beside a node that is silent took {longest:?}"))
+        }
+        Ok(_) => None,
+    };
+    slow.into_iter().chain(read).chain(keep_their_room().err()).collect()
 }

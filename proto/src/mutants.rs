@@ -269,6 +269,8 @@ pub enum Mutant {
     MissingNotRepaired,
     /// A disk that fails with what is written to it is given more.
     FailingDiskChosen,
+    /// A read waits for a block that is late although others would do.
+    LateAwaited,
     /// What was asked for in vain is not looked at.
     OwedForgotten,
     /// A disk that was found empty once is not looked at again, although what was being written is in use since.
@@ -339,7 +341,7 @@ impl Mutant {
     /// Every planted bug and the checkers one of which must find it; behind `tools` a test of `cli/tests/tools.rs`, behind `replicas`
     /// in worlds where every log has several members.
     /// Those of `units` are planted by tests beside the code, which are named.
-    pub const ALL: [(Mutant, &'static [&'static str]); 164] = [
+    pub const ALL: [(Mutant, &'static [&'static str]); 165] = [
         (Mutant::AcknowledgeBeforeSync, &["outcomes", "log", "state hash", "transactions"]),
         (Mutant::ApplyReadsClock, &["state hash"]),
         (Mutant::PositionWrittenApart, &["state hash", "linearizability"]),
@@ -465,6 +467,7 @@ impl Mutant {
         (Mutant::DamagedRecordRemoved, &["units", "packed::tests::damaged::planted_bugs_are_found"]),
         (Mutant::MissingNotRepaired, &["healing"]),
         (Mutant::FailingDiskChosen, &["units", "service::tests::failing::planted_bugs_are_found"]),
+        (Mutant::LateAwaited, &["hanging"]),
         (Mutant::OwedForgotten, &["healing"]),
         (Mutant::EmptiedAtOneLook, &["healing"]),
         (Mutant::CondemnedForGood, &["healing"]),

@@ -518,7 +518,7 @@ pub(crate) enum FsCommand {
         #[arg(required = true)]
         paths: Vec<RemotePath>,
     },
-    /// Add up sizes.
+    /// Add up sizes, and what the files take on all disks: what they have in common counts once, headers and checksums do not.
     Du {
         /// The directory.
         #[arg(default_value = "/")]

@@ -43,6 +43,7 @@ fn a_first_session() {
     assert_eq!(cluster.ok(&["fs", "cat", "/empty"]), "");
     let du = cluster.json(&["fs", "du", "--json", "/"]);
     assert!(du["files"].as_u64() >= Some(3), "{du}");
+    assert!(du["physical_bytes"].as_u64() >= du["bytes"].as_u64() && du["bytes"] != 0, "{du}");
     cluster.ok(&["fs", "rm", "-r", "/moved"]);
     assert_eq!(cluster.json(&["status", "--json"])["ready"], true);
     assert!(cluster.json(&["log", "status", "--json"])["logs"].as_array().is_some_and(|l| l.len() == 6));

@@ -22,6 +22,17 @@ impl SpanShape {
         self.stripes * self.cell_size
     }
 
+    /// Bytes that all blocks of a span of `size` bytes take where the zeros that a block ends with are not stored; without headers and
+    /// checksums.
+    pub fn stored_bytes(&self, size: u32) -> u64 {
+        let (cell, stripe) = (u64::from(self.cell_size), self.stripe_bytes());
+        let before = u64::from(self.stripes.saturating_sub(1));
+        let last = u64::from(size).saturating_sub(before * stripe).min(stripe);
+        let data = before * stripe + last;
+        // A byte of parity is zero where those of all data blocks are.
+        data + u64::from(self.parity_blocks) * (before * cell + last.min(cell))
+    }
+
     /// Bytes of user data in one stripe, with padding.
     pub fn stripe_bytes(&self) -> u64 {
         u64::from(self.data_blocks) * u64::from(self.cell_size)
@@ -161,6 +172,24 @@ mod tests {
     }
 
     const MIB: u32 = 1 << 20;
+
+    #[test]
+    fn zeros_at_the_end_of_blocks_are_not_stored() {
+        // Mirrored; less than a cell; less than a stripe, of cells of 8 KiB.
+        for (size, d, p, stored) in
+            [(6000, 1, 2, 18_000), (100, 4, 2, 300), (20_000, 4, 2, 20_000 + 2 * 8192), (1, 1, 0, 1)]
+        {
+            assert_eq!(SpanShape::for_size(size, d, p).stored_bytes(size), stored, "{size} in {d}+{p}");
+        }
+        for size in [1, 4096, 70_001, 3 * MIB, 10 * MIB + 1] {
+            let shape = SpanShape::for_size(size, 4, 2);
+            let (stored, whole) = (shape.stored_bytes(size), u64::from(shape.block_bytes()));
+            assert!((u64::from(size) + 2..=6 * whole).contains(&stored), "{size}: {stored}");
+            // Full stripes have no zeros of their own.
+            let full = shape.stripe_bytes() as u32 * shape.stripes;
+            assert_eq!(shape.stored_bytes(full), 6 * whole, "{full}");
+        }
+    }
 
     #[test]
     fn shapes_are_what_the_size_and_the_target_of_cells_give() {

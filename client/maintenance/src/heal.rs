@@ -76,7 +76,7 @@ pub struct Healed {
     pub unreadable: u64,
     /// Bytes of users in the spans.
     pub logical_bytes: u64,
-    /// Bytes of their blocks.
+    /// Bytes of their blocks as they are stored, without the zeros that small ones end with, headers and checksums.
     pub physical_bytes: u64,
     /// Blocks that their services were asked for, and had as they were written.
     pub checked: u64,
@@ -134,7 +134,7 @@ impl Healed {
         }
         let bytes = u64::from(shape.block_bytes());
         self.logical_bytes += u64::from(span.size);
-        self.physical_bytes += bytes * span.blocks.len() as u64;
+        self.physical_bytes += shape.stored_bytes(span.size);
         for block in &span.blocks {
             let load = self.services.entry(block.service_id).or_default();
             load.blocks += 1;

@@ -1,9 +1,15 @@
 //! The commands that only look.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context as _, Result};
-use clutch_client::Client;
-use clutch_proto::{InodeId, InodeKind, listing::DirEntry, types::Attributes};
-use futures_util::{StreamExt as _, TryStreamExt as _};
+use clutch_client::{Client, ClientError};
+use clutch_proto::{
+    InodeId, InodeKind,
+    listing::DirEntry,
+    types::{Attributes, extent::Source},
+};
+use futures_util::{StreamExt as _, TryStreamExt as _, stream};
 use serde_json::{Value, json};
 
 use crate::{output, remote::RemotePath};
@@ -193,15 +199,74 @@ async fn tree_document(client: &Client, path: &RemotePath, top: InodeId) -> Resu
     Ok(())
 }
 
+/// Layouts that are asked for at a time.
+const LAYOUTS_AT_A_TIME: usize = 32;
+
+/// What files take on all disks and in the metadata. What several have in common counts once.
+#[derive(Default)]
+struct Physical {
+    bytes: u128,
+    spans: BTreeSet<u64>,
+}
+
+impl Physical {
+    /// Of one file: bytes in the metadata, and its spans with the bytes of all their blocks.
+    async fn of(client: &Client, file: InodeId) -> Result<(u64, Vec<(u64, u64)>)> {
+        let (mut inline, mut spans) = (0, Vec::new());
+        let (mut offset, mut content) = (0, 0);
+        loop {
+            let page = client.layout(file, content, offset).await?;
+            for extent in &page.extents {
+                if let Some(Source::Inline(data)) = &extent.source {
+                    inline += data.len() as u64;
+                }
+            }
+            spans.extend(page.spans.iter().map(|span| {
+                let shape = span.shape.unwrap_or_default();
+                (span.span_id, shape.stored_bytes(span.size))
+            }));
+            if page.next_offset <= offset {
+                return Ok((inline, spans));
+            }
+            (offset, content) = (page.next_offset, page.content);
+        }
+    }
+
+    async fn add(&mut self, client: &Client, files: impl IntoIterator<Item = InodeId>) -> Result<()> {
+        let layouts = files.into_iter().map(|file| Physical::of(client, file));
+        let mut layouts = stream::iter(layouts).buffer_unordered(LAYOUTS_AT_A_TIME);
+        while let Some(layout) = layouts.next().await {
+            let (inline, spans) = match layout {
+                Ok(found) => found,
+                // One that was removed meanwhile takes nothing.
+                Err(error) if error.downcast_ref::<ClientError>().is_some_and(ClientError::is_not_found) => {
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            self.bytes += u128::from(inline);
+            for (span, bytes) in spans {
+                self.bytes += if self.spans.insert(span) { u128::from(bytes) } else { 0 };
+            }
+        }
+        Ok(())
+    }
+}
+
 pub(super) async fn du(client: &Client, path: &RemotePath, as_json: bool) -> Result<()> {
     let at = client.resolve(path).await?;
     // Sizes go up to 2^62, and there may be many of them.
     let (mut bytes, mut files, mut directories) = (0u128, 0u64, 0u64);
+    let mut physical = Physical::default();
     let mut queue = Vec::new();
     if at.id.is_directory() {
         queue.push(at.id);
     } else {
         (bytes, files) = (u128::from(client.stat(at.id).await?.size), 1);
+        match at.id.kind() {
+            InodeKind::File => physical.add(client, [at.id]).await?,
+            _ => physical.bytes = bytes,
+        }
     }
     let progress = output::counter("du");
     while let Some(dir) = queue.pop() {
@@ -209,22 +274,33 @@ pub(super) async fn du(client: &Client, path: &RemotePath, as_json: bool) -> Res
         let (below, here): (Vec<_>, Vec<_>) =
             client.read_dir(dir).await?.into_iter().partition(|e| id_of(e).is_ok_and(InodeId::is_directory));
         queue.extend(below.iter().filter_map(|e| id_of(e).ok()));
-        for (_, attributes) in with_attributes(client, here).await? {
+        let mut with_bytes = Vec::new();
+        for (entry, attributes) in with_attributes(client, here).await? {
             bytes += u128::from(attributes.size);
             files += 1;
+            match id_of(&entry)?.kind() {
+                InodeKind::File if attributes.size > 0 => with_bytes.push(id_of(&entry)?),
+                // Where a link leads to lies in the metadata.
+                _ => physical.bytes += u128::from(attributes.size),
+            }
         }
+        physical.add(client, with_bytes).await?;
         progress.set_message(format!("{files} files, {}", output::bytes(clamped(bytes))));
     }
     progress.finish_and_clear();
     if as_json {
-        let sum = u64::try_from(bytes).map_or_else(|_| json!(bytes.to_string()), output::number);
-        let mut document = json!({ "bytes": sum, "files": files, "directories": directories });
+        let sum =
+            |bytes: u128| u64::try_from(bytes).map_or_else(|_| json!(bytes.to_string()), output::number);
+        let mut document = json!({
+            "bytes": sum(bytes), "physical_bytes": sum(physical.bytes), "files": files, "directories": directories,
+        });
         output::put_name(&mut document, "path", path.as_bytes());
         return output::json(&document);
     }
     output::line(format!(
-        "{} ({bytes} bytes) in {files} files and {directories} directories",
-        output::bytes(clamped(bytes))
+        "{} ({bytes} bytes) in {files} files and {directories} directories, {} on all disks",
+        output::bytes(clamped(bytes)),
+        output::bytes(clamped(physical.bytes))
     ))
 }
 

@@ -191,6 +191,13 @@ impl BlockService {
         std::mem::take(&mut *self.owed.lock().unwrap_or_else(|e| e.into_inner()))
     }
 
+    /// Remembers blocks again that were taken and could not be looked at.
+    pub fn owe_again(&self, blocks: impl IntoIterator<Item = BlockId>) {
+        let mut owed = self.owed.lock().unwrap_or_else(|e| e.into_inner());
+        let room = OWED_MAX.saturating_sub(owed.len());
+        owed.extend(blocks.into_iter().take(room));
+    }
+
     /// Whether the disk hangs: it has work, and nothing of it ends.
     pub fn hangs(&self) -> bool {
         self.changes.stuck().is_some() || self.reads.stuck().is_some()

@@ -192,10 +192,14 @@ impl BlockStore {
         tried.map_err(|error| disk_fault("try to write to the disk", &error))
     }
 
-    /// How far the disk has been read through, as it says itself; from the beginning where it does not.
-    pub fn scrub_position(&self) -> scrub::Position {
-        let read = self.check_usable().ok().and_then(|()| self.disk.read(&self.dir.join(SCRUB_FILE)).ok());
-        read.and_then(|bytes| scrub::Position::decode(&bytes)).unwrap_or_default()
+    /// How far the disk has been read through, as it says itself; `None` where it does not.
+    ///
+    /// # Errors
+    /// When the disk is not used.
+    pub fn scrub_position(&self) -> Result<Option<scrub::Position>, Refusal> {
+        self.check_usable()?;
+        let read = self.disk.read(&self.dir.join(SCRUB_FILE)).ok();
+        Ok(read.and_then(|bytes| scrub::Position::decode(&bytes)))
     }
 
     /// Keeps that, durably.

@@ -7,13 +7,13 @@ use clutch_proto::{
     ContentId, InodeId, Refusal, Slot,
     blocks::{CheckBlock, EraseBlock, blocks_request},
     cdc::{ForgetDirectory, ForgetFile, UndeleteDirectory, cdc_request},
+    flags::{FLAG_CONDEMNED, FLAG_GONE},
     shard::{
         CollectContent, ContentHistory, ForgetContent, ForgetEdge, HeldBlock, MoveSpan, PastContent,
-        PastEdge, Remaining, RemoveSpan, RestoreContent, SwapBlocks, SwapSpans, Transient, VisitBlocks,
-        VisitDeadSpans, VisitInodes, VisitPastContents, VisitSpans, VisitTransients, shard_reply::Reply,
-        shard_request::Op,
+        PastEdge, Remaining, RemoveSpan, RestoreContent, SwapSpans, Transient, VisitBlocks, VisitDeadSpans,
+        VisitInodes, VisitPastContents, VisitSpans, VisitTransients, shard_reply::Reply, shard_request::Op,
     },
-    types::{Attributes, Block, Code, Extent, SnapshotPolicy, Span, SpanShape, extent::Source},
+    types::{Attributes, Block, Code, Extent, SnapshotPolicy, Span, extent::Source},
 };
 
 use crate::{
@@ -22,7 +22,6 @@ use crate::{
     files::{Created, attributes_of},
     policy::WritePolicy,
     rpc::Client,
-    span::{Encoded, Never},
 };
 
 impl Client {
@@ -109,11 +108,11 @@ impl Client {
     /// Whether a block service answers: it is asked for what it must refuse.
     ///
     /// # Errors
-    /// `Unreachable` when nothing answers at its address.
+    /// When nothing answers at its address, or not in time, or another node does.
     pub async fn ask_service(&self, address: &str, service: u64) -> Result<(), ClientError> {
         let op = blocks_request::Op::Check(CheckBlock::default());
         match self.blocks(address, service, op).await {
-            Err(error @ ClientError::Unreachable(_)) => Err(error),
+            Err(error) if error.code().is_none() || error.code() == Some(Code::WrongService) => Err(error),
             Ok(_) | Err(_) => Ok(()),
         }
     }
@@ -232,7 +231,17 @@ impl Client {
 
     /// Erases a dead span's blocks and forgets it. Refused as too early while writes of its blocks may still come.
     pub async fn remove_span(&self, span: &Span) -> Result<(), ClientError> {
-        let gone = self.gone_services().await?;
+        let map = self.map().await?;
+        let flagged = |flag: u32| {
+            let flagged = map.services.iter().filter(move |service| service.flags & flag != 0);
+            flagged.map(|service| service.service_id).collect::<Vec<u64>>()
+        };
+        // Of these nothing can be asked any more; of those nothing for now, and asking would hold up all other spans.
+        let (gone, condemned) = (flagged(FLAG_GONE), flagged(FLAG_CONDEMNED));
+        if let Some(block) = span.blocks.iter().find(|block| condemned.contains(&block.service_id)) {
+            let text = format!("the disk of service {:016x} is away", block.service_id);
+            return Err(ClientError::Unreachable(text));
+        }
         let erases = span.blocks.iter().map(|block| async {
             if gone.contains(&block.service_id) {
                 return Ok(Bytes::new());
@@ -244,79 +253,6 @@ impl Client {
             futures_util::future::join_all(erases).await.into_iter().collect();
         let op = RemoveSpan { span_id: span.span_id, proofs: proofs? };
         self.shard(Op::RemoveSpan(op)).await.map(drop)
-    }
-
-    /// Services that are gone for good: nothing can be asked of them any more.
-    async fn gone_services(&self) -> Result<Vec<u64>, ClientError> {
-        /// Bit 1 of a service's flags.
-        const GONE: u32 = 2;
-        let map = self.map().await?;
-        Ok(map.services.iter().filter(|s| s.flags & GONE != 0).map(|s| s.service_id).collect())
-    }
-
-    /// Moves one block of a span to another service, computing it from the others if it cannot be read: for
-    /// disks that fail, are emptied, or are too full. Readers notice nothing. `home` is a file or directory of the span's slot.
-    /// Returns the block in its new place, and the content that has the old one now: it was given up, but its span counts as used
-    /// until that is collected.
-    ///
-    /// # Errors
-    /// `NotFound` and `Stale` when the span is not used any more, or the block was moved by somebody else.
-    pub async fn move_block(
-        &self,
-        home: InodeId,
-        span: &Span,
-        index: usize,
-    ) -> Result<(Block, ContentId), ClientError> {
-        let block = span.blocks.get(index).ok_or_else(|| ClientError::unexpected("that block"))?;
-        let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
-        let data = self.read_block(span, index).await?;
-        let stripes = shape.stripes as usize;
-        let scratch = SpanShape { data_blocks: 1, parity_blocks: 0, ..shape };
-        let encoded = Encoded {
-            shape: scratch,
-            size: shape.block_bytes(),
-            crc: block.crc,
-            cell_crcs: span.cell_crcs[index * stripes..(index + 1) * stripes].to_vec(),
-            blocks: vec![data],
-        };
-        let mut draft = self.start_draft(home).await?;
-        let moved = self.exchange_block(&mut draft, span, block, &encoded).await;
-        // The scratch holds the old block now, or nothing of worth: either way it goes; if this fails, it expires.
-        let _ = self.scrap(&draft).await;
-        moved.map(|block| (block, ContentId(draft.content)))
-    }
-
-    async fn exchange_block(
-        &self,
-        draft: &mut Draft,
-        span: &Span,
-        block: &Block,
-        encoded: &Encoded,
-    ) -> Result<Block, ClientError> {
-        let services: Vec<u64> = span.blocks.iter().map(|b| b.service_id).collect();
-        let map = self.map().await?;
-        let is_other = |service: u64| service != block.service_id && services.contains(&service);
-        let domains =
-            map.services.iter().filter(|s| is_other(s.service_id)).map(|s| s.failure_domain.clone());
-        let mut never = Never { services: services.clone(), domains: domains.collect() };
-        let written = match self.write_span(draft, 0, encoded, span.storage_class, &never).await {
-            // Two blocks in one domain are better than a block on a bad disk.
-            Err(error) if error.code() == Some(Code::NoSpace) => {
-                never.domains.clear();
-                self.write_span(draft, 0, encoded, span.storage_class, &never).await
-            }
-            decided => decided,
-        };
-        let other = written?;
-        let new = other.blocks.first().ok_or_else(|| ClientError::unexpected("a block"))?;
-        let op = SwapBlocks {
-            span_a: span.span_id,
-            block_a: block.block_id,
-            span_b: other.span_id,
-            block_b: new.block_id,
-        };
-        self.shard(Op::SwapBlocks(op)).await?;
-        Ok(new.clone())
     }
 
     /// Gives the bytes of a whole span another code or other places: the range is written anew and exchanged with what

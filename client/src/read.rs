@@ -246,8 +246,13 @@ impl Client {
         }
     }
 
-    /// A whole block of a span, computed from the others if it cannot be read.
-    pub(crate) async fn read_block(&self, span: &Span, index: usize) -> Result<Bytes, ClientError> {
+    /// A whole block of a span, computed from the others if it cannot be read, or is lost.
+    pub(crate) async fn read_block(
+        &self,
+        span: &Span,
+        index: usize,
+        is_lost: bool,
+    ) -> Result<Bytes, ClientError> {
         let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
         shape.check(span.size)?;
         let blocks = shape.blocks() as usize;
@@ -258,11 +263,14 @@ impl Client {
         // This one, and those that it may have to be computed from.
         let memory = (shape.data_blocks as usize + 1).saturating_mul(shape.block_bytes() as usize);
         let _held = self.inner.memory.hold(memory).await;
-        let (mut failures, mut may_pass) =
+        let (mut failures, mut may_pass) = (Vec::new(), false);
+        // To wait for a machine that is off costs more than to compute.
+        if !is_lost && !self.suspects().contains(&span.blocks[index].service_id) {
             match self.read_cells(span, &span.blocks[index], index, 0, last).await {
                 Ok(cells) => return Ok(cells),
-                Err(error) => (vec![error.to_string()], error.may_pass()),
-            };
+                Err(error) => self.failed_to_read(&span.blocks[index], &error, &mut failures, &mut may_pass),
+            }
+        }
         let data = shape.data_blocks as usize;
         let mut from: Vec<(usize, Cells)> = Vec::new();
         for other in self.trusted_first((0..blocks).filter(|i| *i != index), span) {
@@ -272,8 +280,7 @@ impl Client {
             match self.read_cells(span, &span.blocks[other], other, 0, last).await {
                 Ok(cells) => from.push((other, cells)),
                 Err(error) => {
-                    may_pass |= error.may_pass() || error.code() == Some(Code::CertificateExpired);
-                    failures.push(error.to_string());
+                    self.failed_to_read(&span.blocks[other], &error, &mut failures, &mut may_pass);
                 }
             }
         }
@@ -304,6 +311,20 @@ impl Client {
             return Err(ClientError::DataLost(text));
         }
         Ok(whole)
+    }
+
+    fn failed_to_read(
+        &self,
+        block: &Block,
+        error: &ClientError,
+        failures: &mut Vec<String>,
+        may_pass: &mut bool,
+    ) {
+        *may_pass |= error.may_pass() || error.code() == Some(Code::CertificateExpired);
+        failures.push(error.to_string());
+        if error.code().is_none() {
+            self.suspect(block.service_id);
+        }
     }
 
     async fn read_span_once(&self, span: &Span, start: usize, count: usize) -> Result<Bytes, ClientError> {

@@ -7,6 +7,7 @@ pub mod answer;
 pub mod certificate;
 pub mod crc;
 pub mod error;
+pub mod flags;
 pub mod ids;
 pub mod level;
 pub mod limits;

@@ -41,7 +41,7 @@ use clutch_proto::{
 use clutch_state::{Applied, Machine, ProduceContext, Stop, StoreError, Tx, View, machine::Effects};
 
 pub use facts::{Keyring, Lifetimes, Pages, ShardFacts};
-pub use placement::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE};
+pub use placement::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE, FLAG_STAYS_NO_WRITE};
 
 use rows::Reapplied;
 

@@ -9,14 +9,7 @@ use clutch_proto::{
 };
 use clutch_state::Stop;
 
-/// The service takes no new blocks.
-pub const FLAG_NO_WRITE: u32 = 1;
-/// The service is gone for good.
-pub const FLAG_GONE: u32 = 2;
-/// The service's blocks are to be moved to others; set together with [`FLAG_NO_WRITE`].
-pub const FLAG_DRAIN: u32 = 4;
-/// The service has not answered for too long, and [`FLAG_DRAIN`] was set for that: who set it clears it when the service is back.
-pub const FLAG_CONDEMNED: u32 = 8;
+pub use clutch_proto::flags::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE, FLAG_STAYS_NO_WRITE};
 
 /// Draws `count` services for blocks of `block_bytes`.
 ///

@@ -8,12 +8,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use clutch_client::Client;
-use clutch_client_maintenance::heal::{self, HealOptions, Healed};
+use clutch_client_maintenance::heal::{self, HealOptions, Healed, Lost, Pace as Rate};
 use clutch_proto::{
     registry::{Map, SetServiceFlags, registry_request::Op},
     types::BlockService,
 };
-use clutch_shard::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE};
+use clutch_shard::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE, FLAG_STAYS_NO_WRITE};
 use serde_json::json;
 
 use crate::{
@@ -22,8 +22,10 @@ use crate::{
     output::{self, talk},
 };
 
+/// What the node that leads the registry says of disks.
+const OF_THE_WATCHER: u32 = FLAG_CONDEMNED | FLAG_STAYS_NO_WRITE;
 /// How long a service may take to answer before it counts as away.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// Spans that `fsck` looks at at a time.
 const CHECKS_AT_A_TIME: usize = 32;
 /// Passes of a scrub: what is repaired is read again.
@@ -37,14 +39,14 @@ pub(crate) async fn run(
     match command {
         BlocksCommand::Status { json } => status(&client, *json).await,
         BlocksCommand::Drain { service, cancel: true, .. } => {
-            set_flags(&client, *service, |flags| flags & !(FLAG_DRAIN | FLAG_NO_WRITE | FLAG_CONDEMNED))
+            set_flags(&client, *service, |flags| flags & !(FLAG_DRAIN | FLAG_NO_WRITE | OF_THE_WATCHER))
                 .await?;
             output::line(format!("{service:016x} takes blocks again"))?;
             Ok(ExitCode::SUCCESS)
         }
         BlocksCommand::Drain { service, pace, .. } => {
             // From now on it is the operator's word, and stays.
-            set_flags(&client, *service, |flags| (flags | FLAG_DRAIN | FLAG_NO_WRITE) & !FLAG_CONDEMNED)
+            set_flags(&client, *service, |flags| (flags | FLAG_DRAIN | FLAG_NO_WRITE) & !OF_THE_WATCHER)
                 .await?;
             empty(&client, &BTreeSet::from([*service]), pace).await
         }
@@ -80,7 +82,7 @@ async fn set_flags(client: &Client, service: u64, change: impl Fn(u32) -> u32) -
 
 fn options(pace: &Pace) -> HealOptions {
     let concurrency = pace.at_a_time.into();
-    HealOptions { concurrency, bytes_per_s: pace.bytes_per_s, ..HealOptions::default() }
+    HealOptions { concurrency, ..HealOptions::default() }
 }
 
 /// Services whose blocks cannot be had, and why.
@@ -94,17 +96,18 @@ async fn lost(client: &Client, map: &Map) -> BTreeMap<u64, String> {
 /// Looks at the spans of a tree, or all, block by block.
 pub(crate) async fn check(client: &Client, path: Option<&crate::remote::RemotePath>) -> Result<Healed> {
     let map = client.refresh_map().await?;
-    let lost: BTreeSet<u64> = lost(client, &map).await.into_keys().collect();
-    let options = HealOptions { check: true, concurrency: CHECKS_AT_A_TIME, ..HealOptions::default() };
+    let lost = Lost { away: lost(client, &map).await.into_keys().collect(), ..Lost::default() };
+    let (options, rate) =
+        (HealOptions { check: true, concurrency: CHECKS_AT_A_TIME, ..HealOptions::default() }, Rate::of(0));
     let bar = output::counter("fsck: data");
     let mut progress = |healed: &Healed| {
         bar.set_message(format!("{} spans, {}", healed.spans(), output::bytes(healed.physical_bytes)));
     };
     let checked = match path {
-        None => heal::pass(client, &lost, options, &mut progress).await?,
+        None => heal::pass(client, &lost, options, &rate, &mut progress).await?,
         Some(path) => {
             let at = client.resolve(path).await?;
-            heal::pass_of(client, at.id, &lost, options, &mut progress).await?
+            heal::pass_of(client, at.id, &lost, options, &rate, &mut progress).await?
         }
     };
     bar.finish_and_clear();
@@ -129,8 +132,11 @@ async fn empty(client: &Client, services: &BTreeSet<u64>, pace: &Pace) -> Result
         bar.set_message(format!("{} blocks, {}", healed.moved, output::bytes(healed.moved_bytes)));
     };
     let begun = client.runtime().clock.monotonic();
-    let healed =
-        heal::empty(client, services, &heal::all_slots_backwards(), options(pace), &mut progress).await?;
+    let map = client.refresh_map().await?;
+    let away = heal::unavailable(&client.with_patience(ANSWERS_WITHIN), &map).await;
+    let lost = Lost { emptied: services.clone(), away: away.into_keys().collect() };
+    let (rate, slots) = (Rate::of(pace.bytes_per_s), heal::all_slots_backwards());
+    let healed = heal::empty(client, &lost, &slots, options(pace), (&rate, &|| true), &mut progress).await?;
     let took = (client.runtime().clock.monotonic() - begun).as_secs_f64();
     bar.finish_and_clear();
     let left = healed.spans();
@@ -158,6 +164,7 @@ async fn empty(client: &Client, services: &BTreeSet<u64>, pace: &Pace) -> Result
 async fn scrub(client: &Client, pace: &Pace) -> Result<ExitCode> {
     let bar = output::counter("scrub");
     let (mut found, mut moved, mut last) = (0, 0, Healed::default());
+    let rate = Rate::of(pace.bytes_per_s);
     for _ in 0..SCRUBS_MAX {
         let map = client.refresh_map().await?;
         // What a service has that does not answer is not rebuilt: it may come back with all of it.
@@ -165,7 +172,7 @@ async fn scrub(client: &Client, pace: &Pace) -> Result<ExitCode> {
         for (service, why) in &away {
             talk!("clutch: {service:016x} is not read: {why}");
         }
-        let to_be_emptied = heal::to_be_emptied(&map);
+        let lost = Lost { emptied: heal::to_be_emptied(&map), away: away.into_keys().collect() };
         let options = HealOptions { check: true, repair: true, ..options(pace) };
         let mut progress = |healed: &Healed| {
             bar.set_message(format!(
@@ -174,7 +181,7 @@ async fn scrub(client: &Client, pace: &Pace) -> Result<ExitCode> {
                 healed.damaged
             ));
         };
-        last = heal::pass(client, &to_be_emptied, options, &mut progress).await?;
+        last = heal::pass(client, &lost, options, &rate, &mut progress).await?;
         found += last.damaged;
         moved += last.moved;
         if last.moved == 0 {
@@ -325,10 +332,10 @@ impl Disks {
     async fn look(client: &Client) -> Result<Disks> {
         let map = client.refresh_map().await?;
         let lost = lost(client, &map).await;
-        let services: BTreeSet<u64> = lost.keys().copied().collect();
+        let away = Lost { away: lost.keys().copied().collect(), ..Lost::default() };
         let bar = output::counter("counting");
         let mut progress = |healed: &Healed| bar.set_message(format!("{} spans", healed.spans()));
-        let healed = heal::pass(client, &services, HealOptions::default(), &mut progress).await?;
+        let healed = heal::pass(client, &away, HealOptions::default(), &Rate::of(0), &mut progress).await?;
         bar.finish_and_clear();
         let said = status::disks(&client.with_patience(ANSWERS_WITHIN)).await;
         let said = said.unwrap_or_else(|error| {
@@ -447,6 +454,13 @@ impl Disks {
         let (logical, physical) =
             (output::bytes(self.healed.logical_bytes), output::bytes(self.healed.physical_bytes));
         output::line(format!("{logical} of files in blocks of {physical}"))?;
+        for id in heal::to_be_emptied(&self.map).into_iter().filter(|id| self.held(*id).blocks == 0) {
+            if known(&self.map, id)?.flags & FLAG_GONE == 0 {
+                output::line(format!(
+                    "{id:016x} has nothing that is in use: `clutch blocks remove {id:016x}` forgets it"
+                ))?;
+            }
+        }
         match self.blocks_left() {
             0 => Ok(()),
             left => output::line(self.rebuilding().line(left)),

@@ -58,6 +58,12 @@ pub(crate) async fn disks(client: &Client) -> Result<OfDisks, ClientError> {
             return Ok(found);
         }
     }
+    // Some have nothing but disks.
+    for service in &map.services {
+        if nodes.iter().all(|(known, ..)| *known != service.address) {
+            nodes.insert((service.address.clone(), Role::Registry, 0));
+        }
+    }
     let answers = nodes.into_iter().map(|(address, role, number)| async move {
         let request = AdminRequest { op: Some(Op::Status(Status { disks: true, ..Status::default() })) };
         status_in(client.admin_at(address.as_str().into(), role, number, request).await)

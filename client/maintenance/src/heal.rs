@@ -8,22 +8,25 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     ops::RangeInclusive,
+    sync::Mutex,
     time::Duration,
 };
 
 use bytes::Bytes;
-use clutch_client::{Client, ClientError};
+use clutch_client::{Client, ClientError, Moving};
 use clutch_proto::{
     BlockId, InodeId, InodeKind, Slot, SpanId,
     mutants::{self, Mutant},
     registry::Map,
-    types::{Code, Span},
+    types::{Block, Code, Span},
 };
-use clutch_shard::{FLAG_DRAIN, FLAG_GONE};
+use clutch_shard::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE};
 use futures_util::stream::{self, StreamExt as _};
 
 /// Failures that are told in words.
 const FAILURES_MAX: usize = 100;
+/// A block that a disk fails to give is asked for again after this.
+const ASK_AGAIN: Duration = Duration::from_secs(3);
 
 /// How a pass goes.
 #[derive(Clone, Copy, Debug)]
@@ -34,10 +37,63 @@ pub struct HealOptions {
     pub repair: bool,
     /// Spans that are checked or repaired at a time.
     pub concurrency: usize,
-    /// Bytes of blocks that are written in a second at most, so that users come first; 0 for no limit.
-    pub bytes_per_s: u64,
     /// Of each span only what is on this service is checked; 0 for all.
     pub only: u64,
+}
+
+impl Default for HealOptions {
+    fn default() -> HealOptions {
+        HealOptions { check: false, repair: false, concurrency: 4, only: 0 }
+    }
+}
+
+/// Services whose blocks count as lost.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Lost {
+    /// What these have is to be elsewhere.
+    pub emptied: BTreeSet<u64>,
+    /// These do not answer: they may come back with all that they have, so it stays where it is.
+    pub away: BTreeSet<u64>,
+}
+
+impl Lost {
+    fn has(&self, service: u64) -> bool {
+        self.emptied.contains(&service) || self.away.contains(&service)
+    }
+}
+
+/// What may be written in a second, by all who share it, so that users come first. What was not written is not made up for.
+#[derive(Debug)]
+pub struct Pace {
+    bytes_per_s: u64,
+    free_at: Mutex<Duration>,
+}
+
+impl Pace {
+    /// So many bytes; 0 for no limit.
+    pub fn of(bytes_per_s: u64) -> Pace {
+        Pace { bytes_per_s, free_at: Mutex::default() }
+    }
+
+    /// So many bytes have been written by now: how long to wait before there may be more.
+    fn spent(&self, bytes: u64, now: Duration) -> Duration {
+        let Some(ns) = u128::from(bytes).saturating_mul(1_000_000_000).checked_div(self.bytes_per_s.into())
+        else {
+            return Duration::ZERO;
+        };
+        let took = Duration::from_nanos(u64::try_from(ns).unwrap_or(u64::MAX));
+        let mut free_at = self.free_at.lock().unwrap_or_else(|e| e.into_inner());
+        *free_at = (*free_at).max(now).saturating_add(took);
+        *free_at - now
+    }
+
+    async fn write(&self, client: &Client, bytes: u64) {
+        let clock = &client.runtime().clock;
+        let wait = self.spent(bytes, clock.monotonic());
+        if !wait.is_zero() {
+            clock.sleep(wait).await;
+        }
+    }
 }
 
 /// A part of the slots.
@@ -46,12 +102,6 @@ pub type Slots = RangeInclusive<u8>;
 /// All slots, in parts from the last to the first: whoever else moves the same goes the other way.
 pub fn all_slots_backwards() -> Vec<Slots> {
     (0..16).rev().map(|part| part * 16..=part * 16 + 15).collect()
-}
-
-impl Default for HealOptions {
-    fn default() -> HealOptions {
-        HealOptions { check: false, repair: false, concurrency: 4, bytes_per_s: 0, only: 0 }
-    }
 }
 
 /// What a service holds of spans in use.
@@ -84,6 +134,8 @@ pub struct Healed {
     pub damaged: u64,
     /// Those of them that were missing.
     pub missing: u64,
+    /// Blocks of which their services did not say how they are.
+    pub unanswered: u64,
     /// Blocks that were written elsewhere.
     pub moved: u64,
     /// Bytes of those.
@@ -144,24 +196,36 @@ impl Healed {
     }
 }
 
-/// Services whose blocks are to be elsewhere: those that are gone, and those that are to be emptied.
-pub fn to_be_emptied(map: &Map) -> BTreeSet<u64> {
-    let flagged = map.services.iter().filter(|service| service.flags & (FLAG_GONE | FLAG_DRAIN) != 0);
-    flagged.map(|service| service.service_id).collect()
-}
-
-/// Looks at all spans once. `lost` are the services whose blocks do not count.
+/// Looks at all spans once.
 ///
 /// # Errors
 /// When a shard does not answer. What cannot be done with one span is in [`Healed::failures`].
 pub async fn pass(
     client: &Client,
-    lost: &BTreeSet<u64>,
+    lost: &Lost,
     options: HealOptions,
+    pace: &Pace,
     progress: &mut (dyn FnMut(&Healed) + Send),
 ) -> Result<Healed, ClientError> {
-    let mut pass = Pass::new(client, lost, options);
+    let mut pass = Pass::new(client, lost, options, pace);
     pass.walk(0, &(0..=u8::MAX), 1, progress).await?;
+    Ok(pass.healed)
+}
+
+/// The same of the spans of a file, or of all files of a directory and below.
+///
+/// # Errors
+/// As [`pass`].
+pub async fn pass_of(
+    client: &Client,
+    top: InodeId,
+    lost: &Lost,
+    options: HealOptions,
+    pace: &Pace,
+    progress: &mut (dyn FnMut(&Healed) + Send),
+) -> Result<Healed, ClientError> {
+    let mut pass = Pass::new(client, lost, options, pace);
+    pass.tree(top, progress).await?;
     Ok(pass.healed)
 }
 
@@ -175,12 +239,13 @@ pub async fn scrub_page(
     service: u64,
     after: Bytes,
     options: HealOptions,
+    pace: &Pace,
 ) -> Result<(Healed, Bytes), ClientError> {
-    let none = BTreeSet::new();
+    let lost = Lost::default();
     let options = HealOptions { check: true, only: service, ..options };
-    let mut pass = Pass::new(client, &none, options);
+    let mut pass = Pass::new(client, &lost, options, pace);
     let (page, next) = client.visit_spans(service, after).await?;
-    pass.look_at_all(page, &mut |_| {}).await?;
+    pass.look(page.into_iter().map(|span| (span, Vec::new())), None, &mut |_| {}).await?;
     Ok((pass.healed, next))
 }
 
@@ -194,33 +259,24 @@ pub async fn repair_block(
     service: u64,
     block: BlockId,
     options: HealOptions,
+    pace: &Pace,
 ) -> Result<Healed, ClientError> {
-    let none = BTreeSet::new();
+    let lost = Lost::default();
     let options = HealOptions { check: true, repair: true, only: service, ..options };
-    let mut pass = Pass::new(client, &none, options);
+    let mut pass = Pass::new(client, &lost, options, pace);
     // The index of blocks is in the order of slot, service and block.
     let before = [&[block.slot().0][..], &service.to_be_bytes(), &block.0.saturating_sub(1).to_be_bytes()];
     let (page, _) = client.visit_spans(service, before.concat().into()).await?;
     let has_it = |span: &Span| span.blocks.iter().any(|b| (b.service_id, b.block_id) == (service, block.0));
-    let span = page.into_iter().find(has_it);
-    pass.look_at_all(span.into_iter().collect(), &mut |_| {}).await?;
+    let span = page.into_iter().find(has_it).map(|span| (span, Vec::new()));
+    pass.look(span, None, &mut |_| {}).await?;
     Ok(pass.healed)
 }
 
-/// The same of the spans of a file, or of all files of a directory and below.
-///
-/// # Errors
-/// As [`pass`].
-pub async fn pass_of(
-    client: &Client,
-    top: InodeId,
-    lost: &BTreeSet<u64>,
-    options: HealOptions,
-    progress: &mut (dyn FnMut(&Healed) + Send),
-) -> Result<Healed, ClientError> {
-    let mut pass = Pass::new(client, lost, options);
-    pass.tree(top, progress).await?;
-    Ok(pass.healed)
+/// Services whose blocks are to be elsewhere: those that are gone, and those that are to be emptied.
+pub fn to_be_emptied(map: &Map) -> BTreeSet<u64> {
+    let flagged = map.services.iter().filter(|service| service.flags & (FLAG_GONE | FLAG_DRAIN) != 0);
+    flagged.map(|service| service.service_id).collect()
 }
 
 /// Services that cannot be used at the moment, and why; without those that are gone.
@@ -238,24 +294,24 @@ pub async fn unavailable(client: &Client, map: &Map) -> BTreeMap<u64, String> {
 
 /// Empties services: moves what they hold of these slots until a look finds nothing there any more, spans that have lost most
 /// first. What was found at last is returned, with everything that was moved. Ends early when a
-/// look finds as much as the one before it.
+/// look finds as much as the one before it, and when it is not to go on.
 ///
 /// # Errors
 /// When a shard does not answer.
 pub async fn empty(
     client: &Client,
-    services: &BTreeSet<u64>,
+    lost: &Lost,
     slots: &[Slots],
     options: HealOptions,
+    (pace, goes_on): (&Pace, &(dyn Fn() -> bool + Sync)),
     progress: &mut (dyn FnMut(&Healed) + Send),
 ) -> Result<Healed, ClientError> {
-    let begun = client.runtime().clock.monotonic();
     let (mut moved, mut moved_bytes) = (0, 0);
     let (mut left, mut failures) = (u64::MAX, Vec::new());
     loop {
         let looking = HealOptions { repair: false, check: false, ..options };
-        let mut look = Pass::new(client, services, looking);
-        for (slots, service) in each(slots, services) {
+        let mut look = Pass { goes_on, ..Pass::new(client, lost, looking, pace) };
+        for (slots, service) in each(slots, &lost.emptied) {
             look.walk(service, slots, 1, &mut |_| {}).await?;
         }
         let most = look.most_lost;
@@ -264,20 +320,17 @@ pub async fn empty(
         look.healed.spans_left = look.healed.spans();
         look.healed.bytes_left = look.lost_bytes;
         progress(&look.healed);
-        if most == 0 {
-            return Ok(look.healed);
-        }
-        if look.healed.spans() >= left {
+        if most == 0 || look.healed.spans() >= left || !goes_on() {
             look.healed.failures = failures;
             return Ok(look.healed);
         }
         left = look.healed.spans();
-        let mut pass = Pass::new(client, services, HealOptions { repair: true, ..options });
+        let mut pass =
+            Pass { goes_on, ..Pass::new(client, lost, HealOptions { repair: true, ..options }, pace) };
         (pass.healed.moved, pass.healed.moved_bytes) = (moved, moved_bytes);
         (pass.healed.spans_left, pass.healed.bytes_left) = (look.healed.spans_left, look.healed.bytes_left);
-        pass.begun = begun;
         for least in (1..=most).rev() {
-            for (slots, service) in each(slots, services) {
+            for (slots, service) in each(slots, &lost.emptied) {
                 pass.walk(service, slots, least, progress).await?;
             }
         }
@@ -291,34 +344,39 @@ fn each<'a>(slots: &'a [Slots], services: &'a BTreeSet<u64>) -> impl Iterator<It
 
 struct Pass<'a> {
     client: &'a Client,
-    lost: &'a BTreeSet<u64>,
+    lost: &'a Lost,
     options: HealOptions,
+    pace: &'a Pace,
+    /// Asked before each page.
+    goes_on: &'a (dyn Fn() -> bool + Sync),
     healed: Healed,
     /// The most blocks that a span has lost.
     most_lost: usize,
-    /// Bytes of blocks that are lost.
+    /// Bytes of blocks on services that are to be emptied.
     lost_bytes: u64,
     /// A file or directory of each slot: what is written for a span is written for it.
     homes: BTreeMap<u8, Option<InodeId>>,
-    begun: Duration,
 }
 
 /// What has become of a span.
 struct Looked {
     span: Span,
+    /// Places of blocks that cannot be had.
     lost: Vec<usize>,
+    /// Those of them that are written elsewhere, if anything is.
+    movable: Vec<usize>,
     checked: u64,
     missing: u64,
     damaged: u64,
+    unanswered: u64,
     moved: u64,
     failures: Vec<String>,
 }
 
 impl<'a> Pass<'a> {
-    fn new(client: &'a Client, lost: &'a BTreeSet<u64>, options: HealOptions) -> Pass<'a> {
-        let begun = client.runtime().clock.monotonic();
+    fn new(client: &'a Client, lost: &'a Lost, options: HealOptions, pace: &'a Pace) -> Pass<'a> {
         let (healed, homes) = (Healed::default(), BTreeMap::new());
-        Pass { client, lost, options, healed, most_lost: 0, lost_bytes: 0, homes, begun }
+        Pass { client, lost, options, pace, goes_on: &|| true, healed, most_lost: 0, lost_bytes: 0, homes }
     }
 
     /// The spans of a service, or all, of these slots that have lost at least so many blocks.
@@ -330,41 +388,24 @@ impl<'a> Pass<'a> {
         progress: &mut (dyn FnMut(&Healed) + Send),
     ) -> Result<(), ClientError> {
         let mut after = Bytes::copy_from_slice(&[*slots.start()]);
-        loop {
+        while (self.goes_on)() {
             let (page, next) = self.client.visit_spans(service, after).await?;
             let mut work = Vec::new();
             for span in page.into_iter().filter(|span| slots.contains(&SpanId(span.span_id).slot().0)) {
                 let lost = self.lost_of(&span);
                 // A span that is held by several of these services is met with each.
-                let is_first =
-                    service == 0 || lost.first().is_some_and(|i| span.blocks[*i].service_id == service);
-                if !is_first || service != 0 && lost.len() < least {
-                    continue;
+                let first = lost.iter().find(|i| self.lost.emptied.contains(&span.blocks[**i].service_id));
+                let is_first = service == 0 || first.is_some_and(|i| span.blocks[*i].service_id == service);
+                if is_first && (service == 0 || lost.len() >= least) {
+                    work.push((span, lost));
                 }
-                let home =
-                    if self.options.repair { self.home(SpanId(span.span_id).slot()).await? } else { None };
-                work.push((span, lost, home));
             }
-            self.look(work, progress).await;
+            self.look(work, None, progress).await?;
             if next.first().is_none_or(|slot| slot > slots.end()) {
                 return Ok(());
             }
             after = next;
         }
-    }
-
-    /// These spans, whatever they have lost.
-    async fn look_at_all(
-        &mut self,
-        spans: Vec<Span>,
-        progress: &mut (dyn FnMut(&Healed) + Send),
-    ) -> Result<(), ClientError> {
-        let mut work = Vec::new();
-        for span in spans {
-            let home = self.home(SpanId(span.span_id).slot()).await?;
-            work.push((span, Vec::new(), home));
-        }
-        self.look(work, progress).await;
         Ok(())
     }
 
@@ -389,10 +430,9 @@ impl<'a> Pass<'a> {
             loop {
                 let page = self.client.layout(id, content, offset).await?;
                 let new = page.spans.into_iter().filter(|span| seen.insert(span.span_id));
-                let work =
-                    new.map(|span| (self.lost_of(&span), span)).map(|(lost, span)| (span, lost, Some(id)));
-                let work = work.collect();
-                self.look(work, progress).await;
+                let work: Vec<_> = new.map(|span| (self.lost_of(&span), span)).collect();
+                let work = work.into_iter().map(|(lost, span)| (span, lost));
+                self.look(work, Some(id), progress).await?;
                 if page.next_offset == 0 {
                     break;
                 }
@@ -402,127 +442,225 @@ impl<'a> Pass<'a> {
         Ok(())
     }
 
+    /// Spans with what they have lost; what is written for them is written for `home`, or for one of their slots.
     async fn look(
         &mut self,
-        work: Vec<(Span, Vec<usize>, Option<InodeId>)>,
+        spans: impl IntoIterator<Item = (Span, Vec<usize>)>,
+        home: Option<InodeId>,
         progress: &mut (dyn FnMut(&Healed) + Send),
-    ) {
-        let (client, options) = (self.client, self.options);
-        let mut looks = stream::iter(work)
-            .map(|(span, lost, home)| look_at(client, options, span, lost, home))
-            .buffer_unordered(options.concurrency.max(1));
-        while let Some(looked) = looks.next().await {
+    ) -> Result<(), ClientError> {
+        let (client, options, lost, pace) = (self.client, self.options, self.lost, self.pace);
+        let at_a_time = options.concurrency.max(1);
+        let all: Vec<_> =
+            spans.into_iter().map(|(span, of_span)| check(client, options, lost, span, of_span)).collect();
+        let mut checks = stream::iter(all).buffer_unordered(at_a_time);
+        let mut to_repair = Vec::new();
+        while let Some(looked) = checks.next().await {
+            if options.repair && !looked.movable.is_empty() {
+                to_repair.push(looked);
+                continue;
+            }
             self.take(looked);
-            self.rest().await;
             progress(&self.healed);
         }
+        drop(checks);
+        let mut with_homes = Vec::new();
+        for looked in to_repair {
+            let home = match home {
+                Some(home) => Some(home),
+                None => self.home(SpanId(looked.span.span_id).slot()).await?,
+            };
+            with_homes.push(repair(client, pace, looked, home));
+        }
+        let mut repairs = stream::iter(with_homes).buffer_unordered(at_a_time);
+        while let Some(looked) = repairs.next().await {
+            self.take(looked);
+            progress(&self.healed);
+        }
+        Ok(())
     }
 
     /// Blocks of a span that are on services that count as lost, by their places.
     fn lost_of(&self, span: &Span) -> Vec<usize> {
         let blocks = span.blocks.iter().enumerate();
-        blocks.filter(|(_, block)| self.lost.contains(&block.service_id)).map(|(i, _)| i).collect()
+        blocks.filter(|(_, block)| self.lost.has(block.service_id)).map(|(i, _)| i).collect()
     }
 
     async fn home(&mut self, slot: Slot) -> Result<Option<InodeId>, ClientError> {
         if let Some(home) = self.homes.get(&slot.0) {
             return Ok(*home);
         }
-        let mut home = None;
-        // Directories outlive files.
-        for kind in [1, 2] {
-            let (page, _) = self.client.visit_inodes(kind, Bytes::copy_from_slice(&[slot.0])).await?;
-            let first = page.first().and_then(|inode| InodeId::from_wire(inode.id));
-            home = home.or(first.filter(|id| id.slot() == slot));
-        }
+        let home = match self.first_of(1, slot).await? {
+            // Directories outlive files.
+            Some(home) => Some(home),
+            None => self.first_of(2, slot).await?,
+        };
         self.homes.insert(slot.0, home);
         Ok(home)
     }
 
+    /// The first inode of a kind in a slot; of directories one that was not removed.
+    async fn first_of(&self, kind: u32, slot: Slot) -> Result<Option<InodeId>, ClientError> {
+        let mut after = Bytes::copy_from_slice(&[slot.0]);
+        loop {
+            let (page, next) = self.client.visit_inodes(kind, after).await?;
+            let usable = page.iter().filter_map(|inode| Some((InodeId::from_wire(inode.id)?, inode)));
+            let mut usable = usable
+                .filter(|(id, inode)| kind != 1 || inode.parent != 0 || *id == InodeId::ROOT)
+                .map(|(id, _)| id);
+            // A page may reach into the next slot.
+            if let Some(found) = usable.find(|id| id.slot() == slot) {
+                return Ok(Some(found));
+            }
+            if next.first() != Some(&slot.0) {
+                return Ok(None);
+            }
+            after = next;
+        }
+    }
+
     fn take(&mut self, looked: Looked) {
-        let Looked { span, lost, checked, missing, damaged, moved, failures } = looked;
-        self.healed.missing += missing;
+        let Looked { span, lost, checked, missing, damaged, unanswered, moved, failures, .. } = looked;
         self.most_lost = self.most_lost.max(lost.len());
         let bytes = self.healed.count(&span, lost.len());
         self.healed.checked += checked;
+        self.healed.missing += missing;
         self.healed.damaged += damaged;
+        self.healed.unanswered += unanswered;
         self.healed.moved += moved;
         self.healed.moved_bytes += moved * bytes;
-        self.lost_bytes += bytes * lost.len() as u64;
+        let to_go = span.blocks.iter().filter(|block| self.lost.emptied.contains(&block.service_id)).count();
+        self.lost_bytes += bytes * to_go as u64;
         self.healed.spans_left = self.healed.spans_left.saturating_sub(u64::from(moved > 0));
         self.healed.bytes_left = self.healed.bytes_left.saturating_sub(moved * bytes);
         failures.into_iter().for_each(|failure| self.healed.fail(failure));
     }
+}
 
-    /// Waits until no more has been written than may have been by now.
-    async fn rest(&self) {
-        let Some(seconds) = self.healed.moved_bytes.checked_div(self.options.bytes_per_s) else { return };
-        let clock = &self.client.runtime().clock;
-        let due = self.begun + Duration::from_secs(seconds);
-        let now = clock.monotonic();
-        if now < due {
-            clock.sleep(due - now).await;
-        }
+/// How one block is.
+enum State {
+    Good,
+    Missing,
+    /// Also where the disk cannot give it and gives others.
+    Damaged(ClientError),
+    Unanswered(ClientError),
+}
+
+async fn state(client: &Client, block: &Block) -> State {
+    let is_used = async {
+        let map = client.refresh_map().await.ok();
+        let known =
+            map.as_ref().and_then(|map| map.services.iter().find(|s| s.service_id == block.service_id));
+        known.is_some_and(|service| service.capacity_bytes > 0)
+    };
+    let mut has_failed = false;
+    loop {
+        return match client.check_block(block).await {
+            Ok(()) => State::Good,
+            Err(error) => match error.code() {
+                Some(Code::BlockNotFound) => State::Missing,
+                Some(Code::BlockCorrupt) => State::Damaged(error),
+                // An error may pass, and a disk that is not there fails with all: by then its node has said so.
+                Some(Code::DiskFault) if !has_failed => {
+                    has_failed = true;
+                    client.runtime().clock.sleep(ASK_AGAIN).await;
+                    continue;
+                }
+                Some(Code::DiskFault) if is_used.await => State::Damaged(error),
+                _ => State::Unanswered(error),
+            },
+        };
     }
 }
 
-async fn look_at(
-    client: &Client,
-    options: HealOptions,
-    mut span: Span,
-    mut lost: Vec<usize>,
-    home: Option<InodeId>,
-) -> Looked {
-    let (mut checked, mut missing, mut damaged, mut moved, mut failures) = (0, 0, 0, 0, Vec::new());
-    // What can be repaired: a service that does not answer may come back with all that it has.
-    let mut repairable = lost.clone();
-    if options.check {
-        for (index, block) in span.blocks.iter().enumerate() {
-            if lost.contains(&index) || options.only != 0 && block.service_id != options.only {
+/// Has the services of a span look at their blocks, if that is asked for.
+async fn check(client: &Client, options: HealOptions, of: &Lost, span: Span, mut lost: Vec<usize>) -> Looked {
+    let is_to_go = |i: &usize| of.emptied.contains(&span.blocks[*i].service_id);
+    let mut movable: Vec<usize> = lost.iter().copied().filter(is_to_go).collect();
+    let (mut checked, mut missing, mut damaged, mut unanswered) = (0, 0, 0, 0);
+    let mut failures = Vec::new();
+    for (index, block) in span.blocks.iter().enumerate().filter(|_| options.check) {
+        if lost.contains(&index) || options.only != 0 && block.service_id != options.only {
+            continue;
+        }
+        let (is_bad, why) = match state(client, block).await {
+            State::Good => {
+                checked += 1;
                 continue;
             }
-            match client.check_block(block).await {
-                Ok(()) => checked += 1,
-                Err(error) => {
-                    let is_missing = error.code() == Some(Code::BlockNotFound);
-                    // A disk that cannot give this block, and answers, has lost it.
-                    let is_bad = is_missing && !mutants::is(Mutant::MissingNotRepaired)
-                        || matches!(error.code(), Some(Code::BlockCorrupt | Code::DiskFault));
-                    missing += u64::from(is_missing);
-                    if is_bad {
-                        damaged += 1;
-                        repairable.push(index);
-                    }
-                    lost.push(index);
-                    let (id, service) = (block.block_id, block.service_id);
-                    failures.push(format!("block {id:x} on service {service:016x}: {error}"));
-                }
+            State::Missing => {
+                missing += 1;
+                (!mutants::is(Mutant::MissingNotRepaired), "it is missing".to_owned())
             }
-        }
-    }
-    let to_move = if options.repair { repairable } else { Vec::new() };
-    for index in to_move {
-        let Some(home) = home else {
-            failures
-                .push(format!("span {:x} belongs to no file any more; it will be collected", span.span_id));
-            break;
+            State::Damaged(error) => (true, error.to_string()),
+            State::Unanswered(error) => {
+                unanswered += 1;
+                (false, error.to_string())
+            }
         };
-        let (id, service) = (span.blocks[index].block_id, span.blocks[index].service_id);
-        match client.move_block(home, &span, index).await {
-            Ok((block, scratch)) => {
+        if is_bad {
+            damaged += 1;
+            movable.push(index);
+        }
+        lost.push(index);
+        failures.push(format!("block {:x} on service {:016x}: {why}", block.block_id, block.service_id));
+    }
+    Looked { span, lost, movable, checked, missing, damaged, unanswered, moved: 0, failures }
+}
+
+/// Writes elsewhere what of a span is to be moved.
+async fn repair(client: &Client, pace: &Pace, mut looked: Looked, home: Option<InodeId>) -> Looked {
+    let Some(home) = home else {
+        let text =
+            format!("span {:x} belongs to no file any more; it will be collected", looked.span.span_id);
+        looked.failures.push(text);
+        return looked;
+    };
+    let flags: BTreeMap<u64, u32> = match client.map().await {
+        Ok(map) => map.services.iter().map(|service| (service.service_id, service.flags)).collect(),
+        Err(_) => BTreeMap::new(),
+    };
+    let bytes = looked.span.shape.map_or(0, |shape| shape.block_bytes());
+    for index in looked.movable.clone() {
+        let (id, service) = (looked.span.blocks[index].block_id, looked.span.blocks[index].service_id);
+        let flags = flags.get(&service).copied().unwrap_or(0);
+        let is_to_go = flags & (FLAG_GONE | FLAG_DRAIN) != 0;
+        let how = Moving {
+            is_lost: !is_to_go || flags & (FLAG_GONE | FLAG_CONDEMNED) != 0,
+            may_stay: !is_to_go,
+            is_for_now: flags & FLAG_CONDEMNED != 0 && flags & FLAG_GONE == 0,
+        };
+        match client.move_block(home, &looked.span, index, how).await {
+            Ok(Some((block, scratch))) => {
                 // Else the old block would be met again as one that is in use; if this fails, it expires.
                 let _ = client.collect_content(scratch).await;
                 client.runtime().note("heal: a block is somewhere else");
                 // Its next one goes to yet another service.
-                span.blocks[index] = block;
-                moved += 1;
+                looked.span.blocks[index] = block;
+                looked.moved += 1;
+                pace.write(client, u64::from(bytes)).await;
             }
-            // Somebody else was first, or it is used no more: the next look says.
-            Err(error) if matches!(error.code(), Some(Code::NotFound | Code::Stale)) => {
-                client.runtime().note("heal: a span has changed");
+            // The next look says.
+            Ok(None) => client.runtime().note("heal: a span has changed"),
+            Err(error) => {
+                looked.failures.push(format!("move block {id:x} from service {service:016x}: {error}"));
             }
-            Err(error) => failures.push(format!("move block {id:x} from service {service:016x}: {error}")),
         }
     }
-    Looked { span, lost, checked, missing, damaged, moved, failures }
+    looked
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_not_written_is_not_made_up_for() {
+        let (pace, at) = (Pace::of(1000), Duration::from_millis);
+        assert_eq!(pace.spent(500, at(0)), at(500));
+        assert_eq!(pace.spent(1, at(0)), at(501), "whoever shares it waits for the others");
+        assert_eq!(pace.spent(100, at(10_000)), at(100));
+        assert_eq!(Pace::of(0).spent(u64::MAX, at(0)), at(0));
+        assert_eq!(Pace::of(1).spent(u64::MAX, at(0)), Duration::from_nanos(u64::MAX));
+    }
 }

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use clutch_client::Client;
 use clutch_client_maintenance::{
     fsck,
-    heal::{self, HealOptions, Healed},
+    heal::{self, HealOptions, Healed, Lost, Pace},
 };
 use clutch_proto::{
     InodeId,
@@ -35,8 +35,10 @@ use crate::{
     workload::attributes,
 };
 
-/// Two more than a span needs.
-const DISKS: u32 = 6;
+/// Two more than a span needs, or none.
+const DISKS: [u32; 2] = [6, 4];
+/// Directories, which lie in slots of all shards.
+const DIRECTORIES: usize = 6;
 const POLICY: (u32, u32) = (2, 2);
 /// Faults of one cluster, one after the other.
 const ROUNDS: u32 = 4;
@@ -57,19 +59,25 @@ enum Trouble {
     OfThePast,
     /// Bits flip all over it.
     Rots,
+    /// The same, and its node is started again before all of it can have been written anew.
+    ExchangedAndRestarted,
     /// Its node is down for so many seconds.
     Away(u64),
+    /// Nobody hears its node for so many seconds.
+    Silent(u64),
     /// An operator lets it be emptied, and used again when it is.
     Emptied,
 }
 
-/// The files that were acknowledged, by their names.
-type Files = Arc<Mutex<BTreeMap<String, Data>>>;
+/// The files that were acknowledged, by their directories and names.
+type Files = Arc<Mutex<BTreeMap<(InodeId, String), Data>>>;
 
 struct Trial {
     cluster: SimCluster,
     client: Client,
     files: Files,
+    directories: Vec<InodeId>,
+    disks: u32,
     rng: StdRng,
     /// Whether disks are read through by themselves.
     scrubs: bool,
@@ -82,17 +90,23 @@ fn said(error: impl ToString) -> String {
 }
 
 /// Writes files until it is told to stop. What is not acknowledged may be there or not.
-async fn write(client: Client, files: Files, round: u32, salt: u64, stop: Arc<AtomicBool>) {
+async fn write(
+    client: Client,
+    directories: Vec<InodeId>,
+    files: Files,
+    (round, salt): (u32, u64),
+    stop: Arc<AtomicBool>,
+) {
     let mut number: u32 = 0;
     while !stop.load(Ordering::Relaxed) {
         let sizes = [3000, 20_000, 70_000, 400_000];
         let data = Data { salt: salt + u64::from(number) + 1, bytes: sizes[number as usize % sizes.len()] };
         let name = format!("r{round}-{number}");
         let (bytes, name_bytes) = (bytes_of(data), Bytes::from(name.clone()));
-        let written =
-            client.write_file(InodeId::ROOT, &name_bytes, attributes(), true, &mut &bytes[..]).await;
+        let dir = directories[number as usize % directories.len()];
+        let written = client.write_file(dir, &name_bytes, attributes(), true, &mut &bytes[..]).await;
         if written.is_ok() {
-            files.lock().insert(name, data);
+            files.lock().insert((dir, name), data);
         }
         number += 1;
         client.runtime().clock.sleep(Duration::from_millis(400)).await;
@@ -100,15 +114,16 @@ async fn write(client: Client, files: Files, round: u32, salt: u64, stop: Arc<At
 }
 
 async fn read_all(client: &Client, files: &Files) -> Outcome<()> {
-    let all: Vec<(String, Data)> = files.lock().iter().map(|(name, data)| (name.clone(), *data)).collect();
-    for (name, data) in all {
-        let at = client.resolve(format!("/{name}")).await.map_err(said)?;
+    let all: Vec<_> = files.lock().iter().map(|(at, data)| (at.clone(), *data)).collect();
+    for ((dir, name), data) in all {
+        let found = client.lookup(dir, &Bytes::from(name.clone())).await.map_err(said)?;
+        let id = InodeId::from_wire(found.target).ok_or("no inode")?;
         let mut read = Vec::new();
         let mut sink = |part: Bytes| {
             read.extend_from_slice(&part);
             Ok(())
         };
-        let done = client.read_file(at.id, &mut sink).await;
+        let done = client.read_file(id, &mut sink).await;
         done.map_err(|error| format!("{name} cannot be read: {error}"))?;
         if read != bytes_of(data) {
             return Err(format!("{name} has other bytes"));
@@ -130,7 +145,8 @@ async fn healed(client: &Client) -> Outcome<Healed> {
         let map = client.refresh_map().await.map_err(said)?;
         let condemned = map.services.iter().filter(|service| service.flags & FLAG_CONDEMNED != 0).count();
         let options = HealOptions { check: true, concurrency: 8, ..HealOptions::default() };
-        let looked = heal::pass(client, &heal::to_be_emptied(&map), options, &mut |_| {}).await;
+        let lost = Lost { emptied: heal::to_be_emptied(&map), ..Lost::default() };
+        let looked = heal::pass(client, &lost, options, &Pace::of(0), &mut |_| {}).await;
         let looked = looked.map_err(said)?;
         if looked.is_whole() && condemned == 0 {
             return Ok(looked);
@@ -146,6 +162,20 @@ async fn healed(client: &Client) -> Outcome<Healed> {
         }
         clock.sleep(Duration::from_secs(5)).await;
     }
+}
+
+/// Directories in which files are written. The oldest ones are removed, and still there as what once was.
+async fn make_directories(client: &Client) -> Outcome<Vec<InodeId>> {
+    let mut made = Vec::new();
+    for number in 0..2 * DIRECTORIES {
+        let name = Bytes::from(format!("d{number}"));
+        made.push(client.make_directory(InodeId::ROOT, &name, attributes()).await.map_err(said)?.id);
+    }
+    for number in 0..DIRECTORIES {
+        let at = client.resolve(format!("/d{number}")).await.map_err(said)?;
+        client.remove_directory(&at).await.map_err(said)?;
+    }
+    Ok(made.split_off(DIRECTORIES))
 }
 
 impl Trial {
@@ -166,7 +196,10 @@ impl Trial {
         // What rots and is never read is nobody's to find.
         let rots = if self.scrubs { Trouble::Rots } else { Trouble::Exchanged };
         let away = AWAY[self.rng.random_range(0..AWAY.len())];
-        let all = [Trouble::Exchanged, Trouble::OfThePast, rots, Trouble::Away(away), Trouble::Emptied];
+        let mut all = vec![Trouble::Exchanged, Trouble::ExchangedAndRestarted, Trouble::OfThePast, rots];
+        all.extend([Trouble::Away(away), Trouble::Silent(away)]);
+        // Where there is nowhere to go nothing can be emptied.
+        all.extend((self.disks > POLICY.0 + POLICY.1).then_some(Trouble::Emptied));
         *all.choose(&mut self.rng).expect("some")
     }
 
@@ -184,21 +217,26 @@ impl Trial {
 
     /// One thing happens to a disk while files are written.
     fn strike(&mut self, round: u32, trouble: Trouble) -> Outcome<()> {
-        let disk = self.rng.random_range(0..DISKS);
+        let disk = self.rng.random_range(0..self.disks);
         let (node, world) = (disk_node(disk), self.cluster.world.clone());
         let before = world.disk(node).copy();
         let stop = Arc::new(AtomicBool::new(false));
         let (client, files, stopped) = (self.client.clone(), self.files.clone(), stop.clone());
         let salt = self.rng.random_range(0..1_u64 << 40);
-        let writes = write(client, files, round, salt, stopped);
+        let writes = write(client, self.directories.clone(), files, (round, salt), stopped);
         self.client.runtime().spawn("writes", writes);
         self.wait(10)?;
         match trouble {
-            Trouble::Exchanged => {
+            Trouble::Exchanged | Trouble::ExchangedAndRestarted => {
                 world.crash(node);
                 world.disk(node).wipe();
                 self.cluster.label(disk);
                 self.cluster.boot(node);
+                if trouble == Trouble::ExchangedAndRestarted {
+                    self.wait(2)?;
+                    world.crash(node);
+                    self.cluster.boot(node);
+                }
             }
             Trouble::OfThePast => {
                 world.crash(node);
@@ -215,6 +253,11 @@ impl Trial {
                 self.wait(seconds)?;
                 self.cluster.boot(node);
             }
+            Trouble::Silent(seconds) => {
+                self.silence(disk, true);
+                self.wait(seconds)?;
+                self.silence(disk, false);
+            }
             Trouble::Emptied => self.empty(disk)?,
         }
         self.wait(10)?;
@@ -227,27 +270,36 @@ impl Trial {
         self.run(async move { healed(&client).await }).map(drop)
     }
 
+    /// Nobody hears the node of a disk, nor it anybody; or all do again.
+    fn silence(&self, disk: u32, is_silent: bool) {
+        let logs = self.cluster.log_ids().into_iter().flat_map(|log| self.cluster.members(log));
+        let disks = (0..self.disks).filter(|other| *other != disk).map(disk_node);
+        for other in logs.chain(disks).chain([CLIENT]) {
+            self.cluster.world.set_blocked(disk_node(disk), other, is_silent);
+            self.cluster.world.set_blocked(other, disk_node(disk), is_silent);
+        }
+    }
+
     /// Lets a disk be emptied while a file is written that has blocks on it, and whose name comes late.
     fn empty(&self, disk: u32) -> Outcome<()> {
-        let (client, files) = (self.client.clone(), self.files.clone());
+        let (client, files, dir) = (self.client.clone(), self.files.clone(), self.directories[0]);
         let service = self.cluster.service_ids()[disk as usize];
         self.run(async move {
             let clock = client.runtime().clock.clone();
-            let policy = client.write_policy(InodeId::ROOT).await.map_err(said)?;
+            let policy = client.write_policy(dir).await.map_err(said)?;
             let mut drafts = Vec::new();
             for number in 0..4 {
                 let data = Data { salt: service % 1000 + number, bytes: 100_000 };
-                let mut draft = client.start_draft(InodeId::ROOT).await.map_err(said)?;
+                let mut draft = client.start_draft(dir).await.map_err(said)?;
                 client.append(&mut draft, bytes_of(data), &policy).await.map_err(said)?;
                 drafts.push((format!("late-{service:x}-{number}"), data, draft));
             }
             set_flags(&client, service, FLAG_DRAIN | FLAG_NO_WRITE).await?;
             clock.sleep(NAMED_AFTER).await;
             for (name, data, draft) in drafts {
-                let linked =
-                    client.link(draft, InodeId::ROOT, &Bytes::from(name.clone()), attributes(), true).await;
+                let linked = client.link(draft, dir, &Bytes::from(name.clone()), attributes(), true).await;
                 linked.map_err(said)?;
-                files.lock().insert(name, data);
+                files.lock().insert((dir, name), data);
             }
             healed(&client).await?;
             let (left, _) = client.visit_spans(service, Bytes::new()).await.map_err(said)?;
@@ -267,11 +319,15 @@ fn check(seed: u64) -> Outcome<()> {
         bytes_per_s: 0,
         look_every: Duration::from_secs(1),
     };
-    let config = ClusterConfig { heal: Some(heal), ..ClusterConfig::of(2, DISKS, POLICY) };
+    let disks = DISKS[usize::from(seed % 4 == 3)];
+    let page = if seed.is_multiple_of(3) { 2 } else { 0 };
+    let config = ClusterConfig { heal: Some(heal), page, ..ClusterConfig::of(2, disks, POLICY) };
     let cluster = SimCluster::start_with(seed, config).ok_or("the cluster does not come up")?;
     let client = cluster.client();
-    let rng = StdRng::seed_from_u64(seed);
-    let mut trial = Trial { cluster, client, files: Files::default(), rng, scrubs };
+    let (rng, files, directories) = (StdRng::seed_from_u64(seed), Files::default(), Vec::new());
+    let mut trial = Trial { cluster, client, files, directories, disks, rng, scrubs };
+    let c = trial.client.clone();
+    trial.directories = trial.run(async move { make_directories(&c).await })?;
     for round in 0..ROUNDS {
         let trouble = trial.draw();
         trial.strike(round, trouble).map_err(|what| format!("round {round}, {trouble:?}: {what}"))?;

@@ -1,6 +1,6 @@
 //! Operations of a script that look after what is stored: other contents, policies, collection, moving blocks.
 
-use clutch_client::{ClientError, Draft, Resolved};
+use clutch_client::{ClientError, Draft, Moving, Resolved};
 use clutch_client_maintenance::collector::{CollectOptions, collect};
 use clutch_proto::{
     ContentId, InodeId, Refusal,
@@ -235,7 +235,8 @@ impl Worker {
         let layout = self.client.layout(at.id, 0, 0).await?;
         let span = layout.spans.first().ok_or_else(|| not_found("the file has no blocks"))?;
         let index = index as usize % span.blocks.len().max(1);
-        self.client.move_block(at.id, span, index).await?;
+        let moved = self.client.move_block(at.id, span, index, Moving::default()).await?;
+        moved.ok_or_else(|| not_found("the block was moved meanwhile"))?;
         Ok(format!("moved block {index} of span {:x}", span.span_id))
     }
 

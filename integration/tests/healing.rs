@@ -7,7 +7,7 @@ use clutch_client::{Client, FileAttributes};
 use clutch_client_maintenance::{
     collector::{CollectOptions, collect},
     fsck,
-    heal::{self, HealOptions},
+    heal::{self, HealOptions, Lost, Pace},
 };
 use clutch_integration::{
     SimCluster, healing,
@@ -82,25 +82,27 @@ fn a_disk_that_is_gone_is_rebuilt_from_the_others() {
     cluster.world.crash(disk_node(0));
     let c = client.clone();
     let placed = run(&cluster, async move {
-        let lost = BTreeSet::from([gone]);
+        let emptied = BTreeSet::from([gone]);
+        let (lost, pace) = (Lost { emptied: emptied.clone(), ..Lost::default() }, Pace::of(0));
         let looking = HealOptions::default();
-        let before = heal::pass(&c, &lost, looking, &mut |_| {}).await.expect("looks");
+        let before = heal::pass(&c, &lost, looking, &pace, &mut |_| {}).await.expect("looks");
         assert!(before.reduced + before.none > 0 && before.unreadable == 0, "{before:?}");
         flag(&c, gone, FLAG_NO_WRITE | FLAG_DRAIN).await;
         let map = c.refresh_map().await.expect("a map");
-        assert_eq!(heal::to_be_emptied(&map), lost);
-        let healed = heal::empty(&c, &lost, &heal::all_slots_backwards(), looking, &mut |_| {})
-            .await
-            .expect("empties");
+        assert_eq!(heal::to_be_emptied(&map), emptied);
+        let healed =
+            heal::empty(&c, &lost, &heal::all_slots_backwards(), looking, (&pace, &|| true), &mut |_| {})
+                .await
+                .expect("empties");
         assert_eq!((healed.spans(), healed.failures), (0, Vec::new()));
         assert_eq!(healed.moved, before.services[&gone].blocks);
         assert_eq!(healed.moved_bytes, before.services[&gone].bytes);
         flag(&c, gone, FLAG_NO_WRITE | FLAG_DRAIN | FLAG_GONE).await;
-        let after = heal::pass(&c, &lost, looking, &mut |_| {}).await.expect("looks");
+        let after = heal::pass(&c, &lost, looking, &pace, &mut |_| {}).await.expect("looks");
         assert!(after.is_whole(), "{after:?}");
         assert_eq!((after.full, after.physical_bytes), (before.spans(), before.physical_bytes));
         let checking = HealOptions { check: true, ..looking };
-        let checked = heal::pass(&c, &BTreeSet::new(), checking, &mut |_| {}).await.expect("checks");
+        let checked = heal::pass(&c, &Lost::default(), checking, &pace, &mut |_| {}).await.expect("checks");
         assert_eq!((checked.damaged, checked.is_whole()), (0, true), "{:?}", checked.failures);
         assert_eq!(checked.checked, after.services.values().map(|load| load.blocks).sum::<u64>());
         is_clean(&c).await;
@@ -131,13 +133,14 @@ fn what_is_not_where_it_should_be_is_found_and_written_elsewhere() {
     cluster.boot(disk_node(2));
     run(&cluster, async move {
         let checking = HealOptions { check: true, repair: true, ..HealOptions::default() };
-        let none = BTreeSet::new();
-        let found = heal::pass(&client, &none, checking, &mut |_| {}).await.expect("checks");
+        let (none, pace) = (Lost::default(), Pace::of(0));
+        let found = heal::pass(&client, &none, checking, &pace, &mut |_| {}).await.expect("checks");
         assert!(found.damaged > 0 && found.moved == found.damaged, "{found:?}");
-        let again = heal::pass(&client, &none, checking, &mut |_| {}).await.expect("checks");
+        let again = heal::pass(&client, &none, checking, &pace, &mut |_| {}).await.expect("checks");
         assert_eq!((again.damaged, again.moved, again.is_whole()), (0, 0, true), "{again:?}");
         assert_eq!(again.spans(), found.spans());
-        let tree = heal::pass_of(&client, InodeId::ROOT, &none, checking, &mut |_| {}).await.expect("checks");
+        let tree =
+            heal::pass_of(&client, InodeId::ROOT, &none, checking, &pace, &mut |_| {}).await.expect("checks");
         assert_eq!((tree.spans(), tree.is_whole()), (again.spans(), true), "{tree:?}");
         read_all(&client).await;
         is_clean(&client).await;

@@ -22,7 +22,7 @@ use std::{
 
 use clutch_blocks::BlockService;
 use clutch_client::{Client, ClientError};
-use clutch_client_maintenance::heal::{self, HealOptions, Healed, Slots};
+use clutch_client_maintenance::heal::{self, HealOptions, Healed, Lost, Pace, Slots};
 use clutch_log::LogId;
 use clutch_proto::{
     admin::{DiskStatus, HealingStatus},
@@ -38,6 +38,12 @@ mod watch;
 
 /// A disk on which nothing was left is looked at again after so many looks: what was being written then may be in use by now.
 const LOOKS_BETWEEN: u32 = 6;
+/// And one of which nothing could be moved after so many at most.
+const LOOKS_BETWEEN_MAX: u32 = 120;
+/// A service that does not answer within this is away at the moment.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// How spans are looked at that may be written anew.
+const REPAIRING: HealOptions = HealOptions { check: false, repair: true, concurrency: 4, only: 0 };
 /// Failures that are told.
 const FAILURES_MAX: usize = 20;
 
@@ -65,10 +71,11 @@ impl Default for HealSettings {
     }
 }
 
-impl HealSettings {
-    fn options(&self) -> HealOptions {
-        HealOptions { repair: true, bytes_per_s: self.bytes_per_s, ..HealOptions::default() }
-    }
+/// What is to be emptied, as far as it is for this node.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+struct Wanted {
+    services: BTreeSet<u64>,
+    slots: Vec<Slots>,
 }
 
 /// What a node has done and does, for those who ask.
@@ -111,6 +118,9 @@ pub(crate) struct Healer {
     replicas: Vec<Replicating>,
     blocks: BTreeMap<u64, Arc<BlockService>>,
     settings: HealSettings,
+    /// What it writes for all of this.
+    pace: Pace,
+    wanted: Mutex<Wanted>,
     board: Arc<Board>,
     stopping: Arc<AtomicBool>,
 }
@@ -125,11 +135,15 @@ impl Healer {
             replicas: watch.replicas.clone(),
             blocks: watch.blocks.clone(),
             settings,
+            pace: Pace::of(settings.bytes_per_s),
+            wanted: Mutex::default(),
             board: watch.board.clone(),
             stopping: node.stopping(),
         });
         healer.board.heal(|_| {});
         let runtime = healer.client.runtime().clone();
+        let seeing = healer.clone();
+        runtime.spawn("see map", async move { seeing.see_map().await });
         for (id, service) in healer.blocks.clone() {
             let healer = healer.clone();
             runtime.spawn("scrub", async move { healer.look_after(id, service).await });
@@ -163,41 +177,56 @@ impl Healer {
         slots.collect()
     }
 
-    async fn empty_disks(&self) {
-        let mut clean: Option<(BTreeSet<u64>, Vec<Slots>)> = None;
-        let mut looks = 0;
+    /// Keeps in mind what is to be emptied by whom, so that whoever does that stops when it is over.
+    async fn see_map(&self) {
         while self.goes_on().await {
-            let Ok(map) = self.client.refresh_map().await else { continue };
-            let what = (heal::to_be_emptied(&map), self.slots(&map));
-            looks += 1;
-            let is_clean = clean.as_ref() == Some(&what);
-            if what.0.is_empty() || what.1.is_empty() {
+            if let Ok(map) = self.client.refresh_map().await {
+                *self.wanted.lock() = Wanted { services: heal::to_be_emptied(&map), slots: self.slots(&map) };
+            }
+        }
+    }
+
+    async fn empty_disks(&self) {
+        let mut last = Wanted::default();
+        // How many looks are left out: nothing was left, or nothing could be done.
+        let (mut pause, mut looks, mut is_clean) = (0, 0, false);
+        while self.goes_on().await {
+            let wanted = self.wanted.lock().clone();
+            if wanted != last {
+                (pause, is_clean) = (0, false);
+                last.clone_from(&wanted);
+            }
+            if wanted.services.is_empty() || wanted.slots.is_empty() {
                 self.board.heal(|told| {
                     *told =
                         HealingStatus { away: std::mem::take(&mut told.away), ..HealingStatus::default() };
                 });
-                clean = None;
                 continue;
             }
-            if is_clean && (looks < LOOKS_BETWEEN || mutants::is(Mutant::EmptiedAtOneLook)) {
+            looks += 1;
+            if looks <= pause || is_clean && mutants::is(Mutant::EmptiedAtOneLook) {
                 continue;
             }
             looks = 0;
-            let emptied = self.empty(&what.0, &what.1).await;
-            clean = match emptied {
-                Ok(healed) if healed.spans_left == 0 || mutants::is(Mutant::EmptiedAtOneLook) => Some(what),
-                Ok(_) => None,
+            (pause, is_clean) = match self.empty(&wanted).await {
+                Ok(healed) if healed.spans_left == 0 => (LOOKS_BETWEEN, true),
+                Ok(healed) if healed.moved > 0 => (0, false),
+                // It may take an operator until more can be done.
+                Ok(_) => ((pause * 2).clamp(1, LOOKS_BETWEEN_MAX), false),
                 Err(error) => {
                     tracing::debug!(%error, "disks are not emptied for now");
-                    None
+                    ((pause * 2).clamp(1, LOOKS_BETWEEN), false)
                 }
             };
         }
     }
 
-    async fn empty(&self, services: &BTreeSet<u64>, slots: &[Slots]) -> Result<Healed, ClientError> {
+    async fn empty(&self, wanted: &Wanted) -> Result<Healed, ClientError> {
         let clock = self.client.runtime().clock.clone();
         let begun = clock.monotonic();
+        let map = self.client.map().await?;
+        let away = heal::unavailable(&self.client.with_patience(ANSWERS_WITHIN), &map).await;
+        let lost = Lost { emptied: wanted.services.clone(), away: away.into_keys().collect() };
         let mut tell = |healed: &Healed| {
             let took_ms = (clock.monotonic() - begun).as_millis().max(1) as u64;
             self.board.heal(|told| {
@@ -206,7 +235,9 @@ impl Healer {
                     (healed.moved_bytes, healed.moved_bytes.saturating_mul(1000) / took_ms);
             });
         };
-        let healed = heal::empty(&self.client, services, slots, self.settings.options(), &mut tell).await;
+        let goes_on = || !self.stopping.load(Ordering::Relaxed) && *self.wanted.lock() == *wanted;
+        let by = (&self.pace, &goes_on as &(dyn Fn() -> bool + Sync));
+        let healed = heal::empty(&self.client, &lost, &wanted.slots, REPAIRING, by, &mut tell).await;
         self.board.heal(|told| {
             told.failures = match &healed {
                 Ok(healed) => healed.failures.iter().take(FAILURES_MAX).cloned().collect(),

@@ -33,6 +33,8 @@ const REFRESH: Duration = Duration::from_secs(2);
 const PROPOSE_AGAIN: Duration = Duration::from_millis(20);
 /// How long a shard may take to log what it is told, retries included, before the others are looked after.
 const PROPOSE_PATIENCE: Duration = Duration::from_secs(10);
+/// Where most disks of a node hang for longer, they are said to have no room.
+const HANG_FOR_NOW: Duration = Duration::from_secs(300);
 /// Free space is reported when it has moved by this part of the capacity, or of what was reported where that is less: at the
 /// edge, a little decides.
 const SPACE_STEP: u64 = 32;
@@ -63,6 +65,8 @@ pub(crate) struct Told {
     reported: BTreeMap<u64, (u64, u64)>,
     /// Disks that hung when they were looked at last.
     hanging: BTreeSet<u64>,
+    /// Since when most of them have, by the monotonic clock.
+    most_hang_since: Option<Duration>,
 }
 
 /// Of every disk, in the order of their ids.
@@ -151,11 +155,15 @@ impl Keeper {
     async fn register_services(&mut self, map: &Map, spaces: Spaces) -> Result<bool> {
         let rows = map.services.iter().filter(|row| self.blocks.contains_key(&row.service_id));
         let rows: BTreeMap<u64, &types::BlockService> = rows.map(|row| (row.service_id, row)).collect();
+        let now = self.client.runtime().clock.monotonic();
+        let most_hang = self.told.hanging.len() * 2 > self.blocks.len();
+        self.told.most_hang_since = most_hang.then(|| self.told.most_hang_since.unwrap_or(now));
+        // What many disks share may hang for a while: that is no lack of space, and whoever writes waits.
+        let is_for_now = self.told.most_hang_since.is_some_and(|since| now - since < HANG_FOR_NOW);
         let mut services = Vec::new();
         let mut reported = Vec::new();
         for (id, space) in self.blocks.keys().zip(spaces) {
-            // What many disks share may hang for a moment: that is no lack of space, and whoever writes waits.
-            if space.is_err() && self.told.hanging.len() * 2 > self.blocks.len() {
+            if space.is_err() && is_for_now {
                 continue;
             }
             // A disk that cannot be asked, or hangs, takes no new blocks until it answers.

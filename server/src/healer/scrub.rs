@@ -1,6 +1,9 @@
 //! Reading a disk through, and what was asked for in vain.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 
 use bytes::Bytes;
 use clutch_blocks::{BlockService, scrub::Position};
@@ -12,12 +15,17 @@ use clutch_proto::{
 };
 use clutch_shard::FLAG_CONDEMNED;
 
-use super::Healer;
+use super::{Healer, REPAIRING};
 
 /// Bytes of a disk's blocks that are read in a second at most so that they are looked at.
 const BYTES_PER_S: u64 = 64 << 20;
 /// How often it is written down how far a disk has been read.
 const KEEP_EVERY: Duration = Duration::from_secs(60);
+/// A disk that was read at once because it had lost something is not read so again before this: what cannot be repaired would have it
+/// read for ever.
+const HURRY_EVERY: Duration = Duration::from_secs(600);
+/// A page of which not all blocks could be looked at is tried so often again.
+const TRIES: u32 = 3;
 /// Parts of what is stored: slots.
 const PARTS: u128 = 256;
 
@@ -26,16 +34,16 @@ struct Reading {
     position: Position,
     /// When the position was written down last, by the monotonic clock.
     kept: Duration,
-    /// The disk has lost something: it is read at once, and not spread over the time that there is.
-    is_hasty: bool,
-    /// It was condemned when it was looked at last.
-    was_condemned: bool,
+    /// When a hasty reading began last, by the monotonic clock.
+    hurried: Option<Duration>,
+    /// How often the present page was tried.
+    tries: u32,
 }
 
 impl Reading {
     /// Whether more of it is to be read now, when it is to be read once in so long.
     fn is_due(&mut self, now: Time, every: Duration) -> bool {
-        if self.is_hasty {
+        if self.position.is_hasty {
             return true;
         }
         if every.is_zero() {
@@ -53,12 +61,15 @@ impl Reading {
         }
     }
 
-    /// All of the disk is read, from the beginning and at once.
-    fn hurry(&mut self) {
-        if !self.is_hasty {
-            self.is_hasty = true;
-            self.position.after.clear();
+    /// All of the disk is read, from the beginning and at once; whether that is new.
+    fn hurry(&mut self, now: Duration) -> bool {
+        if self.position.is_hasty || self.hurried.is_some_and(|last| now.saturating_sub(last) < HURRY_EVERY) {
+            return false;
         }
+        self.hurried = Some(now);
+        self.position.is_hasty = true;
+        self.position.after.clear();
+        true
     }
 
     /// A page has been read; `next` is where the one behind it begins.
@@ -68,13 +79,14 @@ impl Reading {
             // The next one begins so long after this one should have, so that rests do not add up.
             let every = u64::try_from(every.as_nanos()).unwrap_or(u64::MAX);
             let due = position.begun.0.saturating_add(every);
-            let is_on_time = !self.is_hasty && now.0 >= due && now.0 - due <= every / 8;
+            let is_on_time = !position.is_hasty && now.0 >= due && now.0 - due <= every / 8;
             position.begun = if is_on_time { Time(due) } else { now };
         }
         position.after = next.to_vec();
+        self.tries = 0;
         if next.is_empty() {
             position.ended = now;
-            self.is_hasty = false;
+            position.is_hasty = false;
         }
     }
 }
@@ -82,22 +94,31 @@ impl Reading {
 impl Healer {
     /// Looks after one disk until the node stops.
     pub(super) async fn look_after(&self, id: u64, service: Arc<BlockService>) {
-        let mut reading = self.position_of(&service).await;
+        let mut reading = None;
         while self.goes_on().await {
-            let what_is_owed = self.repair_owed(id, &service, &mut reading).await;
-            if let Err(error) = what_is_owed {
-                tracing::debug!(%error, "what was asked for in vain is not looked at for now");
+            if service.fault().is_some() {
+                // What comes back may be another disk.
+                reading = None;
+                continue;
             }
-            self.see_flags(id, &mut reading).await;
-            let every = self.settings.scrub_every;
-            while service.fault().is_none() && reading.is_due(self.now(), every) {
-                if let Err(error) = self.read_page(id, &service, &mut reading).await {
-                    tracing::debug!(%error, "a disk is not read through for now");
-                    break;
+            if reading.is_none() {
+                reading = self.position_of(&service).await;
+            }
+            let Some(reading) = &mut reading else { continue };
+            self.look_around(id, &service, reading).await;
+            while service.fault().is_none() && reading.is_due(self.now(), self.settings.scrub_every) {
+                match self.read_page(id, &service, reading).await {
+                    Ok(true) => {}
+                    Ok(false) => break,
+                    Err(error) => {
+                        tracing::debug!(%error, "a disk is not read through for now");
+                        break;
+                    }
                 }
-                if self.stopping.load(std::sync::atomic::Ordering::Relaxed) {
+                if self.stopping.load(Ordering::Relaxed) {
                     return;
                 }
+                self.look_around(id, &service, reading).await;
             }
         }
     }
@@ -106,70 +127,101 @@ impl Healer {
         self.client.runtime().clock.now()
     }
 
-    async fn position_of(&self, service: &Arc<BlockService>) -> Reading {
-        let store = service.store().clone();
-        let now = self.now();
-        let position = self.client.runtime().blocking(move || {
-            let mut position = store.scrub_position();
-            if position.begun == Time(0) {
-                // What a new disk has is read when its time has passed, however often its node is started until then.
-                position.begun = now;
-                // Where the disk does not take that, it begins anew with the next start.
-                let _ = store.keep_scrub_position(&position);
+    /// Where a disk that is used goes on. One that says nothing may be another one than before, or has just been made: then all of what the
+    /// metadata know of it is looked for, and of a new one that is nothing.
+    async fn position_of(&self, service: &Arc<BlockService>) -> Option<Reading> {
+        let (store, kept) = (service.store().clone(), self.client.runtime().clock.monotonic());
+        let position = self.client.runtime().blocking(move || store.scrub_position()).await?.ok()?;
+        let mut reading = Reading { position: Position::default(), kept, hurried: None, tries: 0 };
+        match position {
+            Some(position) => reading.position = position,
+            None => {
+                reading.hurry(kept);
+                self.keep(service, &mut reading).await;
             }
-            position
-        });
-        let position = position.await.unwrap_or_default();
-        let kept = self.client.runtime().clock.monotonic();
-        Reading { position, kept, is_hasty: false, was_condemned: false }
+        }
+        Some(reading)
     }
 
-    /// A disk that was condemned and is used again is compared with what the metadata know, not trusted.
-    async fn see_flags(&self, id: u64, reading: &mut Reading) {
+    async fn keep(&self, service: &Arc<BlockService>, reading: &mut Reading) {
+        reading.kept = self.client.runtime().clock.monotonic();
+        let (store, position) = (service.store().clone(), reading.position.clone());
+        let kept = self.client.runtime().blocking(move || store.keep_scrub_position(&position)).await;
+        if let Some(Err(error)) = kept {
+            tracing::debug!(%error, "it is not written down how far a disk was read");
+        }
+    }
+
+    async fn hurry(&self, service: &Arc<BlockService>, reading: &mut Reading) {
+        if reading.hurry(self.client.runtime().clock.monotonic()) {
+            self.client.runtime().note("heal: a disk is read at once");
+            self.keep(service, reading).await;
+        }
+    }
+
+    /// What comes before the next page: blocks that somebody has asked for in vain, and a disk that was condemned and is used again, which is
+    /// compared with what the metadata know, not trusted.
+    async fn look_around(&self, id: u64, service: &Arc<BlockService>, reading: &mut Reading) {
+        self.repair_owed(id, service, reading).await;
         let Ok(map) = self.client.map().await else { return };
         let flags = map.services.iter().find(|known| known.service_id == id).map_or(0, |known| known.flags);
         let is_condemned = flags & FLAG_CONDEMNED != 0;
-        if reading.was_condemned && !is_condemned {
-            reading.hurry();
+        if reading.position.was_condemned != is_condemned {
+            reading.position.was_condemned = is_condemned;
+            reading.hurried = None;
+            match is_condemned {
+                true => self.keep(service, reading).await,
+                false => self.hurry(service, reading).await,
+            }
         }
-        reading.was_condemned = is_condemned;
     }
 
-    async fn repair_owed(
-        &self,
-        id: u64,
-        service: &BlockService,
-        reading: &mut Reading,
-    ) -> Result<(), ClientError> {
-        for block in service.take_owed() {
-            if mutants::is(Mutant::OwedForgotten) {
-                continue;
-            }
-            let healed = heal::repair_block(&self.client, id, block, self.settings.options()).await?;
-            if healed.missing > 0 {
-                reading.hurry();
-            }
-            self.tell(id, &healed);
+    async fn repair_owed(&self, id: u64, service: &Arc<BlockService>, reading: &mut Reading) {
+        let mut owed = service.take_owed();
+        if mutants::is(Mutant::OwedForgotten) {
+            return;
         }
-        Ok(())
+        while let Some(block) = owed.pop_first() {
+            match heal::repair_block(&self.client, id, block, REPAIRING, &self.pace).await {
+                Ok(healed) => {
+                    self.tell(id, &healed);
+                    if healed.missing > 0 {
+                        self.hurry(service, reading).await;
+                    }
+                }
+                Err(error) => {
+                    tracing::debug!(%error, "what was asked for in vain is not looked at for now");
+                    service.owe_again([block]);
+                    break;
+                }
+            }
+        }
+        service.owe_again(owed);
     }
 
+    /// Whether there may be more to read at once.
     async fn read_page(
         &self,
         id: u64,
         service: &Arc<BlockService>,
         reading: &mut Reading,
-    ) -> Result<(), ClientError> {
+    ) -> Result<bool, ClientError> {
         let (clock, every) = (self.client.runtime().clock.clone(), self.settings.scrub_every);
         let after = Bytes::from(reading.position.after.clone());
         let begun = clock.monotonic();
-        let (healed, next) = heal::scrub_page(&self.client, id, after, self.settings.options()).await?;
-        if healed.missing > 0 {
-            reading.hurry();
-        }
-        // What could not be repaired is met again in the next round; the others do not wait for it.
-        reading.advance(&next, self.now(), every);
+        let (healed, next) = heal::scrub_page(&self.client, id, after, REPAIRING, &self.pace).await?;
         self.tell(id, &healed);
+        if healed.unanswered > 0 && reading.tries < TRIES {
+            reading.tries += 1;
+            return Ok(false);
+        }
+        if healed.missing > 0 && !reading.position.is_hasty {
+            self.hurry(service, reading).await;
+        }
+        if healed.missing == 0 || reading.position.is_hasty || next.is_empty() {
+            // What could not be repaired is met again in the next round; the others do not wait for it.
+            reading.advance(&next, self.now(), every);
+        }
         self.board.disk(id, |told| {
             told.scrubbed_at = reading.position.ended.0;
             told.scrub_begun_at = if next.is_empty() { 0 } else { reading.position.begun.0 };
@@ -179,17 +231,12 @@ impl Healer {
             self.client.runtime().note("heal: a disk was read through");
         }
         if next.is_empty() || clock.monotonic() - reading.kept >= KEEP_EVERY {
-            reading.kept = clock.monotonic();
-            let (store, position) = (service.store().clone(), reading.position.clone());
-            let kept = self.client.runtime().blocking(move || store.keep_scrub_position(&position)).await;
-            if let Some(Err(error)) = kept {
-                tracing::debug!(%error, "it is not written down how far a disk was read");
-            }
+            self.keep(service, reading).await;
         }
         let bytes = healed.services.get(&id).map_or(0, |load| load.bytes);
         let due = Duration::from_millis(bytes.saturating_mul(1000) / BYTES_PER_S);
         clock.sleep(due.saturating_sub(clock.monotonic() - begun)).await;
-        Ok(())
+        Ok(true)
     }
 
     fn tell(&self, id: u64, healed: &Healed) {
@@ -201,13 +248,11 @@ impl Healer {
         if healed.damaged > 0 {
             self.client.runtime().note("heal: a block that was lost is found");
             let (service, lost, repaired) = (format!("{id:016x}"), healed.damaged, healed.moved);
-            tracing::warn!(%service, lost, repaired, "blocks were missing or damaged, and were written elsewhere");
+            let failure = healed.failures.last().filter(|_| repaired < lost).map_or("", String::as_str);
+            tracing::warn!(%service, lost, repaired, failure, "blocks were missing or damaged, and were written anew");
         }
         if healed.moved > 0 {
-            self.client.runtime().note("heal: a block that was lost is written elsewhere");
-        }
-        for failure in healed.failures.iter().filter(|_| healed.moved < healed.damaged) {
-            tracing::warn!(failure, "a block is not repaired");
+            self.client.runtime().note("heal: a block that was lost is written anew");
         }
     }
 }
@@ -223,12 +268,8 @@ mod tests {
     }
 
     fn reading() -> Reading {
-        Reading {
-            position: Position { begun: at(1000), ..Position::default() },
-            kept: Duration::ZERO,
-            is_hasty: false,
-            was_condemned: false,
-        }
+        let position = Position { begun: at(1000), ..Position::default() };
+        Reading { position, kept: Duration::ZERO, hurried: None, tries: 0 }
     }
 
     /// Reads what is due at a time; the parts that were read.
@@ -264,11 +305,13 @@ mod tests {
     fn a_disk_that_has_lost_something_is_read_at_once() {
         let mut of = reading();
         read(&mut of, 1000 + 2560 + 100);
-        of.hurry();
-        of.hurry();
+        assert!(of.hurry(Duration::from_secs(5)) && !of.hurry(Duration::from_secs(6)));
         assert_eq!(read(&mut of, 4000), 256);
-        assert_eq!((of.position.ended, of.is_hasty), (at(4000), false));
+        assert_eq!((of.position.ended, of.position.is_hasty), (at(4000), false));
         assert_eq!(read(&mut of, 4001), 0);
+        assert!(!of.hurry(Duration::from_secs(600)), "not again so soon");
+        assert!(of.hurry(Duration::from_secs(606)));
+        of.position.is_hasty = false;
         assert!(!of.is_due(at(1_000_000), Duration::ZERO), "where it is never to be read");
         // A clock that goes back to where it never was is not waited for.
         assert_eq!(read(&mut of, 10), 0);

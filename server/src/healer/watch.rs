@@ -13,16 +13,24 @@ use clutch_proto::{
     mutants::{self, Mutant},
     registry::{SetServiceFlags, registry_request::Op},
 };
-use clutch_shard::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE};
+use clutch_shard::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE, FLAG_NO_WRITE, FLAG_STAYS_NO_WRITE};
 
-use super::Healer;
+use super::{ANSWERS_WITHIN, Healer};
 
 /// A disk that is condemned must answer for so many looks before it is used again.
 const BACK_AFTER_LOOKS: u32 = 3;
-/// A service that does not answer within this is away at the moment.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(3);
-/// What a disk that is condemned is flagged with.
-const CONDEMNED: u32 = FLAG_CONDEMNED | FLAG_DRAIN | FLAG_NO_WRITE;
+
+/// The flags of a disk that is condemned.
+fn condemned(flags: u32) -> u32 {
+    let stays = if flags & FLAG_NO_WRITE != 0 { FLAG_STAYS_NO_WRITE } else { 0 };
+    flags | FLAG_CONDEMNED | FLAG_DRAIN | FLAG_NO_WRITE | stays
+}
+
+/// The same when it is back.
+fn used_again(flags: u32) -> u32 {
+    let stays = if flags & FLAG_STAYS_NO_WRITE != 0 { FLAG_NO_WRITE } else { 0 };
+    flags & !(FLAG_CONDEMNED | FLAG_DRAIN | FLAG_NO_WRITE | FLAG_STAYS_NO_WRITE) | stays
+}
 
 /// What has been seen of disks.
 #[derive(Default)]
@@ -61,13 +69,13 @@ impl Seen {
             if away.contains(id) {
                 let since = *self.away.entry(*id).or_insert(now);
                 if may_condemn && flags & FLAG_DRAIN == 0 && now.saturating_sub(since) >= after {
-                    news.push((*id, flags | CONDEMNED));
+                    news.push((*id, condemned(*flags)));
                 }
             } else if flags & FLAG_CONDEMNED != 0 {
                 let looks = self.back.entry(*id).or_default();
                 *looks += 1;
                 if *looks >= BACK_AFTER_LOOKS && !mutants::is(Mutant::CondemnedForGood) {
-                    news.push((*id, flags & !CONDEMNED));
+                    news.push((*id, used_again(*flags)));
                 }
             }
         }
@@ -95,10 +103,11 @@ impl Healer {
     async fn look_at_disks(&self, seen: &mut Seen) -> Result<(), ClientError> {
         let map = self.client.refresh_map().await?;
         let away = heal::unavailable(&self.client.with_patience(ANSWERS_WITHIN), &map).await;
-        let flags = map.services.iter().map(|service| (service.service_id, service.flags)).collect();
+        let before: BTreeMap<u64, u32> =
+            map.services.iter().map(|service| (service.service_id, service.flags)).collect();
         let now = self.client.runtime().clock.monotonic();
         let after = self.settings.rebuild_after;
-        let news = seen.look(&flags, &away.keys().copied().collect(), now, after);
+        let news = seen.look(&before, &away.keys().copied().collect(), now, after);
         let told = away.iter().map(|(id, why)| AwayDisk {
             service_id: *id,
             for_s: seen.away.get(id).map_or(0, |since| now.saturating_sub(*since).as_secs()),
@@ -107,8 +116,17 @@ impl Healer {
         });
         let told = told.collect();
         self.board.heal(|healing| healing.away = told);
+        if news.is_empty() {
+            return Ok(());
+        }
+        // What an operator has said while the disks were asked counts.
+        let now_is = self.client.refresh_map().await?;
         for (service_id, flags) in news {
             let service = format!("{service_id:016x}");
+            let known = now_is.services.iter().find(|known| known.service_id == service_id);
+            if known.map(|known| known.flags) != before.get(&service_id).copied() {
+                continue;
+            }
             self.client.registry(Op::SetServiceFlags(SetServiceFlags { service_id, flags })).await?;
             match away.get(&service_id) {
                 Some(why) => {
@@ -129,6 +147,7 @@ impl Healer {
 mod tests {
     use super::*;
 
+    const CONDEMNED: u32 = FLAG_CONDEMNED | FLAG_DRAIN | FLAG_NO_WRITE;
     const AFTER: Duration = Duration::from_secs(60);
 
     /// What becomes of four disks in looks at these seconds, with those away.
@@ -158,6 +177,14 @@ mod tests {
         assert_eq!(flags[&2], CONDEMNED, "three looks one behind the other");
         looks(&mut seen, &mut flags, [(155, &[][..])]);
         assert_eq!(flags, disks());
+    }
+
+    #[test]
+    fn what_took_no_blocks_before_takes_none_after() {
+        for flags in [0, FLAG_NO_WRITE] {
+            assert_eq!(used_again(condemned(flags)), flags);
+            assert_eq!(condemned(flags) & CONDEMNED, CONDEMNED);
+        }
     }
 
     #[test]

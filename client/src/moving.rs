@@ -104,8 +104,10 @@ impl Client {
         };
         let mut draft = self.start_draft(home).await?;
         let moved = self.exchange_block(&mut draft, span, block, &encoded, &never).await;
-        // The scratch holds the old block now, or nothing of worth: either way it goes; if this fails, it expires.
-        let _ = self.scrap(&draft).await;
+        if moved.is_err() {
+            // If this fails, it expires.
+            let _ = self.scrap(&draft).await;
+        }
         moved.map(|block| block.map(|block| (block, ContentId(draft.content))))
     }
 
@@ -119,6 +121,9 @@ impl Client {
     ) -> Result<Option<Block>, ClientError> {
         let other = self.write_span(draft, 0, encoded, span.storage_class, never).await?;
         let new = other.blocks.first().ok_or_else(|| ClientError::unexpected("a block"))?;
+        // Before the exchange: whoever ends behind it would else leave what holds the old block, which looks like what is in use and
+        // can be read from nowhere else.
+        self.scrap(draft).await?;
         let op = SwapBlocks {
             span_a: span.span_id,
             block_a: block.block_id,

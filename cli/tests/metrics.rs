@@ -66,6 +66,12 @@ fn a_node_tells_what_it_does_and_whether_it_is_ready() {
     }
     let disks = after.lines().filter(|line| line.starts_with("clutch_disk_used{") && line.ends_with(" 1"));
     assert_eq!(disks.count(), 4);
+    for name in
+        ["clutch_disk_damaged_blocks{", "clutch_disk_repaired_blocks{", "clutch_disk_scrubbed_time_seconds{"]
+    {
+        assert_eq!(after.lines().filter(|line| line.starts_with(name)).count(), 4, "{name}");
+    }
+    assert_eq!(value(&after, "clutch_heal_disks_away"), 0.0);
     assert!(after.ends_with("# EOF\n"), "the end of OpenMetrics");
 
     let dashboard = include_str!("../../deploy/grafana.json");

@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, fmt::Write as _, sync::Arc, time::Duration};
 use clutch_blocks::BlockService;
 use clutch_log::{Engines, LogId, NodeId, Status as LogStatus};
 use clutch_proto::{
-    admin::{AdminRequest, Status, StatusReply, admin_request::Op},
+    admin::{AdminRequest, DiskStatus, Status, StatusReply, admin_request::Op},
     session::Role,
 };
 use clutch_runtime::{HybridClock, Runtime};
@@ -126,6 +126,8 @@ struct Disk {
     hangs: bool,
     /// Bytes in all, and those that are free; `None` where it does not answer.
     space: Option<(u64, u64)>,
+    /// What its node has found there and done about it.
+    healed: DiskStatus,
 }
 
 fn name_of(role: Role) -> &'static str {
@@ -150,11 +152,15 @@ impl Watch {
     }
 
     async fn disks(&self) -> Vec<Disk> {
-        let all = self.blocks.iter().map(|(service, of)| async move {
+        let mut healed: BTreeMap<u64, DiskStatus> =
+            self.board.disks(&self.blocks).into_iter().map(|disk| (disk.service_id, disk)).collect();
+        let all = self.blocks.iter().map(|(service, of)| (service, of, healed.remove(service)));
+        let all: Vec<_> = all.collect();
+        let all = all.into_iter().map(|(service, of, healed)| async move {
             let hangs = of.hangs();
             let is_used = of.store().unusable().is_none() && of.fault().is_none();
             let space = self.runtime.timeout(PATIENCE, of.space()).await.and_then(Result::ok);
-            Disk { service: *service, is_used, hangs, space }
+            Disk { service: *service, is_used, hangs, space, healed: healed.unwrap_or_default() }
         });
         join_all(all).await
     }
@@ -241,6 +247,12 @@ impl Watch {
         );
         let what = "Bytes appended to logs since the start";
         registry.register_with_unit("log_appended", what, Unit::Bytes, ConstCounter::new(usage.appended));
+        if let Some(healing) = self.board.healing() {
+            let what = "Spans that this node has to move from disks that are gone or are to be emptied";
+            registry.register("heal_spans_left", what, number(healing.spans_left));
+            let what = "Disks that do not answer, as far as this node watches";
+            registry.register("heal_disks_away", what, number(healing.away.len() as u64));
+        }
         let what = "How often what was appended to logs was synced since the start";
         registry.register("log_syncs", what, ConstCounter::new(usage.syncs));
     }
@@ -276,6 +288,23 @@ fn register<L: EncodeLabelSet + Clone + std::hash::Hash + Eq + std::fmt::Debug +
 
 /// A number that a replica says of itself.
 type Said = fn(&StatusReply) -> u64;
+
+/// A number of what is found on a disk.
+type SaidOfDisk = fn(&DiskStatus) -> u64;
+
+/// What is found on each disk by whoever looks after it, by its name and what it is.
+const OF_HEALED_DISK: [(&str, &str, SaidOfDisk); 4] = [
+    ("disk_checked_blocks", "Blocks that were read to see how they are, since the start", |disk| {
+        disk.checked
+    }),
+    ("disk_damaged_blocks", "Blocks that were found missing or damaged since the start", |disk| disk.damaged),
+    ("disk_repaired_blocks", "Blocks that were written anew for that since the start", |disk| disk.repaired),
+    (
+        "disk_scrubbed_time_seconds",
+        "When all of the disk had been read for the last time, in seconds since 1970; 0 for never",
+        |disk| disk.scrubbed_at / 1_000_000_000,
+    ),
+];
 
 /// What each replica says of itself, by its name and what it is.
 const OF_REPLICA: [(&str, &str, Said); 10] = [
@@ -344,4 +373,7 @@ fn of_disks(registry: &mut Registry, disks: &[Disk]) {
     register(registry, "disk_size_bytes", "Bytes of the disk's file system", all);
     let free = disks.iter().filter_map(|disk| Some((of(disk), disk.space?.1)));
     register(registry, "disk_free_bytes", "Bytes that blocks may still take on the disk", free);
+    for (name, what, said) in OF_HEALED_DISK {
+        register(registry, name, what, disks.iter().map(|disk| (of(disk), said(&disk.healed))));
+    }
 }

@@ -85,6 +85,35 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// The file of where blocks lie; to make it anew: UPDATE_GOLDEN=1.
+#[test]
+fn golden_index() {
+    let world = World::new(11);
+    let disk = world.disk(NODE);
+    labelled(&disk);
+    let store = open(&disk);
+    for block in [1, 0x1ff, 4, 9 << 40, 7] {
+        write(&store, block).expect("written");
+    }
+    store.erase(BlockId(4)).expect("erased");
+    for block in 100..120 {
+        write(&store, block).expect("written");
+    }
+    look_after(&store).expect("looked after");
+    let bytes = disk.read(Path::new("d/packed/index")).expect("is there");
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/formats/golden/packed-index");
+    if std::env::var_os("UPDATE_GOLDEN").is_some() {
+        std::fs::write(&golden, &bytes).expect("written");
+    }
+    assert!(bytes == std::fs::read(golden).expect("is there"), "the index has other bytes");
+    // And an index that an earlier build wrote is read.
+    drop(store);
+    let store = open(&disk);
+    assert!(
+        is_there(&store, 1) && is_there(&store, 9 << 40) && !is_there(&store, 4) && is_there(&store, 119)
+    );
+}
+
 #[test]
 fn golden_bytes_and_every_flip() {
     let header = SegmentHeader { cluster: 0x0102_0304_0506_0708, service: SERVICE, number: 3, salt: 99 };

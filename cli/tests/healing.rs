@@ -257,3 +257,33 @@ fn a_disk_that_is_taken_away_is_named_and_rebuilt() {
     assert_reads(&cluster, &stored, "with the disk of before");
     assert_whole(&cluster, None);
 }
+
+#[test]
+fn a_cluster_that_is_killed_while_it_empties_a_disk_goes_on_and_loses_nothing() {
+    let temp = tempfile::tempdir().expect("temporary directory");
+    let mut cluster = Cluster::start(&temp.path().join("c"), ARGUMENTS);
+    let stored = store_files(&cluster, temp.path());
+    let before = cluster.json(&["blocks", "status", "--json"]);
+    let (id, held) = (services(&before)[3].0.clone(), blocks_of(&before, &services(&before)[3].0));
+    let (mut left, mut kills) = (held, 0);
+    while left > 0 && kills < 5 {
+        // Ends with the cluster that it asks.
+        let mut drain = cluster.command(&["blocks", "drain", &id, "--bytes-per-s", "1000000"]);
+        let quiet = std::process::Stdio::null;
+        let mut drain = drain.stderr(quiet()).stdout(quiet()).spawn().expect("runs");
+        let moved = await_status(&cluster, "some of it is moved", |status| blocks_of(status, &id) < left);
+        cluster.kill();
+        drain.kill().expect("killed");
+        drain.wait().expect("ended");
+        left = blocks_of(&moved, &id);
+        kills += usize::from(left > 0);
+        cluster.boot();
+    }
+    assert!(kills > 1, "{kills} kills came in the middle of it");
+    cluster.ok(&["collect", "--once"]);
+    await_status(&cluster, "it is emptied", |status| blocks_of(status, &id) == 0);
+    assert_whole(&cluster, None);
+    assert_reads(&cluster, &stored, "after all kills");
+    cluster.fsck();
+    cluster.ok(&["blocks", "remove", &id]);
+}

@@ -66,6 +66,7 @@ const NOTED: &[&str] = &[
     "read: degraded",
     "read: degraded with exactly D blocks left",
     "read: fewer than D blocks",
+    "read: others are read instead of a block that is late",
     "replica: a follower answers a read",
     "replica: a read waits for a position",
     "replica: its state is replaced by a snapshot",

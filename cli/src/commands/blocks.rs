@@ -228,7 +228,7 @@ async fn remove(client: &Client, service: u64) -> Result<ExitCode> {
                 held.in_writing
             );
         }
-        let op = SetServiceFlags { service_id: service, flags: flags | FLAG_GONE };
+        let op = SetServiceFlags { service_id: service, flags: (flags | FLAG_GONE) & !OF_THE_WATCHER };
         client.registry(Op::SetServiceFlags(op)).await?;
     }
     output::line(format!("{service:016x} is removed for good; what was on it is used by nobody"))?;

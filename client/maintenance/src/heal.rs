@@ -470,7 +470,7 @@ impl<'a> Pass<'a> {
                 Some(home) => Some(home),
                 None => self.home(SpanId(looked.span.span_id).slot()).await?,
             };
-            with_homes.push(repair(client, pace, looked, home));
+            with_homes.push(repair(client, pace, lost, looked, home));
         }
         let mut repairs = stream::iter(with_homes).buffer_unordered(at_a_time);
         while let Some(looked) = repairs.next().await {
@@ -609,7 +609,13 @@ async fn check(client: &Client, options: HealOptions, of: &Lost, span: Span, mut
 }
 
 /// Writes elsewhere what of a span is to be moved.
-async fn repair(client: &Client, pace: &Pace, mut looked: Looked, home: Option<InodeId>) -> Looked {
+async fn repair(
+    client: &Client,
+    pace: &Pace,
+    lost: &Lost,
+    mut looked: Looked,
+    home: Option<InodeId>,
+) -> Looked {
     let Some(home) = home else {
         let text =
             format!("span {:x} belongs to no file any more; it will be collected", looked.span.span_id);
@@ -626,7 +632,7 @@ async fn repair(client: &Client, pace: &Pace, mut looked: Looked, home: Option<I
         let flags = flags.get(&service).copied().unwrap_or(0);
         let is_to_go = flags & (FLAG_GONE | FLAG_DRAIN) != 0;
         let how = Moving {
-            is_lost: !is_to_go || flags & (FLAG_GONE | FLAG_CONDEMNED) != 0,
+            is_lost: !is_to_go || flags & (FLAG_GONE | FLAG_CONDEMNED) != 0 || lost.away.contains(&service),
             may_stay: !is_to_go,
             is_for_now: flags & FLAG_CONDEMNED != 0 && flags & FLAG_GONE == 0,
         };

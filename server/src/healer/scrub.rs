@@ -96,17 +96,17 @@ impl Healer {
     pub(super) async fn look_after(&self, id: u64, service: Arc<BlockService>) {
         let mut reading = None;
         while self.goes_on().await {
-            if service.fault().is_some() {
+            if service.is_away() {
                 // What comes back may be another disk.
                 reading = None;
                 continue;
             }
             if reading.is_none() {
-                reading = self.position_of(&service).await;
+                reading = self.position_of(id, &service).await;
             }
             let Some(reading) = &mut reading else { continue };
             self.look_around(id, &service, reading).await;
-            while service.fault().is_none() && reading.is_due(self.now(), self.settings.scrub_every) {
+            while !service.is_away() && reading.is_due(self.now(), self.settings.scrub_every) {
                 match self.read_page(id, &service, reading).await {
                     Ok(true) => {}
                     Ok(false) => break,
@@ -129,7 +129,7 @@ impl Healer {
 
     /// Where a disk that is used goes on. One that says nothing may be another one than before, or has just been made: then all of what the
     /// metadata know of it is looked for, and of a new one that is nothing.
-    async fn position_of(&self, service: &Arc<BlockService>) -> Option<Reading> {
+    async fn position_of(&self, id: u64, service: &Arc<BlockService>) -> Option<Reading> {
         let (store, kept) = (service.store().clone(), self.client.runtime().clock.monotonic());
         let position = self.client.runtime().blocking(move || store.scrub_position()).await?.ok()?;
         let mut reading = Reading { position: Position::default(), kept, hurried: None, tries: 0 };
@@ -140,6 +140,12 @@ impl Healer {
                 self.keep(service, &mut reading).await;
             }
         }
+        let position = &reading.position;
+        self.board.disk(id, |told| {
+            told.scrubbed_at = position.ended.0;
+            told.scrub_begun_at = if position.after.is_empty() { 0 } else { position.begun.0 };
+            told.scrub_parts = position.after.first().copied().map_or(0, u32::from);
+        });
         Some(reading)
     }
 
@@ -152,11 +158,14 @@ impl Healer {
         }
     }
 
-    async fn hurry(&self, service: &Arc<BlockService>, reading: &mut Reading) {
-        if reading.hurry(self.client.runtime().clock.monotonic()) {
+    /// Whether all of the disk is to be read from now on.
+    async fn hurry(&self, service: &Arc<BlockService>, reading: &mut Reading) -> bool {
+        let is_new = reading.hurry(self.client.runtime().clock.monotonic());
+        if is_new {
             self.client.runtime().note("heal: a disk is read at once");
             self.keep(service, reading).await;
         }
+        is_new
     }
 
     /// What comes before the next page: blocks that somebody has asked for in vain, and a disk that was condemned and is used again, which is
@@ -171,7 +180,7 @@ impl Healer {
             reading.hurried = None;
             match is_condemned {
                 true => self.keep(service, reading).await,
-                false => self.hurry(service, reading).await,
+                false => drop(self.hurry(service, reading).await),
             }
         }
     }
@@ -211,17 +220,16 @@ impl Healer {
         let begun = clock.monotonic();
         let (healed, next) = heal::scrub_page(&self.client, id, after, REPAIRING, &self.pace).await?;
         self.tell(id, &healed);
+        if healed.missing > 0 && self.hurry(service, reading).await {
+            // From the beginning, which comes to this page again.
+            return Ok(true);
+        }
         if healed.unanswered > 0 && reading.tries < TRIES {
             reading.tries += 1;
             return Ok(false);
         }
-        if healed.missing > 0 && !reading.position.is_hasty {
-            self.hurry(service, reading).await;
-        }
-        if healed.missing == 0 || reading.position.is_hasty || next.is_empty() {
-            // What could not be repaired is met again in the next round; the others do not wait for it.
-            reading.advance(&next, self.now(), every);
-        }
+        // What could not be repaired is met again in the next round; the others do not wait for it.
+        reading.advance(&next, self.now(), every);
         self.board.disk(id, |told| {
             told.scrubbed_at = reading.position.ended.0;
             told.scrub_begun_at = if next.is_empty() { 0 } else { reading.position.begun.0 };

@@ -45,8 +45,12 @@ const ROUNDS: u32 = 4;
 /// Within this everything is as it should be again.
 const HEALED_WITHIN: Duration = Duration::from_secs(400);
 const REBUILD_AFTER: Duration = Duration::from_secs(20);
-/// A file gets its name so long after a disk is to be emptied: by then the disk was found empty.
-const NAMED_AFTER: Duration = Duration::from_secs(3);
+/// A file gets its name so many times so long after a disk is to be emptied: by then that was found empty.
+const WAITS: u32 = 5;
+const WAIT: Duration = Duration::from_secs(2);
+/// Bytes of it that are written before, and each time.
+const BEGUN: usize = 100_000;
+const MORE: usize = 3000;
 /// Longer than until a disk that is away is rebuilt, and shorter.
 const AWAY: [u64; 2] = [90, 8];
 
@@ -258,7 +262,12 @@ impl Trial {
                 self.wait(seconds)?;
                 self.silence(disk, false);
             }
-            Trouble::Emptied => self.empty(disk)?,
+            Trouble::Emptied => {
+                // It takes blocks again in between.
+                self.empty(disk)?;
+                self.wait(15)?;
+                self.empty(disk)?;
+            }
         }
         self.wait(10)?;
         stop.store(true, Ordering::Relaxed);
@@ -289,13 +298,21 @@ impl Trial {
             let policy = client.write_policy(dir).await.map_err(said)?;
             let mut drafts = Vec::new();
             for number in 0..4 {
-                let data = Data { salt: service % 1000 + number, bytes: 100_000 };
+                let data = Data { salt: service % 1000 + number, bytes: BEGUN as u32 + MORE as u32 * WAITS };
+                let bytes = bytes_of(data);
                 let mut draft = client.start_draft(dir).await.map_err(said)?;
-                client.append(&mut draft, bytes_of(data), &policy).await.map_err(said)?;
-                drafts.push((format!("late-{service:x}-{number}"), data, draft));
+                client.append(&mut draft, bytes[..BEGUN].to_vec(), &policy).await.map_err(said)?;
+                drafts.push((format!("late-{:x}-{number}", draft.content()), data, draft));
             }
             set_flags(&client, service, FLAG_DRAIN | FLAG_NO_WRITE).await?;
-            clock.sleep(NAMED_AFTER).await;
+            for wait in 0..WAITS as usize {
+                clock.sleep(WAIT).await;
+                // What nobody writes to is given up.
+                for (_, data, draft) in &mut drafts {
+                    let (bytes, at) = (bytes_of(*data), BEGUN + wait * MORE);
+                    client.append(draft, bytes[at..at + MORE].to_vec(), &policy).await.map_err(said)?;
+                }
+            }
             for (name, data, draft) in drafts {
                 let linked = client.link(draft, dir, &Bytes::from(name.clone()), attributes(), true).await;
                 linked.map_err(said)?;

@@ -189,11 +189,13 @@ impl Healer {
     async fn empty_disks(&self) {
         let mut last = Wanted::default();
         // How many looks are left out: nothing was left, or nothing could be done.
-        let (mut pause, mut looks, mut is_clean) = (0, 0, false);
+        let (mut pause, mut looks) = (0, 0);
+        // Where that is enough: a bug.
+        let mut found_empty = Vec::new();
         while self.goes_on().await {
             let wanted = self.wanted.lock().clone();
             if wanted != last {
-                (pause, is_clean) = (0, false);
+                pause = 0;
                 last.clone_from(&wanted);
             }
             if wanted.services.is_empty() || wanted.slots.is_empty() {
@@ -204,18 +206,21 @@ impl Healer {
                 continue;
             }
             looks += 1;
-            if looks <= pause || is_clean && mutants::is(Mutant::EmptiedAtOneLook) {
+            if looks <= pause || found_empty.contains(&wanted) {
                 continue;
             }
             looks = 0;
-            (pause, is_clean) = match self.empty(&wanted).await {
-                Ok(healed) if healed.spans_left == 0 => (LOOKS_BETWEEN, true),
-                Ok(healed) if healed.moved > 0 => (0, false),
+            pause = match self.empty(&wanted).await {
+                Ok(healed) if healed.spans_left == 0 => {
+                    found_empty.extend(mutants::is(Mutant::EmptiedAtOneLook).then(|| wanted.clone()));
+                    LOOKS_BETWEEN
+                }
+                Ok(healed) if healed.moved > 0 => 0,
                 // It may take an operator until more can be done.
-                Ok(_) => ((pause * 2).clamp(1, LOOKS_BETWEEN_MAX), false),
+                Ok(_) => (pause * 2).clamp(1, LOOKS_BETWEEN_MAX),
                 Err(error) => {
                     tracing::debug!(%error, "disks are not emptied for now");
-                    ((pause * 2).clamp(1, LOOKS_BETWEEN), false)
+                    (pause * 2).clamp(1, LOOKS_BETWEEN)
                 }
             };
         }

@@ -21,8 +21,7 @@ use super::{Healer, REPAIRING};
 const BYTES_PER_S: u64 = 64 << 20;
 /// How often it is written down how far a disk has been read.
 const KEEP_EVERY: Duration = Duration::from_secs(60);
-/// A disk that was read at once because it had lost something is not read so again before this: what cannot be repaired would have it
-/// read for ever.
+/// A disk of which not all that was lost could be repaired is not read at once again before this: it would be read for ever.
 const HURRY_EVERY: Duration = Duration::from_secs(600);
 /// A page of which not all blocks could be looked at is tried so often again.
 const TRIES: u32 = 3;
@@ -34,13 +33,22 @@ struct Reading {
     position: Position,
     /// When the position was written down last, by the monotonic clock.
     kept: Duration,
-    /// When a hasty reading began last, by the monotonic clock.
-    hurried: Option<Duration>,
+    /// Before this, by the monotonic clock, no hasty reading begins.
+    rests_until: Duration,
+    /// One is to begin then.
+    wants_hurry: bool,
+    /// The present one has met what could not be repaired.
+    has_failed: bool,
     /// How often the present page was tried.
     tries: u32,
 }
 
 impl Reading {
+    fn at(position: Position, now: Duration) -> Reading {
+        let rests_until = Duration::ZERO;
+        Reading { position, kept: now, rests_until, wants_hurry: false, has_failed: false, tries: 0 }
+    }
+
     /// Whether more of it is to be read now, when it is to be read once in so long.
     fn is_due(&mut self, now: Time, every: Duration) -> bool {
         if self.position.is_hasty {
@@ -63,17 +71,21 @@ impl Reading {
 
     /// All of the disk is read, from the beginning and at once; whether that is new.
     fn hurry(&mut self, now: Duration) -> bool {
-        if self.position.is_hasty || self.hurried.is_some_and(|last| now.saturating_sub(last) < HURRY_EVERY) {
+        if self.position.is_hasty {
             return false;
         }
-        self.hurried = Some(now);
+        if now < self.rests_until {
+            self.wants_hurry = true;
+            return false;
+        }
+        (self.wants_hurry, self.has_failed) = (false, false);
         self.position.is_hasty = true;
         self.position.after.clear();
         true
     }
 
     /// A page has been read; `next` is where the one behind it begins.
-    fn advance(&mut self, next: &Bytes, now: Time, every: Duration) {
+    fn advance(&mut self, next: &Bytes, (now, monotonic): (Time, Duration), every: Duration) {
         let position = &mut self.position;
         if position.after.is_empty() {
             // The next one begins so long after this one should have, so that rests do not add up.
@@ -86,6 +98,10 @@ impl Reading {
         self.tries = 0;
         if next.is_empty() {
             position.ended = now;
+            if position.is_hasty && self.has_failed {
+                // Something may be in the way that is not there later.
+                (self.rests_until, self.wants_hurry) = (monotonic + HURRY_EVERY, true);
+            }
             position.is_hasty = false;
         }
     }
@@ -132,7 +148,7 @@ impl Healer {
     async fn position_of(&self, id: u64, service: &Arc<BlockService>) -> Option<Reading> {
         let (store, kept) = (service.store().clone(), self.client.runtime().clock.monotonic());
         let position = self.client.runtime().blocking(move || store.scrub_position()).await?.ok()?;
-        let mut reading = Reading { position: Position::default(), kept, hurried: None, tries: 0 };
+        let mut reading = Reading::at(Position::default(), kept);
         match position {
             Some(position) => reading.position = position,
             None => {
@@ -172,12 +188,14 @@ impl Healer {
     /// compared with what the metadata know, not trusted.
     async fn look_around(&self, id: u64, service: &Arc<BlockService>, reading: &mut Reading) {
         self.repair_owed(id, service, reading).await;
+        if reading.wants_hurry {
+            self.hurry(service, reading).await;
+        }
         let Ok(map) = self.client.map().await else { return };
         let flags = map.services.iter().find(|known| known.service_id == id).map_or(0, |known| known.flags);
         let is_condemned = flags & FLAG_CONDEMNED != 0;
         if reading.position.was_condemned != is_condemned {
             reading.position.was_condemned = is_condemned;
-            reading.hurried = None;
             match is_condemned {
                 true => self.keep(service, reading).await,
                 false => drop(self.hurry(service, reading).await),
@@ -229,7 +247,8 @@ impl Healer {
             return Ok(false);
         }
         // What could not be repaired is met again in the next round; the others do not wait for it.
-        reading.advance(&next, self.now(), every);
+        reading.has_failed |= healed.damaged > healed.moved;
+        reading.advance(&next, (self.now(), clock.monotonic()), every);
         self.board.disk(id, |told| {
             told.scrubbed_at = reading.position.ended.0;
             told.scrub_begun_at = if next.is_empty() { 0 } else { reading.position.begun.0 };
@@ -277,7 +296,7 @@ mod tests {
 
     fn reading() -> Reading {
         let position = Position { begun: at(1000), ..Position::default() };
-        Reading { position, kept: Duration::ZERO, hurried: None, tries: 0 }
+        Reading::at(position, Duration::ZERO)
     }
 
     /// Reads what is due at a time; the parts that were read.
@@ -287,7 +306,7 @@ mod tests {
             parts += 1;
             let part = reading.position.after.first().copied().unwrap_or(0);
             let next = part.checked_add(1).map_or_else(Bytes::new, |part| Bytes::copy_from_slice(&[part]));
-            reading.advance(&next, at(now), EVERY);
+            reading.advance(&next, (at(now), Duration::from_secs(now)), EVERY);
         }
         parts
     }
@@ -317,8 +336,12 @@ mod tests {
         assert_eq!(read(&mut of, 4000), 256);
         assert_eq!((of.position.ended, of.position.is_hasty), (at(4000), false));
         assert_eq!(read(&mut of, 4001), 0);
-        assert!(!of.hurry(Duration::from_secs(600)), "not again so soon");
-        assert!(of.hurry(Duration::from_secs(606)));
+        // All was repaired, so what is lost now is new; and where it was not, it is tried again later.
+        assert!(of.hurry(Duration::from_secs(4001)));
+        of.has_failed = true;
+        assert_eq!((read(&mut of, 4002), of.wants_hurry), (256, true));
+        assert!(!of.hurry(Duration::from_secs(4601)), "not again so soon");
+        assert!(of.hurry(Duration::from_secs(4602)) && !of.wants_hurry && !of.has_failed);
         of.position.is_hasty = false;
         assert!(!of.is_due(at(1_000_000), Duration::ZERO), "where it is never to be read");
         // A clock that goes back to where it never was is not waited for.

@@ -70,6 +70,7 @@ impl Seen {
                 let since = *self.away.entry(*id).or_insert(now);
                 if may_condemn && flags & FLAG_DRAIN == 0 && now.saturating_sub(since) >= after {
                     news.push((*id, condemned(*flags)));
+                    self.condemned.insert(*id);
                 }
             } else if flags & FLAG_CONDEMNED != 0 {
                 let looks = self.back.entry(*id).or_default();

@@ -95,7 +95,7 @@ impl Usual {
 }
 
 /// Blocks of a span, those on suspects last.
-fn best_first(blocks: impl Iterator<Item = usize>, span: &Span, suspects: &[u64]) -> Vec<usize> {
+pub(crate) fn best_first(blocks: impl Iterator<Item = usize>, span: &Span, suspects: &[u64]) -> Vec<usize> {
     let mut blocks: Vec<usize> = blocks.collect();
     blocks.sort_by_key(|i| suspects.contains(&span.blocks[*i].service_id));
     blocks

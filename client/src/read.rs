@@ -15,7 +15,7 @@ use futures_util::{StreamExt as _, stream};
 
 use crate::{
     error::ClientError,
-    gather::Gathered,
+    gather::{Gathered, best_first},
     rpc::{Client, lock},
     span::{Cells, recover},
 };
@@ -427,11 +427,8 @@ impl Client {
         });
     }
 
-    pub(crate) fn trusted_first(&self, blocks: impl Iterator<Item = usize>, span: &Span) -> Vec<usize> {
-        let suspects = self.suspects();
-        let mut blocks: Vec<usize> = blocks.collect();
-        blocks.sort_by_key(|i| suspects.contains(&span.blocks[*i].service_id));
-        blocks
+    fn trusted_first(&self, blocks: impl Iterator<Item = usize>, span: &Span) -> Vec<usize> {
+        best_first(blocks, span, &self.suspects())
     }
 
     /// Services that failed lately.

@@ -54,8 +54,8 @@ fn run<T: Send + 'static>(
     ended.ok_or("it does not come to an end")?.map_err(|e| e.to_string())
 }
 
-/// How long it took to find out that a disk hangs (if one does), and from then on each kind of work.
-fn took(hangs: bool) -> Result<(Duration, [Duration; 3]), String> {
+/// A cluster with files, and who has written them.
+fn with_files() -> Result<(SimCluster, Client), String> {
     let cluster = cluster()?;
     let client = cluster.client();
     let c = client.clone();
@@ -65,6 +65,12 @@ fn took(hangs: bool) -> Result<(Duration, [Duration; 3]), String> {
         }
         Ok(())
     })?;
+    Ok((cluster, client))
+}
+
+/// How long it took to find out that a disk hangs (if one does), and from then on each kind of work.
+fn took(hangs: bool) -> Result<(Duration, [Duration; 3]), String> {
+    let (cluster, client) = with_files()?;
     if hangs {
         cluster.world.disk(disk_node(0)).hang_after(0, FOR_GOOD);
     }
@@ -112,15 +118,7 @@ pub fn rates() -> Result<[(&'static str, f64); 3], String> {
 /// # Errors
 /// What failed.
 pub fn longest_read() -> Result<Duration, String> {
-    let cluster = cluster()?;
-    let client = cluster.client();
-    let c = client.clone();
-    run(&cluster, async move {
-        for number in 0..FILES {
-            write(&c, &name("before", number)).await?;
-        }
-        Ok(())
-    })?;
+    let (cluster, client) = with_files()?;
     cluster.world.pause(disk_node(0));
     let longest = run(&cluster, async move {
         let clock = client.runtime().clock.clone();

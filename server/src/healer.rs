@@ -6,7 +6,7 @@
 //! * A block that somebody has asked for in vain is looked at at once.
 //! * The leader of a shard moves the shard's blocks away from disks that are gone or are to be emptied.
 //! * The leader of the registry condemns disks that have not answered for too long: they are emptied as far as the others allow, and are
-//!   used again when they are back, after all of theirs has been read.
+//!   used again when they are back; all that is left of them is read then.
 //!
 //! Invariants: nothing of a disk counts as lost because it does not answer for a moment; what an operator has said of a disk is not taken
 //! back; whoever stops half-way leaves nothing that is not found by who goes on.

@@ -156,13 +156,16 @@ impl Healer {
                 self.keep(service, &mut reading).await;
             }
         }
-        let position = &reading.position;
+        self.tell_position(id, &reading.position);
+        Some(reading)
+    }
+
+    fn tell_position(&self, id: u64, position: &Position) {
         self.board.disk(id, |told| {
             told.scrubbed_at = position.ended.0;
             told.scrub_begun_at = if position.after.is_empty() { 0 } else { position.begun.0 };
             told.scrub_parts = position.after.first().copied().map_or(0, u32::from);
         });
-        Some(reading)
     }
 
     async fn keep(&self, service: &Arc<BlockService>, reading: &mut Reading) {
@@ -249,11 +252,7 @@ impl Healer {
         // What could not be repaired is met again in the next round; the others do not wait for it.
         reading.has_failed |= healed.damaged > healed.moved;
         reading.advance(&next, (self.now(), clock.monotonic()), every);
-        self.board.disk(id, |told| {
-            told.scrubbed_at = reading.position.ended.0;
-            told.scrub_begun_at = if next.is_empty() { 0 } else { reading.position.begun.0 };
-            told.scrub_parts = next.first().copied().map_or(0, u32::from);
-        });
+        self.tell_position(id, &reading.position);
         if next.is_empty() {
             self.client.runtime().note("heal: a disk was read through");
         }
